@@ -29,8 +29,8 @@ from cappy.scoring import Scorer
 from cappy.scoring.config import ScorerConfig
 from cappy.training import checkpoint
 from cappy.training.corpus import open_corpora
-from cappy.training.distributed import ALONE
-from cappy.training.feed import batch
+from cappy.training.distributed import SINGLE_RANK
+from cappy.training.feed import draw_batch
 from cappy.training.loop import Run
 from cappy.training.pretraining import PretrainingConfig
 
@@ -147,15 +147,17 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
         corpora = open_corpora(
             config.source, source / "tokens", scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()
         )
-        run = Run(scorer, corpora, config, source / "checkpoints", ALONE)
+        run = Run(scorer, corpora, config, source / "checkpoints", SINGLE_RANK)
         run.update()
         updates = UPDATES.get(name, 2) * (1 + 3 * on_gpu)
         pools = [
             pool
             for number in range(1, updates + 1)
-            for pool in batch(corpora.train, number, config.batch_instances, config.max_candidates, seed=config.seed)
+            for pool in draw_batch(
+                corpora.train, number, config.batch_instances, config.max_candidates, seed=config.seed
+            )
         ]
-        lengths = [length for pool in pools for length in corpora.train.tokens(pool.index, pool.chosen)]
+        lengths = [length for pool in pools for length in corpora.train.tokens(pool.index, pool.responses)]
         seconds, _ = bench.time_call(partial(run_updates, run, updates))
         flops = sum(SCORERS[name].training_flops(length, length**2) for length in lengths) / seconds
         bench.record(

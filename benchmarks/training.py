@@ -32,10 +32,10 @@ from torch.nn.functional import mse_loss
 from cappy.records import Candidate, Instance, write
 from cappy.scoring import Scorer
 from cappy.training.corpus import Corpora, open_corpora
-from cappy.training.distributed import ALONE
+from cappy.training.distributed import SINGLE_RANK
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.loop import Run
-from cappy.training.meter import flops_of_pair, layer_weights, peak_of
+from cappy.training.meter import count_layer_weights, pair_flops, peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 8
@@ -75,9 +75,9 @@ def main() -> None:
         for name, way in ways.items():
             seconds[name] = min(seconds[name], way())
             print(f"{name}: {seconds[name]:.1f} s for {len(rows)} rows", flush=True)
-    config, weights = scorer.model.config, layer_weights(scorer.model)
-    flops = sum(flops_of_pair(config, weights, length) for length in lengths)
-    peak = peak_of(torch.device(device), 1, bf16=True)
+    config, weights = scorer.model.config, count_layer_weights(scorer.model)
+    flops = sum(pair_flops(config, weights, length) for length in lengths)
+    peak = peak_flops(torch.device(device), 1, bf16=True)
     result = {
         "benchmark": "training",
         "date": date.today().isoformat(),
@@ -141,7 +141,7 @@ def time_ours(start: Path, source: Path, work: Path, device: str) -> float:
     )
     started = time.perf_counter()
     corpora: Corpora = open_corpora(source, tokens, scorer.tokenizer, scorer.encoder, metric="rougeL", sources=())
-    run = Run(scorer, corpora, config, work / "no-checkpoints", ALONE)
+    run = Run(scorer, corpora, config, work / "no-checkpoints", SINGLE_RANK)
     while run.state.update < run.updates:
         run.update()
     _synchronize(device)

@@ -1,4 +1,4 @@
-"""Vertex AI's SDK as we use it: silent on stdout, and what it refuses in one line."""
+"""Helpers around Vertex AI's SDK: keep it silent on stdout, check the endpoint, translate its errors to one line."""
 
 import contextlib
 import logging
@@ -14,54 +14,55 @@ from requests.exceptions import RequestException
 
 from cappy.errors import ConfigError, quote
 
-REACH_SECONDS = 4.0
+CONNECT_TIMEOUT_SECONDS = 4.0
 
 
-def hush() -> None:
-    """The SDK tells what it does on stdout, where our own answer goes, by a logger of each of its modules."""
+def silence_sdk() -> None:
+    """Raises the level of the SDK's loggers, one per module, to WARNING: they write to stdout, as our commands do."""
     for name in logging.root.manager.loggerDict:
         if name.startswith("google.cloud.aiplatform"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def reach(region: str, endpoint: str = "") -> None:
-    """ConnectionError within seconds where nobody answers at the address: the SDK itself asks for two minutes."""
-    parts = urlsplit(endpoint or f"https://{region}-aiplatform.googleapis.com")
-    if parts.scheme in getproxies():
-        return  # Who stands in between may know names that this machine does not.
-    port = parts.port or (80 if parts.scheme == "http" else 443)
+def check_reachable(region: str, endpoint: str = "") -> None:
+    """Raises ConnectionError within seconds if nothing listens at the address; the SDK itself retries for minutes."""
+    address = urlsplit(endpoint or f"https://{region}-aiplatform.googleapis.com")
+    if address.scheme in getproxies():
+        return  # The proxy may resolve names that this machine cannot.
+    port = address.port or (80 if address.scheme == "http" else 443)
     try:
-        socket.create_connection((parts.hostname or "", port), timeout=REACH_SECONDS).close()
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT_TIMEOUT_SECONDS).close()
     except OSError as error:
-        raise ConnectionError(f"{parts.hostname}: {error.strerror or error}") from error
+        raise ConnectionError(f"{address.hostname}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def translate_errors(step: str, project: str, region: str, remedies: Mapping[int, str] | None = None) -> Iterator[None]:
-    """What the service or the credentials refuse, and a service that does not answer, as one line.
+    """Raises ConfigError with one line for errors of the service or the credentials, and for a service that is silent.
 
-    `remedies` says what to do about a status, where more can be said than to mend it.
+    `remedies` maps a status code to what the user should do about it.
     """
-    place = f"Vertex AI, project {project}, {region}"
+    location = f"Vertex AI, project {project}, {region}"
     try:
         yield
     except GoogleAuthError as error:
         reason = " ".join(str(error).split())
         remedy = "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
-        raise ConfigError(f"{step}: {place}: no credentials ({quote(reason, 120)}); {remedy}") from error
+        raise ConfigError(f"{step}: {location}: no credentials ({quote(reason, 120)}); {remedy}") from error
     except ValueError as error:
-        # The SDK's own checks: a region, a machine or an accelerator that it does not know.
-        raise ConfigError(f"{step}: {place}: {quote(' '.join(str(error).split()), 200)}; mend that setting") from error
+        # The SDK's own checks: an unknown region, machine or accelerator.
+        raise ConfigError(
+            f"{step}: {location}: {quote(' '.join(str(error).split()), 200)}; fix that setting"
+        ) from error
     except GoogleAPICallError as error:
-        # Over REST the request stands in front of the service's words.
-        words = re.sub(r"^[A-Z]+ \S+: ", "", str(error.message))
-        reason = quote(" ".join(words.split()), 200)
+        # Over REST the message starts with the request.
+        message = re.sub(r"^[A-Z]+ \S+: ", "", str(error.message))
+        reason = quote(" ".join(message.split()), 200)
         code = int(error.code) if error.code else 0
-        remedy = (remedies or {}).get(code, "mend that, then run the same command again")
-        raise ConfigError(f"{step}: {place}: refused ({code}, {reason}); {remedy}") from error
+        remedy = (remedies or {}).get(code, "fix that, then run the same command again")
+        raise ConfigError(f"{step}: {location}: refused ({code}, {reason}); {remedy}") from error
     except (GoogleAPIError, RequestException, ConnectionError) as error:
-        # Without an answer: nobody listens, the SDK asked again until its time was up (RetryError), or could not read
-        # what came.
+        # No usable answer: nothing listens, the SDK's retries ran out (RetryError), or it could not parse the answer.
         reason = quote(" ".join(str(error).split()), 200)
-        remedy = "look at the network and the service's state, then run the same command again"
-        raise ConfigError(f"{step}: {place}: gave no answer ({reason}); {remedy}") from error
+        remedy = "check the network and the service's status, then run the same command again"
+        raise ConfigError(f"{step}: {location}: gave no answer ({reason}); {remedy}") from error

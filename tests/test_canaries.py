@@ -274,7 +274,7 @@ def test_no_specification_of_a_cluster_holds_a_canary(monkeypatch: pytest.Monkey
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         from cappy.training.remote import run
 
-        written = [json.dumps(run._environment(tmp_path, "finetuning"))]
+        written = [json.dumps(run._job_environment(tmp_path, "finetuning"))]
         values = {"version": "v", "report": "r", "target": "t", "platform": "kserve", "image": f"a/b@sha256:{'0' * 64}"}
         config = build(DeploymentConfig, values)
         version = Version(name="m", number=3, source="", tags={"cappy.manifest": "3" * 64})

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from cappy.costing import PlanConfig, Step, Throughput
 from cappy.costing.volumes import Volumes
 from cappy.errors import ConfigError, quote
-from cappy.training.meter import PEAKS
+from cappy.training.meter import PEAK_FLOPS
 
 CPU = "cpu"
 """The hardware of the measured speeds; a device of it is one core."""
@@ -21,7 +21,7 @@ MOST_SHARDS = 64
 CHECKS = 11
 """Times that pretraining scores the validation instances at its default, the first and the last check included."""
 CHECKED = 16
-"""Responses of a validation instance that a check scores at most (`cappy.training.checks.CANDIDATES`)."""
+"""Responses of a validation instance that a check scores at most (`cappy.training.checks.CHECK_CANDIDATES`)."""
 CHECKPOINTS = 2
 """Generations of checkpoints kept at a time."""
 _FORWARD = 1 / 3
@@ -31,7 +31,7 @@ END = 1
 
 HARDWARE: Mapping[str, float | None] = {
     CPU: None,
-    **{name.lower().replace(" ", "-"): peak for name, peak in PEAKS.items()},
+    **{name.lower().replace(" ", "-"): peak for name, peak in PEAK_FLOPS.items()},
 }
 """Hardware -> dense bf16 FLOP/s of one device by its data sheet, None of a CPU."""
 

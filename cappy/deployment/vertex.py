@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 try:
     from google.cloud import aiplatform
 
-    from cappy.vertex import hush, translate_errors
+    from cappy.vertex import silence_sdk, translate_errors
 except ModuleNotFoundError as missing:
     raise ConfigError(
         f"deployment: --platform vertex needs {missing.name}; pip install 'cappy-scorer[gcp]'"
@@ -38,7 +38,7 @@ def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[s
     A version that was uploaded, or that answers already, is neither uploaded nor deployed again. ConfigError with the
     service's own words where it refuses, or where it does not answer.
     """
-    hush()
+    silence_sdk()
     with translate_errors("deployment", config.vertex.project, config.vertex.region):
         aiplatform.init(
             project=config.vertex.project, location=config.vertex.region, staging_bucket=config.vertex.bucket

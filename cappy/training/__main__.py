@@ -1,4 +1,4 @@
-"""One rank of a training step, however it was started.
+"""Runs one rank of a training step, whichever launcher started it.
 
     torchrun --nproc-per-node 2 -m cappy.training finetuning '{"source": "annotated", "target": "scorer"}'
 
@@ -26,36 +26,36 @@ from cappy.steps import TRAINING_STEPS, step_version
 from cappy.training import finetuning, pretraining
 from cappy.training.launch import REPORT_VARIABLE, VERSION_VARIABLE, Report
 
-ATOMIC = 1000
-"""Characters of a message: even as escaped JSON within 4,096 bytes or so, which a pipe takes whole from each rank."""
+MAX_MESSAGE_CHARACTERS = 1000
+"""Characters of an error text in a report: about 4,096 bytes as escaped JSON, which a pipe writes atomically."""
 Send = Callable[[Report], None]
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
-    """Runs the step and ends the process: status 1 after a CappyError, which the first rank says in one line."""
+    """Runs the step and exits: status 1 after a CappyError, which is printed as one line."""
     try:
-        status = _ran(arguments)
-    except BaseException:  # noqa: BLE001 (shown, as the interpreter would)
+        status = _run_process(arguments)
+    except BaseException:  # noqa: BLE001 (the traceback is printed, as the interpreter would)
         sys.stderr.write(redact(traceback.format_exc()))
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: threads of torch's and of DeepSpeed's that still run while the interpreter is torn down abort the
-    # process now and then, and a rank whose work is done would count as one that failed.
+    # Not sys.exit: threads of torch and DeepSpeed that still run during interpreter shutdown sometimes abort the
+    # process, and a rank that has finished would count as failed.
     os._exit(status)
 
 
-def _ran(arguments: Sequence[str]) -> int:
-    pipes = os.environ.pop(REPORT_VARIABLE, "")
-    if not pipes:
-        return _alone(arguments)
-    report, life = map(int, pipes.split(","))
-    threading.Thread(target=_end_with_parent, args=(life,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then asks us to end.
-    return _run_and_report(arguments, lambda message: _write(report, message))
+def _run_process(arguments: Sequence[str]) -> int:
+    descriptors = os.environ.pop(REPORT_VARIABLE, "")
+    if not descriptors:
+        return _run_and_print(arguments)
+    report_to, parent_alive = map(int, descriptors.split(","))
+    threading.Thread(target=_exit_with_parent, args=(parent_alive,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles Ctrl-C and sends us SIGTERM.
+    return _run_and_report(arguments, lambda message: _send(report_to, message))
 
 
-def _alone(arguments: Sequence[str]) -> int:
+def _run_and_print(arguments: Sequence[str]) -> int:
     try:
         metrics = json.loads(_run(arguments, _job_progress(arguments)))["metrics"]
         if "trial_updates" in metrics and os.environ.get("RANK", "0") == "0":
@@ -69,7 +69,7 @@ def _alone(arguments: Sequence[str]) -> int:
 
 
 def _job_progress(arguments: Sequence[str]) -> Progress:
-    """For a job: a file on the volume that the step which submitted it reads, and a line in the log now and then."""
+    """Progress of a job: written to a file on the volume for the step that submitted it, and logged now and then."""
     folder = os.environ.get(PROGRESS_VARIABLE)
     if not folder or not arguments:
         return silent
@@ -78,7 +78,7 @@ def _job_progress(arguments: Sequence[str]) -> Progress:
     in_log = LineProgress(lambda text: sys.stderr.write(f"{step}: {text}\n"))
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-        with contextlib.suppress(OSError):  # A volume that is away for a moment must not end the training.
+        with contextlib.suppress(OSError):  # A volume that is briefly unavailable must not end the training.
             in_file(done, total, unit=unit, resumed=resumed, note=note)
         in_log(done, total, unit=unit, resumed=resumed, note=note)
 
@@ -86,7 +86,7 @@ def _job_progress(arguments: Sequence[str]) -> Progress:
 
 
 def _run_and_report(arguments: Sequence[str], report: Send) -> int:
-    """Runs the step and tells the process that started us how far it is and what came of it."""
+    """Runs the step; reports its progress and its result to the process that started us."""
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         report({"progress": (done, total, unit, resumed, note)})
@@ -96,38 +96,43 @@ def _run_and_report(arguments: Sequence[str], report: Send) -> int:
         if os.environ["LOCAL_RANK"] == "0":
             report({"manifest": manifest})
     except CappyError as error:
-        report({"error": (type(error).__name__, str(error)[:ATOMIC])})
+        report({"error": (type(error).__name__, str(error)[:MAX_MESSAGE_CHARACTERS])})
         return 1
-    except Exception:  # noqa: BLE001 (reported to the parent, which shows the first rank's that failed)
-        report({"defect": redact(traceback.format_exc())[-ATOMIC:]})
+    except Exception:  # noqa: BLE001 (reported to the parent, which prints the traceback of the first failed rank)
+        report({"defect": redact(traceback.format_exc())[-MAX_MESSAGE_CHARACTERS:]})
         return 1
     return 0
 
 
 def _run(arguments: Sequence[str], progress: Progress) -> str:
     if len(arguments) != 2 or arguments[0] not in TRAINING_STEPS:
-        raise ConfigError(f"give a step ({', '.join(TRAINING_STEPS)}) and its settings, got {quote(list(arguments))}")
-    step, text = arguments
-    own = str(step_version(step))
-    if (asked := os.environ.get(VERSION_VARIABLE, own)) != own:
+        raise ConfigError(
+            f"expected a step ({', '.join(TRAINING_STEPS)}) and its settings, got {quote(list(arguments))}"
+        )
+    step, encoded = arguments
+    own_version = str(step_version(step))
+    if (submitted_version := os.environ.get(VERSION_VARIABLE, own_version)) != own_version:
         remedy = "build both images from one commit"
-        raise ConfigError(f"the job's image has {step} in version {own}, the step that submitted it {asked}; {remedy}")
-    values = json.loads(text) if text.startswith("{") else decode(text)
+        raise ConfigError(
+            f"the job's image has version {own_version} of {step}, the step that submitted it has {submitted_version}; "
+            f"{remedy}"
+        )
+    values = json.loads(encoded) if encoded.startswith("{") else decode(encoded)
     if step == "pretraining":
         return pretraining.run(build(pretraining.PretrainingConfig, values), progress).to_json()
     if step != "finetuning":
-        raise ConfigError(f"{step}: is not trained by this module")
+        raise ConfigError(f"{step}: this module runs {' and '.join(TRAINING_STEPS)} only")
     return finetuning.run(build(finetuning.FinetuningConfig, values), progress).to_json()
 
 
-def _write(report: int, message: Report) -> None:
+def _send(descriptor: int, message: Report) -> None:
     data = json.dumps(message).encode() + b"\n"
     while data:
-        data = data[os.write(report, data) :]
+        data = data[os.write(descriptor, data) :]
 
 
-def _end_with_parent(life: int) -> None:
-    os.read(life, 1)
+def _exit_with_parent(parent_alive: int) -> None:
+    os.read(parent_alive, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,6 +1,6 @@
-"""Where a stopped training run continues: its checkpoints, when one is due, and the wish to end that makes one due.
+"""Checkpoints of a training run: writing and reading them, when one is due, and SIGTERM, which makes one due.
 
-Tensors are kept as safetensors, the rest as JSON, two generations of each.
+Tensors are stored as safetensors, the rest as JSON; two generations are kept.
 """
 
 import contextlib
@@ -23,24 +23,24 @@ from torch import Tensor
 from cappy.errors import FolderError
 from cappy.records.folder import disk_errors, rename_folder, sha256_of
 
-CONTINUES = "run the same command again to continue"
-"""What the error of a run says that lost nothing and has nothing to mend."""
-KEPT = 2
-"""Generations kept: where the newest is damaged, the one before it stands."""
+CONTINUE_REMEDY = "run the same command again to continue"
+"""The remedy in errors of runs that need no change and continue at their checkpoint."""
+MAX_GENERATIONS = 2
+"""Generations kept: if the newest is damaged, the one before it is used."""
 
 Tensors = dict[str, Tensor]
-_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
-_SUMS = "sums.json"
+_DAMAGE_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
+_CHECKSUMS = "sums.json"
 
 
 @dataclass
 class State:
-    """How far the loop is; `log` holds one entry per check of the validation instances, `curve` points between.
+    """The state of the loop; `log` has one entry per check of the validation instances, `curve` points in between.
 
-    The place in the feed and the state of every random draw follow from the seed and `update`. `best_update` and
-    `best_pick` are of the check whose weights are kept, `best_values` the expected labels of the best check, by
-    validation instance. `budget` is the token budget in force, smaller than the setting once memory has run out;
-    `events` tells of that.
+    The position in the data and the state of all random draws follow from the seed and `update`. `best_update` and
+    `best_pick` belong to the check whose weights are kept; `best_values` are the expected labels of the best check, by
+    validation instance. `budget` is the current number of padded tokens per pass, smaller than the setting after memory
+    has run out; `events` records that.
     """
 
     update: int = 0
@@ -58,7 +58,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A state with its tensors: the model's, the optimizer's (parameter.moment), and the best check's weights."""
+    """A state with its tensors: the model's weights, the optimizer's moments ("parameter.moment"), the best weights."""
 
     state: State
     weights: Tensors
@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Adds a generation to `folder`, whole or not at all, and drops all but the last `KEPT`."""
+    """Writes a generation to `folder` atomically and deletes all but the last `MAX_GENERATIONS`."""
     generation = folder / f"{checkpoint.state.update:09d}"
     temporary = folder / ".tmp"
     with disk_errors(folder):
@@ -77,76 +77,76 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         save_file(checkpoint.best, temporary / "best.safetensors")
         save_file(checkpoint.moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(checkpoint.state)))
-        sums = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
-        (temporary / _SUMS).write_text(json.dumps(sums, indent=1))
+        checksums = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
+        (temporary / _CHECKSUMS).write_text(json.dumps(checksums, indent=1))
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        rename_folder(temporary, generation, last=_SUMS)
-        _flush(folder)
-        for older in _generations(folder)[:-KEPT]:
+            _fsync(path)
+        rename_folder(temporary, generation, last=_CHECKSUMS)
+        _fsync(folder)
+        for older in _generations(folder)[:-MAX_GENERATIONS]:
             shutil.rmtree(older, ignore_errors=True)
 
 
 def load(folder: Path) -> tuple[Checkpoint | None, str]:
-    """The newest undamaged checkpoint, and what is to be said of those passed over; None where there never was one.
+    """The newest undamaged checkpoint (None if there never was one) and a note about damaged ones, or "".
 
-    Damaged generations are deleted, so that the next one written is not older than they are. FolderError where all
-    are damaged: starting over would be a surprise.
+    Damaged generations newer than it are deleted, so that the next one written is the newest. Raises FolderError if all
+    are damaged, rather than silently starting over.
     """
-    passed: list[Path] = []
+    damaged: list[Path] = []
     for generation in reversed(_generations(folder)):
-        with contextlib.suppress(*_DAMAGE):
-            checkpoint = _read(generation)
-            for damaged in passed:
-                shutil.rmtree(damaged, ignore_errors=True)
-            return checkpoint, _explain(passed, checkpoint.state.update)
-        passed.append(generation)
-    if any((generation / _SUMS).exists() for generation in passed):
+        with contextlib.suppress(*_DAMAGE_ERRORS):
+            checkpoint = _read_generation(generation)
+            for path in damaged:
+                shutil.rmtree(path, ignore_errors=True)
+            return checkpoint, _describe_damage(damaged, checkpoint.state.update)
+        damaged.append(generation)
+    if any((generation / _CHECKSUMS).exists() for generation in damaged):
         raise FolderError(f"{folder}: every checkpoint is damaged; delete this folder to start from update 0")
     return None, ""
 
 
-def newest(folder: Path) -> str:
-    """The newest generation's path as an error names it."""
+def describe_newest(folder: Path) -> str:
+    """The path of the newest generation, for an error message."""
     generations = _generations(folder)
     return str(generations[-1]) if generations else "none yet"
 
 
 def newest_update(folder: Path) -> int:
-    """The update of the newest generation, damaged or not; -1 where there is none."""
+    """The update of the newest generation, damaged or not; -1 if there is none."""
     generations = _generations(folder)
     return int(generations[-1].name) if generations else -1
 
 
 def copy_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
-    """The tensors as they are now, on the CPU, each in memory of its own."""
+    """Copies of the tensors on the CPU, each with its own memory."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 class Shutdown:
-    """Knows, while its block runs, whether SIGTERM asked this process to end; outside, SIGTERM ends it at once.
+    """Records SIGTERM while its block runs, instead of ending the process at once.
 
-    Only a process's main thread can listen; elsewhere nothing is ever requested.
+    Only the main thread of a process can handle signals; in other threads nothing is ever requested.
     """
 
     def __init__(self) -> None:
         self._requested = False
-        self._before: Callable[[int, FrameType | None], object] | int | None = None
-        self._listens = threading.current_thread() is threading.main_thread()
+        self._previous_handler: Callable[[int, FrameType | None], object] | int | None = None
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> "Shutdown":
-        if self._listens:
-            self._before = signal.signal(signal.SIGTERM, self._request)
+        if self._in_main_thread:
+            self._previous_handler = signal.signal(signal.SIGTERM, self._request)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._listens:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._in_main_thread:
+            signal.signal(signal.SIGTERM, self._previous_handler)
 
     def requested(self) -> bool:
-        """Whether SIGTERM came."""
+        """Whether SIGTERM was received."""
         return self._requested
 
     def _request(self, number: int, frame: FrameType | None) -> None:
@@ -154,14 +154,14 @@ class Shutdown:
 
 
 class CheckpointClock:
-    """Says when a checkpoint is due: so many seconds, or so many updates, after the last one."""
+    """Decides when a checkpoint is due: every so many seconds or updates."""
 
     def __init__(self, seconds: float, updates: int | None) -> None:
         self._seconds, self._updates = seconds, updates
         self._last = time.monotonic()
 
     def due(self, update: int) -> bool:
-        """Whether one is due after this update (1-based); asking for one begins the seconds anew."""
+        """Whether one is due after this update (1-based); if so, restarts the clock."""
         by_update = self._updates is not None and update % self._updates == 0
         due = by_update or time.monotonic() - self._last >= self._seconds
         if due:
@@ -169,17 +169,17 @@ class CheckpointClock:
         return due
 
 
-def _explain(passed: list[Path], update: int) -> str:
-    if not passed:
+def _describe_damage(damaged: list[Path], update: int) -> str:
+    if not damaged:
         return ""
-    names = " and ".join(str(int(path.name)) for path in passed)
-    return f"the checkpoint of update {names} is damaged, continued from update {update}"
+    names = " and ".join(str(int(path.name)) for path in damaged)
+    return f"the checkpoint of update {names} is damaged; continued from update {update}"
 
 
-def _read(generation: Path) -> Checkpoint:
-    """ValueError or OSError where a file is missing or is not what was written."""
-    sums: Mapping[str, str] = json.loads((generation / _SUMS).read_text())
-    for name, expected in sums.items():
+def _read_generation(generation: Path) -> Checkpoint:
+    """Reads and verifies a checkpoint; raises ValueError or OSError if a file is missing or damaged."""
+    checksums: Mapping[str, str] = json.loads((generation / _CHECKSUMS).read_text())
+    for name, expected in checksums.items():
         if sha256_of(generation / name) != expected:
             raise ValueError(name)
     return Checkpoint(
@@ -194,7 +194,7 @@ def _generations(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"[0-9]+", path.name)) if folder.is_dir() else []
 
 
-def _flush(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The processes that train together: what they tell each other, and how they share an update."""
+"""Data-parallel training: collective operations between ranks, and the strategies `single` and `ddp`."""
 
 import contextlib
 import json
@@ -16,16 +16,16 @@ from cappy.training.checkpoint import Tensors, copy_tensors
 from cappy.training.settings import TrainingSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW remembers of a parameter, beside the number of its steps."""
-BUCKET = 16 * 2**20
-"""Numbers per all-reduce: enough to fill a link, few enough to need no second copy of the gradients."""
-PATIENCE = timedelta(hours=2)
-"""How long a rank waits for another; whoever started them ends the rest when one of them dies, and sooner."""
+"""The moments in torch's AdamW state of a parameter, beside "step"."""
+BUCKET_SIZE = 16 * 2**20
+"""Numbers per all-reduce: enough to saturate a link, few enough that the flat copies stay small."""
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""How long a rank waits for another. If one dies, the launcher ends the others much earlier."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process is number `rank` of `count`, and number `local` on its machine."""
+    """The position of this process: `rank` of `count` processes, `local` on its machine, all 0-based."""
 
     rank: int = 0
     count: int = 1
@@ -33,78 +33,80 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that writes."""
+        """Whether this is rank 0, the only one that writes files."""
         return self.rank == 0
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors must lie to be sent to others."""
+        """The device that tensors must be on for collective operations."""
         return torch.device("cuda", self.local) if torch.cuda.is_available() else torch.device("cpu")
 
     def all_reduce(self, values: Sequence[float]) -> list[float]:
-        """The sum over the ranks of each value, the same on all."""
+        """The sum of each value over the ranks, on all ranks."""
         if self.count == 1:
             return list(values)
-        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(numbers)
-        sums: list[float] = numbers.tolist()
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(tensor)
+        sums: list[float] = tensor.tolist()
         return sums
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Replaces each gradient by its sum over the ranks, in buckets whose borders are always the same.
+        """Replaces each gradient by its sum over the ranks, in fixed buckets.
 
-        Our own buckets and not DistributedDataParallel's: those are cut anew after the first update, so that a resumed
-        run would add in another order than an unbroken one.
+        DistributedDataParallel rebuilds its buckets after the first update, so that a resumed run would add in another
+        order than an uninterrupted one.
         """
         if self.count == 1:
             return
-        buckets = list(_buckets(gradients))
-        flat = [torch.cat([gradient.reshape(-1) for gradient in bucket]) for bucket in buckets]
-        works = [distributed.all_reduce(bucket, async_op=True) for bucket in flat]
-        for bucket, sums, work in zip(buckets, flat, works, strict=True):
-            work.wait()
-            for gradient, part in zip(bucket, torch.split(sums, [g.numel() for g in bucket]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+        buckets = list(_split_buckets(gradients))
+        flat_buckets = [torch.cat([gradient.reshape(-1) for gradient in bucket]) for bucket in buckets]
+        handles = [distributed.all_reduce(bucket, async_op=True) for bucket in flat_buckets]
+        for bucket, flat, handle in zip(buckets, flat_buckets, handles, strict=True):
+            handle.wait()
+            for gradient, summed in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
     def broadcast_object(self, value: object) -> Any:
-        """What the first rank has for `value`, which JSON can hold; torch's broadcast of objects would pickle it."""
+        """The first rank's `value`, which must be JSON-serializable; torch's broadcast of objects uses pickle."""
         if self.count == 1:
             return value
-        text = json.dumps(value).encode() if self.first else b""
-        size = torch.tensor([len(text)], device=self.device)
+        encoded = json.dumps(value).encode() if self.first else b""
+        size = torch.tensor([len(encoded)], device=self.device)
         distributed.broadcast(size, 0)
-        sent = bytearray(text) if self.first else bytearray(int(size))
-        moved = torch.frombuffer(sent, dtype=torch.uint8).to(self.device)
-        distributed.broadcast(moved, 0)
-        return json.loads(bytes(moved.cpu().numpy()))
+        buffer = bytearray(encoded) if self.first else bytearray(int(size))
+        tensor = torch.frombuffer(buffer, dtype=torch.uint8).to(self.device)
+        distributed.broadcast(tensor, 0)
+        return json.loads(bytes(tensor.cpu().numpy()))
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The first rank's tensors by name, on the CPU; the others may hold none."""
+        """The first rank's tensors by name, on the CPU; the other ranks may pass an empty mapping."""
         if self.count == 1:
             return dict(tensors)
-        kinds = self.broadcast_object({name: (tuple(one.shape), str(one.dtype)) for name, one in tensors.items()})
+        specs = self.broadcast_object(
+            {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
+        )
         received = {}
-        for name, (shape, dtype) in kinds.items():
-            here = tensors[name] if self.first else torch.empty(shape, dtype=getattr(torch, dtype.split(".")[-1]))
-            moved = here.to(self.device).contiguous()
-            distributed.broadcast(moved, 0)
-            received[name] = moved.cpu()
+        for name, (shape, dtype) in specs.items():
+            tensor = tensors[name] if self.first else torch.empty(shape, dtype=getattr(torch, dtype.split(".")[-1]))
+            buffer = tensor.to(self.device).contiguous()
+            distributed.broadcast(buffer, 0)
+            received[name] = buffer.cpu()
         return received
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process as one rank of several (torchrun, a TrainJob, our own)."""
+    """Whether a launcher (torchrun, a TrainJob or `cappy.training.launch`) started this process as a rank."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @contextlib.contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """The ranks that a launcher started, met (nccl where there is a GPU, else gloo); alone where there is none."""
+    """Joins the ranks that a launcher started (nccl with a GPU, else gloo); a single rank without a launcher."""
     if not is_launched():
-        yield ALONE
+        yield SINGLE_RANK
         return
     ranks = Ranks(
         rank=int(os.environ["RANK"]),
@@ -114,18 +116,18 @@ def join_ranks() -> Iterator[Ranks]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(ranks.local)
-    distributed.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
     yield ranks
-    # Only after success: a rank that failed cannot say good-bye to others that wait for it elsewhere.
+    # Only after success: after an error this would wait for ranks that are blocked in another operation.
     distributed.destroy_process_group()
 
 
 class Strategy(Protocol):
-    """How ranks share an update: `Replicas` says what each of these does."""
+    """How ranks share an update; `ReplicatedStrategy` documents the methods."""
 
     lockstep: bool
 
-    def forget(self) -> None: ...
+    def zero_grad(self) -> None: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
     def step(self, rate: float) -> float: ...
     def weights(self) -> Tensors: ...
@@ -134,27 +136,27 @@ class Strategy(Protocol):
     def best_model(self, best: Tensors) -> nn.Module: ...
 
 
-class Replicas:
-    """The strategies `single` and `ddp`: gradients are summed over the ranks once per update, then all do the same."""
+class ReplicatedStrategy:
+    """The strategies `single` and `ddp`: gradients are summed over the ranks once per update, then all ranks step."""
 
     lockstep = False
-    """Whether every rank must do as many passes as every other."""
+    """Whether all ranks must do the same number of passes."""
 
     def __init__(self, model: nn.Module, config: TrainingSettings, ranks: Ranks) -> None:
         self._model, self._clip, self._ranks = model, config.clip, ranks
         self._optimizer = adamw(model, config)
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Drops the gradients."""
         self._optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds the gradients of this rank's share; `last` of the update."""
+        """Accumulates the gradients of one of this rank's passes; `last` marks the last pass of the update."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, rate: float) -> float:
-        """One step at this learning rate; the gradient's norm before clipping. No step where that is not a number."""
-        self._share()
+        """Steps at this learning rate unless the gradient's norm is not finite; returns the norm before clipping."""
+        self._sum_gradients()
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or math.inf))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -167,11 +169,11 @@ class Replicas:
         return copy_tensors(self._model.state_dict())
 
     def moments(self) -> Tensors:
-        """A copy of the optimizer's state, by parameter and moment."""
+        """A copy of the optimizer's state, by "parameter.moment", on the CPU."""
         return moments_of(self._model, self._optimizer)
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
-        """Puts a checkpoint's tensors in place."""
+        """Loads a checkpoint's tensors."""
         self._model.load_state_dict(weights)
         restore_moments(self._model, self._optimizer, moments)
 
@@ -180,14 +182,14 @@ class Replicas:
         self._model.load_state_dict(best)
         return self._model
 
-    def _share(self) -> None:
-        """Sums the gradients over the ranks; a parameter that no rank used keeps none, as on one rank."""
+    def _sum_gradients(self) -> None:
+        """Sums the gradients over the ranks; a parameter that no rank used keeps no gradient, as with one rank."""
         if self._ranks.count == 1:
             return
         parameters = list(self._model.parameters())
-        used = self._ranks.all_reduce([float(parameter.grad is not None) for parameter in parameters])
+        ranks_using = self._ranks.all_reduce([float(parameter.grad is not None) for parameter in parameters])
         gradients = []
-        for parameter, count in zip(parameters, used, strict=True):
+        for parameter, count in zip(parameters, ranks_using, strict=True):
             if count:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 gradients.append(parameter.grad)
@@ -195,7 +197,7 @@ class Replicas:
 
 
 def adamw(model: nn.Module, config: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW that spares biases and norms its weight decay; the rate is set at every step."""
+    """AdamW without weight decay on biases and norms; the learning rate is set at every step."""
     parameters = list(model.parameters())
     decayed = [parameter for parameter in parameters if parameter.ndim >= 2]
     plain = [parameter for parameter in parameters if parameter.ndim < 2]
@@ -204,7 +206,7 @@ def adamw(model: nn.Module, config: TrainingSettings) -> torch.optim.AdamW:
 
 
 def moments_of(model: nn.Module, optimizer: torch.optim.AdamW) -> Tensors:
-    """A copy of the optimizer's state by parameter and moment, on the CPU."""
+    """A copy of the optimizer's state, by "parameter.moment", on the CPU."""
     return copy_tensors(
         {
             f"{name}.{key}": value
@@ -215,7 +217,7 @@ def moments_of(model: nn.Module, optimizer: torch.optim.AdamW) -> Tensors:
 
 
 def restore_moments(model: nn.Module, optimizer: torch.optim.AdamW, moments: Tensors) -> None:
-    """Puts the optimizer's state in place; the counts of steps stay on the CPU, as AdamW keeps them."""
+    """Loads the optimizer's state; step counts stay on the CPU, where AdamW keeps them."""
     for name, parameter in model.named_parameters():
         for key in ("step", *MOMENTS):
             if (value := moments.get(f"{name}.{key}")) is not None:
@@ -223,11 +225,11 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.AdamW, moments: Ten
                 optimizer.state[parameter][key] = value.to(device, copy=True)
 
 
-def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _split_buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:
-        if bucket and size + gradient.numel() > BUCKET:
+        if bucket and size + gradient.numel() > BUCKET_SIZE:
             yield bucket
             bucket, size = [], 0
         bucket.append(gradient)

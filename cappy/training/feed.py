@@ -1,4 +1,4 @@
-"""What the loop is fed: whole instances, in an order and with draws that the seed and the update's number decide."""
+"""The batches of the loop: whole instances, whose order and drawn responses depend only on seed and update."""
 
 import hashlib
 import math
@@ -18,118 +18,117 @@ _HALF = np.uint64(32)
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """An instance of a corpus by its number, and the numbers of the responses drawn of it; `width` is the longest
-    pair's tokens."""
+class Draw:
+    """The indices of an instance and of the responses drawn from it; `width` is its longest pair in tokens."""
 
     index: int
-    chosen: tuple[int, ...]
+    responses: tuple[int, ...]
     width: int = 0
 
     @property
     def tokens(self) -> int:
-        """Tokens of its pairs, padded to its longest."""
-        return self.width * len(self.chosen)
+        """Tokens of its pairs, padded to the longest pair."""
+        return self.width * len(self.responses)
 
 
-def batch(corpus: Corpus, update: int, size: int, max_candidates: int, *, seed: int) -> list[Drawn]:
-    """The `size` instances of an update (0-based), `max_candidates` drawn of each.
+def draw_batch(corpus: Corpus, update: int, size: int, max_candidates: int, *, seed: int) -> list[Draw]:
+    """The `size` instances of an update (0-based), with up to `max_candidates` responses drawn from each.
 
-    Every pass holds every instance once, in an order of its own, and begins where the one before ended, be it in the
-    middle of an update. Nothing is remembered from update to update: a resumed run asks for the next one.
+    Every epoch has every instance once, in an order of its own; an update may span the end of one epoch and the start
+    of the next. The function has no state, so a resumed run continues with the next update.
     """
-    places = range(update * size, (update + 1) * size)
-    drawn = []
-    for epoch in range(places[0] // len(corpus), places[-1] // len(corpus) + 1):
-        own = [place - epoch * len(corpus) for place in places if place // len(corpus) == epoch]
-        order = permute(np.array(own, dtype=np.uint64), len(corpus), f"{seed} {epoch}")
+    positions = range(update * size, (update + 1) * size)
+    draws = []
+    for epoch in range(positions[0] // len(corpus), positions[-1] // len(corpus) + 1):
+        indices = [position - epoch * len(corpus) for position in positions if position // len(corpus) == epoch]
+        order = permute(np.array(indices, dtype=np.uint64), len(corpus), f"{seed} {epoch}")
         for index in order.tolist():
             rng = random.Random(f"{seed} {epoch} {index}")
-            drawn.append(_draw(corpus, index, range(corpus.size(index)), max_candidates, rng))
-    return drawn
+            draws.append(_draw(corpus, index, range(corpus.size(index)), max_candidates, rng))
+    return draws
 
 
-def updates_of(corpus: Corpus, config: TrainingSettings) -> int:
-    """Updates that draw `config.train_rows` responses, or `config.epochs` times as many as there are."""
-    drawn = corpus.drawable(config.max_candidates) / len(corpus)
+def count_updates(corpus: Corpus, config: TrainingSettings) -> int:
+    """The number of updates that draw `config.train_rows` responses, or `config.epochs` times all responses."""
+    draws_per_instance = corpus.responses_per_epoch(config.max_candidates) / len(corpus)
     rows = config.train_rows or corpus.facts.pairs * config.epochs
-    return max(1, math.ceil(rows / (config.batch_instances * drawn) - 1e-9))
+    return max(1, math.ceil(rows / (config.batch_instances * draws_per_instance) - 1e-9))
 
 
-def pool(corpus: Corpus, index: int, count: int, *, seed: int) -> Drawn:
-    """What a selector would see of a validation instance, at most `count` responses: the same draw at every check."""
+def draw_validation(corpus: Corpus, index: int, count: int, *, seed: int) -> Draw:
+    """At most `count` selectable responses of a validation instance; the same draw at every check."""
     return _draw(corpus, index, corpus.selectable(index), count, random.Random(f"{seed} check {index}"))
 
 
-def micro_batches(batch: Sequence[Drawn], budget: int, parts: int = 1) -> list[list[Drawn]]:
-    """The instances, whole and of similar length together, in passes of at most `budget` padded tokens.
+def split_batch(batch: Sequence[Draw], budget: int, min_passes: int = 1) -> list[list[Draw]]:
+    """Splits a batch into passes of at most `budget` padded tokens, of whole instances of similar length.
 
-    An instance that alone has more tokens passes alone. At least `parts` passes, so that every rank has work, as far
-    as there are instances.
+    An instance with more tokens is a pass by itself. There are at least `min_passes` passes, so that every rank has
+    work, unless there are fewer instances.
     """
-    micros: list[list[Drawn]] = []
+    passes: list[list[Draw]] = []
     pairs = 0
-    for drawn in sorted(batch, key=lambda one: -one.width):
-        if not micros or (pairs + len(drawn.chosen)) * micros[-1][0].width > budget:
-            micros.append([])
+    for draw in sorted(batch, key=lambda draw: draw.width, reverse=True):
+        if not passes or (pairs + len(draw.responses)) * passes[-1][0].width > budget:
+            passes.append([])
             pairs = 0
-        micros[-1].append(drawn)
-        pairs += len(drawn.chosen)
-    while len(micros) < min(parts, len(batch)):
-        largest = max((micro for micro in micros if len(micro) > 1), key=padded_tokens)
+        passes[-1].append(draw)
+        pairs += len(draw.responses)
+    while len(passes) < min(min_passes, len(batch)):
+        largest = max((draws for draws in passes if len(draws) > 1), key=padded_tokens)
         half = len(largest) // 2
-        micros[micros.index(largest)] = largest[:half]
-        micros.append(largest[half:])
-    return micros
+        passes[passes.index(largest)] = largest[:half]
+        passes.append(largest[half:])
+    return passes
 
 
-def comparable(chosen: Sequence[int], selectable: Sequence[int]) -> list[bool]:
-    """Which of the responses drawn are compared with each other: those that a selector may pick.
+def comparison_mask(responses: Sequence[int], selectable: Sequence[int]) -> list[bool]:
+    """Which of the drawn responses the comparing losses use: the selectable ones, or all if fewer than two are.
 
-    All of them where fewer than two may be picked, as in the published data, which knows references and wrong choices.
-    A mismatch is recognised at a glance and has the lowest label: it would be most of what a comparison teaches.
+    The published data has only references and wrong choices, so there all are compared. Mismatches are left out because
+    they are easy to recognise and have the lowest label, so they would dominate the comparison.
     """
-    may = set(selectable)
-    flags = [number in may for number in chosen]
-    return flags if sum(flags) > 1 else [True] * len(chosen)
+    allowed = set(selectable)
+    flags = [response in allowed for response in responses]
+    return flags if sum(flags) > 1 else [True] * len(responses)
 
 
-def padded_tokens(micro: Sequence[Drawn]) -> int:
-    """Padded tokens of a pass."""
-    return sum(len(drawn.chosen) for drawn in micro) * max(drawn.width for drawn in micro)
+def padded_tokens(draws: Sequence[Draw]) -> int:
+    """The padded tokens of a pass."""
+    return sum(len(draw.responses) for draw in draws) * max(draw.width for draw in draws)
 
 
-def passes_of(costs: Sequence[int], rank: int, count: int) -> list[int]:
-    """Numbers of the passes that are this rank's: each, the costliest first, goes to the rank with the least so far."""
-    loads, mine = [0] * count, []
-    for number in sorted(range(len(costs)), key=lambda one: -costs[one]):
-        least = loads.index(min(loads))
-        loads[least] += costs[number]
-        if least == rank:
-            mine.append(number)
-    return mine
+def assign_passes(costs: Sequence[int], rank: int, count: int) -> list[int]:
+    """The indices of this rank's passes: greedily, the costliest pass first, each to the rank with the lowest load."""
+    loads, own_passes = [0] * count, []
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        lightest = loads.index(min(loads))
+        loads[lightest] += costs[index]
+        if lightest == rank:
+            own_passes.append(index)
+    return own_passes
 
 
 def permute(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.uint64]:
-    """What stands at these positions of a random order of `range(size)`; the key alone decides the order.
+    """The values at these positions of a pseudo-random permutation of `range(size)` that depends only on the key.
 
-    A Feistel network over the next power of four, walked again while it leads out of the range (at most four times as
-    large, so a walk takes four steps in the mean). Memory holds the positions asked for, however large `size` is.
+    A Feistel network over the next power of four, with cycle walking (Black and Rogaway 2002): values outside the range
+    are permuted again, four times on average at most. Memory is that of `positions`, independent of `size`.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     keys = np.frombuffer(hashlib.shake_128(key.encode()).digest(8 * _ROUNDS), dtype="<u8")
-    values = _network(positions, half, keys)
+    values = _feistel(positions, half, keys)
     while (outside := values >= size).any():
-        values[outside] = _network(values[outside], half, keys)
+        values[outside] = _feistel(values[outside], half, keys)
     return values
 
 
-def _draw(corpus: Corpus, index: int, numbers: Sequence[int], count: int, rng: random.Random) -> Drawn:
-    chosen = tuple(numbers) if len(numbers) <= count else tuple(sorted(rng.sample(numbers, count)))
-    return Drawn(index, chosen, corpus.longest(index, chosen))
+def _draw(corpus: Corpus, index: int, candidates: Sequence[int], count: int, rng: random.Random) -> Draw:
+    responses = tuple(candidates) if len(candidates) <= count else tuple(sorted(rng.sample(candidates, count)))
+    return Draw(index, responses, corpus.max_tokens(index, responses))
 
 
-def _network(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> bits, values & mask
     for key in keys:
@@ -138,7 +137,7 @@ def _network(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) ->
 
 
 def _mix_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Bits of each value spread over all 64 (multiplication wraps around, which is wanted)."""
+    """Spreads the bits of each value over all 64; the multiplication is meant to wrap around."""
     values = (values ^ (values >> _HALF)) * _ODD
     values = (values ^ (values >> _HALF)) * _ODD
     return values ^ (values >> _HALF)

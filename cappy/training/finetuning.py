@@ -1,4 +1,4 @@
-"""Finetuning: a scorer adapted to one task's annotated instances; the LLM stays as it is."""
+"""Finetuning: adapts a scorer to one task's annotated instances; the LLM is not changed."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +9,7 @@ from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Manifest
 from cappy.scorers import open_scorer
-from cappy.training.settings import TRUNCATION, TrainingSettings
+from cappy.training.settings import PAPER_TRUNCATION, TrainingSettings
 
 if TYPE_CHECKING:
     from cappy.scoring import Scorer
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 @settings
 class FinetuningConfig(TrainingSettings):
-    """A scorer, adapted."""
+    """Settings of finetuning, which adapts a scorer to a task."""
 
     scorer: Annotated[
-        str, Field(description="Scorer to start from: builtin, a folder, hub:org/name@revision, models:/name@champion")
+        str,
+        Field(description="Scorer to start from: builtin, a folder, hub:org/name@revision or models:/name@champion"),
     ] = "builtin"
 
 
@@ -33,21 +34,21 @@ def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
     return train(
         "finetuning",
         config,
-        lambda: _start(config),
+        lambda: _load_scorer(config),
         parents=[folder.hash],
-        seen=training_prompts(folder.path),
+        seen_prompts=training_prompts(folder.path),
         start_folder=folder.path,
         progress=progress,
     )
 
 
-def _start(config: FinetuningConfig) -> "Scorer":
+def _load_scorer(config: FinetuningConfig) -> "Scorer":
     from cappy.scoring import Scorer
 
     scorer = Scorer.load(config.scorer, precision="fp32")
     if config.preset == "paper" and scorer.head != "mse":
         remedy = "start from a scorer pretrained with --head mse, or leave the preset out"
-        raise ConfigError(f"--preset paper: trains a raw regression, this scorer's head is {scorer.head}; {remedy}")
+        raise ConfigError(f"--preset paper: needs head mse, but this scorer's head is {scorer.head}; {remedy}")
     if config.preset == "paper":
-        scorer.encoder.truncation = TRUNCATION
+        scorer.encoder.truncation = PAPER_TRUNCATION
     return scorer

@@ -1,4 +1,7 @@
-"""Which of several machines this one is, and its ranks: children that report to us and end together."""
+"""Launches the ranks of this machine as child processes, which report to this process and end together.
+
+`topology` finds out which of several machines this is.
+"""
 
 import contextlib
 import json
@@ -22,24 +25,24 @@ from cappy.config import encode, to_values
 from cappy.errors import ConfigError, TrainingError, quote
 from cappy.progress import Progress
 from cappy.records import Manifest
-from cappy.training.checkpoint import CONTINUES
+from cappy.training.checkpoint import CONTINUE_REMEDY
 from cappy.training.distributed import is_launched
 from cappy.training.settings import TrainingSettings
 
-POOLS = ("workerpool0", "workerpool1")
-"""Vertex AI's pools that train: the first machine, and the others. Pools 2 and 3 are for other servers."""
+TRAINING_POOLS = ("workerpool0", "workerpool1")
+"""The worker pools of a CustomJob that train: the first machine, and the others. Pools 2 and 3 have other uses."""
 REPORT_VARIABLE = "CAPPY_RANK_PIPES"
-"""Environment of a rank that we started: descriptor to report to, and descriptor that ends with its parent."""
+"""Environment variable of a rank that we launched: the descriptor to report to, and one that closes with its parent."""
 VERSION_VARIABLE = "CAPPY_STEP_VERSION"
-"""Environment of a job: the version of the step that submitted it, which the job must have too."""
-DEFECT = "a rank failed with a defect, see above"
+"""Environment variable of a job: the version of the step that submitted it, which the job's code must have too."""
+UNEXPECTED_ERROR = "a rank failed with an unexpected error; its traceback is above"
 NO_REPORT = "the ranks ended without a report"
 GRACE_SECONDS = 10.0
-"""How long the other ranks may go on when one has ended badly: time to end by themselves, not to hang."""
+"""How long the other ranks may continue after one has failed, before they are killed."""
 
 
 class Report(TypedDict, total=False):
-    """What a rank reports: how far it is, the manifest of what it wrote, a CappyError (kind, text), or a traceback."""
+    """A message of a rank: progress, the manifest of its output, a CappyError (class name, text), or a traceback."""
 
     progress: tuple[int, int | None, str, int, str]
     manifest: str
@@ -49,7 +52,7 @@ class Report(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Machine `node` of `nodes`; all meet at `address` and `port` (0: any free one, where there is one machine)."""
+    """Machine `node` of `nodes`; all ranks connect to `address` and `port` (0: any free port, for one machine only)."""
 
     node: int = 0
     nodes: int = 1
@@ -58,138 +61,140 @@ class Topology:
 
 
 def topology(config: TrainingSettings, environment: Mapping[str, str] | None = None) -> Topology:
-    """This machine's place: from Vertex AI's CLUSTER_SPEC, or from NODE_RANK with MASTER_ADDR and MASTER_PORT.
+    """The topology from Vertex AI's CLUSTER_SPEC, or from NODE_RANK with MASTER_ADDR and MASTER_PORT.
 
-    ConfigError where more machines are asked for than the environment names.
+    Raises ConfigError if `config.nodes` is more than one and not what the environment says.
     """
     variables = os.environ if environment is None else environment
-    here = Topology()
+    machine = Topology()
     if spec := variables.get("CLUSTER_SPEC"):
-        here = _in_cluster(spec)
+        machine = _parse_cluster_spec(spec)
     elif {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= variables.keys() and config.nodes > 1:
-        here = Topology(
+        machine = Topology(
             int(variables["NODE_RANK"]), config.nodes, variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
         )
-    if config.nodes not in (1, here.nodes):
+    if config.nodes not in (1, machine.nodes):
         remedy = "start it with torchrun, a TrainJob or a CustomJob, or set NODE_RANK, MASTER_ADDR and MASTER_PORT"
-        raise ConfigError(f"--nodes {config.nodes}: the environment tells of {here.nodes}; {remedy}")
-    return here
+        machines = "1 machine" if machine.nodes == 1 else f"{machine.nodes} machines"
+        raise ConfigError(f"--nodes {config.nodes}: the environment describes {machines}; {remedy}")
+    return machine
 
 
-def starts_ranks(config: TrainingSettings) -> bool:
-    """Whether this process, being no rank itself, has to start some: several, or the one that DeepSpeed wants."""
+def must_launch(config: TrainingSettings) -> bool:
+    """Whether this process is not a rank and must launch ranks: several, or the single one that DeepSpeed needs."""
     if config.parallelism == "jax":
-        _refuse_several(config)
+        _refuse_several_processes(config)
         return False
     if is_launched():
         return False
     count = config.devices * topology(config).nodes
     if config.parallelism == "single" and count > 1:
-        raise ConfigError(f"--parallelism single: is for one rank, and {count} were asked for; give ddp or deepspeed")
+        raise ConfigError(f"--parallelism single: runs one rank, but {count} were requested; give ddp or deepspeed")
     return count > 1 or config.parallelism == "deepspeed"
 
 
-def _refuse_several(config: TrainingSettings) -> None:
-    """ConfigError where several machines or processes are to train with JAX."""
+def _refuse_several_processes(config: TrainingSettings) -> None:
+    """Raises ConfigError if JAX is to train on several machines or in several processes."""
     nodes = config.nodes if config.nodes > 1 else topology(config).nodes
     if nodes > 1:
-        raise ConfigError(f"--parallelism jax: is for one machine, and {nodes} were asked for; give ddp or deepspeed")
+        raise ConfigError(f"--parallelism jax: runs on one machine, but {nodes} were requested; give ddp or deepspeed")
     if is_launched() and int(os.environ["WORLD_SIZE"]) > 1:
         remedy = "start it without torchrun, or with one process"
-        raise ConfigError(f"--parallelism jax: one process drives all devices, this is one of several; {remedy}")
+        raise ConfigError(f"--parallelism jax: one process drives all devices, but there are several; {remedy}")
 
 
-def spread(step: str, config: TrainingSettings, progress: Progress) -> Manifest:
-    """Runs the step in `config.devices` processes on this machine and returns the manifest that they agree on.
+def launch_ranks(step: str, config: TrainingSettings, progress: Progress) -> Manifest:
+    """Runs the step in `config.devices` processes on this machine and returns the manifest of the output.
 
-    The error of the rank that failed, or TrainingError. SIGTERM and Ctrl-C are passed on as SIGTERM, which makes the
-    ranks write a checkpoint; if this process is killed the ranks are too.
+    Raises the error of the rank that failed, or TrainingError. SIGTERM and Ctrl-C are forwarded as SIGTERM, on which
+    the ranks write a checkpoint; if this process is killed, the ranks are too.
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < config.devices:
-        raise ConfigError(f"--devices {config.devices}: this machine has {torch.cuda.device_count()} GPUs")
-    reading, report = os.pipe()
-    life, living = os.pipe()
+        count = torch.cuda.device_count()
+        raise ConfigError(f"--devices {config.devices}: this machine has {count} GPUs; give --devices {count} or less")
+    report_reader, report_writer = os.pipe()
+    alive_reader, alive_writer = os.pipe()
     command = [sys.executable, "-m", "cappy.training", step, encode(to_values(config))]
-    here = topology(config)
-    here = replace(here, port=here.port or _free_port())
+    machine = topology(config)
+    machine = replace(machine, port=machine.port or _free_port())
     ranks = [
         subprocess.Popen(  # noqa: S603 (our own interpreter and module)
             command,
-            env=_environment(here, config.devices, local, f"{report},{life}"),
-            pass_fds=(report, life),
+            env=_rank_environment(machine, config.devices, local_rank, f"{report_writer},{alive_reader}"),
+            pass_fds=(report_writer, alive_reader),
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
         )
-        for local in range(config.devices)
+        for local_rank in range(config.devices)
     ]
-    os.close(report)
-    os.close(life)
+    os.close(report_writer)
+    os.close(alive_reader)
     try:
         with _forward_signals(ranks):
-            return _follow(ranks, reading, progress)
+            return _follow(ranks, report_reader, progress)
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-        os.close(reading)
-        os.close(living)
+        os.close(report_reader)
+        os.close(alive_writer)
 
 
-def _follow(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress: Progress) -> Manifest:
-    """Reads reports until all ranks have ended; the first that ends badly decides what is said."""
+def _follow(ranks: Sequence["subprocess.Popen[bytes]"], report_reader: int, progress: Progress) -> Manifest:
+    """Reads reports until all ranks have ended; raises the error of the first one that failed."""
     reports = Report()
     deadline = float("inf")
-    for message in _messages(reading, lambda: any(rank.poll() is None for rank in ranks)):
+    for message in _read_reports(report_reader, lambda: any(rank.poll() is None for rank in ranks)):
         if "progress" in message:
             done, total, unit, resumed, note = message["progress"]
             progress(done, total, unit=unit, resumed=resumed, note=note)
-        reports = message | reports  # The first of each kind counts.
+        reports = message | reports  # Keep the first of each kind.
         if any(rank.poll() for rank in ranks):
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
             break
-    failed = [(number, rank.poll()) for number, rank in enumerate(ranks) if rank.poll()]
+    failed = [(index, rank.poll()) for index, rank in enumerate(ranks) if rank.poll()]
     if not failed and "manifest" in reports:
         return Manifest.from_json(reports["manifest"])
     if "error" in reports:
         kind, text = reports["error"]
         raise getattr(errors, kind)(text)
-    killed = [(number, status) for number, status in failed if status is not None and status < 0]
-    if killed:
-        number, status = killed[0]
-        raise TrainingError(f"rank {number} was ended by signal {-status}; {CONTINUES} at the last checkpoint")
+    signalled = [(index, status) for index, status in failed if status is not None and status < 0]
+    if signalled:
+        index, status = signalled[0]
+        raise TrainingError(f"rank {index} was ended by signal {-status}; {CONTINUE_REMEDY} at the last checkpoint")
     sys.stderr.write(reports.get("defect", ""))
-    raise TrainingError(DEFECT if "defect" in reports else NO_REPORT)
+    raise TrainingError(UNEXPECTED_ERROR if "defect" in reports else NO_REPORT)
 
 
-def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Report]:
-    """What the ranks report, and an empty message now and then, until they are gone."""
-    rest = b""
+def _read_reports(report_reader: int, is_alive: Callable[[], bool]) -> Iterator[Report]:
+    """Yields the ranks' messages, and an empty one at intervals, until all ranks have ended."""
+    buffer = b""
     with selectors.DefaultSelector() as selector:
-        selector.register(reading, selectors.EVENT_READ)
+        selector.register(report_reader, selectors.EVENT_READ)
         while True:
-            data = os.read(reading, 2**16) if selector.select(0.2) else None
-            *lines, rest = (rest + (data or b"")).split(b"\n")
+            data = os.read(report_reader, 2**16) if selector.select(0.2) else None
+            *lines, buffer = (buffer + (data or b"")).split(b"\n")
             yield from map(json.loads, lines)
-            if data == b"" or (data is None and not alive()):
+            if data == b"" or (data is None and not is_alive()):
                 return
             yield Report()
 
 
-def _environment(here: Topology, devices: int, local: int, pipes: str) -> dict[str, str]:
+def _rank_environment(machine: Topology, devices: int, local_rank: int, descriptors: str) -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     threads = max(1, (os.cpu_count() or 1) // devices)
     return {
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", "")))),
-        "RANK": str(here.node * devices + local),
-        "LOCAL_RANK": str(local),
-        "WORLD_SIZE": str(here.nodes * devices),
+        "RANK": str(machine.node * devices + local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(machine.nodes * devices),
         "LOCAL_WORLD_SIZE": str(devices),
-        "MASTER_ADDR": here.address,
-        "MASTER_PORT": str(here.port),
-        REPORT_VARIABLE: pipes,
+        "MASTER_ADDR": machine.address,
+        "MASTER_PORT": str(machine.port),
+        REPORT_VARIABLE: descriptors,
     }
 
 
@@ -201,7 +206,7 @@ def _free_port() -> int:
 
 
 def _has_descriptor(stream: TextIO) -> bool:
-    """Whether a child can write to it; a test's or a notebook's stream may have none."""
+    """Whether the stream has a file descriptor for a child process; streams of tests and notebooks may have none."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         return int(stream.fileno()) >= 0
     return False
@@ -209,35 +214,37 @@ def _has_descriptor(stream: TextIO) -> bool:
 
 @contextlib.contextmanager
 def _forward_signals(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
-    def end(number: int, frame: FrameType | None) -> None:
+    def terminate(signal_number: int, frame: FrameType | None) -> None:
         for rank in ranks:
             rank.terminate()
 
     try:
-        before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not the main thread: nobody can listen
+        previous_handler = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # Not the main thread, where no handler can be installed.
         yield
         return
     try:
         yield
     except KeyboardInterrupt:
-        end(signal.SIGINT, None)
+        terminate(signal.SIGINT, None)
         with contextlib.suppress(subprocess.TimeoutExpired):
             for rank in ranks:
                 rank.wait(GRACE_SECONDS)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
-def _in_cluster(spec: str) -> Topology:
+def _parse_cluster_spec(spec: str) -> Topology:
     try:
         values = json.loads(spec)
         pools, task = values["cluster"], values["task"]
-        machines = [(pool, index) for pool in POOLS for index in range(len(pools.get(pool, ())))]
+        machines = [(pool, index) for pool in TRAINING_POOLS for index in range(len(pools.get(pool, ())))]
         if len(machines) == 1:
             return Topology()
-        address, _, port = pools[POOLS[0]][0].rpartition(":")
+        address, _, port = pools[TRAINING_POOLS[0]][0].rpartition(":")
         return Topology(machines.index((task["type"], int(task["index"]))), len(machines), address, int(port))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ConfigError(f"CLUSTER_SPEC: {quote(spec)} is not what Vertex AI writes; unset it or mend it") from error
+        raise ConfigError(
+            f"CLUSTER_SPEC: {quote(spec)} is not in Vertex AI's format; unset it or correct it"
+        ) from error

@@ -1,6 +1,6 @@
-"""The loop: whole instances in, a scorer out, the one that validation instances do not speak against.
+"""The training loop: updates, checks on the validation instances, checkpoints; it keeps the best weights.
 
-And a trial of it: a few real updates, and from them the time and memory of the whole.
+`run_trial` runs a few real updates and projects time and memory of the whole run.
 """
 
 import resource
@@ -19,33 +19,33 @@ from cappy.progress import Progress
 from cappy.scoring.forward import has_bf16, keep_heads_exact
 from cappy.scoring.scorer import Scorer
 from cappy.training import checkpoint
-from cappy.training.checkpoint import CONTINUES, Checkpoint, CheckpointClock, Shutdown, State
-from cappy.training.checks import CANDIDATES, check_scorer, decides, explain, judge
+from cappy.training.checkpoint import CONTINUE_REMEDY, Checkpoint, CheckpointClock, Shutdown, State
+from cappy.training.checks import CHECK_CANDIDATES, check_scorer, explain_kept_weights, record_check, stops_early
 from cappy.training.corpus import Corpora, Corpus
-from cappy.training.distributed import Ranks, Replicas, Strategy
-from cappy.training.feed import Drawn, batch, micro_batches, padded_tokens, updates_of
-from cappy.training.meter import Meter, describe, flops_of_pair, layer_weights, peak_of
+from cappy.training.distributed import Ranks, ReplicatedStrategy, Strategy
+from cappy.training.feed import Draw, count_updates, draw_batch, padded_tokens, split_batch
+from cappy.training.meter import Meter, count_layer_weights, describe_progress, pair_flops, peak_flops
 from cappy.training.settings import TrainingSettings
-from cappy.training.update import DivergedError, default_rate, falls, rate, update
+from cappy.training.update import DivergedError, default_learning_rate, learning_rate, rate_falls, update
 
-NAMED = 16
-"""Instances that an error names."""
-POINTS = 200
-"""Points of a run's curve."""
+MAX_NAMED_INSTANCES = 16
+"""Instances listed in an error."""
+CURVE_POINTS = 200
+"""Points of a run's curve, approximately."""
 TRIAL_UPDATES = 20
-WARM = 2
-"""First updates of a trial, which also load and allocate: they are not timed."""
-FORWARD = 1 / 3
-"""Cost of scoring a pair, as a share of training on it: the backward pass is twice the forward one."""
+UNTIMED_UPDATES = 2
+"""First updates of a trial that are not timed: they also load and allocate."""
+FORWARD_COST_SHARE = 1 / 3
+"""Cost of scoring a pair relative to training on it: a backward pass costs twice a forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What training came to: `best_pick` is the mean label of the picks on the validation instances, 0 to 1, of the
-    weights that were kept, those of `best_update`; `reason` says why others than the last were, or is empty.
+    """The result of a training run.
 
-    `log` has an entry per check, `curve` one per `POINTS`th of the run; `events` tells what went otherwise than
-    planned, such as a smaller token budget.
+    `best_pick` is the mean label of the picks on the validation instances, 0 to 1, with the weights that were kept,
+    those of `best_update`; `reason` says why these are not the last weights, "" if they are. `log` has an entry per
+    check, `curve` one per `CURVE_POINTS`th of the run; `events` lists deviations such as a smaller token budget.
     """
 
     updates: int
@@ -62,10 +62,10 @@ def fit(
 ) -> Outcome:
     """Trains the scorer in place, from the last checkpoint if there is one, and leaves the best weights in it.
 
-    Order, draws and dropout depend on the seed and the update's number alone, so a resumed run equals an unbroken one.
-    Of several ranks the first alone reads and writes checkpoints, and it alone has the best weights in the end.
+    Order, draws and dropout depend only on the seed and the update's index, so a resumed run equals an uninterrupted
+    one. Only the first rank reads and writes checkpoints, and only it has the best weights at the end.
     """
-    refuse_unfit(corpora.train, config, ranks)
+    check_trainable(corpora.train, config, ranks)
     run = Run(scorer, corpora, config, checkpoints, ranks)
     state, resumed_at = run.state, run.state.update
     with Shutdown() as shutdown:
@@ -77,7 +77,7 @@ def fit(
             run.update()
             run.save_if_due(shutdown)
             progress(state.update, run.updates, unit="updates", resumed=resumed_at, note=run.summary)
-    reason = explain(state, run.updates, len(run.validation))
+    reason = explain_kept_weights(state, run.updates, len(run.validation))
     progress(state.update, state.update, unit="updates", resumed=resumed_at, note=reason or run.summary)
     if ranks.first:
         scorer.model, scorer.through = run.strategy.best_model(run.best).eval(), None
@@ -94,28 +94,28 @@ def fit(
 
 
 class Run:
-    """One training run: what it works on, how far it is, and the best weights so far (the first rank's alone)."""
+    """One training run: its inputs, its state, and the best weights so far (on the first rank only)."""
 
     def __init__(
         self, scorer: Scorer, corpora: Corpora, config: TrainingSettings, checkpoints: Path, ranks: Ranks
     ) -> None:
         self.scorer, self.train, self.validation = scorer, corpora.train, corpora.validation
         self.config, self.checkpoints, self.ranks = config, checkpoints, ranks
-        self.updates = updates_of(self.train, config)
-        self.every = max(1, self.updates // config.checks)
-        self.peak = config.learning_rate or default_rate(scorer.model.config.hidden_size)
-        self.layer_weights = layer_weights(scorer.model)
-        scorer.autocast = _in_bf16(config, scorer.device)
+        self.updates = count_updates(self.train, config)
+        self.check_interval = max(1, self.updates // config.checks)
+        self.peak_rate = config.learning_rate or default_learning_rate(scorer.model.config.hidden_size)
+        self.layer_weights = count_layer_weights(scorer.model)
+        scorer.autocast = _uses_bf16(config, scorer.device)
         if scorer.autocast:
             keep_heads_exact(scorer.model)
-        self.meter = Meter(peak_of(scorer.device, ranks.count, bf16=scorer.autocast))
+        self.meter = Meter(peak_flops(scorer.device, ranks.count, bf16=scorer.autocast))
         self.strategy = _start_strategy(scorer, config, ranks)
         self.clock = CheckpointClock(config.checkpoint_seconds, config.checkpoint_updates)
         self.state, self.best, self.note = State(budget=config.batch_tokens), dict[str, Tensor](), ""
         self._resume()
 
     def _resume(self) -> None:
-        """Puts the first rank's checkpoint, or its weights as they are, in place on all ranks."""
+        """Restores the first rank's checkpoint on all ranks; without one, the first rank's weights."""
         saved, note = checkpoint.load(self.checkpoints) if self.ranks.first else (None, "")
         state, self.note = self.ranks.broadcast_object((saved and asdict(saved.state), note))
         if state is not None:
@@ -127,21 +127,23 @@ class Run:
 
     @property
     def summary(self) -> str:
-        """What a person wants to know beside how far it is."""
-        now = self.state.update - 1
-        figures = describe(self.state.running_loss, self.rate(now), self.meter.figures()) if now >= 0 else ""
+        """The figures shown with the progress."""
+        update = self.state.update - 1
+        figures = ""
+        if update >= 0:
+            figures = describe_progress(self.state.running_loss, self.rate_at(update), self.meter.figures())
         return ", ".join(filter(None, (figures, self.note)))
 
-    def rate(self, update: int) -> float:
+    def rate_at(self, update: int) -> float:
         """Learning rate of an update (0-based)."""
-        return rate(update, self.updates, self.peak, self.config.warmup, self.config.schedule)
+        return learning_rate(update, self.updates, self.peak_rate, self.config.warmup, self.config.schedule)
 
     @property
     def check_due(self) -> bool:
-        """Whether the validation instances are to be scored before the next update."""
+        """Whether the validation instances must be scored before the next update."""
         state = self.state
-        due = state.update % self.every == 0 or state.update == self.updates
-        return due and not (state.log and state.log[-1]["update"] == state.update)
+        at_interval = state.update % self.check_interval == 0 or state.update == self.updates
+        return at_interval and not (state.log and state.log[-1]["update"] == state.update)
 
     def check(self, shutdown: Shutdown) -> None:
         """Scores the validation instances and keeps the weights unless they are clearly below the best."""
@@ -153,54 +155,55 @@ class Run:
                 config,
                 ranks=self.ranks,
                 lockstep=self.strategy.lockstep,
-                asked=shutdown.requested,
+                stop_requested=shutdown.requested,
             )
             if check is None:
                 self._end()
-        falling = falls(state.update, self.updates, config.warmup, config.schedule)
-        if judge(check, state, deciding=decides(config, self.validation), falling=falling):
+        rate_falling = rate_falls(state.update, self.updates, config.warmup, config.schedule)
+        early_stopping = stops_early(config, self.validation)
+        if record_check(check, state, early_stopping=early_stopping, rate_falling=rate_falling):
             weights = self.strategy.weights()
             self.best = weights if self.ranks.first else {}
         state.stopped = state.checks_since_best >= config.patience
 
     def update(self) -> None:
-        """One step of the optimizer on the next instances; TrainingError where there is nothing to go on with."""
+        """One optimizer step on the next instances; raises TrainingError if the run has diverged."""
         config, state = self.config, self.state
-        drawn = batch(self.train, state.update, config.batch_instances, config.max_candidates, seed=config.seed)
-        now = self.rate(state.update)
+        draws = draw_batch(self.train, state.update, config.batch_instances, config.max_candidates, seed=config.seed)
+        rate = self.rate_at(state.update)
         try:
             with self.meter.time_update():
-                loss = update(self.scorer, self.strategy, self.train, drawn, config, state, rate=now, ranks=self.ranks)
+                loss = update(self.scorer, self.strategy, self.train, draws, config, state, rate=rate, ranks=self.ranks)
         except DivergedError as error:
-            names = ", ".join(self.train.name(one.index) for one in drawn[:NAMED])
-            names += f" and {len(drawn) - NAMED} more" if len(drawn) > NAMED else ""
-            good = f"last good checkpoint: {self.ranks.broadcast_object(checkpoint.newest(self.checkpoints))}"
-            remedy = "give a smaller --learning-rate, or look at these instances"
+            names = ", ".join(self.train.name(draw.index) for draw in draws[:MAX_NAMED_INSTANCES])
+            names += f" and {len(draws) - MAX_NAMED_INSTANCES} more" if len(draws) > MAX_NAMED_INSTANCES else ""
+            good = f"last good checkpoint: {self.ranks.broadcast_object(checkpoint.describe_newest(self.checkpoints))}"
+            remedy = "give a smaller --learning-rate, or check these instances"
             raise TrainingError(f"update {state.update + 1}: {error}, instances {names}; {good}; {remedy}") from None
         state.running_loss = loss if state.update == 0 else 0.95 * state.running_loss + 0.05 * loss
         state.update += 1
-        self._measure(drawn, now)
+        self._measure(draws, rate)
 
-    def _measure(self, drawn: Sequence[Drawn], rate: float) -> None:
-        """Notes what the update cost, and a point of the curve now and then."""
-        lengths = [length for one in drawn for length in self.train.tokens(one.index, one.chosen)]
+    def _measure(self, draws: Sequence[Draw], rate: float) -> None:
+        """Records the cost of the update and, at intervals, a point of the curve."""
+        lengths = [length for draw in draws for length in self.train.tokens(draw.index, draw.responses)]
         encoder, state = self.scorer.model.config, self.state
-        passes = micro_batches(drawn, state.budget, self.ranks.count)
+        passes = split_batch(draws, state.budget, self.ranks.count)
         self.meter.add(
             pairs=len(lengths),
             tokens=sum(lengths),
             padded=sum(map(padded_tokens, passes)) if self.scorer.pads else sum(lengths),
-            flops=sum(flops_of_pair(encoder, self.layer_weights, n) for n in lengths) if self.layer_weights else 0.0,
+            flops=sum(pair_flops(encoder, self.layer_weights, n) for n in lengths) if self.layer_weights else 0.0,
         )
-        if state.update % max(1, self.updates // POINTS) == 0 or state.update == self.updates:
+        if state.update % max(1, self.updates // CURVE_POINTS) == 0 or state.update == self.updates:
             point = {"update": state.update, "loss": round(state.running_loss, 6), "rate": rate}
             state.curve.append({**point, **self.meter.figures()})
 
     def save_if_due(self, shutdown: Shutdown) -> None:
-        """A checkpoint where it is time for one; the last one and a TrainingError where the machine wants us to end."""
-        wishes = self.ranks.first and self.clock.due(self.state.update), shutdown.requested()
-        due, ended = self.ranks.all_reduce([float(wish) for wish in wishes])
-        if ended:
+        """Writes a checkpoint if one is due; after SIGTERM writes the last one and raises TrainingError."""
+        flags = self.ranks.first and self.clock.due(self.state.update), shutdown.requested()
+        due, stop = self.ranks.all_reduce([float(flag) for flag in flags])
+        if stop:
             self._end()
         if due:
             self._save()
@@ -208,106 +211,104 @@ class Run:
     def _save(self) -> None:
         weights, moments = self.strategy.weights(), self.strategy.moments()
         if self.ranks.first:
-            whole = Checkpoint(state=self.state, weights=weights, moments=moments, best=self.best)
-            checkpoint.save(self.checkpoints, whole)
+            saved = Checkpoint(state=self.state, weights=weights, moments=moments, best=self.best)
+            checkpoint.save(self.checkpoints, saved)
 
     def _end(self) -> NoReturn:
         self._save()
-        self.ranks.broadcast_object(
-            None
-        )  # A rank that ends takes the others with it: not before the first has written.
-        done = f"stopped by SIGTERM after update {self.state.update} of {self.updates}"
-        raise TrainingError(f"{done}; the checkpoint is written, {CONTINUES}")
+        # A rank that exits ends the others: wait until the first rank has written the checkpoint.
+        self.ranks.broadcast_object(None)
+        message = f"stopped by SIGTERM after update {self.state.update} of {self.updates}"
+        raise TrainingError(f"{message}; the checkpoint is written, {CONTINUE_REMEDY}")
 
 
-def trial(
+def run_trial(
     scorer: Scorer, corpora: Corpora, config: TrainingSettings, ranks: Ranks, progress: Progress
 ) -> dict[str, float]:
-    """Trains `TRIAL_UPDATES` updates and forgets them; seconds and bytes, this rank's alone.
+    """Trains `TRIAL_UPDATES` updates, discards them, and returns their figures in seconds and bytes, for this rank.
 
-    `projected_seconds` are of the whole run on these ranks: every epoch, and the checks, a pair of which is taken to
-    cost a third of a pair trained on. Early stopping would make it shorter.
+    `projected_seconds` is the time of the whole run on these ranks without early stopping: every epoch and the checks,
+    which are assumed to cost `FORWARD_COST_SHARE` of training per pair.
     """
-    refuse_unfit(corpora.train, config, ranks)
+    check_trainable(corpora.train, config, ranks)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(scorer, corpora, config, Path(folder), ranks)
         count = min(TRIAL_UPDATES, run.updates)
         ends = [time.perf_counter()]
         for done in range(1, count + 1):
-            if done == WARM + 1:
-                run.meter.forget()
+            if done == UNTIMED_UPDATES + 1:
+                run.meter.reset()
             run.update()
             ends.append(time.perf_counter())
             progress(done, count, unit="updates of the trial", note=run.summary)
-    warm = min(WARM, count - 1)
-    per_update = (ends[-1] - ends[warm]) / (count - warm)
+    untimed = min(UNTIMED_UPDATES, count - 1)
+    per_update = (ends[-1] - ends[untimed]) / (count - untimed)
     figures = run.meter.figures()
-    checked = sum(min(CANDIDATES, len(run.validation.selectable(index))) for index in range(len(run.validation)))
-    checks = len({*range(0, run.updates, run.every), run.updates})
-    checking = FORWARD * checked / max(figures["pairs_per_second"], 1e-9) * checks
+    pairs_per_check = sum(
+        min(CHECK_CANDIDATES, len(run.validation.selectable(index))) for index in range(len(run.validation))
+    )
+    check_count = len({*range(0, run.updates, run.check_interval), run.updates})
+    check_seconds = FORWARD_COST_SHARE * pairs_per_check / max(figures["pairs_per_second"], 1e-9) * check_count
     return {
         "batch_tokens": float(run.state.budget),
         "trial_updates": float(count),
         "seconds_per_update": per_update,
         **figures,
-        "peak_bytes": float(_peak_bytes(scorer.device)),
+        "peak_bytes": float(_peak_memory(scorer.device)),
         "updates": float(run.updates),
-        "projected_seconds": per_update * run.updates + checking,
+        "projected_seconds": per_update * run.updates + check_seconds,
     }
 
 
 def _start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> Strategy:
-    """The strategy that the settings name, around the scorer's model.
-
-    ConfigError where what it needs cannot be imported.
-    """
+    """The strategy that the settings name, for the scorer's model; ConfigError if its packages cannot be imported."""
     if config.parallelism == "deepspeed":
         from cappy.training.deepspeed import DeepSpeedStrategy
 
-        sharded = DeepSpeedStrategy(scorer.model, config, ranks)
-        scorer.through = sharded.engine  # It gathers sharded weights for a pass.
-        return sharded
+        strategy = DeepSpeedStrategy(scorer.model, config, ranks)
+        scorer.through = strategy.engine  # The engine gathers sharded weights for a pass.
+        return strategy
     if config.parallelism != "jax":
-        return Replicas(scorer.model, config, ranks)
+        return ReplicatedStrategy(scorer.model, config, ranks)
     if config.precision == "bf16":
-        raise ConfigError("--precision bf16: the strategy jax computes in fp32; leave the precision at auto or fp32")
+        raise ConfigError("--precision bf16: --parallelism jax computes in fp32; give --precision auto or fp32")
     try:
-        from cappy.training.tpu.strategy import OnDevices
+        from cappy.training.tpu.strategy import JaxStrategy
     except ImportError as error:
         remedy = "pip install 'cappy-scorer[tpu]', or --parallelism single"
         raise ConfigError(f"--parallelism jax: cannot be imported ({error}); {remedy}") from error
-    return OnDevices(scorer, config)
+    return JaxStrategy(scorer, config)
 
 
-def refuse_unfit(train: Corpus, config: TrainingSettings, ranks: Ranks) -> None:
-    """ConfigError where these instances cannot be learned from as the settings say."""
+def check_trainable(train: Corpus, config: TrainingSettings, ranks: Ranks) -> None:
+    """Raises ConfigError if the settings cannot train on these instances."""
     if not len(train):
         raise ConfigError("training: no training instance has two different responses; sample more candidates")
     facts = train.facts
     if facts.lowest == facts.highest:
         remedy = "nothing can be learned; choose another --metric or sample more candidates"
         raise ConfigError(f"training: every label {config.metric!r} is {facts.lowest:g}; {remedy}")
-    if config.schedule == "published" and updates_of(train, config) < 2:
-        raise ConfigError("--schedule published: begins at rate 0, and this is one update; give more --train-rows")
+    if config.schedule == "published" and count_updates(train, config) < 2:
+        raise ConfigError("--schedule published: starts at rate 0, and there is one update; give more --train-rows")
     if len(train) < ranks.count:
         raise ConfigError(f"training: {len(train)} instances for {ranks.count} ranks; give fewer --devices or --nodes")
     if config.batch_instances < ranks.count:
         remedy = f"give --batch-instances {ranks.count} or more, or fewer --devices"
-        raise ConfigError(f"--batch-instances {config.batch_instances}: is less than the {ranks.count} ranks; {remedy}")
+        raise ConfigError(f"--batch-instances {config.batch_instances}: fewer than the {ranks.count} ranks; {remedy}")
     if config.batch_tokens < train.longest_pair:
         remedy = f"give --batch-tokens {train.longest_pair} or more"
         raise ConfigError(
-            f"--batch-tokens {config.batch_tokens}: a pair may have {train.longest_pair} tokens; {remedy}"
+            f"--batch-tokens {config.batch_tokens}: a pair can have {train.longest_pair} tokens; {remedy}"
         )
 
 
-def _in_bf16(config: TrainingSettings, device: torch.device) -> bool:
-    """Whether matrix products run in bf16: where asked, and by `auto` on a GPU that has instructions for it."""
+def _uses_bf16(config: TrainingSettings, device: torch.device) -> bool:
+    """Whether matrix products run in bf16: with `bf16`, and with `auto` on a GPU that supports it."""
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and has_bf16(device))
 
 
-def _peak_bytes(device: torch.device) -> int:
-    """Most memory so far: of the GPU where there is one, else of this process."""
+def _peak_memory(device: torch.device) -> int:
+    """Peak memory so far in bytes: of the GPU if there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,10 @@
-"""Losses over whole instances: the decision is inside the group, and so is what is learned.
+"""Losses over whole instances: a scorer ranks the responses of one instance, so the losses compare within instances.
 
-A loss that compares the responses of an instance is a function and a field of `LossSettings`; its flag, the check of
-its value, what `--help` says and the sum of losses follow from the field. Importing this module is light.
+A loss that compares responses is a function and a field of `LossSettings`; its flag, validation, help text and its term
+in the sum follow from the field. Importing this module does not import torch.
+
+Shapes: (pairs,) is one value per (instruction, response) pair of a pass, (count,) one per instance; `groups`, (pairs,),
+maps each pair to its instance, 0 to count - 1.
 """
 
 import math
@@ -21,10 +24,10 @@ LISTWISE_TEMPERATURE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """The pairs of a pass: logits and labels, (pairs,), and the number of each pair's instance, below `count`.
+    """The pairs of a pass: logits, labels (0 to 1) and instance indices (`groups`), all (pairs,).
 
-    `compared`, (pairs,) bool, are those that the comparisons see, all of them if left out. `weights`, (pairs,), are
-    those of the head's loss, equal if left out.
+    `compared`, (pairs,) bool, marks the pairs that the comparing losses use, None for all. `weights`, (pairs,), weigh
+    the head's loss, None for equal weights.
     """
 
     logits: "Tensor"
@@ -37,23 +40,23 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Marks the field of `LossSettings` whose loss `compute` is.
+    """Attaches the loss function `compute` to a field of `LossSettings`.
 
-    It makes one loss per instance, (count,), of (pairs,) scores, labels and group numbers, and the count.
+    `compute(scores, labels, groups, count)` takes (pairs,) tensors and returns one loss per instance, (count,).
     """
 
     compute: "Callable[[Tensor, Tensor, Tensor, int], Tensor]"
 
 
 def relative_loss(scores: "Tensor", labels: "Tensor", groups: "Tensor", count: int) -> "Tensor":
-    """The squared error of the scores' deviations from their instance's mean."""
+    """Mean squared error, per instance, of the scores' and labels' deviations from their instance's mean, (count,)."""
     difference = scores - labels
     deviation = difference - group_mean(difference, groups, count)[groups]
     return group_mean(deviation**2, groups, count)
 
 
 def listwise_loss(scores: "Tensor", labels: "Tensor", groups: "Tensor", count: int) -> "Tensor":
-    """The cross-entropy of a softmax over the instance's scores with one over its labels."""
+    """Cross-entropy, per instance, between softmaxes over labels and scores (ListNet's top one, Cao et al. 2007)."""
     target = _log_softmax(labels / LISTWISE_TEMPERATURE, groups, count).exp()
     entropy = -target * _log_softmax(scores / LISTWISE_TEMPERATURE, groups, count)
     return scores.new_zeros(count).index_add(0, groups, entropy)
@@ -61,7 +64,7 @@ def listwise_loss(scores: "Tensor", labels: "Tensor", groups: "Tensor", count: i
 
 @settings
 class LossSettings:
-    """The weight of each loss that compares the responses of an instance, beside the head's loss."""
+    """The weights of the losses that compare the responses of an instance; the head's loss has weight 1."""
 
     relative: Annotated[
         float,
@@ -81,19 +84,19 @@ class LossSettings:
 
 
 COMPARISONS: Mapping[str, Comparison] = {
-    name: mark
+    name: comparison
     for name, hint in get_type_hints(LossSettings, include_extras=True).items()
-    for mark in hint.__metadata__
-    if isinstance(mark, Comparison)
+    for comparison in hint.__metadata__
+    if isinstance(comparison, Comparison)
 }
-"""The losses that compare, by the name of their setting."""
+"""The comparing losses by the name of their setting."""
 
 
 def instance_losses(pairs: Pairs, head: str, config: LossSettings) -> "Tensor":
-    """One loss per instance, (count,): the head's over all its pairs, plus each comparison by its weight in `config`.
+    """One loss per instance, (count,): the head's loss over all its pairs plus the comparing losses, weighted.
 
-    The head's loss is the squared error (`mse`), or the cross-entropy with soft labels (`bce`), a mean over the pairs
-    by their weights.
+    The head's loss is the squared error (`mse`) or the cross-entropy with soft labels (`bce`), a weighted mean over the
+    instance's pairs.
     """
     groups, count = pairs.groups, pairs.count
     pointwise = _pointwise(pairs, head)
@@ -111,7 +114,7 @@ def instance_losses(pairs: Pairs, head: str, config: LossSettings) -> "Tensor":
 
 
 def group_mean(values: "Tensor", groups: "Tensor", count: int) -> "Tensor":
-    """Mean of (pairs,) values in each of `count` groups, as (count,)."""
+    """Mean of (pairs,) values per group, (count,)."""
     sums = values.new_zeros(count).index_add(0, groups, values)
     sizes = values.new_zeros(count).index_add(0, groups, values.new_ones(values.shape))
     return sums / sizes.clamp(min=1)

@@ -1,4 +1,7 @@
-"""What training costs while it runs, the line that says so, and the curves that a run leaves. Importing it is light."""
+"""Throughput and cost of training, the progress line that shows them, and the curve files of a run.
+
+Importing this module does not import torch.
+"""
 
 import json
 import re
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-PEAKS: Mapping[str, float] = {
+PEAK_FLOPS: Mapping[str, float] = {
     "B200": 2.25e15,
     "H200": 9.89e14,
     "H100 PCIe": 7.56e14,
@@ -28,19 +31,19 @@ PEAKS: Mapping[str, float] = {
     "A10G": 7.0e13,
     "L4": 1.21e14,
 }
-"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
-RECENT = 20
-"""Updates that the figures of now are means over."""
+"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first match counts."""
+WINDOW = 20
+"""Updates over which the current figures are averaged."""
 TRAINING_LOG = "training.json"
-_LEARNED = ("update", "loss", "rate")
-"""What a point tells that a second run would tell again; the rest is speed."""
+_LOSS_COLUMNS = ("update", "loss", "rate")
+"""The columns of a point that are reproducible; the others are speed."""
 
 Point = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cost:
-    """Of an update: pairs, their tokens, the tokens that were multiplied (padding included), FLOPs, seconds."""
+    """The cost of an update: pairs, their tokens, tokens including padding, FLOPs, seconds."""
 
     pairs: int
     tokens: int
@@ -50,33 +53,33 @@ class _Cost:
 
 
 class Meter:
-    """Counts the whole batch of every update against the time that updates took; checks and checkpoints are left out.
+    """Measures throughput over the batches of the last `WINDOW` updates; checks and checkpoints are not timed.
 
-    `peak` is the FLOP/s of all ranks together, where known.
+    `peak` is the peak FLOP/s of all ranks together, None if unknown.
     """
 
     def __init__(self, peak: float | None = None) -> None:
         self._peak = peak
-        self._recent: deque[_Cost] = deque(maxlen=RECENT)
+        self._recent: deque[_Cost] = deque(maxlen=WINDOW)
         self._seconds = 0.0
 
     @contextmanager
     def time_update(self) -> Iterator[None]:
-        """Times the update that its block makes."""
+        """Times the update done in its block."""
         started = time.perf_counter()
         yield
         self._seconds = time.perf_counter() - started
 
     def add(self, *, pairs: int, tokens: int, padded: int, flops: float) -> None:
-        """Notes what the update just timed has done."""
+        """Records the work of the update that was just timed."""
         self._recent.append(_Cost(pairs=pairs, tokens=tokens, padded=padded, flops=flops, seconds=self._seconds))
 
-    def forget(self) -> None:
-        """Drops the updates so far."""
+    def reset(self) -> None:
+        """Discards the updates so far."""
         self._recent.clear()
 
     def figures(self) -> dict[str, float]:
-        """The figures of now: pairs and tokens per second, share of padding, and MFU where the peak is known."""
+        """The current figures: pairs and tokens per second, the share of padding, and MFU if the peak is known."""
         seconds = sum(cost.seconds for cost in self._recent)
         if seconds <= 0:
             return {}
@@ -92,42 +95,42 @@ class Meter:
         return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
 
-def peak_of(device: "torch.device", ranks: int, *, bf16: bool) -> float | None:
-    """FLOP/s that `ranks` such devices reach at best in bf16; None of a CPU, an unknown GPU and another precision."""
+def peak_flops(device: "torch.device", ranks: int, *, bf16: bool) -> float | None:
+    """The peak bf16 FLOP/s of `ranks` such devices; None for a CPU, an unknown GPU or another precision."""
     if device.type != "cuda" or not bf16:
         return None
     import torch
 
     name = torch.cuda.get_device_name(device)
-    return next((ranks * peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+    return next((ranks * peak for name_part, peak in PEAK_FLOPS.items() if re.search(rf"\b{name_part}\b", name)), None)
 
 
-def flops_of_pair(config: "PretrainedConfig", weights: int, tokens: int) -> float:
-    """FLOPs of a pair, forward and backward: 6 per weight of the layers and token, and attention's two products.
+def pair_flops(config: "PretrainedConfig", weights: int, tokens: int) -> float:
+    """FLOPs of a pair of `tokens` tokens, forward and backward, without padding.
 
-    Kaplan et al. 2020 (2.1) count so for the weights; attention is 12 x layers x width x tokens², as PaLM (appendix B)
-    counts it. Padding does no work here.
+    6 per layer weight and token (Kaplan et al. 2020, section 2.1), plus 12 x layers x width x tokens² for attention
+    (PaLM, Chowdhery et al. 2022, appendix B).
     """
     flops: float = 6.0 * weights * tokens + 12.0 * config.num_hidden_layers * config.hidden_size * tokens**2
     return flops
 
 
-def layer_weights(model: "PreTrainedModel") -> int:
-    """Weights of the matrices in the encoder's layers: neither embeddings nor the head; 0 of an unknown build.
+def count_layer_weights(model: "PreTrainedModel") -> int:
+    """The number of weights in the matrices of the encoder's layers, without embeddings and head; 0 if unknown.
 
-    ALBERT passes one layer many times: it counts as unknown.
+    ALBERT counts as unknown, because it applies one layer several times.
     """
-    body = model.base_model
-    names = [name for name in ("encoder", "transformer", "layers") if hasattr(body, name)]
+    base = model.base_model
+    names = [name for name in ("encoder", "transformer", "layers") if hasattr(base, name)]
     if not names or model.config.model_type == "albert":
         return 0
-    layers = getattr(body, names[0])
+    layers = getattr(base, names[0])
     count: int = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
     return count
 
 
-def describe(loss: float, rate: float, figures: Mapping[str, float]) -> str:
-    """The figures of now as one line shows them."""
+def describe_progress(loss: float, rate: float, figures: Mapping[str, float]) -> str:
+    """The current figures as text for the progress line."""
     parts = [f"loss {loss:.4f}", f"rate {rate:.2g}"]
     if figures:
         parts.append(f"{figures['pairs_per_second']:,.3g} pairs/s")
@@ -139,44 +142,44 @@ def describe(loss: float, rate: float, figures: Mapping[str, float]) -> str:
 
 
 def describe_trial(metrics: Mapping[str, float]) -> str:
-    """A trial's figures as a person reads them."""
+    """The result of a dry run as a sentence."""
     mfu = f", MFU {metrics['mfu']:.0%}" if "mfu" in metrics else ""
-    whole = duration(metrics["projected_seconds"])
+    total = duration(metrics["projected_seconds"])
     return (
         f"{metrics['trial_updates']:.0f} updates of {metrics['updates']:,.0f}: "
         f"{metrics['seconds_per_update']:.3g} s each, {metrics['pairs_per_second']:,.3g} pairs/s, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['padding_share']:.0%} padding{mfu}, "
         f"peak memory {metrics['peak_bytes'] / 2**20:,.0f} MiB at {metrics['batch_tokens']:,.0f} tokens per pass; "
-        f"the whole run takes about {whole} with its checks, unless it stops early. No scorer was written."
+        f"the whole run takes about {total} with its checks, unless it stops early. No scorer was written."
     )
 
 
 def write_log(folder: Path, checks: Sequence[Point], curve: Sequence[Point], events: Sequence[str]) -> None:
     """Writes checks (loss and pick), curve (loss and rate) and events into the scorer's folder.
 
-    Speed stays out of it: the same run twice is the same scorer.
+    Speed is left out, so that the same run gives the same files.
     """
-    learned = [{name: point[name] for name in _LEARNED} for point in curve]
-    log = {"checks": list(checks), "curve": learned, "events": list(events)}
+    loss_points = [{name: point[name] for name in _LOSS_COLUMNS} for point in curve]
+    log = {"checks": list(checks), "curve": loss_points, "events": list(events)}
     (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
 
 
 def write_speed(work: Path, manifest_hash: str, curve: Sequence[Point]) -> None:
-    """Writes what the updates cost under `work`, by the hash of the scorer's manifest."""
-    points = [{name: value for name, value in point.items() if name not in _LEARNED[1:]} for point in curve]
+    """Writes the speed columns of the curve under `work`, named by the hash of the scorer's manifest."""
+    points = [{name: value for name, value in point.items() if name not in _LOSS_COLUMNS[1:]} for point in curve]
     path = _speed_path(work, manifest_hash)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(points) + "\n")
 
 
 def read_curves(folder: Path, work: Path, manifest_hash: str) -> list[dict[str, float]]:
-    """Every point of a run's curves, speed among them where `work` still has it; none of a folder without a log."""
+    """All points of a run's curves, with speed if `work` still has it; empty for a folder without a log."""
     if not (folder / TRAINING_LOG).is_file():
         return []
     log = json.loads((folder / TRAINING_LOG).read_text())
     speed = _speed_path(work, manifest_hash)
-    shown = ("update", "pick", "expected")
-    picks = [{name: check[name] for name in shown if name in check} for check in log["checks"] if "pick" in check]
+    columns = ("update", "pick", "expected")
+    picks = [{name: check[name] for name in columns if name in check} for check in log["checks"] if "pick" in check]
     return [*log["curve"], *picks, *(json.loads(speed.read_text()) if speed.is_file() else ())]
 
 

@@ -1,4 +1,4 @@
-"""Pretraining: an encoder becomes a scorer, on the annotated instances of many tasks."""
+"""Pretraining: trains a scorer from an encoder, on the annotated instances of many tasks."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,7 +12,7 @@ from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.progress import Progress, silent
 from cappy.records import Manifest
 from cappy.specs import parse_spec
-from cappy.training.settings import TRUNCATION, TrainingSettings
+from cappy.training.settings import PAPER_TRUNCATION, TrainingSettings
 
 if TYPE_CHECKING:
     from cappy.scoring import Scorer
@@ -22,16 +22,19 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 @settings
 class PretrainingConfig(TrainingSettings):
-    """A scorer, from an encoder."""
+    """Settings of pretraining, which makes a scorer from an encoder."""
 
     encoder: Annotated[
         str,
-        Field(description="Encoder to start from: builtin (a very small new one), a folder, hub:org/name@revision"),
+        Field(description="Encoder to start from: builtin (a very small new one), a folder or hub:org/name@revision"),
     ] = "builtin"
     head: Annotated[
-        Literal["bce", "mse"], Field(description="bce: sigmoid over soft labels, 0 to 1; mse: the published regression")
+        Literal["bce", "mse"],
+        Field(description="bce: sigmoid with soft labels, scores 0 to 1; mse: the published regression"),
     ] = "bce"
-    max_length: Annotated[int, Field(ge=16, description="Tokens of a pair; a longer instruction is cut inside")] = 512
+    max_length: Annotated[
+        int, Field(ge=16, description="Maximum tokens of a pair; a longer instruction is cut in the middle")
+    ] = 512
     layers: Annotated[int, ADVANCED, Field(ge=1, description="Layers of the built-in encoder")] = 4
     hidden_size: Annotated[
         int, ADVANCED, Field(ge=32, multiple_of=32, description="Width of the built-in encoder, a multiple of 32")
@@ -48,16 +51,16 @@ def run(config: PretrainingConfig, progress: Progress = silent) -> Manifest:
     return train(
         "pretraining",
         config,
-        lambda: _start(config, folder),
+        lambda: _make_scorer(config, folder),
         parents=[folder.hash],
-        seen=np.empty(0, dtype="<u8"),
+        seen_prompts=np.empty(0, dtype="<u8"),
         progress=progress,
     )
 
 
-def _open_encoder(text: str) -> ModelFolder:
+def _open_encoder(encoder: str) -> ModelFolder:
     """The folder of the encoder; for `builtin` the built-in LLM's, whose tokenizer the new encoder shares."""
-    spec = parse_spec(text)
+    spec = parse_spec(encoder)
     if spec.kind == "builtin":
         from cappy.builtin import LLM_FOLDER
 
@@ -66,12 +69,12 @@ def _open_encoder(text: str) -> ModelFolder:
         return open_model_folder(hub_folder(spec), pinned=True)
     if spec.kind != "path" or not (Path(spec.name) / "config.json").is_file():
         raise ConfigError(
-            f"{quote(text)}: is not an encoder; name builtin, a folder with config.json, or hub:org/name@revision"
+            f"{quote(encoder)}: not an encoder; give builtin, a folder with config.json or hub:org/name@revision"
         )
     return open_model_folder(Path(spec.name))
 
 
-def _start(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
+def _make_scorer(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
     import torch
     from transformers import AutoModelForSequenceClassification
     from transformers.utils.logging import set_verbosity_error
@@ -87,22 +90,24 @@ def _start(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
 
         model, tokenizer = new_encoder(config.layers, config.hidden_size, config.max_length)
     else:
-        # It would report that the head's weights are new, which is the point of pretraining.
+        # Without this transformers warns that the head's weights are newly initialized, which is intended here.
         set_verbosity_error()
-        tokenizer, encoder = folder.tokenizer(), folder.config()
-        encoder.num_labels = 1
-        model, _ = folder.model(AutoModelForSequenceClassification, encoder)
-        use_token_types(tokenizer, encoder)
-    length = min(config.max_length, positions_of(model) or config.max_length)
-    if length < config.max_length:
-        warn_once(folder.path, f"has {length} positions, so pairs have {length} tokens, not {config.max_length}")
+        tokenizer, encoder_config = folder.tokenizer(), folder.config()
+        encoder_config.num_labels = 1
+        model, _ = folder.model(AutoModelForSequenceClassification, encoder_config)
+        use_token_types(tokenizer, encoder_config)
+    max_length = min(config.max_length, positions_of(model) or config.max_length)
+    if max_length < config.max_length:
+        warn_once(
+            folder.path, f"has {max_length} positions, so pairs are cut to {max_length} tokens, not {config.max_length}"
+        )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    truncation = TRUNCATION if config.preset == "paper" else "middle"
-    return Scorer(model, tokenizer, ScorerConfig(head=config.head, max_length=length, truncation=truncation))
+    truncation = PAPER_TRUNCATION if config.preset == "paper" else "middle"
+    return Scorer(model, tokenizer, ScorerConfig(head=config.head, max_length=max_length, truncation=truncation))
 
 
 def _refuse_without_tokenizer(folder: Path) -> None:
-    """FolderError where an encoder's folder has no tokenizer: transformers would make an empty one."""
+    """Raises FolderError if an encoder's folder has no tokenizer: transformers would make an empty one."""
     if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         remedy = "save the tokenizer beside the weights (tokenizer.save_pretrained)"
-        raise FolderError(f"{folder}: holds no tokenizer ({TOKENIZER_FILES[0]} or a vocabulary); {remedy}")
+        raise FolderError(f"{folder}: has no tokenizer ({TOKENIZER_FILES[0]} or a vocabulary); {remedy}")

@@ -1,4 +1,4 @@
-"""From a folder of annotated instances to a scorer folder: what pretraining and finetuning share."""
+"""Trains a scorer from a folder of annotated instances and writes the scorer folder, for pretraining and finetuning."""
 
 import logging
 import math
@@ -18,73 +18,73 @@ from cappy.scoring import TRAINED_ON
 from cappy.scoring.scorer import Scorer
 from cappy.scoring.training_data import write_training_data
 from cappy.steps import step_version
-from cappy.training.checks import decides
+from cappy.training.checks import stops_early
 from cappy.training.corpus import Corpora, open_corpora
-from cappy.training.deepspeed import name_accelerator
+from cappy.training.deepspeed import set_accelerator
 from cappy.training.distributed import Ranks, join_ranks
-from cappy.training.launch import spread, starts_ranks
-from cappy.training.loop import Outcome, fit, trial
+from cappy.training.launch import launch_ranks, must_launch
+from cappy.training.loop import Outcome, fit, run_trial
 from cappy.training.meter import write_log, write_speed
-from cappy.training.remote.run import train_elsewhere
+from cappy.training.remote.run import train_remotely
 from cappy.training.settings import TrainingSettings
 
 LOGGER = logging.getLogger(__name__)
-Start = Callable[[], Scorer]
+MakeScorer = Callable[[], Scorer]
 
 
 def train(
     step: str,
     config: TrainingSettings,
-    start: Start,
+    make_scorer: MakeScorer,
     *,
     parents: Sequence[str],
-    seen: NDArray[np.uint64],
+    seen_prompts: NDArray[np.uint64],
     start_folder: Path | None = None,
     progress: Progress,
 ) -> Manifest:
-    """Trains what `start` gives on the train split, stops by the validation split, publishes the scorer folder.
+    """Trains the scorer of `make_scorer` on the train split, stops early by the validation split, publishes the folder.
 
-    The manifest's facts say what decided which weights are kept (`_facts`).
+    The manifest's facts say how the weights were chosen (`_build_facts`).
 
-    `seen` are the prompt hashes that the starting scorer in `start_folder` was trained on; the folder records them with
-    this run's own, and groups and rows likewise (`cappy.scoring.training_data`).
-    Starts the ranks that the settings ask for, unless this process is one of them; the first rank alone writes. Where
-    the settings name a platform, a job of it does all that.
+    `seen_prompts` are the prompt hashes that the starting scorer in `start_folder` was trained on; the folder records
+    them together with this run's own, and groups and rows likewise (`cappy.scoring.training_data`).
+    Launches the ranks that the settings ask for, unless this process is one of them; only the first rank writes. If
+    the settings name a platform, all this runs in a job there.
     """
     if config.launcher != "here":
-        return train_elsewhere(
+        return train_remotely(
             step, config, _result_settings(config), (read_manifest(config.source).hash, *parents), progress
         )
-    if starts_ranks(config):
-        return spread(step, config, progress)
-    name_accelerator()
+    if must_launch(config):
+        return launch_ranks(step, config, progress)
+    set_accelerator()
     hashes = (read_manifest(config.source).hash, *parents)
     with join_ranks() as ranks:
         if config.dry_run:
-            scorer, corpora = _begin(config, start, progress)
-            reported = progress if ranks.first else silent
-            metrics = trial(scorer, corpora, config, ranks, reported)
+            scorer, corpora = _open_inputs(config, make_scorer, progress)
+            rank_progress = progress if ranks.first else silent
+            metrics = run_trial(scorer, corpora, config, ranks, rank_progress)
             version = step_version(step)
             return Manifest(step=step, files=(), config=identity(config), step_version=version, metrics=metrics)
         if not ranks.first:
-            _fit(config, start, Path(), silent, ranks)
+            _fit(config, make_scorer, Path(), silent, ranks)
             return Manifest.from_json(ranks.broadcast_object(None))
-        computed = _result_settings(config)
-        with claim(config.work, step, computed, hashes, fresh=config.fresh) as folder:
-            scorer, corpora, outcome = _fit(config, start, folder / ".checkpoints", progress, ranks)
+        result_settings = _result_settings(config)
+        with claim(config.work, step, result_settings, hashes, fresh=config.fresh) as folder:
+            scorer, corpora, outcome = _fit(config, make_scorer, folder / ".checkpoints", progress, ranks)
             scorer.write(folder)
-            _write_facts(folder, corpora, seen, outcome)
+            _write_records(folder, corpora, seen_prompts, outcome)
             write_training_data(folder, config.source, start_folder)
             manifest = Manifest(
                 step=step,
                 files=describe_files(folder),
-                config=computed,
+                config=result_settings,
                 step_version=step_version(step),
                 seed=config.seed,
                 generators=read_manifest(config.source).generators,
                 parents=hashes,
-                metrics=_metrics(outcome, corpora),
-                facts=_facts(config, outcome, corpora),
+                metrics=_build_metrics(outcome, corpora),
+                facts=_build_facts(config, outcome, corpora),
             )
             finish(folder, config.target, manifest)
             write_speed(config.work, manifest.hash, outcome.curve)
@@ -93,22 +93,22 @@ def train(
 
 
 def _result_settings(config: TrainingSettings) -> dict[str, object]:
-    """The settings that change what is computed: `jax` is one, whose floats are not rounded as torch's are."""
+    """The settings that change the result: `jax` is one of them, because it rounds floats differently from torch."""
     return identity(config) | ({"parallelism": "jax"} if config.parallelism == "jax" else {})
 
 
 def _fit(
-    config: TrainingSettings, start: Start, checkpoints: Path, progress: Progress, ranks: Ranks
+    config: TrainingSettings, make_scorer: MakeScorer, checkpoints: Path, progress: Progress, ranks: Ranks
 ) -> tuple[Scorer, Corpora, Outcome]:
-    scorer, corpora = _begin(config, start, progress)
-    if ranks.first and (cut := _count_cut_pairs(corpora)):
+    scorer, corpora = _open_inputs(config, make_scorer, progress)
+    if ranks.first and (count := _count_cut_pairs(corpora)):
         pairs = corpora.train.facts.pairs + corpora.validation.facts.pairs
-        LOGGER.warning("%s of %s pairs are longer than %d tokens: cut", cut, pairs, scorer.encoder.max_length)
+        LOGGER.warning("%s of %s pairs are longer than %d tokens: cut", count, pairs, scorer.encoder.max_length)
     return scorer, corpora, fit(scorer, corpora, config, checkpoints, ranks, progress)
 
 
-def _begin(config: TrainingSettings, start: Start, progress: Progress) -> tuple[Scorer, Corpora]:
-    scorer = start()
+def _open_inputs(config: TrainingSettings, make_scorer: MakeScorer, progress: Progress) -> tuple[Scorer, Corpora]:
+    scorer = make_scorer()
     corpora = open_corpora(
         config.source,
         config.work / "tokens",
@@ -120,38 +120,42 @@ def _begin(config: TrainingSettings, start: Start, progress: Progress) -> tuple[
         progress=progress,
     )
     if not corpora.has_train:
-        of = f" with a response of source {', '.join(config.sources)}" if config.sources else ""
-        raise ConfigError(f"{config.source}: has no instance of split train{of}; nothing to learn from")
+        with_sources = f" with a response of source {', '.join(config.sources)}" if config.sources else ""
+        raise ConfigError(
+            f"{config.source}: has no instance of split train{with_sources}; give a folder that has some"
+            f"{', or other --sources' if config.sources else ''}"
+        )
     return scorer, corpora
 
 
-def _write_facts(folder: Path, corpora: Corpora, seen: NDArray[np.uint64], outcome: Outcome) -> None:
-    np.union1d(seen, corpora.prompts).astype("<u8").tofile(folder / TRAINED_ON)
+def _write_records(folder: Path, corpora: Corpora, seen_prompts: NDArray[np.uint64], outcome: Outcome) -> None:
+    np.union1d(seen_prompts, corpora.prompts).astype("<u8").tofile(folder / TRAINED_ON)
     write_log(folder, outcome.log, outcome.curve, outcome.events)
 
 
-def _facts(config: TrainingSettings, outcome: Outcome, corpora: Corpora) -> dict[str, object]:
-    """What decided which weights the scorer has.
+def _build_facts(config: TrainingSettings, outcome: Outcome, corpora: Corpora) -> dict[str, object]:
+    """The facts about how the weights were chosen, for the manifest.
 
-    `stopped_on` is the split whose instances chose the weights and could stop training, "" where none did;
-    `stopped_on_hash` stands for their ids (`instances_hash`), `stopped_on_instances` for their number. `kept` is the
-    scorer's `start`, an `earlier` check or the `last` weights, and `kept_because` a sentence for the former two.
+    `stopped_on` is the split that chose the weights and could stop training, "" if none did; `stopped_on_hash` is the
+    hash of its instance ids (`instances_hash`), `stopped_on_instances` their number. `kept` says which weights the
+    scorer has: those of the `start`, of an `earlier` check, or the `last`; `kept_because` gives the reason for the
+    first two.
     """
     validation = corpora.validation
     kept = "last" if outcome.best_update == outcome.updates else "earlier" if outcome.best_update else "start"
     facts: dict[str, object] = {"kept": kept, "kept_because": outcome.reason, "stopped_on": ""}
-    if decides(config, validation):
+    if stops_early(config, validation):
         ids = [validation.name(index) for index in range(len(validation))]
         facts |= {"stopped_on": "validation", "stopped_on_hash": instances_hash(ids), "stopped_on_instances": len(ids)}
     return facts
 
 
 def instances_hash(ids: Iterable[str]) -> str:
-    """One hash for a set of instances by their ids, in whatever order."""
+    """One hash for a set of instance ids, independent of their order."""
     return fingerprint(sorted(set(ids)))
 
 
-def _metrics(outcome: Outcome, corpora: Corpora) -> dict[str, float]:
+def _build_metrics(outcome: Outcome, corpora: Corpora) -> dict[str, float]:
     metrics: dict[str, float] = {
         "updates": outcome.updates,
         "best_update": outcome.best_update,

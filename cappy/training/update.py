@@ -1,4 +1,4 @@
-"""One update: its learning rate, and the gradients of a batch of whole instances in as many passes as memory needs."""
+"""One update: its learning rate and its gradients, computed in as many passes over the batch as memory needs."""
 
 import hashlib
 import math
@@ -12,42 +12,43 @@ from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
 from cappy.training.distributed import Ranks, Strategy
-from cappy.training.feed import Drawn, comparable, micro_batches, padded_tokens, passes_of
+from cappy.training.feed import Draw, assign_passes, comparison_mask, padded_tokens, split_batch
 from cappy.training.losses import Pairs, instance_losses
 from cappy.training.settings import Schedule, TrainingSettings
 
-PUBLISHED_MICRO = 16
+PUBLISHED_MICRO_BATCHES = 16
 """Micro-batches of an update in the published finetuning."""
-EXPLODED = 100.0
-"""A loss so many times its running mean, and above `LARGE`, is an explosion: labels lie in 0 to 1."""
-LARGE = 10.0
+EXPLOSION_RATIO = 100.0
+"""A loss above this multiple of its running mean, and above `MIN_EXPLODED_LOSS`, counts as diverged."""
+MIN_EXPLODED_LOSS = 10.0
+"""Labels are 0 to 1, so that a usual loss is below 1."""
 
 
 class DivergedError(Exception):
-    """The loss or the gradient is nothing to go on with; the text says which."""
+    """The loss exploded, or the loss or the gradient is not finite; the message says which."""
 
 
-class MemoryShortError(Exception):
-    """A pass did not fit the memory of some rank."""
+class PassMemoryError(Exception):
+    """A pass ran out of memory on some rank."""
 
 
-def rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:
-    """Learning rate of an update (0-based): a linear rise over the warm-up share, then a linear fall to zero.
+def learning_rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:
+    """Learning rate of an update (0-based): linear warm-up over the share `warmup`, then linear decay to zero.
 
-    Counted in updates of the optimizer. The published code planned its schedule in micro-batches, `PUBLISHED_MICRO` per
-    update, and moved along it once per update: with its warm-up of a tenth the rate rises from 0 to 0.62 of the peak
-    and never falls.
+    The schedule "published" reproduces the published code, which sized its warm-up in micro-batches,
+    `PUBLISHED_MICRO_BATCHES` per update, but stepped it once per update: with a warm-up of 0.1 the rate rises from 0 to
+    0.62 of the peak and never falls.
     """
     if schedule == "published":
-        return peak * min(1.0, update / max(1.0, warmup * updates * PUBLISHED_MICRO))
-    rising = _warmup_updates(updates, warmup)
-    if update < rising:
-        return peak * (update + 1) / rising
-    return peak * (updates - update) / max(1, updates - rising)
+        return peak * min(1.0, update / max(1.0, warmup * updates * PUBLISHED_MICRO_BATCHES))
+    warmup_updates = _warmup_updates(updates, warmup)
+    if update < warmup_updates:
+        return peak * (update + 1) / warmup_updates
+    return peak * (updates - update) / max(1, updates - warmup_updates)
 
 
-def falls(update: int, updates: int, warmup: float, schedule: Schedule) -> bool:
-    """Whether the learning rate falls after this many updates; the published one never does."""
+def rate_falls(update: int, updates: int, warmup: float, schedule: Schedule) -> bool:
+    """Whether the learning rate decays after this many updates; the published schedule never does."""
     return schedule == "linear" and update >= _warmup_updates(updates, warmup)
 
 
@@ -55,8 +56,8 @@ def _warmup_updates(updates: int, warmup: float) -> int:
     return max(1, round(updates * warmup))
 
 
-def default_rate(hidden_size: int) -> float:
-    """Peak learning rate for an encoder of this width: 2e-5 at RoBERTa-large's 1024, growing as it gets narrower."""
+def default_learning_rate(hidden_size: int) -> float:
+    """Peak learning rate for an encoder of this width: 2e-5 at 1024 (RoBERTa-large), scaled by (1024 / width)²."""
     return 2e-5 * (1024 / hidden_size) ** 2
 
 
@@ -64,26 +65,26 @@ def update(
     scorer: Scorer,
     strategy: Strategy,
     corpus: Corpus,
-    batch: Sequence[Drawn],
+    batch: Sequence[Draw],
     config: TrainingSettings,
     state: State,
     *,
     rate: float,
     ranks: Ranks,
 ) -> float:
-    """One step of the optimizer; the mean loss over the instances of the whole batch.
+    """Does one optimizer step and returns the mean loss over the instances of the whole batch.
 
-    Halves `state.budget` and does the passes again where memory runs out. DivergedError where the loss or the gradient
-    is not a number or the loss explodes: what is in memory is then not worth keeping.
+    If memory runs out, halves `state.budget` and repeats the passes. Raises DivergedError if the loss or the gradient
+    is not finite or the loss explodes; the weights in memory must then be discarded.
     """
     scorer.model.train()
     while True:
         try:
-            loss = _gradients(scorer, strategy, corpus, batch, config, state, ranks)
+            loss = _compute_gradients(scorer, strategy, corpus, batch, config, state, ranks)
             break
-        except MemoryShortError:
-            _halve(state, batch)
-    if not loss < (max(LARGE, EXPLODED * state.running_loss) if state.update else math.inf):
+        except PassMemoryError:
+            _halve_budget(state, batch)
+    if not loss < (max(MIN_EXPLODED_LOSS, EXPLOSION_RATIO * state.running_loss) if state.update else math.inf):
         raise DivergedError(f"the loss is {loss:.4g}")
     norm = strategy.step(rate)
     if not norm < math.inf:
@@ -91,92 +92,97 @@ def update(
     return loss
 
 
-def _gradients(
+def _compute_gradients(
     scorer: Scorer,
     strategy: Strategy,
     corpus: Corpus,
-    batch: Sequence[Drawn],
+    batch: Sequence[Draw],
     config: TrainingSettings,
     state: State,
     ranks: Ranks,
 ) -> float:
-    """Leaves this rank's share of the gradients; the loss of the whole batch, or MemoryShortError on all ranks.
+    """Accumulates this rank's gradients; returns the loss of the whole batch, or raises PassMemoryError on all ranks.
 
-    Passes are cut from the whole batch and seeded by their number, then shared out: as long as there are as many as
-    ranks, any number of ranks computes the same ones, dropout included.
+    The batch is split into passes, which are seeded by their index and then assigned to ranks. So any number of ranks
+    computes the same passes with the same dropout, as long as there are at least as many passes as ranks.
     """
-    micros = micro_batches(batch, state.budget, ranks.count)
-    mine = passes_of([padded_tokens(micro) for micro in micros], ranks.rank, ranks.count)
-    weights = [1.0] * len(mine)
+    passes = split_batch(batch, state.budget, ranks.count)
+    own_passes = assign_passes([padded_tokens(draws) for draws in passes], ranks.rank, ranks.count)
+    weights = [1.0] * len(own_passes)
     if strategy.lockstep:
-        most = max(len(passes_of([padded_tokens(m) for m in micros], rank, ranks.count)) for rank in range(ranks.count))
-        # A rank with fewer passes does one again without weight: its gradient is zero, but the others do not wait.
-        weights += [0.0] * (most - len(mine))
-        mine += [mine[0] if mine else 0] * (most - len(mine))
-    strategy.forget()
-    total, short = 0.0, 0.0
+        max_passes = max(
+            len(assign_passes([padded_tokens(draws) for draws in passes], rank, ranks.count))
+            for rank in range(ranks.count)
+        )
+        # A rank with fewer passes repeats one with weight 0: all ranks must do equally many.
+        weights += [0.0] * (max_passes - len(own_passes))
+        own_passes += [own_passes[0] if own_passes else 0] * (max_passes - len(own_passes))
+    strategy.zero_grad()
+    total, out_of_memory = 0.0, 0.0
     try:
-        for done, (number, weight) in enumerate(zip(mine, weights, strict=True), start=1):
-            torch.manual_seed(_seed(config.seed, state.update, number))
-            loss = _pass(scorer, corpus, micros[number], config) * (weight / len(batch))
-            strategy.backward(loss, last=done == len(mine))
+        for count, (index, weight) in enumerate(zip(own_passes, weights, strict=True), start=1):
+            torch.manual_seed(_pass_seed(config.seed, state.update, index))
+            loss = _run_pass(scorer, corpus, passes[index], config) * (weight / len(batch))
+            strategy.backward(loss, last=count == len(own_passes))
             total += loss.item()
     except (RuntimeError, MemoryError) as error:
-        if not _of_memory(error):
+        if not _is_out_of_memory(error):
             raise
         if strategy.lockstep:
             remedy = "give a smaller --batch-tokens and run the same command again"
             raise TrainingError(f"memory ran out at {state.budget} tokens per pass; {remedy}") from error
-        short = 1.0
-    total, short = ranks.all_reduce([total, short])
-    if short:
-        strategy.forget()
-        raise MemoryShortError
+        out_of_memory = 1.0
+    total, out_of_memory = ranks.all_reduce([total, out_of_memory])
+    if out_of_memory:
+        strategy.zero_grad()
+        raise PassMemoryError
     return total
 
 
-def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], config: TrainingSettings) -> Tensor:
-    """The sum of the instances' losses."""
-    logits = scorer.logits([pair for drawn in micro for pair in corpus.pairs(drawn.index, drawn.chosen)])
-    labels = [label for drawn in micro for label in corpus.labels(drawn.index, drawn.chosen)]
-    numbers = [number for number, drawn in enumerate(micro) for _ in drawn.chosen]
-    compared = [flag for drawn in micro for flag in comparable(drawn.chosen, corpus.selectable(drawn.index))]
+def _run_pass(scorer: Scorer, corpus: Corpus, micro_batch: Sequence[Draw], config: TrainingSettings) -> Tensor:
+    """The sum of the losses of the instances of one pass."""
+    logits = scorer.logits([pair for draw in micro_batch for pair in corpus.pairs(draw.index, draw.responses)])
+    labels = [label for draw in micro_batch for label in corpus.labels(draw.index, draw.responses)]
+    instance_of_pair = [index for index, draw in enumerate(micro_batch) for _ in draw.responses]
+    compared = [flag for draw in micro_batch for flag in comparison_mask(draw.responses, corpus.selectable(draw.index))]
     pairs = Pairs(
         logits=logits,
         labels=torch.tensor(labels, device=logits.device),
-        groups=torch.tensor(numbers, device=logits.device),
-        count=len(micro),
+        groups=torch.tensor(instance_of_pair, device=logits.device),
+        count=len(micro_batch),
         compared=torch.tensor(compared, device=logits.device),
-        weights=_weights(corpus, micro, config, logits.device) if config.weights else None,
+        weights=_pair_weights(corpus, micro_batch, config, logits.device) if config.weights else None,
     )
     return instance_losses(pairs, scorer.head, config).sum()
 
 
-def _weights(corpus: Corpus, micro: Sequence[Drawn], config: TrainingSettings, device: torch.device) -> Tensor:
-    """The weight of every pair by its source, (pairs,)."""
-    by_source = config.source_weights
-    sources = (source for drawn in micro for source in corpus.sources(drawn.index, drawn.chosen))
-    return torch.tensor([by_source[source] for source in sources], device=device)
+def _pair_weights(
+    corpus: Corpus, micro_batch: Sequence[Draw], config: TrainingSettings, device: torch.device
+) -> Tensor:
+    """The weight of each pair by the source of its response, (pairs,)."""
+    source_weights = config.source_weights
+    sources = (source for draw in micro_batch for source in corpus.sources(draw.index, draw.responses))
+    return torch.tensor([source_weights[source] for source in sources], device=device)
 
 
-def _seed(seed: int, update: int, number: int) -> int:
-    digest = hashlib.blake2b(f"{seed} {update} {number}".encode(), digest_size=8).digest()
+def _pass_seed(seed: int, update: int, index: int) -> int:
+    digest = hashlib.blake2b(f"{seed} {update} {index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def _of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out; torch on a CPU, and JAX, say so by a plain RuntimeError."""
-    said = str(error)
-    short = "allocate memory" in said or said.startswith("RESOURCE_EXHAUSTED")
-    return short or isinstance(error, torch.OutOfMemoryError | MemoryError)
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error means that memory ran out; torch on a CPU, and JAX, raise a plain RuntimeError for that."""
+    message = str(error)
+    out_of_memory = "allocate memory" in message or message.startswith("RESOURCE_EXHAUSTED")
+    return out_of_memory or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def _halve(state: State, batch: Sequence[Drawn]) -> None:
-    largest = max(drawn.tokens for drawn in batch)
-    if state.budget // 2 < max(drawn.width for drawn in batch):
+def _halve_budget(state: State, batch: Sequence[Draw]) -> None:
+    largest = max(draw.tokens for draw in batch)
+    if state.budget // 2 < max(draw.width for draw in batch):
         remedy = "give a smaller --max-candidates, or pretrain with a smaller --max-length"
         raise TrainingError(f"memory ran out for one instance of {largest} padded tokens; {remedy}")
     state.budget //= 2
-    state.events.append(f"update {state.update + 1}: memory ran out; on with {state.budget} tokens per pass")
+    state.events.append(f"update {state.update + 1}: memory ran out; continued with {state.budget} tokens per pass")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

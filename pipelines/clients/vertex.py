@@ -47,7 +47,7 @@ class VertexClient:
         try:
             from google.cloud import aiplatform
 
-            from cappy.vertex import reach
+            from cappy.vertex import check_reachable
         except ModuleNotFoundError as missing:
             raise ConfigError(f"vertex: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
         self._config = config
@@ -57,7 +57,7 @@ class VertexClient:
             aiplatform.init(project=config.project, location=config.region, **_endpoint_options(config))
             # Load credentials before using the network, so that a missing login is reported first, even offline.
             _ = aiplatform.initializer.global_config.credentials
-            reach(config.region, config.endpoint)
+            check_reachable(config.region, config.endpoint)
         self._sdk = aiplatform
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:

@@ -83,11 +83,11 @@ def test_shapes_have_the_published_numbers_of_weights() -> None:
 
 def test_operations_are_counted_as_training_counts_them() -> None:
     from cappy.scoring import Scorer
-    from cappy.training.meter import flops_of_pair, layer_weights
+    from cappy.training.meter import count_layer_weights, pair_flops
 
     model, shape = Scorer.load(str(SCORER_FOLDER), precision="fp32").model, SCORERS["builtin"]
-    assert shape.layer_weights == layer_weights(model)
-    expected = sum(flops_of_pair(model.config, layer_weights(model), tokens) for tokens in (10, 250))
+    assert shape.layer_weights == count_layer_weights(model)
+    expected = sum(pair_flops(model.config, count_layer_weights(model), tokens) for tokens in (10, 250))
     assert 2 * shape.training_flops(130, (10**2 + 250**2) / 2) == pytest.approx(expected)
     assert shape.scoring_flops(9, 81) == pytest.approx(shape.training_flops(9, 81) / 3)
 
@@ -110,10 +110,10 @@ def test_a_generators_matrices_are_all_counted_once() -> None:
 
 
 def test_what_training_does_by_default_is_what_the_plan_counts() -> None:
-    from cappy.training.checks import CANDIDATES
+    from cappy.training.checks import CHECK_CANDIDATES
     from cappy.training.settings import TrainingSettings
 
-    assert CHECKED == CANDIDATES
+    assert CHECKED == CHECK_CANDIDATES
     assert TrainingSettings(source=Path("a"), target=Path("b")).checks + 1 == CHECKS
 
 

@@ -137,9 +137,9 @@ def main() -> None:
     import select
 
     from cappy.training import finetuning, pretraining  # noqa: F401 (imported for the children)
-    from cappy.training.deepspeed import name_accelerator
+    from cappy.training.deepspeed import set_accelerator
 
-    name_accelerator()
+    set_accelerator()
     if importlib.util.find_spec("deepspeed"):
         import deepspeed  # type: ignore[import-untyped] # noqa: F401
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cappy.preparation.mixtures import load_mixture, select_subsets
-from cappy.training.settings import TRUNCATION
-from cappy.training.update import rate
+from cappy.training.settings import PAPER_TRUNCATION
+from cappy.training.update import learning_rate
 from pipelines.planning import settings_of
 from pipelines.recipe import Recipe, read_recipe
 from pipelines.submission import configs
@@ -204,7 +204,7 @@ def test_the_rate_of_the_finetuning_is_the_ramp_that_the_published_bug_gave() ->
     """Section 4, the learning-rate bug: 800 updates from 0 to 1.248e-5, never the nominal 2e-5, never a fall."""
     own = computed(read_recipe(RECIPES / "bigbench45-flan-t5-xxl.yaml"))["finetuning"]
     updates = own.train_rows // own.batch_instances
-    rates = [rate(update, updates, own.learning_rate, own.warmup, own.schedule) for update in range(updates)]
+    rates = [learning_rate(update, updates, own.learning_rate, own.warmup, own.schedule) for update in range(updates)]
     assert updates == 800
     assert (rates[0], rates[-1]) == (0.0, pytest.approx(1.248e-5, rel=1e-3))
     assert rates == sorted(rates)
@@ -219,7 +219,7 @@ def test_the_warm_up_of_the_pretraining_is_a_thousand_updates() -> None:
 
 def test_a_pair_that_is_too_long_loses_the_end_of_its_longer_text() -> None:
     """Section 2: `truncation=True`, "longest_first", from the right."""
-    assert TRUNCATION == "longest_first"
+    assert PAPER_TRUNCATION == "longest_first"
     for name in ("pretrain-360m", "bigbench45-flan-t5-xl"):
         found = computed(read_recipe(RECIPES / f"{name}.yaml"))
         assert (found.get("pretraining") or found["finetuning"]).preset == "paper"

@@ -13,10 +13,10 @@ from wording import assert_names
 
 from cappy.records import Candidate, Instance, read_manifest, write
 from cappy.training.checkpoint import State
-from cappy.training.checks import FEWEST, Check, expected_label, explain, judge
+from cappy.training.checks import MIN_INSTANCES, Check, expected_label, explain_kept_weights, record_check
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.train import instances_hash
-from cappy.training.update import falls, rate
+from cappy.training.update import learning_rate, rate_falls
 
 Plan = Callable[..., FinetuningConfig]
 NUMBER = 22
@@ -38,18 +38,18 @@ def constant(value: float, count: int = NUMBER) -> Check:
     return Check((value,) * count, (value,) * count)
 
 
-def judged(checks: list[Check], *, falling: list[bool], deciding: bool = True) -> tuple[State, list[bool]]:
+def judged(checks: list[Check], *, rate_falling: list[bool], early_stopping: bool = True) -> tuple[State, list[bool]]:
     state, kept = State(), []
-    for update, (check, counts) in enumerate(zip(checks, falling, strict=True)):
+    for update, (check, counts) in enumerate(zip(checks, rate_falling, strict=True)):
         state.update = update
-        kept.append(judge(check, state, deciding=deciding, falling=counts))
+        kept.append(record_check(check, state, early_stopping=early_stopping, rate_falling=counts))
     return state, kept
 
 
 def test_checks_that_the_instances_cannot_tell_from_the_best_do_not_stop_training() -> None:
     """The best of 22 noisy instances came at update 6 of 61, and training was over at 30."""
     checks = [noisy(0.5 + 0.1 * (number == 1), seed=number) for number in range(11)]
-    state, kept = judged(checks, falling=[number > 1 for number in range(11)])
+    state, kept = judged(checks, rate_falling=[number > 1 for number in range(11)])
     assert state.checks_since_best < 4
     assert state.best_update > 1, "of checks that are equal the latest is kept"
     assert kept[0]
@@ -57,7 +57,7 @@ def test_checks_that_the_instances_cannot_tell_from_the_best_do_not_stop_trainin
 
 def test_a_check_that_is_clearly_below_the_best_is_not_kept() -> None:
     checks = [constant(0.2), constant(0.8), constant(0.5), constant(0.4), constant(0.79)]
-    state, kept = judged(checks, falling=[True] * 5)
+    state, kept = judged(checks, rate_falling=[True] * 5)
     assert kept == [True, True, False, False, False]
     assert (state.best_update, state.checks_since_best) == (1, 3)
     assert state.best_pick == pytest.approx(0.8)
@@ -65,19 +65,19 @@ def test_a_check_that_is_clearly_below_the_best_is_not_kept() -> None:
 
 def test_patience_counts_once_the_rate_falls() -> None:
     checks = [constant(0.8), *[constant(0.5)] * 6]
-    state, _ = judged(checks, falling=[False] * 5 + [True] * 2)
+    state, _ = judged(checks, rate_falling=[False] * 5 + [True] * 2)
     assert (state.best_update, state.checks_since_best) == (0, 2)
     updates = 61
-    rates = [rate(update, updates, 1.0, 0.06) for update in range(updates)]
-    first = next(update for update in range(updates) if falls(update, updates, 0.06, "linear"))
+    rates = [learning_rate(update, updates, 1.0, 0.06) for update in range(updates)]
+    first = next(update for update in range(updates) if rate_falls(update, updates, 0.06, "linear"))
     assert rates[first] == max(rates)
     assert rates[first:] == sorted(rates[first:], reverse=True)
-    assert not any(falls(update, updates, 0.1, "published") for update in range(updates))
+    assert not any(rate_falls(update, updates, 0.1, "published") for update in range(updates))
 
 
 def test_the_latest_weights_are_kept_where_nothing_decides() -> None:
     checks = [constant(0.8), constant(0.1)]
-    state, kept = judged(checks, falling=[True, True], deciding=False)
+    state, kept = judged(checks, rate_falling=[True, True], early_stopping=False)
     assert (kept, state.best_update) == ([True, True], 1)
     assert "behind" not in state.log[-1]
 
@@ -169,7 +169,7 @@ def test_the_manifest_names_the_split_that_stopped_the_training(plan: Plan, inst
 def test_a_split_that_decided_nothing_is_not_named(
     plan: Plan, instances: list[Instance], tmp_path: Path, reason: str
 ) -> None:
-    left = {"keep last": 20, "too few": FEWEST - 1, "none": 0}[reason]
+    left = {"keep last": 20, "too few": MIN_INSTANCES - 1, "none": 0}[reason]
     held = [one for one in instances if one.split == "validation"][:left]
     write(tmp_path / "less", [one for one in instances if one.split == "train"] + held)
     more: dict[str, object] = {"keep": "last"} if reason == "keep last" else {"patience": 1}
@@ -181,7 +181,7 @@ def test_a_split_that_decided_nothing_is_not_named(
 
 def test_an_earlier_check_is_named_with_what_came_nearest() -> None:
     checks = [constant(0.2), constant(0.8), constant(0.5)]
-    state, _ = judged(checks, falling=[True] * 3)
-    said = explain(state, updates=9, count=NUMBER)
+    state, _ = judged(checks, rate_falling=[True] * 3)
+    said = explain_kept_weights(state, updates=9, count=NUMBER)
     assert_names(said, "update 2 of 9", "update 1", "22 validation instances")
     assert_names(said.partition("nearest")[2], "update 2", "0.300", "0.000")

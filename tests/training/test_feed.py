@@ -13,14 +13,14 @@ from cappy.errors import RecordError
 from cappy.records import Candidate, Instance, write
 from cappy.records.instance import SOURCES, Split
 from cappy.scoring.encoding import PairEncoder
-from cappy.training.corpus import Corpus, CorpusWriter, Group, open_corpora, to_group
-from cappy.training.feed import Drawn, batch, micro_batches, padded_tokens, passes_of, permute, pool
+from cappy.training.corpus import Corpus, CorpusWriter, TrainingInstance, open_corpora, to_training_instance
+from cappy.training.feed import Draw, assign_passes, draw_batch, draw_validation, padded_tokens, permute, split_batch
 
 LENGTH = 48
 
 
-def group(number: int, size: int = 6) -> Group:
-    return Group(
+def group(number: int, size: int = 6) -> TrainingInstance:
+    return TrainingInstance(
         instruction=f"the cat sat {'on ' * (number % 5)}{number}",
         responses=tuple(f"{number}.{i}" for i in range(size)),
         labels=tuple(i / size for i in range(size)),
@@ -53,7 +53,7 @@ def test_a_corpus_gives_back_what_the_encoder_would_make_of_the_texts(corpus: Co
         chosen = range(len(one.responses))
         expected = encoder.encode([(one.instruction, response) for response in one.responses])
         assert corpus.pairs(index, chosen) == expected
-        assert corpus.longest(index, chosen) == max(len(pair.ids) for pair in expected) <= corpus.longest_pair
+        assert corpus.max_tokens(index, chosen) == max(len(pair.ids) for pair in expected) <= corpus.longest_pair
         assert corpus.labels(index, chosen) == list(one.labels)
         assert corpus.sources(index, chosen) == [one.sources[i] for i in chosen]
         assert corpus.selectable(index) == [i for i in chosen if one.selectable[i]]
@@ -83,42 +83,42 @@ def test_every_row_is_as_likely_at_every_place() -> None:
 
 
 def test_a_pass_holds_every_instance_once_and_differs_from_the_next(corpus: Corpus) -> None:
-    drawn = [one for update in range(23) for one in batch(corpus, update, 5, 9, seed=1)]
+    drawn = [one for update in range(23) for one in draw_batch(corpus, update, 5, 9, seed=1)]
     passes = [[one.index for one in drawn[start : start + 23]] for start in range(0, 115, 23)]
     assert all(sorted(indices) == list(range(23)) for indices in passes)
     assert len({tuple(indices) for indices in passes}) == 5
-    assert batch(corpus, 7, 5, 9, seed=1) == drawn[35:40] != batch(corpus, 7, 5, 9, seed=2)
+    assert draw_batch(corpus, 7, 5, 9, seed=1) == drawn[35:40] != draw_batch(corpus, 7, 5, 9, seed=2)
 
 
 def test_no_more_candidates_are_drawn_than_asked_for_and_others_in_another_pass(corpus: Corpus) -> None:
-    drawn = [batch(corpus, epoch, 23, 3, seed=1) for epoch in range(6)]
-    assert {len(one.chosen) for one in drawn[0]} == {2, 3}
-    assert len({one.chosen for passed in drawn for one in passed if one.index == 4}) > 1
+    drawn = [draw_batch(corpus, epoch, 23, 3, seed=1) for epoch in range(6)]
+    assert {len(one.responses) for one in drawn[0]} == {2, 3}
+    assert len({one.responses for passed in drawn for one in passed if one.index == 4}) > 1
 
 
 def test_passes_keep_instances_whole_within_the_budget_and_give_every_rank_work(corpus: Corpus) -> None:
-    drawn = batch(corpus, 0, 12, 4, seed=1)
+    drawn = draw_batch(corpus, 0, 12, 4, seed=1)
     for budget in (64, 200, 10_000):
-        micros = micro_batches(drawn, budget)
+        micros = split_batch(drawn, budget)
         assert sorted(one.index for micro in micros for one in micro) == sorted(one.index for one in drawn)
         assert all(len(micro) == 1 or padded_tokens(micro) <= budget for micro in micros)
-    assert len(micro_batches(drawn, 10_000)) == 1
-    assert len(micro_batches(drawn, 10_000, parts=5)) == 5
-    assert len(micro_batches(drawn[:3], 10_000, parts=5)) == 3
+    assert len(split_batch(drawn, 10_000)) == 1
+    assert len(split_batch(drawn, 10_000, min_passes=5)) == 5
+    assert len(split_batch(drawn[:3], 10_000, min_passes=5)) == 3
 
 
 def test_passes_are_shared_out_once_each_and_evenly() -> None:
     costs = [9, 1, 5, 5, 2, 2]
-    hands = [passes_of(costs, rank, 3) for rank in range(3)]
+    hands = [assign_passes(costs, rank, 3) for rank in range(3)]
     assert sorted(number for hand in hands for number in hand) == list(range(6))
     assert [sum(costs[number] for number in hand) for hand in hands] == [9, 8, 7]
 
 
 def test_pools_to_check_hold_what_a_selector_may_pick(corpus: Corpus) -> None:
-    drawn = [pool(corpus, index, 3, seed=0) for index in range(len(corpus))]
-    assert all(1 <= len(one.chosen) <= 3 and 0 not in one.chosen for one in drawn)
-    assert drawn == [pool(corpus, index, 3, seed=0) for index in range(len(corpus))]
-    assert isinstance(drawn[0], Drawn)
+    drawn = [draw_validation(corpus, index, 3, seed=0) for index in range(len(corpus))]
+    assert all(1 <= len(one.responses) <= 3 and 0 not in one.responses for one in drawn)
+    assert drawn == [draw_validation(corpus, index, 3, seed=0) for index in range(len(corpus))]
+    assert isinstance(drawn[0], Draw)
 
 
 def labelled(number: int, split: Split, size: int = 3) -> Instance:
@@ -176,9 +176,9 @@ def test_a_sampled_response_outranks_a_mismatch_of_the_same_text_and_labels_must
         Candidate(response="x", source="mismatch", labels={"rougeL": 0.0}),
     )
     instance = Instance(instance_id="1", instruction="i", references=("r",), candidates=both)
-    assert to_group(instance, "rougeL").labels == (0.5,)
+    assert to_training_instance(instance, "rougeL").labels == (0.5,)
     with raises_naming(RecordError, "instance '1'", "'bleu'", "run cappy annotation"):
-        to_group(instance, "bleu")
+        to_training_instance(instance, "bleu")
 
 
 def test_sources_can_be_left_out_and_what_a_selector_may_pick_stays_known() -> None:
@@ -189,10 +189,10 @@ def test_sources_can_be_left_out_and_what_a_selector_may_pick_stays_known() -> N
         Candidate(response="m", source="mismatch", labels={"rougeL": 0.0}),
     )
     instance = Instance(instance_id="1", instruction="i", references=("r",), candidates=candidates)
-    whole = to_group(instance, "rougeL")
+    whole = to_training_instance(instance, "rougeL")
     assert (whole.responses, whole.labels, whole.selectable) == (("r", "x", "m"), (1.0, 0.5, 0.0), (True, True, False))
-    assert to_group(instance, "rougeL", ("llm",)).responses == ("x",)
-    assert to_group(instance, "rougeL", ("reference", "mismatch")).responses == ("r", "m")
+    assert to_training_instance(instance, "rougeL", ("llm",)).responses == ("x",)
+    assert to_training_instance(instance, "rougeL", ("reference", "mismatch")).responses == ("r", "m")
 
 
 def test_memory_does_not_grow_with_rows(encoder: PairEncoder, scorer_folder: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_memory_does_not_grow_with_rows(encoder: PairEncoder, scorer_folder: Pat
         tracemalloc.start()
         found = open_corpora(tmp_path / str(count), tmp_path / "cache", tokenizer, encoder, metric="rougeL", sources=())
         for update in range(8):
-            batch(found.train, update, 16, 2, seed=0)
+            draw_batch(found.train, update, 16, 2, seed=0)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert len(found.train) == 4096

@@ -15,7 +15,7 @@ from cappy.records.folder import verify
 from cappy.scoring import Scorer, training_prompts
 from cappy.scoring.training_data import training_data
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.update import default_rate, rate
+from cappy.training.update import default_learning_rate, learning_rate
 
 Plan = Callable[..., FinetuningConfig]
 
@@ -89,9 +89,9 @@ def test_how_ranks_are_spread_and_checkpointed_does_not_name_the_work(plan: Plan
 
 
 def test_the_rate_rises_falls_and_is_counted_in_updates() -> None:
-    rates = [rate(update, 100, 1.0, 0.1) for update in range(100)]
+    rates = [learning_rate(update, 100, 1.0, 0.1) for update in range(100)]
     assert rates[9] == 1.0 == max(rates)
     assert rates[:10] == sorted(rates[:10])
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert 0 < rates[-1] < 0.02
-    assert default_rate(1024) == pytest.approx(2e-5)
+    assert default_learning_rate(1024) == pytest.approx(2e-5)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cappy.training.feed import comparable
+from cappy.training.feed import comparison_mask
 from cappy.training.losses import COMPARISONS, LISTWISE_TEMPERATURE, LossSettings, Pairs, group_mean, instance_losses
 
 LOGITS = torch.tensor([0.3, -1.0, 2.0, 0.1, 0.0])
@@ -78,9 +78,9 @@ def test_comparisons_are_among_the_pairs_compared_and_the_pointwise_loss_is_over
 
 
 def test_what_a_selector_may_not_pick_is_compared_only_where_there_is_nothing_else() -> None:
-    assert comparable([0, 2, 3], [2, 3, 5]) == [False, True, True]
-    assert comparable([0, 1, 2], [2]) == [True, True, True]
-    assert comparable([0, 1], []) == [True, True]
+    assert comparison_mask([0, 2, 3], [2, 3, 5]) == [False, True, True]
+    assert comparison_mask([0, 1, 2], [2]) == [True, True, True]
+    assert comparison_mask([0, 1], []) == [True, True]
 
 
 def test_group_mean_gives_each_group_its_own() -> None:

@@ -16,12 +16,12 @@ from cappy.errors import ConfigError
 from cappy.records import Instance, Manifest, write
 from cappy.scoring import Scorer
 from cappy.training.corpus import Corpus, open_corpora
-from cappy.training.feed import batch, updates_of
+from cappy.training.feed import count_updates, draw_batch
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
 from cappy.training.settings import Unit
-from cappy.training.update import rate
+from cappy.training.update import learning_rate
 
 Plan = Callable[..., FinetuningConfig]
 
@@ -48,7 +48,7 @@ def rows(scorer_folder: Path, source: Path, tmp_path: Path) -> Corpus:
 
 def test_the_published_schedule_rises_from_0_to_0_62_of_the_peak_and_never_falls() -> None:
     """800 updates of 16 micro-batches at a nominal 2e-5: the code reached 1.248e-5 (method.md, 4)."""
-    rates = [rate(update, 800, 2e-5, 0.1, "published") for update in range(800)]
+    rates = [learning_rate(update, 800, 2e-5, 0.1, "published") for update in range(800)]
     assert rates[0] == 0.0
     assert rates[-1] == pytest.approx(1.248e-5, rel=1e-3)
     assert all(later > earlier for earlier, later in itertools.pairwise(rates))
@@ -128,7 +128,7 @@ def test_rows_are_drawn_one_by_one_and_each_pass_holds_each_once(rows: Corpus, c
     assert len(rows) == rows.facts.pairs == corpus.facts.pairs
     size = 16
     assert len(rows) % size == 0
-    drawn = [one for update in range(len(rows) // size) for one in batch(rows, update, size, 16, seed=0)]
+    drawn = [one for update in range(len(rows) // size) for one in draw_batch(rows, update, size, 16, seed=0)]
     assert sorted(one.index for one in drawn) == list(range(len(rows)))
     names = [rows.name(one.index) for one in drawn[:size]]
     assert len(set(names)) > size / 2, "rows of one instance do not stand together"
@@ -145,9 +145,11 @@ def test_a_run_takes_as_many_rows_as_asked_for_and_keeps_the_last_weights(
     assert manifest.metrics["updates"] == manifest.metrics["best_update"] == 10
     assert Scorer.load(str(folder)).encoder.truncation == "middle"
     assert Scorer.load(str(settings.target)).encoder.truncation == "longest_first", "it is scored as it was trained"
-    assert [point["rate"] for point in log["curve"]] == [rate(u, 10, 1e-2, 0.1, "published") for u in range(10)]
+    assert [point["rate"] for point in log["curve"]] == [
+        learning_rate(u, 10, 1e-2, 0.1, "published") for u in range(10)
+    ]
     whole = untouched(plan(), train_rows=480, batch_instances=8)
-    assert updates_of(corpus, whole) == 480 / (8 * 4), "the copy task has four candidates per instance"
+    assert count_updates(corpus, whole) == 480 / (8 * 4), "the copy task has four candidates per instance"
 
 
 def test_an_epoch_draws_as_many_responses_as_there_are(
@@ -162,9 +164,9 @@ def test_an_epoch_draws_as_many_responses_as_there_are(
         made.append(replace(one, split="train", candidates=many))
     write(folder, made)
     uneven = read_corpus(scorer_folder, folder, tmp_path / "cache", "instance")
-    assert updates_of(uneven, plan(epochs=1.0, max_candidates=8, batch_instances=8)) == math.ceil(550 / (8 * 6.5))
-    assert updates_of(uneven, plan(epochs=4.0, max_candidates=8, batch_instances=8)) == math.ceil(2200 / (8 * 6.5))
-    assert updates_of(uneven, untouched(plan(), train_rows=52, max_candidates=8, batch_instances=8)) == 1
+    assert count_updates(uneven, plan(epochs=1.0, max_candidates=8, batch_instances=8)) == math.ceil(550 / (8 * 6.5))
+    assert count_updates(uneven, plan(epochs=4.0, max_candidates=8, batch_instances=8)) == math.ceil(2200 / (8 * 6.5))
+    assert count_updates(uneven, untouched(plan(), train_rows=52, max_candidates=8, batch_instances=8)) == 1
 
 
 def test_pretraining_follows_the_preset_too(plan: Plan, tmp_path: Path, scorer_folder: Path) -> None:

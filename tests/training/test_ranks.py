@@ -30,7 +30,7 @@ from cappy.records import read_manifest
 from cappy.records.folder import verify
 from cappy.scoring import Scorer
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.launch import Topology, starts_ranks, topology
+from cappy.training.launch import Topology, must_launch, topology
 
 Plan = Callable[..., FinetuningConfig]
 CURVE = {"checks": 1000, "patience": 1000, "epochs": 1.5, "checkpoint_updates": 6}
@@ -235,7 +235,7 @@ def test_deepspeed_wants_a_rank_where_there_is_one_and_compiles_nothing_on_a_cpu
     plan: Plan, ranks: Ranks, extensions: Path
 ) -> None:
     """A build that is killed leaves a lock that all later runs would wait for."""
-    assert starts_ranks(plan(parallelism="deepspeed"))
+    assert must_launch(plan(parallelism="deepspeed"))
     train(ranks, plan(parallelism="deepspeed", epochs=0.2))
     assert verify(plan().target).metrics["updates"] == 2
     assert not list(extensions.rglob("*"))
@@ -322,7 +322,7 @@ def test_sigterm_reaches_the_ranks_which_write_a_checkpoint_and_end(parent: Grou
 def test_what_cannot_be_spread_is_refused_in_one_line(plan: Plan) -> None:
     with raises_naming(ConfigError, "--batch-instances 1:", "2 ranks", "--batch-instances 2"):
         run(plan(parallelism="ddp", devices=2, batch_instances=1))
-    with raises_naming(ConfigError, "--parallelism single:", "2 were asked for", "ddp"):
+    with raises_naming(ConfigError, "--parallelism single:", "2 were requested", "ddp"):
         run(plan(parallelism="single", devices=2))
     with raises_naming(ConfigError, "--nodes 2:", "torchrun", "NODE_RANK"):
         run(plan(nodes=2))
@@ -344,7 +344,7 @@ def test_the_place_of_a_machine_is_read_from_what_the_platform_tells(plan: Plan)
     assert topology(plan(nodes=2), told) == Topology(1, 2, "first", 29500)
     with raises_naming(ConfigError, "CLUSTER_SPEC", "'{'", "Vertex AI"):
         topology(plan(), {"CLUSTER_SPEC": "{"})
-    with raises_naming(ConfigError, "--nodes 4:", "of 3;"):
+    with raises_naming(ConfigError, "--nodes 4:", "3 machines;"):
         topology(plan(nodes=4), {"CLUSTER_SPEC": json.dumps(CLUSTER)})
 
 

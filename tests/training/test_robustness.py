@@ -240,7 +240,7 @@ def train_unwell(plan: FinetuningConfig, harm: Callable[[Any], Any]) -> None:
         scorer.harm = harm  # type: ignore[attr-defined]
         return scorer
 
-    train("finetuning", plan, start, parents=(), seen=np.empty(0, dtype="<u8"), progress=silent)
+    train("finetuning", plan, start, parents=(), seen_prompts=np.empty(0, dtype="<u8"), progress=silent)
 
 
 def after(passes: int, harm: Callable[[Any], Any]) -> Callable[[Any], Any]:

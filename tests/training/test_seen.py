@@ -17,8 +17,8 @@ from cappy.records import Instance, write
 from cappy.scoring.forward import keep_heads_exact
 from cappy.scoring.scorer import Scorer
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.meter import Meter, describe, flops_of_pair, layer_weights, peak_of, read_curves
-from cappy.training.update import rate
+from cappy.training.meter import Meter, count_layer_weights, describe_progress, pair_flops, peak_flops, read_curves
+from cappy.training.update import learning_rate
 
 Plan = Callable[..., FinetuningConfig]
 
@@ -38,9 +38,9 @@ def test_figures_are_means_over_recent_updates(monkeypatch: pytest.MonkeyPatch) 
         "padding_share": 0.375,
         "mfu": 0.2,
     }
-    line = describe(0.25, 1e-4, meter.figures())
+    line = describe_progress(0.25, 1e-4, meter.figures())
     assert_names(line, "loss 0.2500", "rate 0.0001", "10 pairs/s", "50 tokens/s", "38% padding", "MFU 20%")
-    assert peak_of(torch.device("cpu"), 2, bf16=True) is None
+    assert peak_flops(torch.device("cpu"), 2, bf16=True) is None
 
 
 def test_flops_are_those_that_torch_counts(scorer_folder: Path) -> None:
@@ -55,7 +55,7 @@ def test_flops_are_those_that_torch_counts(scorer_folder: Path) -> None:
         scorer.model(input_ids=ids).logits.sum().backward()
     head = sum(w.numel() for n, w in scorer.model.named_parameters() if "classifier" in n and w.ndim == 2)
     expected = counter.get_total_flops() - 6 * head
-    found = flops_of_pair(scorer.model.config, layer_weights(scorer.model), len(pair.ids))
+    found = pair_flops(scorer.model.config, count_layer_weights(scorer.model), len(pair.ids))
     assert found == pytest.approx(expected, rel=1e-3)
 
 
@@ -80,7 +80,7 @@ def test_curves_tell_loss_rate_picks_and_speed_and_a_resumed_run_keeps_them(plan
     points = read_curves(plan().target, plan().work, manifest.hash)
     updates = int(manifest.metrics["updates"])
     rates = [point["rate"] for point in points if "rate" in point]
-    assert rates == [rate(update, updates, 1e-3, plan().warmup) for update in range(updates)]
+    assert rates == [learning_rate(update, updates, 1e-3, plan().warmup) for update in range(updates)]
     assert [point["update"] for point in points if "pairs_per_second" in point] == list(range(1, updates + 1))
     assert sum("pick" in point for point in points) >= 3
     assert all(point["padding_share"] == 0 for point in points if "padding_share" in point)
@@ -178,7 +178,7 @@ def test_peaks_are_found_by_whole_words() -> None:
     for name, peak in names.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-            assert peak_of(torch.device("cuda"), 2, bf16=True) == 2 * peak
+            assert peak_flops(torch.device("cuda"), 2, bf16=True) == 2 * peak
 
 
 @pytest.mark.parametrize("counted", [1, 7, 2**16])
@@ -191,7 +191,7 @@ def test_a4_cut_pairs_are_counted_and_said_once(
 ) -> None:
     from cappy.records import Candidate
 
-    monkeypatch.setattr("cappy.training.corpus.COUNTED", counted)
+    monkeypatch.setattr("cappy.training.corpus.COUNT_CHUNK", counted)
     instances = [
         Instance(
             instance_id=str(number),

@@ -74,12 +74,12 @@ def test_without_jax_the_extra_is_named(plan: Plan, monkeypatch: pytest.MonkeyPa
 
 
 def test_several_machines_and_processes_are_refused_in_one_line(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    with raises_naming(ConfigError, "--parallelism jax:", "one machine", "2 were asked for", "ddp"):
+    with raises_naming(ConfigError, "--parallelism jax:", "one machine", "2 were requested", "ddp"):
         run(plan(parallelism="jax", nodes=2))
     pools = '{"workerpool0": ["first:2222"], "workerpool1": ["second:2222"]}'
     with monkeypatch.context() as patch:
         patch.setenv("CLUSTER_SPEC", f'{{"cluster": {pools}, "task": {{"type": "workerpool0", "index": 0}}}}')
-        with raises_naming(ConfigError, "--parallelism jax:", "one machine", "2 were asked for", "ddp"):
+        with raises_naming(ConfigError, "--parallelism jax:", "one machine", "2 were requested", "ddp"):
             run(plan(parallelism="jax"))
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

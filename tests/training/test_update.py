@@ -13,17 +13,17 @@ from cappy.records import Candidate, Instance, write
 from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus, open_corpora
-from cappy.training.distributed import ALONE, Ranks, Replicas
-from cappy.training.feed import Drawn, batch, micro_batches, padded_tokens, passes_of
+from cappy.training.distributed import SINGLE_RANK, Ranks, ReplicatedStrategy
+from cappy.training.feed import Draw, assign_passes, draw_batch, padded_tokens, split_batch
 from cappy.training.finetuning import FinetuningConfig
-from cappy.training.loop import refuse_unfit
+from cappy.training.loop import check_trainable
 from cappy.training.losses import LossSettings, Pairs, instance_losses
 from cappy.training.update import update
 
 Plan = Callable[..., FinetuningConfig]
 
 
-class Still(Replicas):
+class Still(ReplicatedStrategy):
     """Replicas that keep the gradients and step nowhere."""
 
     def step(self, rate: float) -> float:
@@ -49,9 +49,9 @@ def corpus(scorer: Scorer, source: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def gradients(scorer: Scorer, corpus: Corpus, plan: FinetuningConfig, budget: int, size: int = 13) -> torch.Tensor:
-    strategy = Still(scorer.model, plan, ALONE)
-    drawn = batch(corpus, 2, size, plan.max_candidates, seed=0)
-    update(scorer, strategy, corpus, drawn, plan, State(budget=budget), rate=0.0, ranks=ALONE)
+    strategy = Still(scorer.model, plan, SINGLE_RANK)
+    drawn = draw_batch(corpus, 2, size, plan.max_candidates, seed=0)
+    update(scorer, strategy, corpus, drawn, plan, State(budget=budget), rate=0.0, ranks=SINGLE_RANK)
     return torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
 
 
@@ -61,16 +61,16 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(
 ) -> None:
     settings = plan(listwise=0.5)
     whole = gradients(scorer, corpus, settings, 100_000)
-    assert len(micro_batches(batch(corpus, 2, 13, 16, seed=0), budget)) > 1
+    assert len(split_batch(draw_batch(corpus, 2, 13, 16, seed=0), budget)) > 1
     assert (gradients(scorer, corpus, settings, budget) - whole).abs().max() < 1e-6 * max(1.0, float(whole.abs().max()))
 
 
-def loss_of(scorer: Scorer, corpus: Corpus, drawn: Drawn, compared: list[bool] | None = None) -> torch.Tensor:
+def loss_of(scorer: Scorer, corpus: Corpus, drawn: Draw, compared: list[bool] | None = None) -> torch.Tensor:
     """The loss of one instance by itself, (1,)."""
     pairs = Pairs(
-        logits=scorer.logits(corpus.pairs(drawn.index, drawn.chosen)),
-        labels=torch.tensor(corpus.labels(drawn.index, drawn.chosen)),
-        groups=torch.zeros(len(drawn.chosen), dtype=torch.long),
+        logits=scorer.logits(corpus.pairs(drawn.index, drawn.responses)),
+        labels=torch.tensor(corpus.labels(drawn.index, drawn.responses)),
+        groups=torch.zeros(len(drawn.responses), dtype=torch.long),
         count=1,
         compared=None if compared is None else torch.tensor(compared),
     )
@@ -81,19 +81,19 @@ def test_gradients_are_those_of_the_mean_over_instances(scorer: Scorer, corpus: 
     settings = plan()
     found = gradients(scorer, corpus, settings, 300)
     scorer.model.zero_grad()
-    losses = [loss_of(scorer, corpus, drawn) for drawn in batch(corpus, 2, 13, 16, seed=0)]
+    losses = [loss_of(scorer, corpus, drawn) for drawn in draw_batch(corpus, 2, 13, 16, seed=0)]
     torch.cat(losses).mean().backward()
     expected = torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
     assert (found - expected).abs().max() < 1e-6 * max(1.0, float(expected.abs().max()))
 
 
 def test_the_shares_of_the_ranks_add_up_to_the_whole(scorer: Scorer, corpus: Corpus, plan: Plan) -> None:
-    drawn = batch(corpus, 2, 13, 16, seed=0)
-    whole = micro_batches(drawn, 300, 1)
+    drawn = draw_batch(corpus, 2, 13, 16, seed=0)
+    whole = split_batch(drawn, 300, 1)
     assert len(whole) >= 3, "so that any number of ranks up to three computes the same passes"
     for count in (1, 2, 3):
-        assert micro_batches(drawn, 300, count) == whole
-        shares = [passes_of([padded_tokens(micro) for micro in whole], rank, count) for rank in range(count)]
+        assert split_batch(drawn, 300, count) == whole
+        shares = [assign_passes([padded_tokens(micro) for micro in whole], rank, count) for rank in range(count)]
         assert sorted(number for share in shares for number in share) == list(range(len(whole)))
 
 
@@ -118,8 +118,8 @@ def test_a_source_that_is_weighed_twice_is_refused_instead_of_the_last_weight_wi
 
 def test_fewer_instances_than_ranks_are_refused_in_one_line(corpus: Corpus, plan: Plan) -> None:
     with raises_naming(ConfigError, f"{len(corpus)} instances", "100 ranks", "--devices", "--nodes"):
-        refuse_unfit(corpus, plan(batch_instances=100), Ranks(count=100))
-    refuse_unfit(corpus, plan(batch_instances=100), Ranks(count=len(corpus)))
+        check_trainable(corpus, plan(batch_instances=100), Ranks(count=100))
+    check_trainable(corpus, plan(batch_instances=100), Ranks(count=len(corpus)))
 
 
 def test_a_mismatch_takes_no_part_in_the_comparisons_of_an_update(
@@ -131,7 +131,7 @@ def test_a_mismatch_takes_no_part_in_the_comparisons_of_an_update(
         tmp_path / "mixed", tmp_path / "cache", scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()
     ).train
     found = gradients(scorer, mixed, plan(), 100_000, size=1)
-    (drawn,) = batch(mixed, 2, 1, 16, seed=0)
+    (drawn,) = draw_batch(mixed, 2, 1, 16, seed=0)
     expected = []
     for compared in ([True, True, True, False], [True] * 4):
         scorer.model.zero_grad()

@@ -1,4 +1,4 @@
-"""The loop over a job on any platform: submitted once, looked at, submitted again, cancelled with its step."""
+"""Follows a job on any platform: submits it, polls it, resubmits it after a failure, cancels it with its step."""
 
 import contextlib
 import os
@@ -13,61 +13,62 @@ from cappy.runs import ORCHESTRATOR
 from cappy.training.checkpoint import Shutdown
 
 PATIENCE_SECONDS = 600.0
-"""How long a platform may give no answer while a job runs: an API server that is being replaced is back by then."""
+"""How long a platform may be unreachable while a job runs, as when its API server is being replaced."""
 CANCEL_SECONDS = 60.0
-"""How long a cancelled job is waited for: the usual grace period of 30 seconds, and some to take the machines down."""
-TICK_SECONDS = 0.5
-"""How often a wish to cancel is looked for between two looks at the job."""
+"""How long to wait for a cancelled job: the usual grace period of 30 seconds, and time to release the machines."""
+CANCEL_POLL_SECONDS = 0.5
+"""Seconds between checks for cancellation while waiting for the next poll."""
 
 
 class Phase(Enum):
-    """How far a job is."""
+    """The phase of a job."""
 
-    PENDING = "waits"
-    RUNNING = "runs"
+    PENDING = "pending"
+    RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    CANCELLED = "was cancelled"
+    CANCELLED = "cancelled"
 
 
-OVER = (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
+FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A job's phase and, in the platform's words, why it waits or failed.
+    """A job's phase and the platform's reason why it is pending or failed.
 
-    `preempted`: its machines were taken away. `hopeless`: it waits for what will not come, such as an absent image.
+    `preempted`: its machines were taken away. `cannot_start`: it waits for something that will not come, such as an
+    image that does not exist.
     """
 
     phase: Phase
     reason: str = ""
     preempted: bool = False
-    hopeless: bool = False
+    cannot_start: bool = False
 
 
 class Jobs(Protocol):
-    """A platform's jobs of one training step. Each call raises UnansweredError where the platform gives no answer."""
+    """The jobs of one training step on a platform. Each call raises UnansweredError if the platform gives no answer."""
 
     def status(self, name: str) -> Status | None:
-        """How the newest job of this name is; None if there is none."""
+        """The status of the newest job of this name; None if there is none."""
 
     def submit(self, name: str) -> None:
-        """Submits a job of this name; one that is over goes first. ConfigError with the platform's words."""
+        """Submits a job of this name, replacing one that has ended; raises ConfigError with the platform's message."""
 
     def lines(self, name: str) -> Iterable[tuple[str, str]]:
-        """(node, line) of its log since this was asked last; nothing where logs are elsewhere."""
+        """(node, line) of the log since the last call; nothing if the log cannot be read here."""
 
     def cancel(self, name: str) -> None:
-        """Ends the job, if there is one: its processes get SIGTERM and the platform's grace period."""
+        """Cancels the job, if there is one: its processes get SIGTERM and the platform's grace period."""
 
     def address(self, name: str) -> str:
-        """Where, or with which command, a person looks at it."""
+        """The URL or the command that shows the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """`max_restarts` submissions after the first, `timeout` and `poll` in seconds."""
+    """The maximum number of resubmissions; `timeout` and the polling interval `poll` in seconds."""
 
     max_restarts: int
     timeout: float
@@ -76,28 +77,29 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What the loop asks and tells beside the platform: a test plays it without a clock.
+    """What the loop calls besides the platform; tests replace `clock` and `sleep`.
 
-    `checkpoint` is the update of the job's newest checkpoint (-1: none), `cancelled` why this step is to end ("": it is
-    not), `written` whether what a job that has succeeded wrote is there, `look` is called at every look at the job.
+    `checkpoint_update` returns the update of the job's newest checkpoint (-1: none), `output_exists` whether the output
+    of a job that succeeded is there, `cancel_reason` why this step must end ("": it must not), `find_error` an error
+    in a log line that the user must fix ("": none). `on_poll` is called at every poll.
     """
 
-    checkpoint: Callable[[], int]
-    written: Callable[[], bool]
-    cancelled: Callable[[], str]
-    tell: Callable[[str], None]
-    look: Callable[[], None] = lambda: None
-    said: Callable[[str], str] = lambda line: ""
+    checkpoint_update: Callable[[], int]
+    output_exists: Callable[[], bool]
+    cancel_reason: Callable[[], str]
+    log: Callable[[str], None]
+    on_poll: Callable[[], None] = lambda: None
+    find_error: Callable[[str], str] = lambda line: ""
     clock: Callable[[], float] = time.monotonic
-    pause: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], None] = time.sleep
 
 
 def follow(jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
-    """Returns when the job has succeeded; TrainingError or ConfigError when it never will.
+    """Submits the job if needed and returns when it has succeeded; raises TrainingError or ConfigError if it cannot.
 
-    A job that runs already is followed, one that succeeded already is not submitted, unless what it wrote is gone. One
-    that failed is submitted again while its checkpoint moves on, at most `limits.max_restarts` times. When this step is
-    to end, so does the job.
+    A running job is followed; a job that has succeeded is not submitted again unless its output is gone. A failed job
+    is resubmitted as long as its checkpoint advances, at most `limits.max_restarts` times. If this step must end, the
+    job is cancelled.
     """
     follower = _Follower(jobs, name, limits, hooks)
     try:
@@ -109,43 +111,46 @@ def follow(jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
         raise
 
 
-def end_job(jobs: Jobs, name: str, tell: Callable[[str], None]) -> None:
-    """Cancels the job if it is still there, and waits until it has ended; TrainingError where it cannot."""
+def end_job(jobs: Jobs, name: str, log: Callable[[str], None]) -> None:
+    """Cancels the job if it is active and waits until it has ended; raises TrainingError if that fails."""
     status = jobs.status(name)
-    if status is not None and status.phase not in OVER:
+    if status is not None and status.phase not in FINAL_PHASES:
         limits = Limits(max_restarts=0, timeout=0.0, poll=0.0)
-        hooks = Hooks(checkpoint=lambda: -1, written=lambda: False, cancelled=lambda: "", tell=tell)
-        _Follower(jobs, name, limits, hooks).cancel("its work is done again")
+        hooks = Hooks(checkpoint_update=lambda: -1, output_exists=lambda: False, cancel_reason=lambda: "", log=log)
+        _Follower(jobs, name, limits, hooks).cancel("its work is started anew")
 
 
-def why_not_again(status: Status, *, at: int, before: int | None, used: int, max_restarts: int) -> str:
-    """Why a failed job is not submitted again, "" where it is: it must have got on since it failed before.
+def reason_not_to_resubmit(
+    status: Status, *, update: int, previous_update: int | None, resubmissions: int, max_restarts: int
+) -> str:
+    """Why a failed job is not resubmitted, "" if it is: its checkpoint must have advanced since it last failed.
 
-    `at` is its checkpoint's update (-1: none), `before` the same when it failed last, `used` the submissions again.
+    `update` is the update of its checkpoint (-1: none), `previous_update` that of the previous failure.
     """
-    if at < 0 and not status.preempted:
+    if update < 0 and not status.preempted:
         return "before its first checkpoint"
-    if before is not None and at <= before:
-        return f"twice at the checkpoint of update {at}" if at >= 0 else "twice before its first checkpoint"
-    if used >= max_restarts:
-        return f"after it was submitted {used + 1} times (--max-restarts {max_restarts})"
+    if previous_update is not None and update <= previous_update:
+        return f"twice at the checkpoint of update {update}" if update >= 0 else "twice before its first checkpoint"
+    if resubmissions >= max_restarts:
+        return f"after it was submitted {resubmissions + 1} times (--max-restarts {max_restarts})"
     return ""
 
 
 @contextlib.contextmanager
 def cancellation() -> Iterator[Callable[[], str]]:
-    """A function that says why this step is to end, "" while it is not: SIGTERM came, or the orchestrator's shell went.
+    """Yields a function that returns why this step must end, "" if it must not.
 
-    An orchestrator starts a component under `sh -ec`, and its SIGTERM may end the shell alone: the component then has
-    another parent. A command that a person started outlives their shell.
+    It must end on SIGTERM, and when the orchestrator's shell is gone: an orchestrator starts a component under
+    `sh -ec`, and its SIGTERM may end only the shell, after which the component has another parent. A command started
+    by a user outlives the user's shell.
     """
-    parent = ORCHESTRATOR.get()
+    orchestrator = ORCHESTRATOR.get()
     with Shutdown() as shutdown:
 
         def reason() -> str:
             if shutdown.requested():
-                return "this step got SIGTERM"
-            if parent is not None and os.getppid() != parent:
+                return "this step received SIGTERM"
+            if orchestrator is not None and os.getppid() != orchestrator:
                 return "the process that started this step is gone"
             return ""
 
@@ -153,127 +158,135 @@ def cancellation() -> Iterator[Callable[[], str]]:
 
 
 class _Follower:
-    """The state of a job between two looks at it."""
+    """The state of the loop between two polls of a job."""
 
     def __init__(self, jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
         self.jobs, self.name, self.limits, self.hooks = jobs, name, limits, hooks
         self.deadline = hooks.clock() + limits.timeout
-        self.answered = hooks.clock()
-        self.failed_at: int | None = None
-        self.submitted_again = 0
+        self.last_answer = hooks.clock()
+        self.failed_update: int | None = None
+        self.resubmissions = 0
         self.last_note = ""
         self.error = ""
-        self.unread = False
+        self.log_unreadable = False
 
     def begin(self) -> None:
-        """Finds the job or submits it. A platform that does not answer here is not waited for."""
+        """Finds the job or submits it; raises at once if the platform does not answer."""
         status = self.jobs.status(self.name)
-        if status is not None and status.phase is Phase.SUCCEEDED and not self.hooks.written():
-            # Platforms remember a job for longer than its output may live.
-            self.hooks.tell(f"{self.name}: succeeded already, and what it wrote is not there any more")
+        if status is not None and status.phase is Phase.SUCCEEDED and not self.hooks.output_exists():
+            # Platforms may keep a job longer than its output exists.
+            self.hooks.log(f"{self.name}: succeeded already, but its output is not there any more")
         elif status is not None and status.phase not in (Phase.FAILED, Phase.CANCELLED):
-            self.hooks.tell(f"{self.name}: {status.phase.value} already; {self.jobs.address(self.name)}")
+            self.hooks.log(f"{self.name}: {status.phase.value} already; {self.jobs.address(self.name)}")
             return
-        self._refuse_to_go_on()
+        self._raise_if_over()
         self.jobs.submit(self.name)
-        self.hooks.tell(f"{self.name}: submitted; {self.jobs.address(self.name)}")
+        self.hooks.log(f"{self.name}: submitted; {self.jobs.address(self.name)}")
 
     def poll(self) -> bool:
-        """Looks at the job once."""
+        """Polls the job once; returns whether it has succeeded."""
         try:
             status = self.jobs.status(self.name)
-            self.answered = self.hooks.clock()
+            self.last_answer = self.hooks.clock()
         except UnansweredError as error:
-            self._refuse_to_go_on()
-            if self.hooks.clock() - self.answered > PATIENCE_SECONDS:
+            self._raise_if_over()
+            if self.hooks.clock() - self.last_answer > PATIENCE_SECONDS:
                 raise
-            self._tell_once(f"no answer: {error}")
+            self._log_once(f"no answer: {error}")
             return False
-        self._tell_lines()
-        self.hooks.look()
+        self._log_lines()
+        self.hooks.on_poll()
         if status is None or status.phase is Phase.CANCELLED:
             remedy = "run the same command again to continue at its checkpoint"
             raise TrainingError(f"{self.name}: was cancelled or deleted by someone else; {remedy}")
         if status.phase is not Phase.FAILED:
-            self._tell_once(f"{status.phase.value}{status.reason and f': {status.reason}'}")
+            self._log_once(f"{status.phase.value}{status.reason and f': {status.reason}'}")
         if status.phase is Phase.SUCCEEDED:
             return True
-        self._refuse_to_go_on()
-        if status.hopeless:
+        self._raise_if_over()
+        if status.cannot_start:
             self._cancel()
             raise TrainingError(
-                f"{self.name}: {status.reason}; it is cancelled, mend that and run the same command again"
+                f"{self.name}: {status.reason}; it is cancelled, fix that and run the same command again"
             )
         if status.phase is Phase.FAILED:
             self._submit_again(status)
         return False
 
     def wait(self) -> None:
-        """Until the next look, or until this step is to end."""
+        """Waits for the next poll, or until this step must end."""
         end = self.hooks.clock() + self.limits.poll
-        while self.hooks.clock() < end and not self.hooks.cancelled():
-            self.hooks.pause(TICK_SECONDS)
+        while self.hooks.clock() < end and not self.hooks.cancel_reason():
+            self.hooks.sleep(CANCEL_POLL_SECONDS)
 
-    def cancel(self, why: str) -> None:
-        """Ends the job and says so."""
-        self.hooks.tell(f"{self.name}: {why}, it is being cancelled")
+    def cancel(self, reason: str) -> None:
+        """Cancels the job and logs the reason."""
+        self.hooks.log(f"{self.name}: cancelling the job: {reason}")
         self._cancel()
 
-    def _refuse_to_go_on(self) -> None:
-        if why := self.hooks.cancelled():
-            self.cancel(why)
+    def _raise_if_over(self) -> None:
+        if reason := self.hooks.cancel_reason():
+            self.cancel(reason)
             remedy = "run the same command again to continue at its checkpoint"
-            raise TrainingError(f"{self.name}: was cancelled ({why}); {remedy}")
+            raise TrainingError(f"{self.name}: was cancelled ({reason}); {remedy}")
         if self.hooks.clock() > self.deadline:
-            self.cancel("its time is up")
+            self.cancel("it reached its time limit")
             remedy = "give more --timeout-hours to continue at its checkpoint"
             hours = self.limits.timeout / 3600
-            raise TrainingError(f"{self.name}: was not done in {hours:g} hours and is cancelled; {remedy}")
+            raise TrainingError(f"{self.name}: did not finish in {hours:g} hours and was cancelled; {remedy}")
 
     def _cancel(self) -> None:
-        """Ends the job and waits until it has ended, so that whoever goes on does not meet it."""
+        """Cancels the job and waits until it has ended, so that a next run does not find it running."""
         try:
             self.jobs.cancel(self.name)
             end = self.hooks.clock() + CANCEL_SECONDS
             while self._is_active() and self.hooks.clock() < end:
-                self.hooks.pause(TICK_SECONDS)
+                self.hooks.sleep(CANCEL_POLL_SECONDS)
         except CappyError as error:
             address = self.jobs.address(self.name)
-            raise TrainingError(f"{self.name}: could not be cancelled ({error}); do it by hand: {address}") from error
-        self._tell_lines()
+            raise TrainingError(
+                f"{self.name}: could not be cancelled ({error}); cancel it by hand: {address}"
+            ) from error
+        self._log_lines()
 
     def _is_active(self) -> bool:
         status = self.jobs.status(self.name)
-        return status is not None and status.phase not in OVER
+        return status is not None and status.phase not in FINAL_PHASES
 
     def _submit_again(self, status: Status) -> None:
-        at = self.hooks.checkpoint()
-        words = "was preempted" if status.preempted else "failed"
+        update = self.hooks.checkpoint_update()
+        event = "was preempted" if status.preempted else "failed"
         reason = f" ({status.reason})" if status.reason else ""
         if self.error and not status.preempted:
             raise TrainingError(f"{self.name}: {self.error}")
-        rules = {"before": self.failed_at, "used": self.submitted_again, "max_restarts": self.limits.max_restarts}
-        if why := why_not_again(status, at=at, **rules):  # type: ignore[arg-type]
-            remedy = f"look at its log ({self.jobs.address(self.name)}), then run the same command again"
-            raise TrainingError(f"{self.name}: {words}{reason} {why}; {remedy}")
-        self.failed_at, self.submitted_again, self.error = at, self.submitted_again + 1, ""
-        place = f"the checkpoint of update {at}" if at >= 0 else "the start"
-        self.hooks.tell(f"{self.name}: {words}{reason}, submitted again to continue at {place}")
+        refusal = reason_not_to_resubmit(
+            status,
+            update=update,
+            previous_update=self.failed_update,
+            resubmissions=self.resubmissions,
+            max_restarts=self.limits.max_restarts,
+        )
+        if refusal:
+            remedy = f"check its log ({self.jobs.address(self.name)}), then run the same command again"
+            raise TrainingError(f"{self.name}: {event}{reason} {refusal}; {remedy}")
+        self.failed_update, self.resubmissions, self.error = update, self.resubmissions + 1, ""
+        position = f"the checkpoint of update {update}" if update >= 0 else "the start"
+        self.hooks.log(f"{self.name}: {event}{reason}, submitted again to continue at {position}")
         self.jobs.submit(self.name)
 
-    def _tell_lines(self) -> None:
+    def _log_lines(self) -> None:
         try:
             for node, line in self.jobs.lines(self.name):
-                self.hooks.tell(f"{node}: {line}")
-                self.error = self.hooks.said(line) or self.error
-        except UnansweredError:  # The next look asks for these lines again.
+                self.hooks.log(f"{node}: {line}")
+                self.error = self.hooks.find_error(line) or self.error
+        except UnansweredError:  # The next poll asks for these lines again.
             return
-        except ConfigError as error:  # A right that is missing for the log alone must not end a training.
-            if not self.unread:
-                self.hooks.tell(f"{self.name}: its log cannot be read ({error})")
-            self.unread = True
+        except ConfigError as error:  # A missing permission for the log must not end a training.
+            if not self.log_unreadable:
+                self.hooks.log(f"{self.name}: its log cannot be read ({error})")
+            self.log_unreadable = True
 
-    def _tell_once(self, text: str) -> None:
+    def _log_once(self, text: str) -> None:
         if text != self.last_note:
             self.last_note = text
-            self.hooks.tell(f"{self.name}: {text}")
+            self.hooks.log(f"{self.name}: {text}")

@@ -1,7 +1,7 @@
-"""A training step as a job: its input staged where the job sees it, what it wrote published where the step was asked.
+"""Runs a training step as a job: stages its input, follows the job, verifies and publishes its output.
 
-Everything that both sides need lies under the step's `work`, on a volume that the job's machines mount: an
-orchestrator's own paths for a component's input and output exist in that component alone.
+Everything that step and job share is under the step's `work`, on a volume that the job's machines mount: the paths that
+an orchestrator gives a component for its input and output exist only in that component.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from cappy.redaction import has_secret, redact
 from cappy.runs import PROGRESS_VARIABLE
 from cappy.steps import step_version
 from cappy.training import checkpoint
-from cappy.training.checkpoint import CONTINUES
-from cappy.training.launch import DEFECT, NO_REPORT, VERSION_VARIABLE
+from cappy.training.checkpoint import CONTINUE_REMEDY
+from cappy.training.launch import NO_REPORT, UNEXPECTED_ERROR, VERSION_VARIABLE
 from cappy.training.remote.following import CANCEL_SECONDS, Hooks, Jobs, Limits, cancellation, end_job, follow
 from cappy.training.settings import LauncherSettings, TrainingSettings
 
@@ -32,118 +32,129 @@ POLL_SECONDS = 5.0
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
-def train_elsewhere(
-    step: str, config: TrainingSettings, computed: Mapping[str, object], parents: Sequence[str], progress: Progress
+def train_remotely(
+    step: str,
+    config: TrainingSettings,
+    result_settings: Mapping[str, object],
+    parents: Sequence[str],
+    progress: Progress,
 ) -> Manifest:
-    """Trains as a job of `config.launcher`'s platform and publishes the scorer that it wrote; its manifest.
+    """Trains in a job on the platform `config.launcher`, publishes the scorer it wrote and returns the manifest.
 
-    `computed` and `parents` are what the work is named by, as it would be here: so the job continues at a checkpoint
-    that was written here, and its name is the same when this step is retried.
+    `result_settings` and `parents` name the work as they do for training here: so the job continues at a checkpoint
+    that was written here, and has the same name when this step is retried.
     """
-    key = work_key(step, computed, parents, fresh=config.fresh)
+    key = work_key(step, result_settings, parents, fresh=config.fresh)
     name = job_name(step, key.name)
-    # One that is being cancelled holds the work until its job has ended.
+    # A step that is being cancelled holds the lock until its job has ended.
     with lock_folder(config.work / JOBS / name, patience=2 * CANCEL_SECONDS) as folder:
-        written, staged = folder / "target", folder / "source"
-        inner = dataclasses.replace(config, **_here(), source=staged, target=written)
+        output, staged_input = folder / "target", folder / "source"
+        job_config = dataclasses.replace(config, **_local_settings(), source=staged_input, target=output)
 
-        def jobs() -> Jobs:
-            return jobs_of(step, config, inner, _environment(folder, step))
+        def open_platform() -> Jobs:
+            return open_jobs(step, config, job_config, _job_environment(folder, step))
 
-        if starts_anew(folder, key):  # A job of the work before still reads its input, and would be followed.
-            end_job(jobs(), name, lambda text: _tell(step, text))
+        if starts_anew(folder, key):  # A job of earlier work may still read its input, and would be followed.
+            end_job(open_platform(), name, lambda text: _log(step, text))
         begin(folder, key)
-        if not (written / MANIFEST).is_file():
-            _stage(config.source, staged)
-            _follow(jobs(), name, step, config, written, key.name, progress)
-        manifest = _verify(written, step, computed, parents, name)
-        publish(written, config.target, manifest)
+        if not (output / MANIFEST).is_file():
+            _stage(config.source, staged_input)
+            _follow(open_platform(), name, step, config, output, key.name, progress)
+        manifest = _verify(output, step, result_settings, parents, name)
+        publish(output, config.target, manifest)
         note_finished(folder)
         shutil.rmtree(folder / "source", ignore_errors=True)
         return manifest
 
 
-def _here() -> dict[str, Any]:
-    """The settings of a training that runs in the process that has them."""
+def _local_settings() -> dict[str, Any]:
+    """The launcher settings for training in the current process, as the job does."""
     return {field.name: field.default for field in dataclasses.fields(LauncherSettings)}
 
 
-def jobs_of(step: str, config: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]) -> Jobs:
-    """The jobs of the platform that `config` names, which run `inner`."""
+def open_jobs(
+    step: str, config: TrainingSettings, job_config: TrainingSettings, environment: Mapping[str, str]
+) -> Jobs:
+    """The jobs of the platform in `config`; they run the step with `job_config`."""
     if config.launcher == "trainjob":
         from cappy.training.remote.kubeflow import TrainJobs
 
-        return TrainJobs(step, config, inner, environment)
+        return TrainJobs(step, config, job_config, environment)
     from cappy.training.remote.vertex import CustomJobs
 
-    return CustomJobs(step, config, inner, environment)
+    return CustomJobs(step, config, job_config, environment)
 
 
 def _follow(
-    jobs: Jobs, name: str, step: str, config: TrainingSettings, written: Path, key: str, progress: Progress
+    jobs: Jobs, name: str, step: str, config: TrainingSettings, output: Path, key: str, progress: Progress
 ) -> None:
-    state_file = written.parent / f"{step}.json"
+    state_file = output.parent / f"{step}.json"
     with contextlib.suppress(FileNotFoundError):
         state_file.unlink()
 
-    def look() -> None:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # A file that is just being replaced.
+    def report_progress() -> None:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # The file may be replaced at this moment.
             if state := read_state(state_file):
                 progress(state.done, state.total, unit=state.unit, resumed=state.resumed, note=state.note)
 
-    with cancellation() as cancelled:
+    with cancellation() as cancel_reason:
         hooks = Hooks(
-            checkpoint=lambda: checkpoint.newest_update(config.work / step / key / ".checkpoints"),
-            cancelled=cancelled,
-            written=(written / MANIFEST).is_file,
-            tell=lambda text: _tell(step, text),
-            look=look,
-            said=lambda line: _mendable(step, line),
+            checkpoint_update=lambda: checkpoint.newest_update(config.work / step / key / ".checkpoints"),
+            cancel_reason=cancel_reason,
+            output_exists=(output / MANIFEST).is_file,
+            log=lambda text: _log(step, text),
+            on_poll=report_progress,
+            find_error=lambda line: _user_error(step, line),
         )
         limits = Limits(max_restarts=config.max_restarts, timeout=config.timeout_hours * 3600, poll=POLL_SECONDS)
         follow(jobs, name, limits, hooks)
 
 
-def _tell(step: str, text: str) -> None:
-    # Lines of the job's log are among them.
+def _log(step: str, text: str) -> None:
+    # Redacted because lines of the job's log pass here too.
     sys.stderr.write(f"{step}: {redact(text)}\n")
     sys.stderr.flush()
 
 
-def _mendable(step: str, line: str) -> str:
-    """What a rank said a person has to mend; nothing of one that continues, or that another's end took with it."""
-    words = line.partition(f"cappy {step}: ")[2]
-    return "" if CONTINUES in words or words in (DEFECT, NO_REPORT) else words
+def _user_error(step: str, line: str) -> str:
+    """The error in a rank's log line that the user must fix, "" if none.
+
+    Not errors of a rank that continues at its checkpoint, or that ended because another rank failed.
+    """
+    message = line.partition(f"cappy {step}: ")[2]
+    return "" if CONTINUE_REMEDY in message or message in (UNEXPECTED_ERROR, NO_REPORT) else message
 
 
-def _environment(folder: Path, step: str) -> dict[str, str]:
-    """The environment of a job's processes; an address that holds a password is left out."""
+def _job_environment(folder: Path, step: str) -> dict[str, str]:
+    """The environment of a job's processes; a tracking address with a password is left out."""
     variables = {VERSION_VARIABLE: str(step_version(step)), PROGRESS_VARIABLE: str(folder)}
     tracking = os.environ.get(TRACKING_VARIABLE, "")
     return variables | ({TRACKING_VARIABLE: tracking} if tracking and not has_secret(tracking) else {})
 
 
-def _stage(source: Path, staged: Path) -> None:
-    """The input on the volume, by hard links where it lies there already; one that a job may be reading stays."""
+def _stage(source: Path, staged_input: Path) -> None:
+    """Publishes the input to the volume, by hard links if it is there already; keeps one that a job may be reading."""
     manifest = read_manifest(source)
-    if not (staged / MANIFEST).is_file() or read_manifest(staged).hash != manifest.hash:
-        publish(source, staged, manifest)
+    if not (staged_input / MANIFEST).is_file() or read_manifest(staged_input).hash != manifest.hash:
+        publish(source, staged_input, manifest)
 
 
-def _verify(written: Path, step: str, computed: Mapping[str, object], parents: Sequence[str], name: str) -> Manifest:
-    """The manifest of what the job wrote, every file checked against it, once it is of the work that was asked for.
+def _verify(
+    output: Path, step: str, result_settings: Mapping[str, object], parents: Sequence[str], name: str
+) -> Manifest:
+    """Verifies the job's output, file by file and that it is of this work; returns its manifest.
 
     A damaged output is deleted, so that the next run makes it again.
     """
-    if not (written / MANIFEST).is_file():
-        remedy = "let --work be on a volume that both mount"
-        raise TrainingError(f"{name}: succeeded, and {written} is not there; {remedy}")
+    if not (output / MANIFEST).is_file():
+        remedy = "give a --work on a volume that the job and this step both mount"
+        raise TrainingError(f"{name}: succeeded, but {output} is not there; {remedy}")
     try:
-        manifest = verify(written)
+        manifest = verify(output)
     except FolderError:
-        with disk_errors(written):
-            shutil.rmtree(written)
+        with disk_errors(output):
+            shutil.rmtree(output)
         raise
-    if (manifest.step, manifest.parents, dict(manifest.config)) != (step, tuple(parents), dict(computed)):
-        raise TrainingError(f"{name}: {written} holds other work than was asked for; delete it and run again")
+    if (manifest.step, manifest.parents, dict(manifest.config)) != (step, tuple(parents), dict(result_settings)):
+        raise TrainingError(f"{name}: {output} is the output of other work; delete it and run again")
     return manifest

@@ -1,10 +1,10 @@
-"""A training step as a Vertex AI CustomJob, by the SDK (google-cloud-aiplatform 1.165 and later, or 2.x).
+"""Training steps as Vertex AI CustomJobs, with the SDK (google-cloud-aiplatform 1.165 and later, or 2.x).
 
-Vertex AI starts the same command on every machine and tells each of the others in CLUSTER_SPEC, which `topology` reads;
-the command then starts a rank per accelerator. The first machine is a pool of its own, the others are the second.
+Vertex AI starts the same command on every machine and describes the machines in CLUSTER_SPEC, which `topology` reads;
+the command then launches a rank per accelerator. The first machine is one worker pool, the others are the second.
 
-Logs are read from Cloud Logging over its REST API, whose client is not installed; without the right to, the step goes
-on, and tells where a person reads them. How far the job is comes through the file on the volume.
+Logs are read over the REST API of Cloud Logging, whose client is not installed; without permission the step continues
+and logs where to read them. Progress is read from a file on the volume.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 
 from cappy.config import encode, to_values
 from cappy.errors import ConfigError, UnansweredError, quote
-from cappy.training.remote.following import OVER, Phase, Status
+from cappy.training.remote.following import FINAL_PHASES, Phase, Status
 from cappy.training.settings import TrainingSettings
 
 try:
@@ -26,7 +26,7 @@ try:
     from google.rpc.status_pb2 import Status as JobError  # type: ignore[import-untyped]
     from requests.exceptions import RequestException
 
-    from cappy.vertex import hush, translate_errors
+    from cappy.vertex import silence_sdk, translate_errors
 except ModuleNotFoundError as missing:
     raise ConfigError(f"--launcher customjob: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
 
@@ -40,13 +40,13 @@ PHASES = {
     JobState.JOB_STATE_UPDATING: Phase.RUNNING,
     JobState.JOB_STATE_CANCELLING: Phase.RUNNING,
 }
-"""What is not here waits: queued, pending, paused, unspecified."""
-TAKEN = (10, 14)
-"""Codes of a job's error (google.rpc.Code) that tell of its machines: ABORTED, UNAVAILABLE."""
-LOGGING = "https://logging.googleapis.com"
-PAGE = 1000
-NEVER = ("image", "pull")
-"""Words that tell of an image that cannot be had, where both stand in a job's error."""
+"""All other states are pending: queued, pending, paused, unspecified."""
+PREEMPTION_CODES = (10, 14)
+"""Error codes (google.rpc.Code) of a job that lost its machines: ABORTED, UNAVAILABLE."""
+LOGGING_URL = "https://logging.googleapis.com"
+PAGE_SIZE = 1000
+IMAGE_ERROR_WORDS = ("image", "pull")
+"""An error message with both words means that the image cannot be pulled."""
 
 
 def worker_pools(
@@ -61,22 +61,22 @@ def worker_pools(
 ) -> list[dict[str, object]]:
     """The worker pools of a step on `config.nodes` machines with `config.devices` accelerators of this type each.
 
-    Source, target and work must lie on a file system that every machine mounts and that locks and renames, such as NFS:
-    `volume` is SERVER:/export:/mnt/nfs/name of one to mount. The image needs cappy and no entry point of its own. A TPU
-    is part of the machine's type.
-    ConfigError where a path is relative, or several ranks of a machine have no accelerator to be on.
+    Source, target and work must be on a file system that every machine mounts and that supports locks and renames, such
+    as NFS; `volume` is SERVER:/export:/mnt/nfs/name of one to mount. The image must have cappy installed and no entry
+    point of its own. A TPU is part of the machine type.
+    Raises ConfigError if a path is relative, or if a machine has several ranks but no accelerator.
     """
     if config.parallelism == "jax" and config.nodes > 1:
         raise ConfigError(
-            f"{step}: --parallelism jax drives one machine, and {config.nodes} were asked for; give --nodes 1"
+            f"{step}: --parallelism jax runs on one machine, but {config.nodes} were requested; give --nodes 1"
         )
     for name in ("source", "target", "work"):
         if not getattr(config, name).is_absolute():
-            remedy = "give a folder on a file system that all machines mount, such as NFS"
+            remedy = "give an absolute path on a file system that all machines mount, such as NFS"
             raise ConfigError(f"{step}: --{name} {getattr(config, name)}: is not an absolute path; {remedy}")
     if config.devices > 1 and not accelerator_type and config.parallelism != "jax":
-        remedy = "name the accelerator_type, or give --devices 1"
-        raise ConfigError(f"{step}: {config.devices} devices per machine, and no accelerator is named; {remedy}")
+        remedy = "give accelerator_type, or --devices 1"
+        raise ConfigError(f"{step}: {config.devices} devices per machine but no accelerator; {remedy}")
     machine: dict[str, object] = {"machine_type": machine_type}
     if accelerator_type:
         machine |= {"accelerator_type": accelerator_type, "accelerator_count": config.devices}
@@ -90,67 +90,69 @@ def worker_pools(
     if volume:
         server, export, folder = volume.split(":")
         pool["nfs_mounts"] = [{"server": server, "path": export, "mount_point": folder.removeprefix("/mnt/nfs/")}]
-    others = [{**pool, "replica_count": config.nodes - 1}] if config.nodes > 1 else []
-    return [{**pool, "replica_count": 1}, *others]
+    other_machines = [{**pool, "replica_count": config.nodes - 1}] if config.nodes > 1 else []
+    return [{**pool, "replica_count": 1}, *other_machines]
 
 
 class CustomJobs:
-    """CustomJobs of one step: `config` says where, `inner` what each machine does."""
+    """The CustomJobs of one step: `config` has the platform's settings, `job_config` is that of each machine."""
 
     def __init__(
-        self, step: str, config: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]
+        self, step: str, config: TrainingSettings, job_config: TrainingSettings, environment: Mapping[str, str]
     ) -> None:
-        self.step, self.config, self.own = step, config, config.customjob
+        self.step, self.config, self.settings = step, config, config.customjob
         self.pools = worker_pools(
             step,
-            inner,
+            job_config,
             image=config.image,
-            machine_type=self.own.machine,
-            accelerator_type=self.own.accelerator,
+            machine_type=self.settings.machine,
+            accelerator_type=self.settings.accelerator,
             environment=environment,
-            volume=self.own.volume,
+            volume=self.settings.volume,
         )
         self.resource = ""
-        self.logging = LOGGING
-        self._since = "1970-01-01T00:00:00Z"
-        self._seen: set[str] = set()
-        self._readable = True
-        hush()
+        self.logging = LOGGING_URL
+        self._last_timestamp = "1970-01-01T00:00:00Z"
+        self._seen_entries: set[str] = set()
+        self._log_readable = True
+        silence_sdk()
         with self._translate_errors():
-            aiplatform.init(project=self.own.project, location=self.own.region, staging_bucket=self.own.bucket)
+            aiplatform.init(
+                project=self.settings.project, location=self.settings.region, staging_bucket=self.settings.bucket
+            )
 
     def status(self, name: str) -> Status | None:
-        """The state of the job of this name that was made last."""
+        """The status of the newest job of this name."""
         with self._translate_errors(TooManyRequests):
             job = self._newest(name)
-            return None if job is None else read(job.state, job.error)
+            return None if job is None else read_status(job.state, job.error)
 
     def submit(self, name: str) -> None:
-        """Creates the job; those of this name that are over stay in the list, as Vertex AI keeps them."""
+        """Creates the job; ended jobs of this name remain, because Vertex AI keeps them."""
         with self._translate_errors():
             job = aiplatform.CustomJob(display_name=name, worker_pool_specs=self.pools)
             job.submit(
                 service_account=self.config.service_account or None,
-                network=self.own.network or None,
+                network=self.settings.network or None,
                 timeout=int(self.config.timeout_hours * 3600),
-                # Ranks that lost one of them only wait: all have to begin at the checkpoint.
+                # Ranks that lost another only wait for it: all must restart at the checkpoint.
                 restart_job_on_worker_restart=self.config.nodes > 1,
-                scheduling_strategy=Scheduling.Strategy.SPOT if self.own.spot else None,
+                scheduling_strategy=Scheduling.Strategy.SPOT if self.settings.spot else None,
             )
             self.resource = job.resource_name
 
     def lines(self, name: str) -> Iterator[tuple[str, str]]:
-        """New lines of its machines, as Cloud Logging has them, some seconds late (role logging.viewer)."""
-        number = self.resource.rpartition("/")[2]
-        if not (number and self._readable):
+        """New log lines of its machines from Cloud Logging, some seconds late (needs roles/logging.viewer)."""
+        job_id = self.resource.rpartition("/")[2]
+        if not (job_id and self._log_readable):
             return
-        wanted = f'resource.type="ml_job" AND resource.labels.job_id="{number}" AND timestamp>="{self._since}"'
-        body = {"resourceNames": [f"projects/{self.own.project}"], "filter": wanted, "pageSize": PAGE}
+        query = f'resource.type="ml_job" AND resource.labels.job_id="{job_id}" AND timestamp>="{self._last_timestamp}"'
+        body = {"resourceNames": [f"projects/{self.settings.project}"], "filter": query, "pageSize": PAGE_SIZE}
         for entry in self._entries({**body, "orderBy": "timestamp asc"}):
-            if entry["insertId"] in self._seen:
+            if entry["insertId"] in self._seen_entries:
                 continue
-            self._seen.add(entry["insertId"])
-            self._since = max(self._since, entry["timestamp"])
+            self._seen_entries.add(entry["insertId"])
+            self._last_timestamp = max(self._last_timestamp, entry["timestamp"])
             node = entry["resource"]["labels"].get("task_name", "job")
             text = entry.get("textPayload") or entry.get("jsonPayload", {}).get("message", "")
             yield from ((node, line) for line in text.splitlines())
@@ -159,72 +161,73 @@ class CustomJobs:
         while True:
             try:
                 session = AuthorizedSession(aiplatform.initializer.global_config.credentials)  # type: ignore[no-untyped-call]
-                answer = session.post(f"{self.logging}/v2/entries:list", json=body, timeout=60)
+                response = session.post(f"{self.logging}/v2/entries:list", json=body, timeout=60)
             except (RequestException, GoogleAuthError) as error:
-                raise UnansweredError(f"Cloud Logging: gives no answer ({quote(str(error), 200)})") from error
-            if answer.status_code in (401, 403):
-                self._readable = False
-                place = "grant the step roles/logging.viewer, or read them where the job is"
-                yield _line(f"its log may not be read ({answer.status_code}); {place}: {self.address('')}")
+                raise UnansweredError(f"Cloud Logging: gave no answer ({quote(str(error), 200)})") from error
+            if response.status_code in (401, 403):
+                self._log_readable = False
+                remedy = f"grant the step roles/logging.viewer, or read the log at {self.address('')}"
+                yield _log_entry(f"no permission to read the job's log ({response.status_code}); {remedy}")
                 return
-            if answer.status_code != 200:
-                raise UnansweredError(f"Cloud Logging: answers {answer.status_code}")
-            values = answer.json()
-            yield from values.get("entries", ())
-            if not values.get("nextPageToken"):
+            if response.status_code != 200:
+                raise UnansweredError(f"Cloud Logging: status {response.status_code}")
+            page = response.json()
+            yield from page.get("entries", ())
+            if not page.get("nextPageToken"):
                 return
-            body = {**body, "pageToken": values["nextPageToken"]}
+            body = {**body, "pageToken": page["nextPageToken"]}
 
     def cancel(self, name: str) -> None:
-        """Asks Vertex AI to end it; its containers get SIGTERM."""
+        """Asks Vertex AI to cancel the job; its containers get SIGTERM."""
         with self._translate_errors(TooManyRequests):
             job = self._newest(name)
-            if job is not None and PHASES.get(job.state) not in OVER:
+            if job is not None and PHASES.get(job.state) not in FINAL_PHASES:
                 job.cancel()
 
     def address(self, name: str) -> str:
-        """Its page, which links to its log, and the command that streams the log."""
-        number, region, project = self.resource.rpartition("/")[2], self.own.region, self.own.project
-        if not number:
+        """The URL of the job's page, which links to its log, and the command that streams the log."""
+        job_id, region, project = self.resource.rpartition("/")[2], self.settings.region, self.settings.project
+        if not job_id:
             return f"gcloud ai custom-jobs list --region={region} --project={project} --filter=displayName={name}"
-        page = console_utils.custom_job_console_uri(self.resource)
-        return f"{page} or gcloud ai custom-jobs stream-logs {number} --region={region} --project={project}"
+        url = console_utils.custom_job_console_uri(self.resource)
+        return f"{url} or gcloud ai custom-jobs stream-logs {job_id} --region={region} --project={project}"
 
     def _newest(self, name: str) -> Any:
         jobs = aiplatform.CustomJob.list(filter=f'display_name="{name}"')
-        job = max(jobs, key=lambda one: one.create_time, default=None)
+        job = max(jobs, key=lambda job: job.create_time, default=None)
         self.resource = self.resource if job is None else job.resource_name
         return job
 
     @contextlib.contextmanager
     def _translate_errors(self, *transient: type[GoogleAPIError]) -> Iterator[None]:
-        """A refusal as one line; UnansweredError where it may be answered later.
+        """Raises the SDK's errors as one-line errors: UnansweredError for those that may pass, else ConfigError.
 
-        Too many requests are a quota that is used up when a job is created, and a matter of seconds when one is read.
+        `transient` errors may pass too: TooManyRequests does when a job is read, but means an exhausted quota when one
+        is created.
         """
-        place = f"Vertex AI, project {self.own.project}, {self.own.region}"
-        with translate_errors(self.step, self.own.project, self.own.region):
+        location = f"Vertex AI, project {self.settings.project}, {self.settings.region}"
+        with translate_errors(self.step, self.settings.project, self.settings.region):
             try:
                 yield
             except (ServerError, RetryError, RequestException, *transient) as error:
                 reason = quote(" ".join(str(error).split()), 200)
                 raise UnansweredError(
-                    f"{place}: gives no answer ({reason}); run the same command again later"
+                    f"{location}: gave no answer ({reason}); run the same command again later"
                 ) from error
 
 
-def _line(text: str) -> dict[str, Any]:
-    """An entry of our own."""
+def _log_entry(text: str) -> dict[str, Any]:
+    """A log entry of our own."""
     return {"insertId": text, "timestamp": "", "resource": {"labels": {}}, "textPayload": text}
 
 
-def read(state: JobState, error: JobError | None) -> Status:
-    """The status of a job in this state, with the error that Vertex AI wrote."""
+def read_status(state: JobState, error: JobError | None) -> Status:
+    """The status of a job with this state and error."""
     phase = PHASES.get(state, Phase.PENDING)
-    code, words = (error.code, " ".join(error.message.split())) if error else (0, "")
+    code, message = (error.code, " ".join(error.message.split())) if error else (0, "")
     if phase is not Phase.FAILED:
         return Status(phase)
-    absent = all(word in words.lower() for word in NEVER)
-    taken = not absent and (code in TAKEN or "preempt" in words.lower())
-    reason = quote(words, 200) if words else state.name
-    return Status(phase, reason, preempted=taken, hopeless=absent)
+    image_missing = all(word in message.lower() for word in IMAGE_ERROR_WORDS)
+    preempted = not image_missing and (code in PREEMPTION_CODES or "preempt" in message.lower())
+    reason = quote(message, 200) if message else state.name
+    return Status(phase, reason, preempted=preempted, cannot_start=image_missing)

@@ -1,8 +1,8 @@
-"""Training on TPUs, in JAX: a strategy of the one loop, with an encoder of its own.
+"""Training on TPUs, in JAX: a strategy of the shared loop, with its own implementation of the encoder.
 
-No TPU was ever used here. What is known of this package was measured on a CPU that JAX split into eight devices, and on
-one; speed on a TPU is unknown. One process drives all devices of one machine. Several machines, and parameters too
-large for one device, are not covered.
+It has never run on a TPU: it was tested and measured on a CPU, as one device and as eight JAX devices, so its speed on
+a TPU is unknown. One process drives all devices of one machine; several machines, and parameters that do not fit one
+device, are not supported.
 
-Nothing outside this package imports jax or optax, and importing the package alone does not.
+Only the modules of this package import jax and optax; importing the package alone does not.
 """

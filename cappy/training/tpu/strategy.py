@@ -1,11 +1,14 @@
-"""The strategy `jax`: the encoder's passes and AdamW run in JAX on every device of this machine, the rest in torch.
+"""The strategy `jax`: the encoder's passes and AdamW run in JAX on all devices of this machine, the rest in torch.
 
-What stands in the scorer for its model hands tokens to the devices and takes logits back. The losses are torch's, on
-the host; their gradient goes back the same way. So feed, losses, checks and checkpoints are those of the one loop.
+During training `JaxModel` replaces the scorer's model: it sends tokens to the devices and returns their logits. The
+losses are computed by torch on the host, and their gradient is sent to the devices; so batches, losses, checks and
+checkpoints are those of the shared loop.
 
-A pass's rows lie on the devices in equal parts. Every device holds all parameters and the whole optimizer; a gradient
-is summed over all of them, so no result depends on the devices' number, but for the order in which floats are added.
-XLA compiles one program per shape, so every pass is cut and padded to one of a few.
+Data parallel: the rows of a pass are sharded over the devices, parameters and optimizer are replicated, gradients are
+summed, so results depend on the number of devices only by the order of float additions. XLA compiles one program per
+shape, so every pass is split and padded to one of a few shapes.
+
+Shapes: pairs are those of a pass; rows are pairs padded to one of `Shapes.rows`; length is tokens per row, padded.
 """
 
 import contextlib
@@ -35,27 +38,27 @@ from cappy.training.tpu.encoder import (
     Architecture,
     Arrays,
     Params,
-    architecture,
     decay_mask,
     forward,
     from_torch,
+    parse_architecture,
     stack,
     to_torch,
     unstack,
 )
 
-STEPS = "step"
-SHORTEST = 32
-"""Tokens of the shortest shape; lengths double from there up to the scorer's own."""
-PARTS = (1, 2, 4)
-"""The row counts of a length: full, half and a quarter."""
+STEP_KEY = "step"
+MIN_LENGTH = 32
+"""Tokens of the shortest shape; lengths double from there up to the scorer's maximum."""
+ROW_DIVISORS = (1, 2, 4)
+"""The row counts of a length are the full count divided by these."""
 _AXIS = "rows"
 Pullback = Callable[[Array], tuple[Params]]
-"""From the gradient of logits to that of the parameters; it holds what the pass computed, on the devices."""
+"""Maps the gradient of the logits to that of the parameters; it holds the activations of the pass on the devices."""
 
 
 class Tokens(NamedTuple):
-    """Right-padded pairs: ids and types (rows, length), and how many tokens of each row count (rows,), at least 1."""
+    """Right-padded rows: token ids and token types (rows, length), and each row's number of tokens (rows,), >= 1."""
 
     ids: NDArray[np.int32]
     types: NDArray[np.int32]
@@ -63,7 +66,7 @@ class Tokens(NamedTuple):
 
 
 class _TracedTokens(Protocol):
-    """`Tokens` in a function that JAX compiles, where its own arrays stand in their place."""
+    """`Tokens` as seen in a function that JAX traces, with JAX's arrays."""
 
     @property
     def ids(self) -> Array: ...
@@ -75,28 +78,28 @@ class _TracedTokens(Protocol):
     def lengths(self) -> Array: ...
 
 
-class OnDevices:
-    """JAX's engine behind the methods of `Replicas`; the scorer's model is `Passes` until training has ended."""
+class JaxStrategy:
+    """JAX's engine with the methods of `ReplicatedStrategy`; it sets the scorer's model to `JaxModel`."""
 
     lockstep = False
 
     def __init__(self, scorer: Scorer, config: TrainingSettings) -> None:
         self._model = scorer.model
-        arch = _architecture(scorer)
-        self.engine = Engine(from_torch(self._model.state_dict()), arch, config, devices(config.devices))
+        arch = _scorer_architecture(scorer)
+        self.engine = Engine(from_torch(self._model.state_dict()), arch, config, find_devices(config.devices))
         shapes = Shapes(longest=scorer.encoder.max_length, tokens=config.batch_tokens, devices=config.devices)
-        scorer.model = Passes(self.engine, shapes, self._model.config)
+        scorer.model = JaxModel(self.engine, shapes, self._model.config)
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Drops the gradients."""
-        self.engine.forget()
+        self.engine.zero_grad()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """As `Replicas.backward`."""
+        """As `ReplicatedStrategy.backward`."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, rate: float) -> float:
-        """As `Replicas.step`."""
+        """As `ReplicatedStrategy.step`."""
         return self.engine.step(rate)
 
     def weights(self) -> Tensors:
@@ -104,34 +107,34 @@ class OnDevices:
         return to_torch(self.engine.weights())
 
     def moments(self) -> Tensors:
-        """A copy of the optimizer's state, by parameter and moment."""
+        """A copy of the optimizer's state, by "parameter.moment", on the CPU."""
         steps, *moments = self.engine.moments()
-        named = {f"{name}.{STEPS}": torch.tensor(float(steps)) for name in moments[0]}
+        named = {f"{name}.{STEP_KEY}": torch.tensor(float(steps)) for name in moments[0]}
         for key, arrays in zip(MOMENTS, moments, strict=True):
             named |= {f"{name}.{key}": tensor for name, tensor in to_torch(arrays).items()}
         return named
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
-        """Puts a checkpoint's tensors in place."""
+        """Loads a checkpoint's tensors."""
         named = [from_torch({name: moments[f"{name}.{key}"] for name in weights}) for key in MOMENTS if moments]
-        steps = {int(tensor) for name, tensor in moments.items() if name.endswith(f".{STEPS}")}
+        steps = {int(tensor) for name, tensor in moments.items() if name.endswith(f".{STEP_KEY}")}
         self.engine.restore(from_torch(weights), (steps.pop(), named[0], named[1]) if moments else None)
 
     def best_model(self, best: Tensors) -> nn.Module:
-        """The model that the scorer had, with the best weights."""
+        """The scorer's original torch model with the best weights."""
         self._model.load_state_dict(best)
         model: nn.Module = self._model
         return model
 
 
-class Passes(nn.Module):
-    """Called as the model is: pads to the engine's shapes, runs there, and lets torch's `backward` find its way."""
+class JaxModel(nn.Module):
+    """A module with the model's call signature that pads to the engine's shapes and runs there, with autograd."""
 
     def __init__(self, engine: "Engine", shapes: "Shapes", config: PretrainedConfig) -> None:
         super().__init__()
         self.config = config
         self._engine, self._shapes = engine, shapes
-        self._way_back = nn.Parameter(torch.zeros(()))
+        self._grad_anchor = nn.Parameter(torch.zeros(()))  # Without an input that needs a gradient, no backward runs.
         self.eval()
 
     def forward(
@@ -140,76 +143,79 @@ class Passes(nn.Module):
         """Logits (pairs, 1), on the CPU."""
         lengths = attention_mask.sum(dim=1)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        rows = Tokens(*(tensor.cpu().numpy().astype(np.int32) for tensor in (input_ids, types, lengths)))
+        tokens = Tokens(*(tensor.cpu().numpy().astype(np.int32) for tensor in (input_ids, types, lengths)))
         if self.training:
             seed = int(torch.randint(2**31, ()))
-            logits: Tensor = _DevicePass.apply(self._way_back, self, rows, seed)  # type: ignore[no-untyped-call]
+            logits: Tensor = _DevicePass.apply(self._grad_anchor, self, tokens, seed)  # type: ignore[no-untyped-call]
         else:
-            scored = [self._score(rows, own, count) for own, count in self._split(rows)]
+            scored = [self._score(tokens, chunk, rows) for chunk, rows in self._split(tokens)]
             logits = torch.from_numpy(np.concatenate(scored))
         return SequenceClassifierOutput(logits=logits[:, None])
 
-    def training_forward(self, rows: Tokens, seed: int) -> tuple[Tensor, list[tuple[slice, int, Pullback]]]:
-        """Logits (pairs,) with dropout, and of each piece which pairs, padded rows, and the way back."""
-        logits, ways = [], []
-        for own, count in self._split(rows):
-            part, pullback = self._engine.forward(self._pad(rows, own, count), seed=seed, first=own.start)
-            logits.append(part)
-            ways.append((own, count, pullback))
-        values = [np.asarray(part)[: own.stop - own.start] for part, (own, _, _) in zip(logits, ways, strict=True)]
-        return torch.from_numpy(np.concatenate(values)), ways
+    def training_forward(self, tokens: Tokens, seed: int) -> tuple[Tensor, list[tuple[slice, int, Pullback]]]:
+        """Logits (pairs,) with dropout, and for each chunk its pairs, its padded rows and its pullback."""
+        outputs, pullbacks = [], []
+        for chunk, rows in self._split(tokens):
+            logits, pullback = self._engine.forward(self._pad(tokens, chunk, rows), seed=seed, first=chunk.start)
+            outputs.append(logits)
+            pullbacks.append((chunk, rows, pullback))
+        values = [
+            np.asarray(logits)[: chunk.stop - chunk.start]
+            for logits, (chunk, _, _) in zip(outputs, pullbacks, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(values)), pullbacks
 
-    def pull(self, ways: list[tuple[slice, int, Pullback]], gradient: NDArray[np.float32]) -> None:
-        """Takes the gradient of the logits, (pairs,), back to the engine; padding rows have none."""
-        for own, count, pullback in ways:
-            padded = np.zeros(count, np.float32)
-            padded[: own.stop - own.start] = gradient[own]
-            self._engine.pull(pullback, padded)
+    def backward(self, pullbacks: list[tuple[slice, int, Pullback]], gradient: NDArray[np.float32]) -> None:
+        """Passes the gradient of the logits, (pairs,), to the engine, with zeros for padding rows."""
+        for chunk, rows, pullback in pullbacks:
+            padded = np.zeros(rows, np.float32)
+            padded[: chunk.stop - chunk.start] = gradient[chunk]
+            self._engine.backward(pullback, padded)
 
-    def _score(self, rows: Tokens, own: slice, count: int) -> NDArray[np.float32]:
-        return np.asarray(self._engine.logits(self._pad(rows, own, count)))[: own.stop - own.start]
+    def _score(self, tokens: Tokens, chunk: slice, rows: int) -> NDArray[np.float32]:
+        return np.asarray(self._engine.logits(self._pad(tokens, chunk, rows)))[: chunk.stop - chunk.start]
 
-    def _split(self, rows: Tokens) -> list[tuple[slice, int]]:
-        pairs, width = rows.ids.shape
-        return list(self._shapes.pieces(pairs, self._shapes.length_of(width)))
+    def _split(self, tokens: Tokens) -> list[tuple[slice, int]]:
+        pairs, width = tokens.ids.shape
+        return list(self._shapes.chunks(pairs, self._shapes.length_of(width)))
 
-    def _pad(self, rows: Tokens, own: slice, count: int) -> Tokens:
-        """These pairs in the first of `count` rows; a padding row is one padding token, for its softmax to see."""
-        short = count - (own.stop - own.start)
-        wide = self._shapes.length_of(rows.ids.shape[1]) - rows.ids.shape[1]
-        edges = ((0, short), (0, wide))
+    def _pad(self, tokens: Tokens, chunk: slice, rows: int) -> Tokens:
+        """The pairs of the chunk padded to `rows` rows; a padding row has one token, so that its softmax is defined."""
+        padding_rows = rows - (chunk.stop - chunk.start)
+        padding_tokens = self._shapes.length_of(tokens.ids.shape[1]) - tokens.ids.shape[1]
+        edges = ((0, padding_rows), (0, padding_tokens))
         return Tokens(
-            ids=np.pad(rows.ids[own], edges, constant_values=self.config.pad_token_id),
-            types=np.pad(rows.types[own], edges),
-            lengths=np.pad(rows.lengths[own], (0, short), constant_values=1),
+            ids=np.pad(tokens.ids[chunk], edges, constant_values=self.config.pad_token_id),
+            types=np.pad(tokens.types[chunk], edges),
+            lengths=np.pad(tokens.lengths[chunk], (0, padding_rows), constant_values=1),
         )
 
 
 class _Context(Protocol):
-    """What a pass leaves for the way back."""
+    """The attributes that `_DevicePass` saves for its backward."""
 
-    passes: Passes
-    ways: list[tuple[slice, int, Pullback]]
+    model: JaxModel
+    pullbacks: list[tuple[slice, int, Pullback]]
 
 
 class _DevicePass(torch.autograd.Function):
-    """A pass on the devices as torch's autograd sees it: the parameters' gradients stay there."""
+    """A pass on the devices as an autograd function; the parameters' gradients stay on the devices."""
 
     @staticmethod
-    def forward(context: _Context, way_back: Tensor, passes: Passes, rows: Tokens, seed: int) -> Tensor:
-        logits, context.ways = passes.training_forward(rows, seed)
-        context.passes = passes
+    def forward(context: _Context, grad_anchor: Tensor, model: JaxModel, tokens: Tokens, seed: int) -> Tensor:
+        logits, context.pullbacks = model.training_forward(tokens, seed)
+        context.model = model
         return logits
 
     @staticmethod
     def backward(context: _Context, *gradients: Tensor) -> tuple[None, ...]:
-        context.passes.pull(context.ways, gradients[0].numpy())
+        context.model.backward(context.pullbacks, gradients[0].numpy())
         return None, None, None, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shapes:
-    """The shapes of a run: of pairs up to `longest` tokens, at most `tokens` padded ones, all devices together."""
+    """The shapes of a run: pairs of up to `longest` tokens, up to `tokens` padded tokens on all devices together."""
 
     longest: int
     tokens: int
@@ -217,52 +223,52 @@ class Shapes:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Ascending; the last is the longest pair that the scorer reads."""
-        doubled = [SHORTEST]
+        """The lengths, ascending; the last is `longest`."""
+        doubled = [MIN_LENGTH]
         while doubled[-1] * 2 < self.longest:
             doubled.append(doubled[-1] * 2)
         return (*(length for length in doubled if length < self.longest), self.longest)
 
     def length_of(self, tokens: int) -> int:
-        """The length that pairs of so many tokens are padded to."""
+        """The length to which pairs of this many tokens are padded."""
         return next(length for length in self.lengths if length >= tokens)
 
     def rows(self, length: int) -> tuple[int, ...]:
-        """Row counts for this length, the full one first; each is a multiple of the devices, at least one row each."""
-        full = max(1, self.tokens // length)
-        return tuple(-(-full // (part * self.devices)) * self.devices for part in PARTS)
+        """The row counts for this length, the largest first; each is a positive multiple of the number of devices."""
+        full_rows = max(1, self.tokens // length)
+        return tuple(-(-full_rows // (divisor * self.devices)) * self.devices for divisor in ROW_DIVISORS)
 
-    def pieces(self, pairs: int, length: int) -> Iterator[tuple[slice, int]]:
-        """So many pairs as pieces of the row counts: which pairs, and the rows that they are padded to."""
-        counts = self.rows(length)
-        for start in range(0, pairs, counts[0]):
-            own = min(counts[0], pairs - start)
-            yield slice(start, start + own), min(count for count in counts if count >= own)
+    def chunks(self, pairs: int, length: int) -> Iterator[tuple[slice, int]]:
+        """Splits this many pairs into chunks: their slice, and the row count to which they are padded."""
+        row_counts = self.rows(length)
+        for start in range(0, pairs, row_counts[0]):
+            size = min(row_counts[0], pairs - start)
+            yield slice(start, start + size), min(rows for rows in row_counts if rows >= size)
 
 
 class Engine:
-    """Parameters, gradients and optimizer on the devices, and the programs that move them."""
+    """Parameters, gradients and optimizer on the devices, and the compiled programs."""
 
     def __init__(self, tensors: Arrays, arch: Architecture, config: TrainingSettings, devices: Sequence[jax.Device]):
         mesh = Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
-        whole = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
-        self._whole = whole
-        self._shared = NamedSharding(mesh, PartitionSpec(_AXIS))  # type: ignore[no-untyped-call]
+        replicated = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+        self._replicated = replicated
+        self._sharded = NamedSharding(mesh, PartitionSpec(_AXIS))  # type: ignore[no-untyped-call]
         self._arch, self._clip = arch, config.clip
         stacked = stack(tensors)
         self._optimizer = optax.chain(
             optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
             optax.add_decayed_weights(config.weight_decay, mask=decay_mask(stacked, arch)),
         )
-        self.params: Params = jax.device_put(stacked, whole)
-        self._state: optax.OptState = jax.device_put(self._optimizer.init(self.params), whole)
-        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=whole)
+        self.params: Params = jax.device_put(stacked, replicated)
+        self._state: optax.OptState = jax.device_put(self._optimizer.init(self.params), replicated)
+        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=replicated)
         self.sums: Params = self._zeros(self.params)
-        self._logits = jax.jit(self._forward, out_shardings=whole)
+        self._logits = jax.jit(self._forward, out_shardings=replicated)
         self._pass = jax.jit(self._forward_with_pullback)
-        self._pull = jax.jit(_add_gradients, donate_argnums=0, out_shardings=whole)
-        self._norm = jax.jit(optax.tree.norm, out_shardings=whole)
-        self._apply = jax.jit(self._update, donate_argnums=(0, 1), out_shardings=whole)
+        self._pull = jax.jit(_add_gradients, donate_argnums=0, out_shardings=replicated)
+        self._norm = jax.jit(optax.tree.norm, out_shardings=replicated)
+        self._apply = jax.jit(self._update, donate_argnums=(0, 1), out_shardings=replicated)
 
     def logits(self, tokens: Tokens) -> Array:
         """Logits (rows,) without dropout."""
@@ -270,58 +276,58 @@ class Engine:
         return logits
 
     def forward(self, tokens: Tokens, *, seed: int, first: int) -> tuple[Array, Pullback]:
-        """Logits (rows,) with dropout, and the way back; `seed` (32 bits) and a row's number decide its dropout.
+        """Logits (rows,) with dropout, and the pullback.
 
-        The numbers count from `first`.
+        A row's dropout depends only on `seed` (32 bits) and its index in the pass; `first` is the index of row 0.
         """
-        passed: tuple[Array, Pullback] = self._pass(
+        result: tuple[Array, Pullback] = self._pass(
             self.params, self.to_devices(tokens), np.uint32(seed), np.uint32(first)
         )
-        return passed
+        return result
 
-    def pull(self, pullback: Pullback, gradient: NDArray[np.float32]) -> None:
-        """Adds the parameters' gradients, given that of a pass's logits, (rows,); returns before they are computed."""
-        self.sums = self._pull(self.sums, pullback, jax.device_put(gradient, self._shared))
+    def backward(self, pullback: Pullback, gradient: NDArray[np.float32]) -> None:
+        """Adds the parameters' gradients from that of a pass's logits, (rows,); returns before they are computed."""
+        self.sums = self._pull(self.sums, pullback, jax.device_put(gradient, self._sharded))
 
     def to_devices(self, tokens: Tokens) -> Tokens:
-        """The tokens on the devices, an equal part of the rows on each."""
-        moved: Tokens = jax.device_put(tokens, self._shared)
-        return moved
+        """The tokens on the devices, with the rows sharded equally."""
+        tokens_on_devices: Tokens = jax.device_put(tokens, self._sharded)
+        return tokens_on_devices
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Drops the gradients."""
         self.sums = self._zeros(self.params)
 
     def step(self, rate: float) -> float:
-        """One step of AdamW; the gradient's norm before clipping. No step where that is not a number."""
+        """Steps AdamW unless the gradient's norm is not finite; returns the norm before clipping."""
         norm = float(self._norm(self.sums))
         if norm < float("inf"):
-            share = np.float32(min(1.0, (self._clip or math.inf) / (norm + 1e-6)))
-            self.params, self._state = self._apply(self.params, self._state, self.sums, share, np.float32(rate))
+            scale = np.float32(min(1.0, (self._clip or math.inf) / (norm + 1e-6)))
+            self.params, self._state = self._apply(self.params, self._state, self.sums, scale, np.float32(rate))
         return norm
 
     def weights(self) -> Arrays:
-        """The parameters under the scorer folder's names, on the host."""
+        """The parameters by their names in the scorer folder, on the host."""
         return unstack(self.params)
 
     def gradients(self) -> Arrays:
-        """The gradients that wait for a step, as `weights`."""
+        """The accumulated gradients, in the form of `weights`."""
         return unstack(self.sums)
 
     def moments(self) -> tuple[int, Arrays, Arrays]:
-        """AdamW's state: its steps, and the two moments, as `weights`."""
+        """AdamW's state: the number of steps and the two moments, in the form of `weights`."""
         adam = self._state[0]
         return int(adam.count), unstack(adam.mu), unstack(adam.nu)
 
     def restore(self, weights: Arrays, moments: tuple[int, Arrays, Arrays] | None) -> None:
-        """Takes parameters and AdamW's state from the host; without moments AdamW begins anew."""
-        self.params = jax.device_put(stack(weights), self._whole)
+        """Loads parameters and AdamW's state from the host; without moments AdamW's state is reset."""
+        self.params = jax.device_put(stack(weights), self._replicated)
         state = self._optimizer.init(self.params)
         if moments is not None:
             count, first, second = moments
             adam = state[0]._replace(count=np.int32(count), mu=stack(first), nu=stack(second))
             state = (adam, *state[1:])
-        self._state = jax.device_put(state, self._whole)
+        self._state = jax.device_put(state, self._replicated)
 
     def _forward(self, params: Params, tokens: _TracedTokens, keys: Array | None = None) -> Array:
         return forward(params, self._arch, tokens.ids, tokens.types, tokens.lengths, keys=keys)
@@ -329,44 +335,46 @@ class Engine:
     def _forward_with_pullback(
         self, params: Params, tokens: _TracedTokens, seed: Array, first: Array
     ) -> tuple[Array, Pullback]:
-        numbers = first + jnp.arange(len(tokens.lengths), dtype=jnp.uint32)
-        keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
+        row_indices = first + jnp.arange(len(tokens.lengths), dtype=jnp.uint32)
+        keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(row_indices)
         return jax.vjp(lambda params: self._forward(params, tokens, keys), params)
 
     def _update(
-        self, params: Params, state: optax.OptState, sums: Params, share: Array, rate: Array
+        self, params: Params, state: optax.OptState, sums: Params, scale: Array, rate: Array
     ) -> tuple[Params, optax.OptState]:
-        clipped = jax.tree.map(lambda gradient: gradient * share, sums)
-        moves, state = self._optimizer.update(clipped, state, params)
-        return jax.tree.map(lambda param, move: param - rate * move, params, moves), state
+        clipped = jax.tree.map(lambda gradient: gradient * scale, sums)
+        steps, state = self._optimizer.update(clipped, state, params)
+        return jax.tree.map(lambda param, step: param - rate * step, params, steps), state
 
 
 def _add_gradients(sums: Params, pullback: Pullback, gradient: Array) -> Params:
     (gradients,) = pullback(gradient)
-    added: Params = jax.tree.map(jnp.add, sums, gradients)
-    return added
+    total: Params = jax.tree.map(jnp.add, sums, gradients)
+    return total
 
 
-def devices(count: int) -> list[jax.Device]:
-    """The first `count` of JAX's devices; ConfigError where there are fewer. A CPU is split into as many.
+def find_devices(count: int) -> list[jax.Device]:
+    """The first `count` of JAX's devices; raises ConfigError if there are fewer.
 
-    That can only be done before JAX has computed anything in this process.
+    A CPU is split into `count` devices, which works only before JAX has computed anything in this process.
     """
     if count > 1:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]
-    present = jax.devices()
-    if len(present) < count:
-        has = f"JAX finds {len(present)} on the {present[0].platform}"
-        raise ConfigError(f"--devices {count}: {has}; give --devices {len(present)} or less")
-    return present[:count]
+    available = jax.devices()
+    if len(available) < count:
+        problem = f"JAX finds {len(available)} on platform {available[0].platform}"
+        raise ConfigError(f"--devices {count}: {problem}; give --devices {len(available)} or less")
+    return available[:count]
 
 
-def _architecture(scorer: Scorer) -> Architecture:
-    """The build of the scorer's encoder; ConfigError where it or its length is none of ours."""
+def _scorer_architecture(scorer: Scorer) -> Architecture:
+    """The architecture of the scorer's encoder; raises ConfigError if it or its maximum length is not supported."""
     config, length = scorer.model.config, scorer.encoder.max_length
-    arch = architecture(type(scorer.model).__name__, config.to_dict() | {"num_labels": config.num_labels})
+    arch = parse_architecture(type(scorer.model).__name__, config.to_dict() | {"num_labels": config.num_labels})
     if length > arch.positions:
         remedy = f"pretrain with --max-length {arch.positions} or less"
-        raise ConfigError(f"--parallelism jax: pairs of {length} tokens in {arch.positions} positions; {remedy}")
+        raise ConfigError(
+            f"--parallelism jax: pairs have {length} tokens, but the encoder has {arch.positions} positions; {remedy}"
+        )
     return arch

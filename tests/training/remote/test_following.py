@@ -15,7 +15,7 @@ from cappy.training.remote.following import (
     Phase,
     Status,
     follow,
-    why_not_again,
+    reason_not_to_resubmit,
 )
 
 NAME = "cappy-finetuning-0"
@@ -63,13 +63,13 @@ class Played:
     def follow(self, **limits: Any) -> None:
         checkpoints = iter(self.checkpoints)
         hooks = Hooks(
-            checkpoint=lambda: next(checkpoints),
-            cancelled=lambda: self.cancelled_at(),
-            written=lambda: self.written,
-            tell=self.said.append,
-            said=lambda line: line.partition("cappy finetuning: ")[2],
+            checkpoint_update=lambda: next(checkpoints),
+            cancel_reason=lambda: self.cancelled_at(),
+            output_exists=lambda: self.written,
+            log=self.said.append,
+            find_error=lambda line: line.partition("cappy finetuning: ")[2],
             clock=lambda: self.now,
-            pause=self.pause,
+            sleep=self.pause,
         )
         follow(self, NAME, Limits(**{"max_restarts": 5, "timeout": 36_000.0, "poll": 5.0, **limits}), hooks)
 
@@ -145,10 +145,10 @@ def test_a_job_is_submitted_again_as_often_as_asked_for_and_no_more() -> None:
 
 
 def test_before_a_first_checkpoint_only_a_job_whose_machine_was_taken_is_submitted_again_and_once() -> None:
-    lost = {"at": -1, "used": 0, "max_restarts": 5}
-    assert why_not_again(FAILED, before=None, **lost)
-    assert why_not_again(PREEMPTED, before=None, **lost) == ""
-    assert "twice" in why_not_again(PREEMPTED, before=-1, **lost)
+    lost = {"update": -1, "resubmissions": 0, "max_restarts": 5}
+    assert reason_not_to_resubmit(FAILED, previous_update=None, **lost)
+    assert reason_not_to_resubmit(PREEMPTED, previous_update=None, **lost) == ""
+    assert "twice" in reason_not_to_resubmit(PREEMPTED, previous_update=-1, **lost)
 
 
 def test_what_a_rank_said_is_to_be_mended_is_the_error_and_not_tried_again() -> None:
@@ -161,7 +161,7 @@ def test_what_a_rank_said_is_to_be_mended_is_the_error_and_not_tried_again() -> 
 
 def test_a_job_that_waits_for_an_image_that_is_not_there_is_told_and_cancelled() -> None:
     why = "node-0 cannot start, ImagePullBackOff of image x (no such image)"
-    played = Played(None, PENDING, Status(Phase.PENDING, why, hopeless=True))
+    played = Played(None, PENDING, Status(Phase.PENDING, why, cannot_start=True))
     assert_names(ended(played), NAME, why, "cancelled", "same command")
     assert played.did == ["submit", "cancel"]
 

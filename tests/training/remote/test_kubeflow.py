@@ -120,7 +120,7 @@ def test_a_trainjob_waits_runs_and_succeeds(cluster: Cluster, jobs: Callable[...
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no gpu\nfree"}
     cluster.pod(NAME, 0, "Pending", conditions=[condition])
     waits = found.status(NAME)
-    assert (waits.phase, waits.hopeless) == (Phase.PENDING, False)
+    assert (waits.phase, waits.cannot_start) == (Phase.PENDING, False)
     assert_names(waits.reason, "node-0", "'no gpu free'")
     cluster.pod(NAME, 0, "Running")
     assert found.status(NAME) == Status(Phase.RUNNING)
@@ -138,14 +138,16 @@ def ended(status: int, reason: str) -> list[dict[str, Any]]:
     return [{"name": "node", "image": "a:1", "imageID": "", "ready": False, "restartCount": 0, "state": state}]
 
 
-def test_an_image_that_cannot_be_pulled_is_hopeless_and_told(cluster: Cluster, jobs: Callable[..., Any]) -> None:
+def test_an_image_that_cannot_be_pulled_cannot_start_and_is_reported(
+    cluster: Cluster, jobs: Callable[..., Any]
+) -> None:
     found = jobs()
     found.submit(NAME)
     cluster.pod(NAME, 0, "Pending", containerStatuses=waiting("ErrImagePull", "not found"))
-    assert not found.status(NAME).hopeless, "it is tried again first"
+    assert not found.status(NAME).cannot_start, "it is tried again first"
     cluster.pod(NAME, 0, "Pending", containerStatuses=waiting("ImagePullBackOff", "not\nfound"))
     status = found.status(NAME)
-    assert status.hopeless
+    assert status.cannot_start
     assert_names(status.reason, "node-0", "ImagePullBackOff", "absent:1", "'not found'")
 
 
@@ -221,7 +223,7 @@ def test_a_running_trainjob_is_not_submitted_over(cluster: Cluster, jobs: Callab
     found = jobs()
     found.submit(NAME)
     cluster.pod(NAME, 0, "Running")
-    assert_names(refused(lambda: found.submit(NAME), UnansweredError), NAME, "runs", "same command")
+    assert_names(refused(lambda: found.submit(NAME), UnansweredError), NAME, "running", "same command")
 
 
 def test_cancelling_deletes_it_and_is_done_where_there_is_none(cluster: Cluster, jobs: Callable[..., Any]) -> None:

@@ -59,7 +59,7 @@ class Platform:
 def platform(monkeypatch: pytest.MonkeyPatch) -> Platform:
     """The platform that every step of the test submits to."""
     found = Platform()
-    monkeypatch.setattr(remote, "jobs_of", found.jobs_of)
+    monkeypatch.setattr(remote, "open_jobs", found.jobs_of)
     return found
 
 

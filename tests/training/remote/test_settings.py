@@ -41,13 +41,13 @@ def test_where_a_step_trains_does_not_name_the_work(plan: Plan) -> None:
         ({"launcher": "trainjob", "dry_run": True}, ("dry run", "--launcher here")),
         (
             {"launcher": "trainjob", "parallelism": "jax", "nodes": 2},
-            ("--parallelism jax", "2 were asked for", "--nodes 1"),
+            ("--parallelism jax", "2 were requested", "--nodes 1"),
         ),
         ({**VERTEX, "image": ""}, ("--image", "--customjob.project", "--customjob.bucket gs://")),
         ({**VERTEX, "customjob": {**OWN, "bucket": "s3://b"}}, ("--image", "--customjob.bucket gs://")),
         (
             {**VERTEX, "customjob": {**OWN, "volume": "10.0.0.2:/export:/mnt/work"}},
-            ("--customjob.volume 10.0.0.2:/export:/mnt/work", "/mnt/nfs alone"),
+            ("--customjob.volume 10.0.0.2:/export:/mnt/work", "only under /mnt/nfs"),
         ),
         ({**VERTEX, "trainjob": {"cpu": "8"}}, ("--trainjob.cpu", "--launcher trainjob")),
         ({**VERTEX, "devices": 4}, ("4 devices", "--customjob.accelerator", "--devices 1")),

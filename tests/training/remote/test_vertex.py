@@ -113,7 +113,7 @@ def test_a_vertex_job_that_cannot_work_is_refused_in_one_line(plan: Plan) -> Non
     tpu: Any
     (tpu,) = worker_pools("finetuning", plan(parallelism="jax", devices=4), **machine)
     assert "accelerator_type" not in tpu["machine_spec"]
-    with raises_naming(ConfigError, "finetuning:", "--parallelism jax", "2 were asked for", "--nodes 1"):
+    with raises_naming(ConfigError, "finetuning:", "--parallelism jax", "2 were requested", "--nodes 1"):
         worker_pools("finetuning", plan(parallelism="jax", nodes=2), **machine)
     with raises_naming(ConfigError, "finetuning:", "--work gs:/bucket/work:", "absolute path", "NFS"):
         worker_pools("finetuning", plan(work=Path("gs://bucket/work")), **machine)
@@ -154,7 +154,7 @@ def test_a_vertex_job_asks_for_the_machines_and_accelerators_of_the_plan(plan: P
         (
             "JOB_STATE_FAILED",
             (14, "failed to pull the image"),
-            Status(Phase.FAILED, "'failed to pull the image'", hopeless=True),
+            Status(Phase.FAILED, "'failed to pull the image'", cannot_start=True),
         ),
     ],
 )
@@ -299,7 +299,7 @@ def test_a_preempted_job_goes_on_at_its_checkpoint_and_what_it_wrote_is_publishe
     server: Vertex, plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.2)
-    monkeypatch.setattr(vertex, "LOGGING", server.address)
+    monkeypatch.setattr(vertex, "LOGGING_URL", server.address)
     settings = {"epochs": 8.0, "patience": 50}
     here = run(plan("here", **settings))
     told = Told(at=3, do=lambda: server.custom_jobs[0].update(preempt=True))
@@ -315,7 +315,7 @@ def test_a_step_that_is_cancelled_cancels_its_job_and_keeps_the_checkpoint(
     server: Vertex, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.2)
-    monkeypatch.setattr(vertex, "LOGGING", server.address)
+    monkeypatch.setattr(vertex, "LOGGING_URL", server.address)
     told = Told(at=2, do=lambda: os.kill(os.getpid(), 15))
     settings = plan(**CLOUD, epochs=500.0, patience=100)
     with machines(server), raises_naming(TrainingError, "cancelled", "SIGTERM"):
@@ -329,7 +329,7 @@ def test_a_job_that_succeeded_and_left_nothing_where_the_step_looks_is_told_and_
     server: Vertex, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(vertex, "LOGGING", server.address)
+    monkeypatch.setattr(vertex, "LOGGING_URL", server.address)
     settings = plan(**CLOUD)
 
     done = threading.Event()

@@ -17,14 +17,14 @@ from cappy.errors import ConfigError
 from cappy.records.instance import Source
 from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
-from cappy.training.corpus import Corpus, CorpusWriter, Group
-from cappy.training.distributed import ALONE, Replicas
-from cappy.training.feed import Drawn, batch, comparable, micro_batches
+from cappy.training.corpus import Corpus, CorpusWriter, TrainingInstance
+from cappy.training.distributed import SINGLE_RANK, ReplicatedStrategy
+from cappy.training.feed import Draw, comparison_mask, draw_batch, split_batch
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.losses import Pairs, instance_losses
-from cappy.training.tpu.encoder import architecture
-from cappy.training.tpu.strategy import OnDevices, Passes, Shapes, devices
-from cappy.training.update import _of_memory, update
+from cappy.training.tpu.encoder import parse_architecture
+from cappy.training.tpu.strategy import JaxModel, JaxStrategy, Shapes, find_devices
+from cappy.training.update import _is_out_of_memory, update
 
 Load = Callable[..., Scorer]
 Plan = Callable[..., FinetuningConfig]
@@ -33,7 +33,7 @@ SETTINGS = {"batch_tokens": 448, "listwise": 0.5, "clip": 1.0}
 INSTANCES = 8
 
 
-def groups(count: int) -> list[Group]:
+def groups(count: int) -> list[TrainingInstance]:
     """Instances of 3 to 6 responses and 4 to 12 words, of which the last response may not be picked."""
     made = []
     for number in range(count):
@@ -42,7 +42,9 @@ def groups(count: int) -> list[Group]:
         responses = tuple(WORDS[(number + place) % 10] for place in range(size))
         labels = tuple(round(((number + 2) * (place + 1) % 7) / 7, 3) for place in range(size - 1))
         sources: list[Source] = ["llm"] * size
-        made.append(Group(" ".join(words), responses, (*labels, 0.0), (*[True] * (size - 1), False), tuple(sources)))
+        made.append(
+            TrainingInstance(" ".join(words), responses, (*labels, 0.0), (*[True] * (size - 1), False), tuple(sources))
+        )
     return made
 
 
@@ -61,8 +63,8 @@ def corpus_of(tmp_path: Path) -> Callable[[Scorer], Corpus]:
     return make
 
 
-def drawn_of(corpus: Corpus, settings: FinetuningConfig, number: int = 0) -> list[Drawn]:
-    return batch(corpus, number, INSTANCES, settings.max_candidates, seed=settings.seed)
+def drawn_of(corpus: Corpus, settings: FinetuningConfig, number: int = 0) -> list[Draw]:
+    return draw_batch(corpus, number, INSTANCES, settings.max_candidates, seed=settings.seed)
 
 
 def updated(
@@ -70,7 +72,7 @@ def updated(
 ) -> float:
     state = State(budget=settings.batch_tokens, update=number, running_loss=1.0)
     drawn = drawn_of(corpus, settings, number)
-    return update(scorer, strategy, corpus, drawn, settings, state, rate=rate, ranks=ALONE)
+    return update(scorer, strategy, corpus, drawn, settings, state, rate=rate, ranks=SINGLE_RANK)
 
 
 def apart(found: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]) -> float:
@@ -92,8 +94,8 @@ def test_scores_are_torchs(load: Load, plan: Plan) -> None:
     assert len(scorer.encoder.encode(pairs[-2:])[0].ids) > 32
     assert scorer.tokenizer.pad_token_id in scorer.encoder.encode(pairs[-1:])[0].ids
     expected = np.array(scorer.score(pairs))
-    OnDevices(scorer, plan(**SETTINGS))
-    assert isinstance(scorer.model, Passes)
+    JaxStrategy(scorer, plan(**SETTINGS))
+    assert isinstance(scorer.model, JaxModel)
     worst = np.abs(np.array(scorer.score(pairs)) - expected).max()
     print(f"scores differ by at most {worst:.1e}")
     assert worst < 1e-4
@@ -102,7 +104,7 @@ def test_scores_are_torchs(load: Load, plan: Plan) -> None:
 def test_the_built_in_scorer_scores_as_in_torch(plan: Plan) -> None:
     scorer = Scorer.load("builtin", device="cpu", precision="fp32")
     expected = scorer.score(PAIRS[:20])
-    OnDevices(scorer, plan())
+    JaxStrategy(scorer, plan())
     assert scorer.score(PAIRS[:20]) == pytest.approx(expected, abs=1e-4)
 
 
@@ -111,11 +113,11 @@ def test_first_gradients_are_torchs_and_compare_what_a_selector_may_pick(
 ) -> None:
     scorer, settings = load(), plan(**SETTINGS)
     corpus = corpus_of(scorer)
-    assert len(micro_batches(drawn_of(corpus, settings), settings.batch_tokens)) > 1
+    assert len(split_batch(drawn_of(corpus, settings), settings.batch_tokens)) > 1
     losses = [_by_hand(scorer, corpus, drawn, settings) for drawn in drawn_of(corpus, settings)]
     torch.stack(losses).mean().backward()
     expected = {name: p.grad.numpy() for name, p in scorer.model.named_parameters()}
-    strategy = OnDevices(scorer, settings)
+    strategy = JaxStrategy(scorer, settings)
     loss = updated(scorer, strategy, corpus, settings)
     assert loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     found = strategy.engine.gradients()
@@ -128,14 +130,14 @@ def test_first_gradients_are_torchs_and_compare_what_a_selector_may_pick(
     assert worst < 1e-3
 
 
-def _by_hand(scorer: Scorer, corpus: Corpus, drawn: Drawn, settings: FinetuningConfig) -> torch.Tensor:
+def _by_hand(scorer: Scorer, corpus: Corpus, drawn: Draw, settings: FinetuningConfig) -> torch.Tensor:
     """One instance's loss in torch; what a selector may not pick takes no part in the comparisons."""
-    labels = torch.tensor(corpus.labels(drawn.index, drawn.chosen))
-    compared = comparable(drawn.chosen, corpus.selectable(drawn.index))
+    labels = torch.tensor(corpus.labels(drawn.index, drawn.responses))
+    compared = comparison_mask(drawn.responses, corpus.selectable(drawn.index))
     assert not all(compared), "or nothing would be left out"
     scorer.model.eval()
     pairs = Pairs(
-        logits=scorer.logits(corpus.pairs(drawn.index, drawn.chosen)),
+        logits=scorer.logits(corpus.pairs(drawn.index, drawn.responses)),
         labels=labels,
         groups=torch.zeros(len(labels), dtype=torch.long),
         count=1,
@@ -150,7 +152,7 @@ def test_steps_are_torchs_adamw_and_its_state_can_be_taken_over(
     settings = plan(**{**SETTINGS, "weight_decay": 0.1, "clip": 0.5})
     ours, theirs = bert(), bert()
     corpus = corpus_of(ours)
-    strategy, expected = OnDevices(ours, settings), Replicas(theirs.model, settings, ALONE)
+    strategy, expected = JaxStrategy(ours, settings), ReplicatedStrategy(theirs.model, settings, SINGLE_RANK)
     for number in range(3):
         for scorer, one in ((ours, strategy), (theirs, expected)):
             updated(scorer, one, corpus, settings, number)
@@ -161,7 +163,7 @@ def test_steps_are_torchs_adamw_and_its_state_can_be_taken_over(
         for name in found:
             if "self.key.bias" not in name:  # Adam makes a step of the rounding that its gradient is.
                 assert (found[name] - wanted[name]).abs().max() < 1e-4, name
-    again = OnDevices(bert(), settings)
+    again = JaxStrategy(bert(), settings)
     again.restore(strategy.weights(), mine)
     assert all(torch.equal(tensor, mine[name]) for name, tensor in again.moments().items())
     assert all(torch.equal(tensor, strategy.weights()[name]) for name, tensor in again.weights().items())
@@ -173,7 +175,7 @@ def test_eight_devices_compute_what_one_does_dropout_included(
     results = []
     for count in (1, 8):
         scorer, settings = bert(dropout=0.1), plan(**{**SETTINGS, "batch_tokens": 2048}, devices=count)
-        strategy, corpus = OnDevices(scorer, settings), corpus_of(scorer)
+        strategy, corpus = JaxStrategy(scorer, settings), corpus_of(scorer)
         first = updated(scorer, strategy, corpus, settings, 0)
         gradients = strategy.engine.gradients()
         results.append((first, updated(scorer, strategy, corpus, settings, 1), gradients))
@@ -195,7 +197,7 @@ def test_dropout_does_not_depend_on_padding_or_on_how_a_pass_is_cut(bert: Load, 
     found = []
     for tokens in (64, 256):
         scorer = bert(dropout=0.1)
-        OnDevices(scorer, plan(batch_tokens=tokens))
+        JaxStrategy(scorer, plan(batch_tokens=tokens))
         encoded = scorer.encoder.encode([PAIRS[0], ("cat dog " * 15, "red"), *PAIRS[4:6]])
         scorer.model.train()
         torch.manual_seed(3)
@@ -212,8 +214,17 @@ def test_the_padding_tokens_vectors_are_not_trained(bert: Load, plan: Plan, tmp_
     scorer, settings = bert(), plan(**SETTINGS)
     pad = scorer.tokenizer.pad_token
     with CorpusWriter(tmp_path / "corpus", scorer.encoder, len(scorer.tokenizer)) as writer:
-        writer.add([("0", Group(f"cat {pad} dog", (f"red {pad}", "blue"), (1.0, 0.0), (True, True), ("llm", "llm")))])
-    strategy = OnDevices(scorer, settings)
+        writer.add(
+            [
+                (
+                    "0",
+                    TrainingInstance(
+                        f"cat {pad} dog", (f"red {pad}", "blue"), (1.0, 0.0), (True, True), ("llm", "llm")
+                    ),
+                )
+            ]
+        )
+    strategy = JaxStrategy(scorer, settings)
     updated(scorer, strategy, Corpus(tmp_path / "corpus", scorer.encoder), settings)
     table = next(g for name, g in strategy.engine.gradients().items() if name.endswith("word_embeddings.weight"))
     assert not table[scorer.tokenizer.pad_token_id].any()
@@ -230,7 +241,7 @@ def test_shapes_seen_before_are_not_compiled_again(
             compiled.append(event)
 
     scorer, settings = bert(), plan(**SETTINGS)
-    strategy, corpus = OnDevices(scorer, settings), corpus_of(scorer)
+    strategy, corpus = JaxStrategy(scorer, settings), corpus_of(scorer)
     monitoring.register_event_duration_secs_listener(count)
     for number in (0, 1):
         updated(scorer, strategy, corpus, settings, number)
@@ -244,7 +255,7 @@ def test_shapes_seen_before_are_not_compiled_again(
 
 def test_weights_go_back_into_the_folder_unchanged(bert: Load, plan: Plan, tmp_path: Path) -> None:
     scorer = bert()
-    strategy, before = OnDevices(scorer, plan()), scorer.model
+    strategy, before = JaxStrategy(scorer, plan()), scorer.model
     weights = strategy.weights()
     scorer.model = strategy.best_model(weights).eval()
     assert scorer.model is not before
@@ -259,7 +270,7 @@ def test_weights_go_back_into_the_folder_unchanged(bert: Load, plan: Plan, tmp_p
 def test_jax_says_that_memory_ran_out_as_the_loop_understands_it() -> None:
     with pytest.raises(RuntimeError) as short:
         jnp.zeros(2**45).block_until_ready()
-    assert _of_memory(short.value)
+    assert _is_out_of_memory(short.value)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +288,7 @@ def test_encoders_without_a_build_are_refused_in_one_line(
     config = Scorer.load(str(bert_folder), device="cpu").model.config
     values: Any = {**config.to_dict(), "num_labels": 1, **changed}
     with raises_naming(ConfigError, "--parallelism jax", *named, "--parallelism single") as refused:
-        architecture(name, values)
+        parse_architecture(name, values)
     assert "\n" not in str(refused.value)
 
 
@@ -285,13 +296,13 @@ def test_a_length_beyond_the_positions_is_refused(bert: Load, plan: Plan) -> Non
     scorer = bert()
     scorer.encoder.max_length = 66
     with raises_naming(ConfigError, "--parallelism jax:", "66 tokens", "--max-length 6"):
-        OnDevices(scorer, plan())
+        JaxStrategy(scorer, plan())
 
 
 def test_more_devices_than_there_are_are_refused() -> None:
     assert len(jax.devices()) == 8
     with raises_naming(ConfigError, "--devices 9:", "cpu", "--devices 8"):
-        devices(9)
+        find_devices(9)
 
 
 def shapes(**values: int) -> Shapes:
@@ -314,7 +325,7 @@ def test_pieces_hold_every_pair_once_in_few_shapes_within_the_budget(devices: in
         seen = set()
         for pairs in (1, 2, 3, 7, 16, 100, 333):
             covered: list[int] = []
-            for own, count in given.pieces(pairs, length):
+            for own, count in given.chunks(pairs, length):
                 covered += range(own.start, own.stop)
                 assert own.stop - own.start <= count
                 assert count % devices == 0
