@@ -26,12 +26,12 @@ from scipy.optimize import isotonic_regression
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.evaluation import threshold
-from cappy.evaluation.calibration import fit, picks, reliability
+from cappy.evaluation.calibration import collect_picks, fit, measure_reliability
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import read
 from cappy.scoring import Scorer
-from cappy.selection.pools import Pool, Vector, collect, pick_label, score_pools
+from cappy.selection.pools import Pool, Vector, collect_pools, pick_label, score_pools
 
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = ROOT.parent / "shared/data/candidates"
@@ -92,7 +92,7 @@ def load(name: str, scorer: str, work: Path) -> tuple[list[Pool], list[Vector]]:
         excluded = EXCLUDED.get(name, ())
         preparation(PreparationConfig(source=source, target=folder / "prepared", exclude=excluded, **own))
         annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", metric=metric, **own))
-    pools = collect(read(folder / "annotated"), metric=metric, splits={"train", "validation", "test"})
+    pools = collect_pools(read(folder / "annotated"), metric=metric, splits={"train", "validation", "test"})
     pools = [pool for pool in pools if len(set(pool.responses)) > 1]
     stored = folder / f"{scorer}.npz"
     if not stored.exists():
@@ -138,13 +138,13 @@ def evaluate_split(
         for name, expect in {"raw": lambda own, _: own, **maps}.items():
             expected = expect(scores, sizes)
             values[f"n={key} {name} expected"] = float(expected.mean())
-            values[f"n={key} {name} ece"] = reliability(expected, labels).ece
-    own, others = picks(*held), picks(*tested)
+            values[f"n={key} {name} ece"] = measure_reliability(expected, labels).ece
+    own, others = collect_picks(*held), collect_picks(*tested)
     groups = np.array([pool.instance.group_id for pool in held[0]])
     for wanted in PRECISIONS:
         chosen = {
             "before": luckiest(own.scores, own.labels >= GOOD, wanted),
-            "after": threshold.lowest(own.scores, own.labels >= GOOD, groups, wanted),
+            "after": threshold.find_lowest(own.scores, own.labels >= GOOD, groups, wanted),
         }
         for name, least in chosen.items():
             values |= {
@@ -152,7 +152,7 @@ def evaluate_split(
                 for key, value in find_threshold(others.scores, others.labels, least, wanted)
             }
         expected = maps["after"](own.scores, own.sizes)
-        floor = threshold.lowest(expected, own.labels >= GOOD, groups, wanted)
+        floor = threshold.find_lowest(expected, own.labels >= GOOD, groups, wanted)
         other = maps["after"](others.scores, others.sizes)
         values |= {f"{wanted} floor {key}": value for key, value in find_threshold(other, others.labels, floor, wanted)}
     return values

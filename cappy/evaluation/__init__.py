@@ -34,13 +34,13 @@ def evaluate(
     The validation split chooses weights and the best single system. Instances of both splits are held in memory,
     others are passed over. RecordError where there is nothing to report on, or a candidate has no label.
     """
-    from cappy.evaluation.protocol import evaluate_split, pools_of, report_of
+    from cappy.evaluation.protocol import build_report, evaluate_split, split_pools
 
-    pools, held_out, skipped = pools_of(instances, metric=metric, split=split)
+    pools, held_out, skipped = split_pools(instances, metric=metric, split=split)
     evaluated = evaluate_split(
         pools, held_out, score, champion, metric=metric, seed=seed, probe=probe, progress=progress
     )
-    return report_of([evaluated], metric=metric, split=split, seed=seed, skipped=skipped)
+    return build_report([evaluated], metric=metric, split=split, seed=seed, skipped=skipped)
 
 
 def read_report(folder: str | Path) -> Report:

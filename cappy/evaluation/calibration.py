@@ -38,7 +38,7 @@ class Picks:
         return np.array([fitted.apply([score], n=size)[0] for score, size in pairs])
 
 
-def picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
+def collect_picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
     """The picks of these scores."""
     return Picks(
         scores=np.array([own.max() for own in scores], dtype=np.float64),
@@ -58,12 +58,12 @@ def fit(pools: Sequence[Pool], scores: Sequence[Vector], metric: str) -> Calibra
     ranked = [_sort_picks(own, pool.labels) for pool, own in zip(pools, scores, strict=True)]
     groups = np.array([pool.instance.group_id for pool in pools])
     maps = []
-    for n in _grid([len(own) for own, _ in ranked], groups):
+    for n in _choose_sizes([len(own) for own, _ in ranked], groups):
         where = [index for index, (own, _) in enumerate(ranked) if len(own) >= n]
         weights = np.concatenate([best_probabilities(len(ranked[index][0]))[n - 1] for index in where])
         values, labels = (np.concatenate([ranked[index][side] for index in where]) for side in (0, 1))
         levels = min(MAX_LEVELS, len(set(groups[where])) // LEVEL_GROUPS)
-        maps.append(_monotone(n, values, labels, weights, levels))
+        maps.append(_fit_monotone_map(n, values, labels, weights, levels))
     return Calibration(tuple(maps), metric=metric, fitted_on=len(set(groups))) if maps else None
 
 
@@ -73,7 +73,7 @@ def _sort_picks(scores: Vector, labels: Vector) -> tuple[Vector, Vector]:
     return scores[order], average_ties(scores[order], labels[order])
 
 
-def _grid(sizes: Sequence[int], groups: "np.ndarray[tuple[int], np.dtype[np.str_]]") -> Iterator[int]:
+def _choose_sizes(sizes: Sequence[int], groups: "np.ndarray[tuple[int], np.dtype[np.str_]]") -> Iterator[int]:
     """1, 2, 4 and so on, and the largest n of which `MIN_GROUPS` groups have a pool; nothing of fewer groups."""
     largest: dict[str, int] = {}
     for size, group in zip(sizes, groups.tolist(), strict=True):
@@ -87,7 +87,7 @@ def _grid(sizes: Sequence[int], groups: "np.ndarray[tuple[int], np.dtype[np.str_
     yield last
 
 
-def _monotone(n: int, scores: Vector, labels: Vector, weights: Vector, levels: int) -> PickMap:
+def _fit_monotone_map(n: int, scores: Vector, labels: Vector, weights: Vector, levels: int) -> PickMap:
     """The monotone map of at most `levels` levels of about equal weight: each from its lowest to its highest score.
 
     So the mean of what is expected of the picks is the mean of their labels.
@@ -107,7 +107,7 @@ def _monotone(n: int, scores: Vector, labels: Vector, weights: Vector, levels: i
     return PickMap(n, tuple(points[ends].tolist()), tuple(expected[ends].tolist()))
 
 
-def reliability(scores: Vector, labels: Vector) -> Reliability:
+def measure_reliability(scores: Vector, labels: Vector) -> Reliability:
     """Calibration error, Brier score and bins of about equal size, of scores against labels of 0 to 1.
 
     Equal scores are in one bin, whatever their order: a calibrated score has many of them.
@@ -131,17 +131,17 @@ def measure_calibration(splits: Sequence[tuple[Picks, Calibration | None]]) -> C
     spread = float(np.median(spreads)) if len(spreads) else None
     maps = [fitted for _, fitted in splits if fitted is not None]
     if len(maps) < len(splits):
-        return CalibrationResult(raw=reliability(raw, labels), spread=spread)
+        return CalibrationResult(raw=measure_reliability(raw, labels), spread=spread)
     mapped = np.concatenate([own.expected_labels(fitted) for own, fitted in splits if fitted is not None])
     return CalibrationResult(
-        raw=reliability(raw, labels),
-        calibrated=reliability(mapped, labels),
+        raw=measure_reliability(raw, labels),
+        calibrated=measure_reliability(mapped, labels),
         fitted_on=sum(fitted.fitted_on for fitted in maps),
         spread=spread,
     )
 
 
-def coverage(confidences: Sequence[float], labels: Vector) -> Coverage:
+def measure_coverage(confidences: Sequence[float], labels: Vector) -> Coverage:
     """The mean label of the picks with the highest confidences, by the share of instances that is answered."""
     order = np.argsort(-np.asarray(confidences), kind="stable")
     sizes = [max(1, round(share * len(order))) for share in SHARES]

@@ -20,7 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 from cappy.config import build, with_new_names
 from cappy.errors import ConfigError, FolderError, quote
 from cappy.evaluation.findings import OUT_OF_FOLD
-from cappy.evaluation.protocol import AnyScorer, EvaluatedSplit, cached_scores, evaluate_split, pools_of, scores_of
+from cappy.evaluation.protocol import (
+    AnyScorer,
+    EvaluatedSplit,
+    cached_scores,
+    evaluate_split,
+    get_scorer_scores,
+    split_pools,
+)
 from cappy.preparation.leakage import SplitRows
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, Split, prompt_hash, read, write
@@ -60,8 +67,8 @@ class Fold:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutOfFold:
-    """Scores by pool (see `identity`), each made by a scorer that was trained on the other folds.
+class OutOfFoldScores:
+    """Scores by pool (see `pool_hash`), each made by a scorer that was trained on the other folds.
 
     `leaks` counts the instances that were tested by a scorer which had been trained on their prompt.
     """
@@ -75,16 +82,16 @@ class OutOfFold:
         """The scores of these pools' candidates, or why they cannot be compared."""
         if metric != self.metric:
             return f"its out-of-fold picks are by {self.metric}, this report is by {metric}"
-        known = [identity(pool) in self.scores for pool in pools]
+        known = [pool_hash(pool) in self.scores for pool in pools]
         if not all(known) or len(pools) != len(self.scores):
             return (
                 f"its out-of-fold picks are of {len(self.scores)} instances, this report is on {len(pools)}, and "
                 f"{sum(known)} of them are the same with the same candidates"
             )
-        return [np.array(self.scores[identity(pool)], dtype=np.float64) for pool in pools]
+        return [np.array(self.scores[pool_hash(pool)], dtype=np.float64) for pool in pools]
 
 
-def folds(instances: Sequence[Instance], count: int, seed: int) -> Iterator[list[Instance]]:
+def split_folds(instances: Sequence[Instance], count: int, seed: int) -> Iterator[list[Instance]]:
     """The instances `count` times, each time with other splits: every one is tested once and held out once.
 
     A fold's test instances are the next fold's validation ones, the others train it. Groups stay together, and every
@@ -92,7 +99,7 @@ def folds(instances: Sequence[Instance], count: int, seed: int) -> Iterator[list
     leak check would find, are left out of what it trains on, and so are those of its validation ones. ConfigError where
     there are fewer groups than folds.
     """
-    place = _places(instances, count, seed)
+    place = _assign_folds(instances, count, seed)
     for number in range(count):
         splits: dict[int, Split] = {number: "test", (number + 1) % count: "validation"}
         yield _drop_near_held_out([replace(one, split=splits.get(place[one.group_id], "train")) for one in instances])
@@ -106,16 +113,16 @@ def _drop_near_held_out(instances: Sequence[Instance]) -> list[Instance]:
     return [one for one in instances if one.split == "test" or prompt_hash(one.instruction) not in left_out]
 
 
-def prepare(instances: Sequence[Instance], count: int, seed: int, work: Path) -> Iterator[Fold]:
+def prepare_folds(instances: Sequence[Instance], count: int, seed: int, work: Path) -> Iterator[Fold]:
     """Writes each fold's instances under `work`, unless a run before this one did."""
-    for number, own in enumerate(folds(instances, count, seed), start=1):
-        fold = Fold(number=number, annotated=work / f".fold-{number}", scorer=_scorer(work, number))
+    for number, own in enumerate(split_folds(instances, count, seed), start=1):
+        fold = Fold(number=number, annotated=work / f".fold-{number}", scorer=_scorer_folder(work, number))
         if not (fold.annotated / MANIFEST).is_file():
             write(fold.annotated, own)
         yield fold
 
 
-def recipe(scorer: Manifest, folder: Path) -> Recipe:
+def read_recipe(scorer: Manifest, folder: Path) -> Recipe:
     """The step and the settings that made a scorer; ConfigError where its manifest does not say."""
     if scorer.step not in TRAINING_STEPS:
         raise ConfigError(
@@ -143,12 +150,12 @@ def evaluate_folds(
     step, settings = recipe
     count, seed, metric = cross_fitting.folds, cross_fitting.seed, cross_fitting.metric
     evaluated, skipped = [], 0
-    for fold in prepare(instances, count, seed, folder):
-        if not _is_whole(fold.scorer):
+    for fold in prepare_folds(instances, count, seed, folder):
+        if not _is_trained(fold.scorer):
             places = {"source": fold.annotated, "target": fold.scorer, "work": cross_fitting.work}
             own = {**settings, **places, "fresh": cross_fitting.fresh}
-            (train or _train_fold)(step, own, _of_fold(progress, fold.number, count))
-        pools, held_out, empty = pools_of(read(fold.annotated), metric=metric, split="test")
+            (train or _train_fold)(step, own, _prefix_progress(progress, fold.number, count))
+        pools, held_out, empty = split_pools(read(fold.annotated), metric=metric, split="test")
         score = cached_scores(load(str(fold.scorer)).score, folder, f"fold-{fold.number}")
         probe = cross_fitting.probe and fold.number == 1
         evaluated.append(evaluate_split(pools, held_out, score, metric=metric, seed=seed, probe=probe))
@@ -156,24 +163,24 @@ def evaluate_folds(
     return evaluated, skipped
 
 
-def leaks(evaluated: Sequence[EvaluatedSplit], folder: Path, trained_on: TrainedOn) -> int:
+def count_leaks(evaluated: Sequence[EvaluatedSplit], folder: Path, trained_on: TrainedOn) -> int:
     """How many instances were tested by a scorer that had been trained on their prompt."""
-    scorers = [trained_on(_scorer(folder, number)) for number in range(1, len(evaluated) + 1)]
+    scorers = [trained_on(_scorer_folder(folder, number)) for number in range(1, len(evaluated) + 1)]
     tested = ([pool.instance for pool in own.pools] for own in evaluated)
     return sum(seen_in_training(own, hashes) for own, hashes in zip(tested, scorers, strict=True))
 
 
-def with_champion(
+def add_champion_scores(
     evaluated: Sequence[EvaluatedSplit], champion: Path, metric: str
 ) -> tuple[list[EvaluatedSplit], dict[str, int]]:
     """The splits with the champion's out-of-fold scores, and its leaks; without them, why they have none."""
     stored = read_out_of_fold(champion)
     if stored is None:
         why = "it has no out-of-fold picks; cross-fit it with --folds and register it again"
-        return [_without_champion(own, why) for own in evaluated], {}
+        return [_mark_champion_unavailable(own, why) for own in evaluated], {}
     scores = stored.of([pool for own in evaluated for pool in own.pools], metric)
     if isinstance(scores, str):
-        return [_without_champion(own, scores) for own in evaluated], {}
+        return [_mark_champion_unavailable(own, scores) for own in evaluated], {}
     rest = iter(scores)
     joined = []
     for own in evaluated:
@@ -183,7 +190,7 @@ def with_champion(
     return joined, {"champion": stored.leaks}
 
 
-def _without_champion(own: EvaluatedSplit, why: str) -> EvaluatedSplit:
+def _mark_champion_unavailable(own: EvaluatedSplit, why: str) -> EvaluatedSplit:
     unavailable = {**own.selection.unavailable, "champion": why}
     return replace(own, selection=replace(own.selection, unavailable=unavailable))
 
@@ -202,7 +209,7 @@ def _train_fold(step: str, settings: Mapping[str, object], progress: Progress) -
         raise ConfigError(f"--folds: no step {quote(step)} trains here")
 
 
-def _of_fold(progress: Progress, number: int, count: int) -> Progress:
+def _prefix_progress(progress: Progress, number: int, count: int) -> Progress:
     """Training's progress, with the fold in front of its note."""
 
     def report(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
@@ -212,7 +219,7 @@ def _of_fold(progress: Progress, number: int, count: int) -> Progress:
     return report
 
 
-def _is_whole(scorer: Path) -> bool:
+def _is_trained(scorer: Path) -> bool:
     """Whether a run before this one trained the fold: the work folder is named by recipe, instances and version."""
     try:
         verify(scorer)
@@ -221,11 +228,11 @@ def _is_whole(scorer: Path) -> bool:
     return True
 
 
-def _scorer(work: Path, number: int) -> Path:
+def _scorer_folder(work: Path, number: int) -> Path:
     return work / f".fold-{number}-scorer"
 
 
-def _places(instances: Sequence[Instance], count: int, seed: int) -> dict[str, int]:
+def _assign_folds(instances: Sequence[Instance], count: int, seed: int) -> dict[str, int]:
     """Group -> its fold: groups are shuffled, then go to one fold after another, task by task."""
     first = {instance.group_id: instance.task for instance in reversed(instances)}
     if len(first) < count:
@@ -236,7 +243,7 @@ def _places(instances: Sequence[Instance], count: int, seed: int) -> dict[str, i
     return {group: index % count for index, group in enumerate(by_task)}
 
 
-def identity(pool: Pool) -> str:
+def pool_hash(pool: Pool) -> str:
     """A hash of what is picked from: the instance, its instruction and its candidates in their order."""
     instance = pool.instance
     parts = [instance.instance_id, instance.group_id, instance.instruction, *pool.responses]
@@ -246,22 +253,22 @@ def identity(pool: Pool) -> str:
 def out_of_fold_json(evaluated: Sequence[EvaluatedSplit], *, metric: str, leaks: int) -> str:
     """The text of out_of_fold.json. FolderError where two instances are the same."""
     pools = [pool for own in evaluated for pool in own.pools]
-    rows = {identity(pool): scores.tolist() for pool, scores in zip(pools, scores_of(pools), strict=True)}
+    rows = {pool_hash(pool): scores.tolist() for pool, scores in zip(pools, get_scorer_scores(pools), strict=True)}
     if len(rows) != len(pools):
-        twice, _ = Counter(identity(pool) for pool in pools).most_common(1)[0]
-        name = next(pool.instance.instance_id for pool in pools if identity(pool) == twice)
+        twice, _ = Counter(pool_hash(pool) for pool in pools).most_common(1)[0]
+        name = next(pool.instance.instance_id for pool in pools if pool_hash(pool) == twice)
         raise FolderError(f"instance {quote(name)} stands in the data twice; prepare the instances again")
     values = {"metric": metric, "folds": len(evaluated), "leaks": leaks, "scores": rows}
     return json.dumps(values, allow_nan=False) + "\n"
 
 
-def read_out_of_fold(folder: Path) -> OutOfFold | None:
+def read_out_of_fold(folder: Path) -> OutOfFoldScores | None:
     """The out-of-fold scores beside a scorer, None if there are none; FolderError if the file is damaged."""
     path = folder / OUT_OF_FOLD
     if not path.is_file():
         return None
     try:
-        return TypeAdapter(OutOfFold).validate_json(path.read_bytes())
+        return TypeAdapter(OutOfFoldScores).validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

@@ -254,6 +254,6 @@ class Findings:
     schema: int = SCHEMA
 
 
-def spread(interval: Estimate | Difference) -> str:
+def format_interval(interval: Estimate | Difference) -> str:
     """The ends of an interval, x 100."""
     return f"{percent(interval.low)} to {percent(interval.high)}"

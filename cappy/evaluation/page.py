@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cappy.evaluation.findings import CalibrationResult, Coverage, PublishedTask, TaskRow, spread
+from cappy.evaluation.findings import CalibrationResult, Coverage, PublishedTask, TaskRow, format_interval
 from cappy.evaluation.report import Report
 from cappy.evaluation.verdict import advice, outcome, verdict
 from cappy.pages.page import INK, QUIET, draw_figure, plain_axes, render_template, to_png, to_svg, to_svg_file
 from cappy.pages.words import format_signed, metric_name, percent
-from cappy.selection.selectors import WEIGHTS, Selector, selectors_at, title
+from cappy.selection.selectors import WEIGHTS, Selector, selectors_shown_in, title
 
 COLOURS: Mapping[str, str] = {
     "oracle": INK,
@@ -38,9 +38,9 @@ _DASHED = {"oracle": (0, (5, 3)), "random": (0, (1, 2))}
 
 def render(report: Report) -> str:
     """The page; every text of the data in it is escaped."""
-    filters: dict[str, Callable[..., str]] = {"percent": percent, "signed": format_signed, "spread": spread}
+    filters: dict[str, Callable[..., str]] = {"percent": percent, "signed": format_signed, "spread": format_interval}
     return render_template(
-        "evaluation",
+        "evaluation/page.jinja",
         filters,
         report=report,
         verdict=verdict(report),
@@ -50,22 +50,22 @@ def render(report: Report) -> str:
         comparisons=[
             (key, *map(title, key.split("-")), value, outcome(value)) for key, value in report.comparisons.items()
         ],
-        columns=selectors_at(report.selectors, "tasks", report.better_likelihood),
-        means=_means,
+        columns=selectors_shown_in(report.selectors, "tasks", report.better_likelihood),
+        means=_mean_cells,
         weights=", ".join(f"{weight:g}" for weight in WEIGHTS),
         advice=advice(report),
-        steps=_steps(report),
-        spreads=_spreads(report),
-        published=_by_source(report),
+        steps=_curve_steps(report),
+        spreads=_template_ranges(report),
+        published=_group_published(report),
         # Made by matplotlib from numbers and fixed names alone.
-        plots={name: tuple(map(Markup, both)) for name, both in _svgs(report).items()},
+        plots={name: tuple(map(Markup, both)) for name, both in _render_plots(report).items()},
     )
 
 
 def plot_files(report: Report) -> dict[str, bytes]:
     """File name -> the plot on white, for places that show pictures only."""
     files = {}
-    for name, (draw, _) in _plots(report).items():
+    for name, (draw, _) in _list_plots(report).items():
         files[f"{name}.png"] = to_png(draw(7.4, 4.2))
         files[f"{name}.svg"] = to_svg_file(draw(7.4, 4.2), salt=f"cappy {name}")
     return files
@@ -86,7 +86,7 @@ def _bars(report: Report) -> Mapping[str, Mapping[str, float]]:
     }
 
 
-def _means(row: TaskRow, columns: list[Selector]) -> list[dict[str, float | bool]]:
+def _mean_cells(row: TaskRow, columns: list[Selector]) -> list[dict[str, float | bool]]:
     """The cells of a task's row; the best one, the oracle aside, is marked."""
     best = max(row.means[one.name] for one in columns if one.bound != "upper")
     return [
@@ -94,17 +94,17 @@ def _means(row: TaskRow, columns: list[Selector]) -> list[dict[str, float | bool
     ]
 
 
-def _steps(report: Report) -> list[dict[str, float | None]]:
+def _curve_steps(report: Report) -> list[dict[str, float | None]]:
     """What each number of candidates is worth with the scorer, and costs: powers of two, where it pays, and all."""
     points = [point.mean for point in report.curve.get("scorer", ())]
     if not points:
         return []
     size = len(points)
     chosen = sorted({n for n in (1, 2, 4, 8, 16, 32, 64, report.pays_until, size) if n <= size})
-    return [_step(report, points, n) for n in chosen]
+    return [_curve_step(report, points, n) for n in chosen]
 
 
-def _step(report: Report, points: list[float], n: int) -> dict[str, float | None]:
+def _curve_step(report: Report, points: list[float], n: int) -> dict[str, float | None]:
     gain = points[n - 1] - points[0]
     tokens, seconds = (None if each is None else each * n for each in (report.cost.tokens, report.cost.seconds))
     added = None if tokens is None or report.cost.tokens is None else tokens - report.cost.tokens
@@ -112,13 +112,13 @@ def _step(report: Report, points: list[float], n: int) -> dict[str, float | None
     return {"n": n, "mean": points[n - 1], "gain": gain, "tokens": tokens, "seconds": seconds, "per_point": per_point}
 
 
-def _spreads(report: Report) -> list[tuple[str, int, float, float, float]]:
+def _template_ranges(report: Report) -> list[tuple[str, int, float, float, float]]:
     """Task, templates, and the lowest, mean and highest accuracy over them."""
     rows = [(row.task, list(row.templates.values())) for row in report.tasks if len(row.templates) > 1]
     return [(task, len(own), min(own), sum(own) / len(own), max(own)) for task, own in rows]
 
 
-def _by_source(report: Report) -> list[tuple[str, list[str], list[PublishedTask]]]:
+def _group_published(report: Report) -> list[tuple[str, list[str], list[PublishedTask]]]:
     """Source, its models, and the tasks that it shares with the report."""
     sources: dict[str, list[PublishedTask]] = {}
     for row in report.published:
@@ -126,37 +126,37 @@ def _by_source(report: Report) -> list[tuple[str, list[str], list[PublishedTask]
     return [(source, list(rows[0].numbers), rows) for source, rows in sources.items()]
 
 
-def _svgs(report: Report) -> dict[str, tuple[str, str]]:
+def _render_plots(report: Report) -> dict[str, tuple[str, str]]:
     """Plot -> itself as SVG elements for a wide and a narrow page, their colours the page's variables."""
     return {
         name: tuple(  # type: ignore[misc]
             to_svg(draw(*size), salt=f"cappy {name} {size[0]}", variables=VARIABLES) for size in sizes
         )
-        for name, (draw, sizes) in _plots(report).items()
+        for name, (draw, sizes) in _list_plots(report).items()
     }
 
 
-def _plots(report: Report) -> Mapping[str, tuple[Draw, Sizes]]:
+def _list_plots(report: Report) -> Mapping[str, tuple[Draw, Sizes]]:
     """The plots that a report has, with their sizes on a wide and on a narrow page, in inches."""
-    plots: dict[str, tuple[Draw, Sizes]] = {"curve": (partial(_curve, report), ((10.2, 4.6), (3.7, 3.7)))}
+    plots: dict[str, tuple[Draw, Sizes]] = {"curve": (partial(_draw_curve, report), ((10.2, 4.6), (3.7, 3.7)))}
     if report.calibration is not None and report.coverage is not None:
-        draw = partial(_calibration, metric_name(report.metric), report.calibration, report.coverage)
+        draw = partial(_draw_calibration, metric_name(report.metric), report.calibration, report.coverage)
         plots["calibration"] = (draw, ((10.2, 4.2), (3.7, 7.0)))
     return plots
 
 
-def _curve(report: Report, width: float, height: float) -> Figure:
+def _draw_curve(report: Report, width: float, height: float) -> Figure:
     with draw_figure(width, height) as figure:
         axes = plain_axes(figure, "candidates sampled (n)", f"{metric_name(report.metric)} ×100")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for name in [*COLOURS, *(name for name in report.curve if name not in COLOURS)]:
             if name in report.curve:
-                _line(axes, report, name, COLOURS.get(name, OTHER))
-        _legend(figure, axes, width)
+                _draw_line(axes, report, name, COLOURS.get(name, OTHER))
+        _draw_legend(figure, axes, width)
     return figure
 
 
-def _calibration(
+def _draw_calibration(
     metric: str, calibration: CalibrationResult, abstaining: Coverage, width: float, height: float
 ) -> Figure:
     """Left (or above) the reliability diagram, right what abstaining buys."""
@@ -188,13 +188,13 @@ def _calibration(
     return figure
 
 
-def _legend(figure: Figure, axes: Axes, width: float) -> None:
+def _draw_legend(figure: Figure, axes: Axes, width: float) -> None:
     handles, _ = axes.get_legend_handles_labels()
     columns = len(handles) if width > 5 else 2
     figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, handlelength=1.8)
 
 
-def _line(axes: Axes, report: Report, name: str, colour: str) -> None:
+def _draw_line(axes: Axes, report: Report, name: str, colour: str) -> None:
     points = report.curve[name]
     n = range(1, len(points) + 1)
     axes.plot(

@@ -24,8 +24,8 @@ from cappy.selection.pools import (
     Pool,
     Score,
     Vector,
-    collect,
-    num_pairs,
+    collect_pools,
+    count_pairs,
     pays_until,
     pick_labels,
     score_pools,
@@ -59,9 +59,9 @@ class EvaluatedSplit:
     probes: Sequence[Probe] = ()
 
 
-def pools_of(instances: Iterable[Instance], *, metric: str, split: Split) -> tuple[list[Pool], list[Pool], int]:
+def split_pools(instances: Iterable[Instance], *, metric: str, split: Split) -> tuple[list[Pool], list[Pool], int]:
     """The reported pools, the held-out ones, and how many instances of `split` have no candidate to select."""
-    collected = collect(instances, metric=metric, splits={split, "validation"})
+    collected = collect_pools(instances, metric=metric, splits={split, "validation"})
     pools = [pool for pool in collected if pool.instance.split == split and pool.candidates]
     held_out = [pool for pool in collected if pool.instance.split == "validation" != split and pool.candidates]
     skipped = sum(pool.instance.split == split and not pool.candidates for pool in collected)
@@ -91,7 +91,9 @@ def evaluate_split(
     progress: Progress = silent,
 ) -> EvaluatedSplit:
     """Scores the pools, and the held-out ones by the scorer alone, and finds all selectors' values."""
-    total = (num_pairs(pools) + num_pairs(held_out)) * (score is not None) + num_pairs(pools) * (champion is not None)
+    total = (count_pairs(pools) + count_pairs(held_out)) * (score is not None) + count_pairs(pools) * (
+        champion is not None
+    )
     done = 0
 
     def count_scored(count: int) -> None:
@@ -108,60 +110,60 @@ def evaluate_split(
         _refuse_constant(name, pools)
     probes: list[Probe] = []
     if score is not None and probe:
-        own = scores_of(pools)
-        means = tables.means_of(pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": own})
-        probes = tables.probes(pools, own, score, tables.tasks(pools, means), seed)
+        own = get_scorer_scores(pools)
+        means = tables.compute_means(pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": own})
+        probes = tables.run_probes(pools, own, score, tables.build_task_rows(pools, means), seed)
     return EvaluatedSplit(
         pools=pools,
         held_out=held_out,
         selection=select(held_out, pools),
-        calibration=calibration.fit(held_out, scores_of(held_out), metric) if held_out and score else None,
+        calibration=calibration.fit(held_out, get_scorer_scores(held_out), metric) if held_out and score else None,
         probes=probes,
     )
 
 
-def scores_of(pools: Sequence[Pool]) -> list[Vector]:
+def get_scorer_scores(pools: Sequence[Pool]) -> list[Vector]:
     """The scorer's scores of every pool's candidates."""
     return [pool.scores["scorer"] for pool in pools]
 
 
-def report_of(
+def build_report(
     evaluated: Sequence[EvaluatedSplit], *, metric: str, split: str, seed: int, skipped: int = 0, folds: int = 0
 ) -> Report:
     """The report on all pools of the splits together."""
     pools = [pool for own in evaluated for pool in own.pools]
     selection = _join_selections([own.selection for own in evaluated])
-    means = tables.means_of(pools, selection.values)
-    better = tables.better_variants(means)
-    comparisons = tables.comparisons(means, better)
-    curves = tables.curves(pools, selection, better, seed=seed)
-    tasks = tables.tasks(pools, means)
+    means = tables.compute_means(pools, selection.values)
+    better = tables.choose_better_variants(means)
+    comparisons = tables.compare_selectors(means, better)
+    curves = tables.build_curves(pools, selection, better, seed=seed)
+    tasks = tables.build_task_rows(pools, means)
     return Report(
         metric=metric,
         split=split,
         seed=seed,
-        facts=_facts(evaluated, pools, skipped),
-        selectors=tables.rows(means, selection, pools),
+        facts=_count_facts(evaluated, pools, skipped),
+        selectors=tables.build_rows(means, selection, pools),
         unavailable=selection.unavailable,
         comparisons=comparisons,
-        adjusted=statistics.holm({key: value.p_value for key, value in comparisons.items()}),
-        power={key: statistics.power(value) for key, value in comparisons.items()},
+        adjusted=statistics.adjust_p_values({key: value.p_value for key, value in comparisons.items()}),
+        power={key: statistics.compute_power(value) for key, value in comparisons.items()},
         curve=curves,
         pays_until=pays_until([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0,
         tasks=tasks,
-        averages=tables.averages(tasks),
+        averages=tables.average_tasks(tasks),
         published=tables.compare_with_published(
             tasks,
             metric,
-            tables.subject_of(means.labels),
+            tables.choose_subject(means.labels),
             {pool.instance.task for pool in pools if pool.instance.template},
         ),
-        examples=tables.examples(pools, selection, seed),
-        worst=tables.worst(pools, selection),
+        examples=tables.draw_examples(pools, selection, seed),
+        worst=tables.find_worst(pools, selection),
         calibration=_measure_calibration(evaluated),
-        coverage=_coverage(pools, selection),
+        coverage=_measure_coverage(pools, selection),
         probes=tuple(evaluated[0].probes),
-        cost=Cost(tokens=_tokens(pools)),
+        cost=Cost(tokens=_mean_tokens(pools)),
         better_likelihood=better.get("likelihood", ""),
         folds=folds,
         tested_groups=sketch(pool.instance for pool in pools),
@@ -218,25 +220,25 @@ def _measure_calibration(evaluated: Sequence[EvaluatedSplit]) -> CalibrationResu
     if any("scorer" not in own.selection.values for own in evaluated):
         return None
     return calibration.measure_calibration(
-        [(calibration.picks(own.pools, scores_of(own.pools)), own.calibration) for own in evaluated]
+        [(calibration.collect_picks(own.pools, get_scorer_scores(own.pools)), own.calibration) for own in evaluated]
     )
 
 
-def _coverage(pools: Sequence[Pool], selection: Selection) -> Coverage | None:
+def _measure_coverage(pools: Sequence[Pool], selection: Selection) -> Coverage | None:
     if "scorer" not in selection.values:
         return None
     values = selection.values["scorer"]
-    return calibration.coverage([float(own.max()) for own in values], pick_labels(pools, values))
+    return calibration.measure_coverage([float(own.max()) for own in values], pick_labels(pools, values))
 
 
-def _tokens(pools: Sequence[Pool]) -> float | None:
+def _mean_tokens(pools: Sequence[Pool]) -> float | None:
     """Mean tokens of a candidate; None where one was not counted."""
     counts = [candidate.num_tokens for pool in pools for candidate in pool.candidates]
     known = [count for count in counts if count is not None]
     return float(np.mean(known)) if known and len(known) == len(counts) else None
 
 
-def _facts(evaluated: Sequence[EvaluatedSplit], pools: Sequence[Pool], skipped: int) -> dict[str, int]:
+def _count_facts(evaluated: Sequence[EvaluatedSplit], pools: Sequence[Pool], skipped: int) -> dict[str, int]:
     sizes = [len(pool.candidates) for pool in pools]
     return {
         "instances": len(pools),

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import RecordError, quote
-from cappy.evaluation.findings import SCHEMA, Findings, ReportValues, spread
+from cappy.evaluation.findings import SCHEMA, Findings, ReportValues, format_interval
 from cappy.evaluation.verdict import advice, verdict
 from cappy.pages import words
 from cappy.pages.words import format_signed, metric_name, percent
-from cappy.selection.selectors import selectors_at
+from cappy.selection.selectors import selectors_shown_in
 from cappy.untrusted import JSON
 
 
@@ -39,11 +39,13 @@ class Report(Findings):
     def table(self) -> list[tuple[str, str, str, str]]:
         """Rows for a terminal, the header first: selector, mean x 100, its interval, gain over random with interval."""
         rows = [("selector", f"{metric_name(self.metric)} x100", "95% interval", "to random")]
-        for selector in selectors_at(self.selectors, "table", self.better_likelihood):
+        for selector in selectors_shown_in(self.selectors, "table", self.better_likelihood):
             row = self.selectors[selector.name]
-            gain = "" if selector.name == "random" else f"{format_signed(row.gain.difference)} {spread(row.gain)}"
+            gain = (
+                "" if selector.name == "random" else f"{format_signed(row.gain.difference)} {format_interval(row.gain)}"
+            )
             label = f"{selector.title} ({row.detail})" if row.detail else selector.title
-            rows.append((label, percent(row.estimate.mean), spread(row.estimate), gain))
+            rows.append((label, percent(row.estimate.mean), format_interval(row.estimate), gain))
         return rows
 
     def text(self) -> str:
@@ -68,16 +70,16 @@ class Report(Findings):
             words.text(f"Mean {metric_name(self.metric)} ×100 over {measured}."),
             words.table(self.table()),
             "## By task",
-            words.table(self._tasks()),
+            words.table(self._task_rows()),
         ]
         if self.probes:
             probes = (f"- {words.text(f'{probe.name}: {probe.meaning}')}" for probe in self.probes)
             parts += ["## Probes", "\n".join(probes)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
-    def _tasks(self) -> list[tuple[str, ...]]:
+    def _task_rows(self) -> list[tuple[str, ...]]:
         """The table by task, without variants of the likelihood."""
-        names = [selector.name for selector in selectors_at(self.selectors, "tasks")]
+        names = [selector.name for selector in selectors_shown_in(self.selectors, "tasks")]
         rows = [("task", "instances", *names, "gain over random")]
         for row in self.tasks:
             means = (percent(row.means[name]) for name in names)

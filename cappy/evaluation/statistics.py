@@ -42,7 +42,7 @@ class Spread:
     freedom: float
 
 
-def spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
+def compute_spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
     """The spread of the mean of each column of `values`, shape (instances, columns)."""
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     sizes = np.bincount(index).astype(np.float64)
@@ -66,7 +66,7 @@ def spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
     return [Spread(standard_error=error, skewness=skew, freedom=freedom) for error, skew in rows]
 
 
-def bounds(mean: float, spread: Spread, level: float = LEVEL) -> tuple[float, float]:
+def interval_bounds(mean: float, spread: Spread, level: float = LEVEL) -> tuple[float, float]:
     """The ends of the interval of a mean; without any limit where there is one group."""
     if math.isinf(spread.standard_error):
         return -math.inf, math.inf
@@ -76,13 +76,13 @@ def bounds(mean: float, spread: Spread, level: float = LEVEL) -> tuple[float, fl
     return low, high
 
 
-def estimates(values: Matrix, groups: Sequence[str]) -> list[Estimate]:
+def estimate_means(values: Matrix, groups: Sequence[str]) -> list[Estimate]:
     """The mean of each column of `values`, shape (instances, columns) of labels of 0 to 1, with its interval."""
     means = values.mean(axis=0).tolist()
-    return [_estimate(mean, spread) for mean, spread in zip(means, spreads(values, groups), strict=True)]
+    return [_estimate(mean, spread) for mean, spread in zip(means, compute_spreads(values, groups), strict=True)]
 
 
-def share(good: Matrix, groups: Sequence[str]) -> Estimate:
+def estimate_share(good: Matrix, groups: Sequence[str]) -> Estimate:
     """The share of ones among zeros and ones, shape (instances,), with an interval that is not too narrow near 0 and 1.
 
     It is Clopper and Pearson's (1934) for as many instances as would vary as much, drawn one by one, as the share does
@@ -90,7 +90,7 @@ def share(good: Matrix, groups: Sequence[str]) -> Estimate:
     group is, and each group counts as one.
     """
     mean, count = float(good.mean()), float(len(set(groups)))
-    (spread,) = spreads(good[:, None], groups)
+    (spread,) = compute_spreads(good[:, None], groups)
     if 0 < spread.standard_error < math.inf:
         # Without the jackknife's factor for small samples: Clopper and Pearson's interval has none to make up for.
         variance = spread.standard_error**2 * (count - 1) / count
@@ -104,13 +104,13 @@ def share(good: Matrix, groups: Sequence[str]) -> Estimate:
 def compare(values: Matrix, others: Matrix, groups: Sequence[str]) -> Difference:
     """The mean of the paired differences `values - others`, each of shape (instances,), labels of 0 to 1."""
     differences = values - others
-    (spread,) = spreads(differences[:, None], groups)
+    (spread,) = compute_spreads(differences[:, None], groups)
     mean = float(differences.mean())
     if abs(mean) < _UNCHANGED:
         mean = 0.0
-    low, high = bounds(mean, spread)
+    low, high = interval_bounds(mean, spread)
     if spread.standard_error == 0 and mean:
-        low, high = _of_no_variance(mean, spread.freedom + 1)
+        low, high = _bounds_without_variance(mean, spread.freedom + 1)
     return Difference(
         difference=mean,
         low=max(-1.0, low),
@@ -124,7 +124,7 @@ def compare(values: Matrix, others: Matrix, groups: Sequence[str]) -> Difference
 
 
 def p_value(mean: float, spread: Spread) -> float:
-    """The two-sided p-value of a true mean of 0: the least level at which `bounds` leaves out 0; 1 without variance."""
+    """The two-sided p-value of a true mean of 0: the least level at which `interval_bounds` leaves out 0; 1 without variance."""
     if spread.standard_error == 0 or math.isinf(spread.standard_error):
         return 1.0
     statistic = abs(mean) / spread.standard_error
@@ -138,10 +138,10 @@ def lower_bound(difference: Difference, level: float) -> float:
     if not difference.standard_error:
         return -math.inf
     spread = Spread(standard_error=difference.standard_error, skewness=difference.skewness, freedom=difference.freedom)
-    return bounds(difference.difference, spread, level)[0]
+    return interval_bounds(difference.difference, spread, level)[0]
 
 
-def power(difference: Difference, level: float = LEVEL) -> Power:
+def compute_power(difference: Difference, level: float = LEVEL) -> Power:
     """The smallest difference that so many groups show, and how many would show the one that was found.
 
     Shown: the interval leaves out 0, in four of five tries. The standard error falls with the root of the number of
@@ -156,7 +156,7 @@ def power(difference: Difference, level: float = LEVEL) -> Power:
     return Power(groups=difference.groups, smallest=smallest, groups_needed=needed)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def adjust_p_values(p_values: Mapping[str, float]) -> dict[str, float]:
     """The p-values adjusted for that many comparisons by Holm's step-down method (Holm, 1979), in the same order."""
     adjusted: dict[str, float] = {}
     highest = 0.0
@@ -167,13 +167,13 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _estimate(mean: float, spread: Spread) -> Estimate:
-    low, high = bounds(mean, spread)
+    low, high = interval_bounds(mean, spread)
     if spread.standard_error == 0:
-        low, high = _of_no_variance(mean, spread.freedom + 1, lowest=0.0)
+        low, high = _bounds_without_variance(mean, spread.freedom + 1, lowest=0.0)
     return Estimate(mean=mean, low=max(0.0, low), high=min(1.0, high))
 
 
-def _of_no_variance(mean: float, groups: float, lowest: float = -1.0) -> tuple[float, float]:
+def _bounds_without_variance(mean: float, groups: float, lowest: float = -1.0) -> tuple[float, float]:
     """The interval where all groups gave the same: a share of groups that so many draws may miss could be otherwise.
 
     None of `groups` draws hits a share of 1 - 0.025^(1 / groups) with a probability of 2.5 % (Clopper and Pearson).

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 NUM_PROBES = 32
 
 
-def _enough_folds(folds: int) -> int:
+def _check_folds(folds: int) -> int:
     if folds in (1, 2):
         raise ValueError("takes 3 or more: one to test, one to hold out, the others to train on; 0 for none")
     return folds
@@ -54,7 +54,7 @@ class EvaluationConfig:
     folds: Annotated[
         int,
         Field(ge=0, le=20, description="Train the scorer's recipe this many times and test every instance; 0 for none"),
-        AfterValidator(_enough_folds),
+        AfterValidator(_check_folds),
     ] = 0
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
@@ -70,22 +70,22 @@ def run(config: EvaluationConfig, progress: Progress = silent) -> Manifest:
 
 def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load", trained_on: "TrainedOn") -> Manifest:
     """Evaluates as `config` says; `load` makes a scorer of a folder, `trained_on` says what it was trained on."""
-    from cappy.evaluation.protocol import cached_scores, report_of, seconds_per_pair
+    from cappy.evaluation.protocol import build_report, cached_scores, seconds_per_pair
     from cappy.scorers import scorer_folder
 
     parent = read_manifest(config.source)
     folders = {"challenger": scorer_folder(str(config.scorer))}
     if config.champion:
         folders["champion"] = scorer_folder(config.champion)
-    parents = (parent.hash, *(_content(folder) for folder in folders.values()))
+    parents = (parent.hash, *(_content_hash(folder) for folder in folders.values()))
     with claim(config.work, "evaluation", identity(config), parents, fresh=config.fresh) as folder:
         scorers = {name: load(str(path)) for name, path in folders.items()}
         if config.folds:
-            evaluated, skipped, leaks = _cross_fit(config, folders, folder, progress, load, trained_on)
+            evaluated, skipped, leaks = _evaluate_folds(config, folders, folder, progress, load, trained_on)
         else:
-            evaluated, skipped = _once(config, scorers, folder, progress)
-            leaks = _leaks(evaluated, folders, trained_on)
-        report = report_of(
+            evaluated, skipped = _evaluate_once(config, scorers, folder, progress)
+            leaks = _count_leaks(evaluated, folders, trained_on)
+        report = build_report(
             evaluated,
             metric=config.metric,
             split="cross-fitted" if config.folds else config.split,
@@ -104,7 +104,7 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
         _write_calibration(folder, evaluated, config)
         tested = [pool.instance for own in evaluated for pool in own.pools]
         score = cached_scores(scorers["challenger"].score, folder, "probe")
-        _write_probe(folder, probe(tested, score, seed=config.seed))
+        _write_probe(folder, score_probe(tested, score, seed=config.seed))
         manifest = Manifest(
             step="evaluation",
             files=describe_files(folder),
@@ -113,24 +113,24 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
             seed=config.seed,
             generators=parent.generators,
             parents=parents,
-            metrics=metrics(report),
+            metrics=collect_metrics(report),
             facts={
                 "leaks": dict(report.leaks),
-                "leak_check": {} if config.folds else _leak_check(tested, folders, trained_on),
+                "leak_check": {} if config.folds else _describe_leak_check(tested, folders, trained_on),
                 "versions": dict(report.versions),
             },
         )
         return finish(folder, config.target, manifest)
 
 
-def _once(
+def _evaluate_once(
     config: EvaluationConfig, scorers: "Mapping[str, AnyScorer]", folder: Path, progress: Progress
 ) -> "tuple[list[EvaluatedSplit], int]":
     """The one split of an evaluation, and how many of its instances have no candidate."""
-    from cappy.evaluation.protocol import cached_scores, evaluate_split, pools_of
+    from cappy.evaluation.protocol import cached_scores, evaluate_split, split_pools
 
     instances = read(config.source, splits=sorted({config.split, "validation"}))
-    pools, held_out, skipped = pools_of(instances, metric=config.metric, split=config.split)
+    pools, held_out, skipped = split_pools(instances, metric=config.metric, split=config.split)
     scores = {name: cached_scores(scorer.score, folder, name) for name, scorer in scorers.items()}
     evaluated = evaluate_split(
         pools,
@@ -145,7 +145,7 @@ def _once(
     return [evaluated], skipped
 
 
-def _cross_fit(
+def _evaluate_folds(
     config: EvaluationConfig,
     folders: Mapping[str, Path],
     folder: Path,
@@ -165,19 +165,19 @@ def _cross_fit(
         work=config.work,
         fresh=config.fresh,
     )
-    recipe = crossfit.recipe(read_manifest(folders["challenger"]), config.scorer)
+    recipe = crossfit.read_recipe(read_manifest(folders["challenger"]), config.scorer)
     instances = list(read(config.source))
     evaluated, skipped = crossfit.evaluate_folds(cross_fitting, instances, recipe, folder, load=load, progress=progress)
-    leaks = {"challenger": crossfit.leaks(evaluated, folder, trained_on)}
+    leaks = {"challenger": crossfit.count_leaks(evaluated, folder, trained_on)}
     text = crossfit.out_of_fold_json(evaluated, metric=config.metric, leaks=leaks["challenger"])
     write_bytes(folder / OUT_OF_FOLD, text.encode())
     if config.champion:
-        evaluated, of_champion = crossfit.with_champion(evaluated, folders["champion"], config.metric)
+        evaluated, of_champion = crossfit.add_champion_scores(evaluated, folders["champion"], config.metric)
         leaks |= of_champion
     return evaluated, skipped, leaks
 
 
-def _leaks(
+def _count_leaks(
     evaluated: "Sequence[EvaluatedSplit]", folders: Mapping[str, Path], trained_on: "TrainedOn"
 ) -> dict[str, int]:
     from cappy.scoring.training_data import seen_in_training
@@ -186,7 +186,7 @@ def _leaks(
     return {name: seen_in_training(tested, trained_on(path)) for name, path in folders.items()}
 
 
-def _leak_check(
+def _describe_leak_check(
     tested: Sequence[Instance], folders: Mapping[str, Path], trained_on: "TrainedOn"
 ) -> dict[str, dict[str, int | str]]:
     from cappy.scoring.training_data import describe_check
@@ -194,7 +194,7 @@ def _leak_check(
     return describe_check(tested, {name: trained_on(path) for name, path in folders.items()})
 
 
-def _content(folder: Path) -> str:
+def _content_hash(folder: Path) -> str:
     """What identifies a scorer: its manifest's hash, or, where another tool wrote it, its files'."""
     if (folder / MANIFEST).is_file():
         return read_manifest(folder).hash
@@ -233,17 +233,17 @@ def _write_picks(folder: Path, evaluated: "Sequence[EvaluatedSplit]", *, folds: 
 def _write_calibration(folder: Path, evaluated: "Sequence[EvaluatedSplit]", config: EvaluationConfig) -> None:
     """Writes the map that travels with the scorer: of held-out picks, or of the out-of-fold picks of its recipe."""
     from cappy.evaluation.calibration import fit
-    from cappy.evaluation.protocol import scores_of
+    from cappy.evaluation.protocol import get_scorer_scores
 
     fitted = evaluated[0].calibration
     if config.folds:
         pools = [pool for own in evaluated for pool in own.pools]
-        fitted = fit(pools, scores_of(pools), config.metric)
+        fitted = fit(pools, get_scorer_scores(pools), config.metric)
     if fitted is not None:
         write_bytes(folder / CALIBRATION, fitted.to_json().encode())
 
 
-def probe(instances: Sequence[Instance], score: "Score", *, seed: int, count: int = NUM_PROBES) -> list[Triple]:
+def score_probe(instances: Sequence[Instance], score: "Score", *, seed: int, count: int = NUM_PROBES) -> list[Triple]:
     """At most `count` (instruction, response, score) triples, for a served scorer to be checked against."""
     pairs = [
         (instance.instruction, response)
@@ -260,7 +260,7 @@ def _write_probe(folder: Path, triples: Sequence[Triple]) -> None:
     write_bytes(folder / PROBE, json.dumps(triples, ensure_ascii=False, indent=1).encode())
 
 
-def metrics(report: "Report") -> dict[str, float]:
+def collect_metrics(report: "Report") -> dict[str, float]:
     """The numbers that a pipeline shows beside the run."""
     numbers = {"num_instances": float(report.facts["instances"])}
     for name, row in report.selectors.items():

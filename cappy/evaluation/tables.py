@@ -49,16 +49,16 @@ class Means:
     def estimates(self) -> dict[str, Estimate]:
         """Selector -> its mean label with its interval."""
         stacked = np.stack(list(self.labels.values()), axis=1)
-        return dict(zip(self.labels, statistics.estimates(stacked, self.groups), strict=True))
+        return dict(zip(self.labels, statistics.estimate_means(stacked, self.groups), strict=True))
 
 
-def means_of(pools: Sequence[Pool], values: Mapping[str, Values]) -> Means:
+def compute_means(pools: Sequence[Pool], values: Mapping[str, Values]) -> Means:
     """The selectors' labels by pool."""
     labels = {name: pick_labels(pools, values[name]) for name in SELECTORS if name in values}
     return Means(labels=labels, groups=[pool.instance.group_id for pool in pools])
 
 
-def better_variants(means: Means) -> dict[str, str]:
+def choose_better_variants(means: Means) -> dict[str, str]:
     """What several selectors are variants of -> the one with the best mean label on these pools, which favours it."""
     better: dict[str, str] = {}
     for name in means.labels:
@@ -68,7 +68,7 @@ def better_variants(means: Means) -> dict[str, str]:
     return better
 
 
-def rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dict[str, Row]:
+def build_rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dict[str, Row]:
     """One row per selector; a bound picks nothing, so that it has no ties."""
 
     def ties(name: str) -> int:
@@ -86,7 +86,7 @@ def rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dict[str,
     }
 
 
-def comparisons(means: Means, better: Mapping[str, str]) -> dict[str, Difference]:
+def compare_selectors(means: Means, better: Mapping[str, str]) -> dict[str, Difference]:
     """The paired differences of a report, by "one-other"."""
     named = [(one, other, better.get(other, other)) for one, other in compared_pairs()]
     return {
@@ -96,7 +96,7 @@ def comparisons(means: Means, better: Mapping[str, str]) -> dict[str, Difference
     }
 
 
-def curves(
+def build_curves(
     pools: Sequence[Pool], selection: Selection, better: Mapping[str, str], *, seed: int
 ) -> dict[str, tuple[Estimate, ...]]:
     """Selector -> its expected label by n; instances with fewer candidates keep the result of all they have."""
@@ -109,13 +109,13 @@ def curves(
             continue
         generator = np.random.default_rng(seed)
         own = [selector.curve(pool, value, generator) for pool, value in zip(pools, values, strict=True)]
-        by_selector[name] = tuple(statistics.estimates(np.stack([extend_curve(row, size) for row in own]), groups))
+        by_selector[name] = tuple(statistics.estimate_means(np.stack([extend_curve(row, size) for row in own]), groups))
     return by_selector
 
 
-def tasks(pools: Sequence[Pool], means: Means) -> tuple[TaskRow, ...]:
+def build_task_rows(pools: Sequence[Pool], means: Means) -> tuple[TaskRow, ...]:
     """One row per task, in alphabetical order."""
-    subject = subject_of(means.labels)
+    subject = choose_subject(means.labels)
     table = []
     for task, where in _indices_by_name([pool.instance.task for pool in pools]).items():
         own = [pools[index] for index in where]
@@ -137,17 +137,17 @@ def tasks(pools: Sequence[Pool], means: Means) -> tuple[TaskRow, ...]:
     return tuple(table)
 
 
-def averages(table: Sequence[TaskRow]) -> dict[str, Average]:
+def average_tasks(table: Sequence[TaskRow]) -> dict[str, Average]:
     """Unweighted means over tasks; CrowS-Pairs can carry an average alone, so there is one without it.
 
     Intervals are over tasks: they say what other tasks of the kind would give.
     """
     kept = [row for row in table if "crows" not in row.task.casefold()]
     sets = {"all tasks": table, "without CrowS-Pairs": kept if len(kept) < len(table) else ()}
-    return {name: _average(own) for name, own in sets.items() if len(own) > 1}
+    return {name: _average_rows(own) for name, own in sets.items() if len(own) > 1}
 
 
-def subject_of(labels: Mapping[str, Vector]) -> str:
+def choose_subject(labels: Mapping[str, Vector]) -> str:
     """The selector that a report is about: the scorer, MBR without one, and the first response without either."""
     return next(name for name in ("scorer", "mbr", "first") if name in labels)
 
@@ -160,7 +160,7 @@ def compare_with_published(
     BIG-bench's own prompts come from no template: a generation task that is `templated` is another of that name.
     """
     rows = []
-    for collection in _collections().values():
+    for collection in _read_published().values():
         for row in tasks:
             same = row.kind == collection["kind"] and collection["metric"] in ("", metric)
             same = same and (row.kind == "choice" or row.task not in templated)
@@ -171,23 +171,23 @@ def compare_with_published(
     return tuple(rows)
 
 
-def examples(pools: Sequence[Pool], selection: Selection, seed: int) -> tuple[Example, ...]:
+def draw_examples(pools: Sequence[Pool], selection: Selection, seed: int) -> tuple[Example, ...]:
     """Instances to look at, drawn at random, so that nobody chose them."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(pools))[:NUM_EXAMPLES])
-    return tuple(_examples(chosen, pools, selection))
+    return tuple(_build_examples(chosen, pools, selection))
 
 
-def worst(pools: Sequence[Pool], selection: Selection) -> tuple[Example, ...]:
+def find_worst(pools: Sequence[Pool], selection: Selection) -> tuple[Example, ...]:
     """The instances where the scorer's pick is furthest below the best candidate, the furthest first."""
     if "scorer" not in selection.values:
         return ()
     best = np.array([pool.labels.max() for pool in pools])
     lost = best - pick_labels(pools, selection.values["scorer"])
     order = np.argsort(-lost, kind="stable")[:NUM_EXAMPLES]
-    return tuple(_examples([index for index in order if lost[index] > 0], pools, selection))
+    return tuple(_build_examples([index for index in order if lost[index] > 0], pools, selection))
 
 
-class _Collection(TypedDict):
+class _PublishedCollection(TypedDict):
     """Published tasks of one kind, measured by one metric; "" where any metric is the same."""
 
     kind: str
@@ -197,15 +197,15 @@ class _Collection(TypedDict):
 
 
 @cache
-def _collections() -> dict[str, _Collection]:
-    values: dict[str, _Collection] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+def _read_published() -> dict[str, _PublishedCollection]:
+    values: dict[str, _PublishedCollection] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     return values
 
 
-def _average(table: Sequence[TaskRow]) -> Average:
+def _average_rows(table: Sequence[TaskRow]) -> Average:
     labels = {name: np.array([row.means[name] for row in table]) for name in table[0].means}
     means = Means(labels=labels, groups=[row.task for row in table])
-    return Average(tasks=len(table), means=means.estimates(), gain=means.compare(subject_of(labels), "random"))
+    return Average(tasks=len(table), means=means.estimates(), gain=means.compare(choose_subject(labels), "random"))
 
 
 def _indices_by_name(names: Sequence[str]) -> dict[str, list[int]]:
@@ -216,7 +216,7 @@ def _indices_by_name(names: Sequence[str]) -> dict[str, list[int]]:
     return dict(sorted(groups.items()))
 
 
-def _examples(indexes: Iterable[int], pools: Sequence[Pool], selection: Selection) -> Iterator[Example]:
+def _build_examples(indexes: Iterable[int], pools: Sequence[Pool], selection: Selection) -> Iterator[Example]:
     shown = [name for name in selection.values if "examples" in SELECTORS[name].shown_in]
     for index in indexes:
         pool = pools[index]
@@ -254,19 +254,19 @@ NUM_REPEATED = 32
 BLANK = " "
 
 
-def probes(pools: Sequence[Pool], scores: Values, score: Score, tasks: Sequence[TaskRow], seed: int) -> list[Probe]:
+def run_probes(pools: Sequence[Pool], scores: Values, score: Score, tasks: Sequence[TaskRow], seed: int) -> list[Probe]:
     """Every probe that these pools allow."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(pools))[:NUM_BLANKED])
     triples = [
-        _response_only([pools[index] for index in chosen], [scores[index] for index in chosen], score),
-        _length(pools, scores),
-        *_templates(tasks),
-        _order(pools, scores, score),
+        _probe_response_only([pools[index] for index in chosen], [scores[index] for index in chosen], score),
+        _probe_length(pools, scores),
+        *_probe_templates(tasks),
+        _probe_order(pools, scores, score),
     ]
     return [probe for probe in triples if probe is not None]
 
 
-def _response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe | None:
+def _probe_response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe | None:
     """The share of the gain over random choice that is left when the instruction is blanked."""
     pairs = [[(BLANK, response) for response in pool.responses] for pool in pools]
     flat = iter(score([pair for own in pairs for pair in own]))
@@ -291,7 +291,7 @@ def _response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe
     )
 
 
-def _length(pools: Sequence[Pool], scores: Values) -> Probe | None:
+def _probe_length(pools: Sequence[Pool], scores: Values) -> Probe | None:
     """How much more scores go with length, inside a pool, than labels do."""
     lengths = [np.array([len(response) for response in pool.responses], dtype=np.float64) for pool in pools]
     scored, labelled = correlation(scores, lengths), correlation([pool.labels for pool in pools], lengths)
@@ -307,7 +307,7 @@ def _length(pools: Sequence[Pool], scores: Values) -> Probe | None:
     )
 
 
-def _templates(tasks: Sequence[TaskRow]) -> Iterator[Probe]:
+def _probe_templates(tasks: Sequence[TaskRow]) -> Iterator[Probe]:
     """The spread of a task's accuracy over its templates, averaged over tasks."""
     spreads = [float(np.std(list(row.templates.values()))) for row in tasks if len(row.templates) > 1]
     if spreads:
@@ -320,7 +320,7 @@ def _templates(tasks: Sequence[TaskRow]) -> Iterator[Probe]:
         )
 
 
-def _order(pools: Sequence[Pool], scores: Values, score: Score) -> Probe:
+def _probe_order(pools: Sequence[Pool], scores: Values, score: Score) -> Probe:
     """The largest change of a score when pairs come in another order and batch."""
     pairs = {
         (pool.instance.instruction, response): value

@@ -81,7 +81,9 @@ class _Picks:
         return np.array([fitted.apply([score], n=size)[0] for score, size in rows])
 
 
-def threshold(report: str | Path, *, precision: float, good: float, confidence: float = CONFIDENCE) -> Threshold | None:
+def find_threshold(
+    report: str | Path, *, precision: float, good: float, confidence: float = CONFIDENCE
+) -> Threshold | None:
     """The lowest threshold that is shown to keep `precision`, with `confidence`; None if no score is.
 
     A pick is good if its label is at least `good`. FolderError where the report has no held-out picks, or an older
@@ -89,7 +91,7 @@ def threshold(report: str | Path, *, precision: float, good: float, confidence: 
     """
     held, reported = _read_picks(Path(report))
     enough = held.labels >= good
-    level = lowest(held.scores, enough, held.groups, precision, confidence)
+    level = find_lowest(held.scores, enough, held.groups, precision, confidence)
     if level is None:
         return None
     own = held.scores >= level
@@ -98,11 +100,11 @@ def threshold(report: str | Path, *, precision: float, good: float, confidence: 
     if len(folds) > 1:
         kept = _answered_by_other_folds(held, enough, precision, confidence)
     answered, groups = reported.labels[kept] >= good, reported.groups[kept].tolist()
-    estimate = statistics.share(answered.astype(np.float64), groups) if groups else None
+    estimate = statistics.estimate_share(answered.astype(np.float64), groups) if groups else None
     fitted = read_calibration(report)
     return Threshold(
         threshold=level,
-        floor=lowest(held.expected_labels(fitted), enough, held.groups, precision, confidence) if fitted else None,
+        floor=find_lowest(held.expected_labels(fitted), enough, held.groups, precision, confidence) if fitted else None,
         good=good,
         wanted=precision,
         confidence=confidence,
@@ -124,14 +126,14 @@ def pick_rows(pools: Sequence[Pool], fold: int | None = None) -> list[PickRow]:
 
     An evaluation keeps them by the names `held_out` and `reported`, a cross-fitted one by `out_of_fold`.
     """
-    picked = calibration.picks(pools, [pool.scores["scorer"] for pool in pools])
+    picked = calibration.collect_picks(pools, [pool.scores["scorer"] for pool in pools])
     groups = [pool.instance.group_id for pool in pools]
     more = () if fold is None else (fold,)
     rows = zip(picked.scores.tolist(), picked.labels.tolist(), groups, picked.sizes, strict=True)
     return [(*row, *more) for row in rows]
 
 
-def lowest(
+def find_lowest(
     scores: Vector, good: Flags, groups: npt.NDArray[np.str_], precision: float, confidence: float = CONFIDENCE
 ) -> float | None:
     """The last score of the fixed sequence that passes its test, None if the first does not.
@@ -141,7 +143,7 @@ def lowest(
     order = np.argsort(-scores, kind="stable")
     ranked, enough, of = scores[order], good[order], groups[order]
     lowest_level = None
-    for count in _sequence(of, precision, confidence):
+    for count in _choose_test_sizes(of, precision, confidence):
         level = ranked[count - 1]
         # Of equal scores all are kept or none.
         kept = int(np.searchsorted(-ranked, -level, side="right"))
@@ -178,7 +180,9 @@ def groups_needed(precision: float, confidence: float, bad: int = 0) -> int | No
     return count
 
 
-def sentence(answer: Threshold | None, *, precision: float, good: float, confidence: float = CONFIDENCE) -> str:
+def describe_threshold(
+    answer: Threshold | None, *, precision: float, good: float, confidence: float = CONFIDENCE
+) -> str:
     """The answer, for a person."""
     if answer is None:
         needed = groups_needed(precision, confidence)
@@ -219,13 +223,13 @@ def _answered_by_other_folds(picks: _Picks, good: Flags, precision: float, confi
     kept = np.zeros(len(picks.scores), dtype=bool)
     for fold in np.unique(picks.fold):
         own, others = picks.fold == fold, picks.fold != fold
-        level = lowest(picks.scores[others], good[others], picks.groups[others], precision, confidence)
+        level = find_lowest(picks.scores[others], good[others], picks.groups[others], precision, confidence)
         if level is not None:
             kept[own] = picks.scores[own] >= level
     return kept
 
 
-def _sequence(groups: npt.NDArray[np.str_], precision: float, confidence: float) -> list[int]:
+def _choose_test_sizes(groups: npt.NDArray[np.str_], precision: float, confidence: float) -> list[int]:
     """How many of the best picks each test keeps, in order; the first keeps enough to pass with one bad among them.
 
     Where so many are not there, it keeps as many as pass if all are good; no test where those are not there either.
@@ -252,14 +256,14 @@ def _read_picks(report: Path) -> tuple[_Picks, _Picks]:
         if folds:
             if not values.get("out_of_fold"):
                 raise FolderError(f"{path}: has no out-of-fold picks, an older version wrote it; evaluate again")
-            picks = _picks(values["out_of_fold"], columns=5)
+            picks = _parse_picks(values["out_of_fold"], columns=5)
             return picks, picks
         if not values.get("held_out"):
             raise FolderError(
                 f"{path}: has no held-out picks to choose a threshold on; evaluate on --split test, with a validation "
                 "split"
             )
-        return _picks(values["held_out"], columns=4), _picks(values["reported"], columns=4)
+        return _parse_picks(values["held_out"], columns=4), _parse_picks(values["reported"], columns=4)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FolderError(
             f"{path}: does not say score, label, group and candidates of each pick, an older version wrote it or it is "
@@ -267,7 +271,7 @@ def _read_picks(report: Path) -> tuple[_Picks, _Picks]:
         ) from error
 
 
-def _picks(rows: Sequence[Sequence[str | float]], columns: int) -> _Picks:
+def _parse_picks(rows: Sequence[Sequence[str | float]], columns: int) -> _Picks:
     """ValueError or TypeError where a row is not [score, label, group, n], or with 5 columns [..., fold]."""
     if any(len(row) != columns for row in rows):
         raise ValueError("rows of another length")

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 
-from cappy.evaluation.findings import MIN_GROUPS, Difference, Findings, spread
+from cappy.evaluation.findings import MIN_GROUPS, Difference, Findings, format_interval
 from cappy.pages.words import format_signed, percent
 from cappy.selection.selectors import SELECTORS, Selector, title
 
@@ -24,8 +24,8 @@ def verdict(report: Findings) -> tuple[str, ...]:
     differences = {
         name: report.comparisons[key] for name in _INTRODUCED if (key := f"{subject}-{name}") in report.comparisons
     }
-    said = tuple(_sentence(report, subject, name, difference) for name, difference in differences.items())
-    return (_headline(subject, differences), *said, *_hybrid(report), *_cautions(report))
+    said = tuple(_comparison_sentence(report, subject, name, difference) for name, difference in differences.items())
+    return (_headline(subject, differences), *said, *_hybrid_sentence(report), *_cautions(report))
 
 
 def outcome(difference: Difference) -> str:
@@ -38,24 +38,30 @@ def outcome(difference: Difference) -> str:
 def _headline(subject: str, differences: dict[str, Difference]) -> str:
     parts = []
     for result, verb in (("better", "beats"), ("open", "is not shown to beat"), ("worse", "does not beat")):
-        names = [_short(_INTRODUCED[name]) for name, difference in differences.items() if outcome(difference) == result]
+        names = [
+            _short_name(_INTRODUCED[name]) for name, difference in differences.items() if outcome(difference) == result
+        ]
         if names:
             parts.append(f"{verb} {_join_names(names, 'and' if result == 'better' else 'or')}")
-    return f"{_subject(subject)} {'; it '.join(parts)}." if parts else f"{_subject(subject)} was compared with nothing."
+    return (
+        f"{_subject_name(subject)} {'; it '.join(parts)}."
+        if parts
+        else f"{_subject_name(subject)} was compared with nothing."
+    )
 
 
-def _sentence(report: Findings, subject: str, name: str, difference: Difference) -> str:
+def _comparison_sentence(report: Findings, subject: str, name: str, difference: Difference) -> str:
     selector = _INTRODUCED[name]
     other = report.better_likelihood if selector.variant_of else name
     means = report.selectors[subject].estimate.mean, report.selectors[other].estimate.mean
     numbers = f"{percent(means[0])} against {percent(means[1])}, {format_signed(difference.difference)}"
-    interval = f"95% interval {spread(difference)}"
+    interval = f"95% interval {format_interval(difference)}"
     verb = {"better": "beats", "worse": "does worse than", "open": "may or may not beat"}[outcome(difference)]
     remedy = _remedy(report, f"{subject}-{name}") if outcome(difference) == "open" else ""
     if difference.low == difference.high == 0:
         verb, remedy = "does exactly as well as", ""
     who = f"{selector.in_words} ({title(other)})" if selector.variant_of else f"{selector.in_words}{selector.remark}"
-    return f"{_subject(subject)} {verb} {who}: {numbers} ({interval}){remedy}."
+    return f"{_subject_name(subject)} {verb} {who}: {numbers} ({interval}){remedy}."
 
 
 def _remedy(report: Findings, key: str) -> str:
@@ -69,7 +75,7 @@ def _remedy(report: Findings, key: str) -> str:
     return f"; {power.groups:,} groups show {smallest} or more, about {power.groups_needed:,} would show this one"
 
 
-def _hybrid(report: Findings) -> Iterator[str]:
+def _hybrid_sentence(report: Findings) -> Iterator[str]:
     difference = report.comparisons.get("hybrid_mbr-mbr")
     if difference is None:
         return
@@ -77,7 +83,7 @@ def _hybrid(report: Findings) -> Iterator[str]:
     mean = report.selectors["hybrid_mbr"].estimate.mean
     yield (
         f"The scorer and MBR together {verb} MBR: {percent(mean)}, {format_signed(difference.difference)} "
-        f"(95% interval {spread(difference)})."
+        f"(95% interval {format_interval(difference)})."
     )
 
 
@@ -94,12 +100,12 @@ def _cautions(report: Findings) -> Iterator[str]:
                 f"Caution: the {name} was trained on {count} of the {instances} {report.split} instances "
                 "or their rows, so its result is too good."
             )
-    yield from _among_all(report)
+    yield from _holm_caution(report)
     if (groups := int(report.facts["groups"])) < MIN_GROUPS:
         yield f"Caution: only {groups} groups, too few to rely on; the gate holds on fewer than {MIN_GROUPS}."
 
 
-def _among_all(report: Findings) -> Iterator[str]:
+def _holm_caution(report: Findings) -> Iterator[str]:
     """What Holm's correction opens again."""
     comparisons = report.comparisons
     opened = [
@@ -111,7 +117,7 @@ def _among_all(report: Findings) -> Iterator[str]:
         yield (f"Not significant after Holm correction over {len(comparisons)} comparisons: {', '.join(opened)}.")
 
 
-def _subject(name: str) -> str:
+def _subject_name(name: str) -> str:
     return "The scorer" if name == "scorer" else "No scorer was given; MBR"
 
 
@@ -119,7 +125,7 @@ def _join_names(names: list[str], word: str) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
 
 
-def _short(selector: Selector) -> str:
+def _short_name(selector: Selector) -> str:
     return f"the {selector.variant_of}" if selector.variant_of else selector.in_words
 
 
@@ -128,7 +134,7 @@ def advice(report: Findings) -> str:
 
     It begins with "Promote" only where the gate's rule, without options of its own, would let the scorer pass.
     """
-    text = _advice(report)
+    text = _choose_advice(report)
     if not text.startswith("Promote"):
         return text
     if report.split == "validation":
@@ -160,85 +166,83 @@ def first_version_rivals(comparisons: Collection[str], requested: str = "") -> l
     return [*asked.values(), *single[-1:]]
 
 
-def _advice(report: Findings) -> str:
+def _choose_advice(report: Findings) -> str:
     if leaked := [name for name, count in report.leaks.items() if count]:
         who = " and the ".join(leaked)
         return f"Hold: the {who} saw reported instances in training; prepare splits that share none, then train again."
     if "scorer" not in report.selectors:
-        return _without_scorer(report)
+        return _advise_without_scorer(report)
     if "champion" in report.selectors:
-        return _against_champion(report)
-    if why := _no_champion(report):
+        return _advise_against_champion(report)
+    if why := _why_no_champion(report):
         return f"Hold: the report does not compare with the champion: {why}."
-    if _worse(report, "scorer-greedy") and not _mbr_leads(report):
-        return _greedy(report)
+    if _is_worse(report, "scorer-greedy") and not _mbr_leads(report):
+        return _advise_greedy(report)
     for selector in first_version_rivals(report.comparisons):
         key = f"scorer-{selector.key}"
-        if key in report.comparisons and not _better(report, key):
-            return _below(report, key, selector.in_words)
-    return _against_mbr(report)
+        if key in report.comparisons and not _is_better(report, key):
+            return _advise_below_rival(report, key, selector.in_words)
+    return _advise_against_mbr(report)
 
 
-def _no_champion(report: Findings) -> str:
+def _why_no_champion(report: Findings) -> str:
     """Why a champion that was given is not in the report; empty where none was given."""
     why = report.unavailable.get("champion", "")
     return "" if why == "none was given" else why
 
 
-def _greedy(report: Findings) -> str:
+def _advise_greedy(report: Findings) -> str:
     """One call without any selection does better than the scorer."""
     lost = report.comparisons["scorer-greedy"]
-    text = f"Use one greedy response: the scorer's pick of several is below it, by {_gain(lost)}"
-    return f"{text}; {_more_of_a_scorer(report)} before you sample more than one."
+    text = f"Use one greedy response: the scorer's pick of several is below it, by {_format_gain(lost)}"
+    return f"{text}; {_scorer_remedy(report)} before you sample more than one."
 
 
-def _without_scorer(report: Findings) -> str:
-    if "mbr" in report.selectors and _better(report, "mbr-random"):
+def _advise_without_scorer(report: Findings) -> str:
+    if "mbr" in report.selectors and _is_better(report, "mbr-random"):
         gain = format_signed(report.comparisons["mbr-random"].difference)
         return f"Use MBR meanwhile, it is {gain} above random choice without training; then train a scorer to beat it."
     return "Train a scorer (cappy finetuning): no selector that needs none is shown to beat random choice."
 
 
-def _against_champion(report: Findings) -> str:
+def _advise_against_champion(report: Findings) -> str:
     difference = report.comparisons["scorer-champion"]
-    if _better(report, "scorer-champion"):
-        return f"Promote: the scorer beats the champion by {_gain(difference)}."
+    if _is_better(report, "scorer-champion"):
+        return f"Promote: the scorer beats the champion by {_format_gain(difference)}."
     if difference.high < 0:
-        return f"Hold: the scorer does worse than the champion, by {_gain(difference)}."
-    return _unproven(report, "scorer-champion", "the champion")
+        return f"Hold: the scorer does worse than the champion, by {_format_gain(difference)}."
+    return _advise_unproven(report, "scorer-champion", "the champion")
 
 
-def _below(report: Findings, key: str, other: str) -> str:
+def _advise_below_rival(report: Findings, key: str, other: str) -> str:
     """What the gate asks a first version to beat, and this one does not."""
-    if _mbr_leads(report) and not _better(report, "scorer-mbr"):
-        gain = _gain(report.comparisons["mbr-random"])
-        lacking = f"the scorer {'does worse than' if _worse(report, key) else 'is not shown to beat'} {other}"
-        return (
-            f"Use MBR: it beats random choice by {gain} without training, and {lacking}; {_more_of_a_scorer(report)}."
-        )
-    if _flat(report):
+    if _mbr_leads(report) and not _is_better(report, "scorer-mbr"):
+        gain = _format_gain(report.comparisons["mbr-random"])
+        lacking = f"the scorer {'does worse than' if _is_worse(report, key) else 'is not shown to beat'} {other}"
+        return f"Use MBR: it beats random choice by {gain} without training, and {lacking}; {_scorer_remedy(report)}."
+    if _is_flat(report):
         otherwise = ", or use MBR" if "mbr" in report.selectors else ""
-        return f"Hold: the scorer is not shown to beat {other}; {_more_of_a_scorer(report)}{otherwise}."
-    if key == "scorer-random" and _worse(report, key):
+        return f"Hold: the scorer is not shown to beat {other}; {_scorer_remedy(report)}{otherwise}."
+    if key == "scorer-random" and _is_worse(report, key):
         return "Hold: the scorer does worse than random choice; look at the worst instances and at the labels first."
-    if _worse(report, key):
-        lost = _gain(report.comparisons[key])
-        return f"Hold: the scorer is below {other} by {lost}; {_more_of_a_scorer(report)}."
-    return _unproven(report, key, other)
+    if _is_worse(report, key):
+        lost = _format_gain(report.comparisons[key])
+        return f"Hold: the scorer is below {other} by {lost}; {_scorer_remedy(report)}."
+    return _advise_unproven(report, key, other)
 
 
 def _mbr_leads(report: Findings) -> bool:
     """Whether MBR is shown to beat random choice, and nothing else that needs no training has a better result."""
     others = {"greedy", report.better_likelihood} & {*report.selectors}
-    if not _better(report, "mbr-random"):
+    if not _is_better(report, "mbr-random"):
         return False
     best = max((report.selectors[name].estimate.mean for name in others), default=0.0)
     return report.selectors["mbr"].estimate.mean >= best
 
 
-def _more_of_a_scorer(report: Findings) -> str:
+def _scorer_remedy(report: Findings) -> str:
     """What would make the scorer better."""
-    if not _flat(report):
+    if not _is_flat(report):
         return "train on more instances"
     spread_of = report.calibration.spread if report.calibration is not None else None
     return (
@@ -248,22 +252,26 @@ def _more_of_a_scorer(report: Findings) -> str:
     )
 
 
-def _flat(report: Findings) -> bool:
+def _is_flat(report: Findings) -> bool:
     """Whether the scorer gives all responses of an instance about the same score."""
     calibration = report.calibration
     return calibration is not None and calibration.spread is not None and calibration.spread < FLAT
 
 
-def _against_mbr(report: Findings) -> str:
+def _advise_against_mbr(report: Findings) -> str:
     """The gate is open; what is the best use of the scorer?"""
     against, hybrid = report.comparisons.get("scorer-mbr"), report.comparisons.get("hybrid_mbr-mbr")
     if hybrid is not None and hybrid.low > 0 and against is not None and against.low <= 0:
         detail = report.selectors["hybrid_mbr"].detail
-        return f"Promote, and pick by scorer + MBR ({detail}): together they beat MBR by {_gain(hybrid)}."
+        return f"Promote, and pick by scorer + MBR ({detail}): together they beat MBR by {_format_gain(hybrid)}."
     if against is not None and against.high < 0:
-        return f"Use MBR: the scorer is below it by {_gain(against)}; {_more_of_a_scorer(report)} before you promote."
+        return (
+            f"Use MBR: the scorer is below it by {_format_gain(against)}; {_scorer_remedy(report)} before you promote."
+        )
     if against is not None and against.low <= 0:
-        return f"Promote if MBR is not a choice for you; {_lower(_unproven(report, 'scorer-mbr', 'MBR'))}"
+        return (
+            f"Promote if MBR is not a choice for you; {_lowercase_first(_advise_unproven(report, 'scorer-mbr', 'MBR'))}"
+        )
     if all(task.kind == "choice" for task in report.tasks):
         return "Promote: the scorer beats random choice and what needs no training among these choices."
     if _headroom(report) < NARROW:
@@ -275,13 +283,13 @@ def _against_mbr(report: Findings) -> str:
     return "Promote: the scorer beats random choice, the likelihood and MBR, as far as they were at hand."
 
 
-def _unproven(report: Findings, key: str, other: str) -> str:
+def _advise_unproven(report: Findings, key: str, other: str) -> str:
     """What would bring proof; more data alone only where so many groups can be had, and the scorer tells them apart."""
     difference, power = report.comparisons[key], report.power[key]
     if difference.low == difference.high == 0:
         return f"Hold: the scorer does exactly as well as {other}, no better; train on more instances or another loss."
-    if _flat(report):
-        return f"Hold: the scorer is not shown to beat {other}, {_gain(difference)}; {_more_of_a_scorer(report)}."
+    if _is_flat(report):
+        return f"Hold: the scorer is not shown to beat {other}, {_format_gain(difference)}; {_scorer_remedy(report)}."
     needed = power.groups_needed
     if difference.difference > 0 and needed is not None and power.within_reach:
         return (
@@ -289,7 +297,7 @@ def _unproven(report: Findings, key: str, other: str) -> str:
             f"groups; about {max(needed, power.groups + 1, MIN_GROUPS):,} would show it."
         )
     return (
-        f"Hold: the scorer is not shown to beat {other}, {_gain(difference)}, and {power.groups} groups show no "
+        f"Hold: the scorer is not shown to beat {other}, {_format_gain(difference)}, and {power.groups} groups show no "
         f"difference below {percent(power.smallest)}; train on more instances or another loss."
     )
 
@@ -308,19 +316,19 @@ def _headroom(report: Findings) -> float:
     return report.selectors["oracle"].estimate.mean - best
 
 
-def _better(report: Findings, key: str) -> bool:
+def _is_better(report: Findings, key: str) -> bool:
     """Whether the first is shown to be better; a difference that does not vary shows nothing."""
     difference = report.comparisons.get(key)
     return difference is not None and difference.low > 0 and bool(difference.standard_error)
 
 
-def _worse(report: Findings, key: str) -> bool:
+def _is_worse(report: Findings, key: str) -> bool:
     return key in report.comparisons and report.comparisons[key].high < 0
 
 
-def _gain(difference: Difference) -> str:
-    return f"{format_signed(difference.difference)} (95% interval {spread(difference)})"
+def _format_gain(difference: Difference) -> str:
+    return f"{format_signed(difference.difference)} (95% interval {format_interval(difference)})"
 
 
-def _lower(text: str) -> str:
+def _lowercase_first(text: str) -> str:
     return text[0].lower() + text[1:]

@@ -161,13 +161,13 @@ def _beats(comparisons: Mapping[str, Difference], other: str, words: str, margin
 
 def _groups_needed(comparison: Difference, margin: float, tail: float) -> str:
     """How many groups a gain of this size needs, in one sentence; empty where there is no gain."""
-    from cappy.evaluation.statistics import power
+    from cappy.evaluation.statistics import compute_power
 
     gain = comparison.difference - margin
     if gain <= 0:
         return ""
     beyond = replace(comparison, difference=gain)
-    needed = max(power(beyond, 1 - 2 * tail).groups_needed or 0, comparison.groups + 1)
+    needed = max(compute_power(beyond, 1 - 2 * tail).groups_needed or 0, comparison.groups + 1)
     above = " above the margin" if margin else ""
     tries = "to be shown in four of five tries"
     have = f"the report has {comparison.groups:,}"

@@ -48,12 +48,12 @@ class Pool:
     @property
     def likelihood_sum(self) -> Vector | None:
         """Log-likelihood under the generator; None where a candidate has none."""
-        return _complete([candidate.logprob_sum for candidate in self.candidates])
+        return _vector_if_complete([candidate.logprob_sum for candidate in self.candidates])
 
     @property
     def likelihood_mean(self) -> Vector | None:
         """Log-likelihood under the generator per token; None where a candidate has none."""
-        return _complete([candidate.logprob_mean for candidate in self.candidates])
+        return _vector_if_complete([candidate.logprob_mean for candidate in self.candidates])
 
     @property
     def is_choice(self) -> bool:
@@ -61,9 +61,9 @@ class Pool:
         return bool(self.instance.choices) and all(candidate.source == "choice" for candidate in self.candidates)
 
 
-def collect(instances: Iterable[Instance], *, metric: str, splits: Collection[Split]) -> list[Pool]:
+def collect_pools(instances: Iterable[Instance], *, metric: str, splits: Collection[Split]) -> list[Pool]:
     """The pools of these splits, empty ones included; RecordError where a candidate has no label of this metric."""
-    return [_pool(instance, metric) for instance in instances if instance.split in splits]
+    return [_build_pool(instance, metric) for instance in instances if instance.split in splits]
 
 
 def score_pools(pools: Sequence[Pool], score: Score, scored: Callable[[int], None]) -> list[Vector]:
@@ -73,7 +73,7 @@ def score_pools(pools: Sequence[Pool], score: Score, scored: Callable[[int], Non
     """
     texts = [tuple(dict.fromkeys(pool.responses)) for pool in pools]
     pairs = [(pool.instance.instruction, text) for pool, unique in zip(pools, texts, strict=True) for text in unique]
-    scores = iter(list(_scores(pairs, score, scored)))
+    scores = iter(list(_score_chunks(pairs, score, scored)))
     by_pool = []
     for pool, unique in zip(pools, texts, strict=True):
         of = {text: next(scores) for text in unique}
@@ -86,7 +86,7 @@ def with_scores(pools: Sequence[Pool], name: str, scores: Values) -> list[Pool]:
     return [replace(pool, scores={**pool.scores, name: own}) for pool, own in zip(pools, scores, strict=True)]
 
 
-def num_pairs(pools: Sequence[Pool]) -> int:
+def count_pairs(pools: Sequence[Pool]) -> int:
     """How many pairs `score_pools` scores."""
     return sum(len(set(pool.responses)) for pool in pools)
 
@@ -112,7 +112,7 @@ def is_tied(values: Vector, labels: Vector) -> bool:
     return bool((top != top[0]).any())
 
 
-def _scores(pairs: Sequence[tuple[str, str]], score: Score, scored: Callable[[int], None]) -> Iterator[float]:
+def _score_chunks(pairs: Sequence[tuple[str, str]], score: Score, scored: Callable[[int], None]) -> Iterator[float]:
     for start in range(0, len(pairs), CHUNK_PAIRS):
         chunk = pairs[start : start + CHUNK_PAIRS]
         scores = score(chunk)
@@ -128,7 +128,7 @@ def _scores(pairs: Sequence[tuple[str, str]], score: Score, scored: Callable[[in
         scored(len(chunk))
 
 
-def _pool(instance: Instance, metric: str) -> Pool:
+def _build_pool(instance: Instance, metric: str) -> Pool:
     candidates = instance.selectable
     for index, candidate in enumerate(instance.candidates):
         if candidate.selectable and metric not in candidate.labels:
@@ -139,7 +139,7 @@ def _pool(instance: Instance, metric: str) -> Pool:
     return Pool(instance, candidates, np.array([candidate.labels[metric] for candidate in candidates]))
 
 
-def _complete(values: Sequence[float | None]) -> Vector | None:
+def _vector_if_complete(values: Sequence[float | None]) -> Vector | None:
     known = [value for value in values if value is not None and value == value]
     return np.array(known, dtype=np.float64) if len(known) == len(values) else None
 

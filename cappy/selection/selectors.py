@@ -118,7 +118,7 @@ def title(name: str) -> str:
     return f"better {name}" if any(selector.variant_of == name for selector in SELECTORS.values()) else name
 
 
-def selectors_at(names: Iterable[str], place: Place, better: str = "") -> list[Selector]:
+def selectors_shown_in(names: Iterable[str], place: Place, better: str = "") -> list[Selector]:
     """Those of the named selectors that are shown at the place, in their order; of variants the `better` one alone."""
     known = [SELECTORS[name] for name in names if name in SELECTORS]
     return [one for one in known if place in one.shown_in and (not one.variant_of or one.name == better)]
@@ -146,36 +146,36 @@ def choose_system(pools: Sequence[Pool], among: Collection[str] | None = None) -
 
     `among` are the only ones to choose from, where given.
     """
-    names = dict.fromkeys(_system_of(candidate) for pool in pools for candidate in pool.candidates)
+    names = dict.fromkeys(_system_name(candidate) for pool in pools for candidate in pool.candidates)
     names.pop("", None)
     if among is not None:
         names = {name: None for name in names if name in among}
 
     def mean_label(name: str) -> float:
-        return float(pick_labels(pools, [of_system(pool, name) for pool in pools]).mean())
+        return float(pick_labels(pools, [prefer_system(pool, name) for pool in pools]).mean())
 
     return max(names, key=mean_label, default=None)
 
 
-def _system_of(candidate: Candidate) -> str:
+def _system_name(candidate: Candidate) -> str:
     """The generator and decoding that a candidate came from; empty where neither is known."""
     return f"{candidate.generator} {candidate.decoding}".strip()
 
 
-def of_system(pool: Pool, name: str) -> Vector:
+def prefer_system(pool: Pool, name: str) -> Vector:
     """The first candidate of the system, or of the pool where the system has none in it."""
-    other = np.array([_system_of(candidate) != name for candidate in pool.candidates])
-    values: Vector = _in_order(pool) - len(pool.candidates) * other
+    other = np.array([_system_name(candidate) != name for candidate in pool.candidates])
+    values: Vector = _first_values(pool) - len(pool.candidates) * other
     return values
 
 
-def _in_order(pool: Pool) -> Vector:
+def _first_values(pool: Pool) -> Vector:
     """The order of the candidates: what a user without a selector takes."""
     order: Vector = -np.arange(len(pool.candidates), dtype=np.float64)
     return order
 
 
-def length(pool: Pool) -> Vector:
+def response_lengths(pool: Pool) -> Vector:
     """Length in characters."""
     return np.array([len(response) for response in pool.responses], dtype=np.float64)
 
@@ -184,7 +184,7 @@ def _without_fitting(values: Callable[[Pool], Vector]) -> Fit:
     return lambda held_out, pools: FittedSelector(values)
 
 
-def _by_scores(name: str) -> Fit:
+def _fit_scores(name: str) -> Fit:
     def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
         if any(name not in pool.scores for pool in pools):
             raise UnavailableError("none was given")
@@ -203,7 +203,7 @@ def _known_likelihoods(likelihood: Callable[[Pool], Vector | None], pools: Seque
     return known
 
 
-def _by_likelihood(likelihood: Callable[[Pool], Vector | None]) -> Fit:
+def _fit_likelihood(likelihood: Callable[[Pool], Vector | None]) -> Fit:
     def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
         _known_likelihoods(likelihood, pools)
         return FittedSelector(lambda pool: _known_likelihoods(likelihood, [pool])[0])
@@ -211,37 +211,37 @@ def _by_likelihood(likelihood: Callable[[Pool], Vector | None]) -> Fit:
     return fit
 
 
-def _by_mbr(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
+def _fit_mbr(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
     if all(pool.is_choice for pool in pools):
         raise UnavailableError("a closed set of choices has no consensus")
     return FittedSelector(lambda pool: pool.mbr)
 
 
-def _by_best_system(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
+def _fit_best_system(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
     if not held_out:
         raise UnavailableError("no held-out instances to choose it on")
     name = choose_system(held_out)
     if name is None:
         raise UnavailableError("no candidate names its generator")
-    return FittedSelector(lambda pool: of_system(pool, name), name)
+    return FittedSelector(lambda pool: prefer_system(pool, name), name)
 
 
-def _by_greedy(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
+def _fit_greedy(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
     """Of several generators' greedy responses the best one on held-out pools."""
     everywhere = set.intersection(
-        *({_system_of(one) for one in pool.candidates if _GREEDY.search(_system_of(one))} for pool in pools)
+        *({_system_name(one) for one in pool.candidates if _GREEDY.search(_system_name(one))} for pool in pools)
     )
     if not everywhere:
         raise UnavailableError("not every instance has a greedy response")
     name = choose_system(held_out, among=everywhere) or min(everywhere)
-    return FittedSelector(lambda pool: of_system(pool, name), name)
+    return FittedSelector(lambda pool: prefer_system(pool, name), name)
 
 
 def _combine_with_scorer(other: str, fit_other: Fit, values_of: Callable[[Sequence[Pool]], list[Vector]]) -> Fit:
     """The scorer's score plus a weight times another selector's value, both as they are; the weight is fitted."""
 
     def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
-        for name, part in (("scorer", _by_scores("scorer")), (other, fit_other)):
+        for name, part in (("scorer", _fit_scores("scorer")), (other, fit_other)):
             try:
                 part(held_out, pools)
             except UnavailableError as error:
@@ -275,20 +275,20 @@ SELECTORS: Mapping[str, Selector] = {
             curve=lambda pool, values, generator: np.full(1, pool.labels.mean()),
             must_beat="always",
         ),
-        Selector(name="first", title="first response", fit=_without_fitting(_in_order), shown_in=("examples",)),
+        Selector(name="first", title="first response", fit=_without_fitting(_first_values), shown_in=("examples",)),
         Selector(
             name="shortest",
             title="shortest",
-            fit=_without_fitting(lambda pool: -length(pool)),
+            fit=_without_fitting(lambda pool: -response_lengths(pool)),
             shown_in=(),
             compared=False,
         ),
-        Selector(name="longest", title="longest", fit=_without_fitting(length)),
+        Selector(name="longest", title="longest", fit=_without_fitting(response_lengths)),
         Selector(
             name="best_system",
             title="best single system",
             words="the best single system",
-            fit=_by_best_system,
+            fit=_fit_best_system,
             single_decoding=True,
         ),
         Selector(
@@ -296,7 +296,7 @@ SELECTORS: Mapping[str, Selector] = {
             title="greedy response",
             words="the greedy response",
             remark=", which needs no samples",
-            fit=_by_greedy,
+            fit=_fit_greedy,
             single_decoding=True,
             shown_in=("table", "verdict"),
         ),
@@ -306,7 +306,7 @@ SELECTORS: Mapping[str, Selector] = {
                 title=title,
                 words="the better likelihood selector",
                 variant_of="likelihood",
-                fit=_by_likelihood(likelihood),
+                fit=_fit_likelihood(likelihood),
                 shown_in=("table", "tasks", "verdict"),
                 curve=_rank_in_pool,
                 must_beat="where_compared",
@@ -320,7 +320,7 @@ SELECTORS: Mapping[str, Selector] = {
             name="mbr",
             title="MBR",
             remark=", the consensus of the pool, which needs no training",
-            fit=_by_mbr,
+            fit=_fit_mbr,
             shown_in=("table", "tasks", "examples", "verdict"),
             curve=lambda pool, values, generator: mbr_curve(pool.responses, pool.labels, generator),
             against=("random", "likelihood"),
@@ -330,7 +330,7 @@ SELECTORS: Mapping[str, Selector] = {
             name="champion",
             title="champion",
             words="the champion",
-            fit=_by_scores("champion"),
+            fit=_fit_scores("champion"),
             scorer="champion",
             shown_in=("table", "tasks", "verdict"),
             curve=_rank_in_pool,
@@ -338,7 +338,7 @@ SELECTORS: Mapping[str, Selector] = {
         Selector(
             name="scorer",
             title="scorer",
-            fit=_by_scores("scorer"),
+            fit=_fit_scores("scorer"),
             scorer="scorer",
             shown_in=("table", "tasks", "examples"),
             curve=_rank_in_pool,
@@ -349,7 +349,7 @@ SELECTORS: Mapping[str, Selector] = {
             title="scorer + likelihood",
             fit=_combine_with_scorer(
                 "likelihood_mean",
-                _by_likelihood(lambda pool: pool.likelihood_mean),
+                _fit_likelihood(lambda pool: pool.likelihood_mean),
                 lambda pools: _known_likelihoods(lambda pool: pool.likelihood_mean, pools),
             ),
             scorer="scorer",
@@ -359,7 +359,7 @@ SELECTORS: Mapping[str, Selector] = {
         Selector(
             name="hybrid_mbr",
             title="scorer + MBR",
-            fit=_combine_with_scorer("mbr", _by_mbr, lambda pools: [pool.mbr for pool in pools]),
+            fit=_combine_with_scorer("mbr", _fit_mbr, lambda pools: [pool.mbr for pool in pools]),
             scorer="scorer",
             shown_in=("table", "tasks"),
             compared=False,

@@ -23,7 +23,7 @@ from wording import assert_names, raises_naming
 
 from cappy.annotation.report import DataReport, summarize, to_text, write_page, write_report
 from cappy.annotation.report.candidates import COLUMNS, Candidates, Codes, Ints, codes, measure
-from cappy.annotation.report.page import render
+from cappy.annotation.report.data_report_page import render
 from cappy.annotation.report.record import QUANTILES, Pools
 from cappy.annotation.report.summary import Distinct, LengthTotals, num_characters, num_words
 from cappy.annotation.report.text import MOST_ROWS, WIDTH, to_values

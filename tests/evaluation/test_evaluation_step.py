@@ -15,7 +15,7 @@ from cappy.config import build
 from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import read_report
 from cappy.evaluation.step import EvaluationConfig, evaluate_folder
-from cappy.evaluation.threshold import threshold
+from cappy.evaluation.threshold import find_threshold
 from cappy.progress import silent
 from cappy.records import Candidate, Instance, Manifest, prompt_hash, write
 from cappy.records.folder import describe_files, verify, write_manifest
@@ -97,7 +97,7 @@ def test_a_threshold_is_found_in_the_picks_and_knows_their_groups(
     nothing = trained_on_first_three(instances, "")
     own = config(folders, source=folders / "paired")
     evaluate_folder(own, silent, load=lambda path: FakeScorer(score), trained_on=nothing)
-    found = threshold(folders / "report", precision=0.0, good=0.5)
+    found = find_threshold(folders / "report", precision=0.0, good=0.5)
     assert found is not None
     assert found.reported == 40
     assert found.coverage > 0.9

@@ -63,7 +63,7 @@ def write_page(report: DataReport, folder: Path) -> None:
 def render(report: DataReport) -> str:
     """The page; every text of the data in it is escaped."""
     return render_template(
-        "annotation/report",
+        "annotation/report/data_report_page.jinja",
         {},
         report=report,
         findings=findings(report),
