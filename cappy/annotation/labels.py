@@ -9,8 +9,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cappy.annotation.metrics import Metric, Pool, parse
-from cappy.annotation.rouge import partly_visible, rouge_l_pools, visible
+from cappy.annotation.metrics import InstanceResponses, Metric, parse_metric
+from cappy.annotation.rouge import is_partly_visible, is_visible, rouge_l_pools
 from cappy.errors import RecordError, quote
 from cappy.reasoning import has_reasoning
 from cappy.records import Candidate, Instance
@@ -42,10 +42,12 @@ def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[In
     §3.1). Where one text stands twice, training takes the first (see `regression_rows`): the reference, then what was
     sampled, then the mismatch; under the `paper` preset the mismatch before what was sampled.
     """
-    _refuse_unlabelled(instances)
+    _check_labelled(instances)
     kept = [[one for one in instance.candidates if one.source in ("llm", "choice")] for instance in instances]
     sampled = [[one for one in candidates if one.source == "llm"] for candidates in kept]
-    metric = iter(labelling.metric([Pool(*pool) for pool in zip(instances, sampled, strict=True)]).tolist())
+    metric = iter(
+        labelling.metric([InstanceResponses(*pool) for pool in zip(instances, sampled, strict=True)]).tolist()
+    )
     wrong = _draw_mismatches(instances, kept, labelling)
     for instance, candidates, texts in zip(instances, kept, wrong, strict=True):
         mismatches = [Candidate(response=text, source="mismatch") for text in texts]
@@ -55,19 +57,19 @@ def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[In
         yield replace(instance, candidates=tuple(labelled))
 
 
-def count(instances: Sequence[Instance], *, name: str, mismatches: int) -> Mapping[str, int]:
+def count_facts(instances: Sequence[Instance], *, name: str, mismatches: int) -> Mapping[str, int]:
     """What a reader of the labels should know.
 
     `responses` are those of LLMs, `with_reasoning` those of them that hold more than an answer. `invisible_to_rougeL`
     are the instances none of whose references Rouge-L sees, `partly_invisible_to_rougeL` those with a reference or
     response of which it sees a part only, `mismatches_missing` mismatches that were not found.
     """
-    by_rouge = "rougeL" in parse(name)
+    by_rouge = "rougeL" in parse_metric(name)
     unseen = partly = 0
     for instance in instances if by_rouge else ():
-        unseen += not any(map(visible, instance.references))
+        unseen += not any(map(is_visible, instance.references))
         texts = (candidate.response for candidate in instance.candidates if candidate.source == "llm")
-        partly += any(map(partly_visible, instance.references)) or any(map(partly_visible, texts))
+        partly += any(map(is_partly_visible, instance.references)) or any(map(is_partly_visible, texts))
     responses = [one.response for instance in instances for one in instance.candidates if one.source == "llm"]
     open_ended = (instance.candidates for instance in instances if not instance.choices)
     drawn = (sum(candidate.source == "mismatch" for candidate in candidates) for candidates in open_ended)
@@ -122,7 +124,7 @@ def regression_rows(instance: Instance, metric: str) -> Iterator[Row]:
         )
 
 
-def _refuse_unlabelled(instances: Sequence[Instance]) -> None:
+def _check_labelled(instances: Sequence[Instance]) -> None:
     """RecordError where nothing says what is correct: prepared to be scored, not to learn from."""
     for instance in instances:
         if not instance.references and not any(GIVEN in candidate.labels for candidate in instance.candidates):
@@ -154,15 +156,15 @@ def _draw_mismatches(
     instances: Sequence[Instance], kept: Sequence[Sequence[Candidate]], labelling: Labelling
 ) -> list[list[str]]:
     if labelling.preset == "paper":
-        return _published_mismatches(instances, seed=labelling.seed)
+        return _draw_as_published(instances, seed=labelling.seed)
     own = [
         {*instance.references, *(candidate.response for candidate in candidates)}
         for instance, candidates in zip(instances, kept, strict=True)
     ]
-    return _unlike_mismatches(instances, own, count=labelling.mismatches, seed=labelling.seed)
+    return _draw_dissimilar(instances, own, count=labelling.mismatches, seed=labelling.seed)
 
 
-def _unlike_mismatches(
+def _draw_dissimilar(
     instances: Sequence[Instance], own: Sequence[set[str]], *, count: int, seed: int
 ) -> list[list[str]]:
     """For each instance up to `count` different references of others of its task and template.
@@ -181,7 +183,7 @@ def _unlike_mismatches(
     return [[text for text in texts if next(values) < NEARLY_RIGHT][:count] for texts in drawn]
 
 
-def _published_mismatches(instances: Sequence[Instance], *, seed: int) -> list[list[str]]:
+def _draw_as_published(instances: Sequence[Instance], *, seed: int) -> list[list[str]]:
     """As the published code draws: for each reference one of all references of the task, right or wrong.
 
     One that is already a text of the instance is dropped and not drawn again (cappy_bigbench.py:31-37).

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from cappy.annotation.numbers import last_number, readings
+from cappy.annotation.numbers import last_number, read_numbers
 from cappy.errors import ConfigError, RecordError, quote
 from cappy.records import Candidate, Instance
 from cappy.records.instance import GIVEN
@@ -39,18 +39,18 @@ _LIBRARIES: Mapping[str, str] = {"rougeL": "nltk", "chrf": "sacrebleu", "bleu": 
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class InstanceResponses:
     """The responses of one instance that a metric is asked about."""
 
     instance: Instance
     candidates: Sequence[Candidate]
 
 
-Metric = Callable[[Sequence[Pool]], Floats]
+Metric = Callable[[Sequence[InstanceResponses]], Floats]
 """From pools to the correctness, 0 to 1, of all their candidates in a row."""
 
 
-def parse(text: str) -> dict[str, float]:
+def parse_metric(text: str) -> dict[str, float]:
     """Metric -> weight; ConfigError for an unknown name, a repeated one, and weights that do not sum to 1."""
     weights: dict[str, float] = {}
     for term in text.split("+"):
@@ -69,13 +69,13 @@ def parse(text: str) -> dict[str, float]:
     return weights
 
 
-def load(text: str) -> Metric:
+def load_metric(text: str) -> Metric:
     """The function of a metric or mixture; of `given`, RecordError where a candidate came without a label."""
-    terms = [(METRICS[name], weight) for name, weight in parse(text).items()]
+    terms = [(METRICS[name], weight) for name, weight in parse_metric(text).items()]
     if len(terms) == 1:
         return terms[0][0]
 
-    def mixture(pools: Sequence[Pool]) -> Floats:
+    def mixture(pools: Sequence[InstanceResponses]) -> Floats:
         parts = [weight * metric(pools) for metric, weight in terms]
         mixed: Floats = np.clip(np.sum(parts, axis=0), 0.0, 1.0)
         return mixed
@@ -83,19 +83,19 @@ def load(text: str) -> Metric:
     return mixture
 
 
-def versions(text: str) -> dict[str, str]:
+def library_versions(text: str) -> dict[str, str]:
     """Release of every library that decides the values of a metric or mixture."""
-    return {_LIBRARIES[name]: version(_LIBRARIES[name]) for name in parse(text) if name in _LIBRARIES}
+    return {_LIBRARIES[name]: version(_LIBRARIES[name]) for name in parse_metric(text) if name in _LIBRARIES}
 
 
-def _own_labels(pools: Sequence[Pool]) -> Floats:
+def _given_labels(pools: Sequence[InstanceResponses]) -> Floats:
     """The labels that the candidates brought."""
     return np.array(
-        [_own_label(pool.instance, candidate) for pool in pools for candidate in pool.candidates], dtype=float
+        [_given_label(pool.instance, candidate) for pool in pools for candidate in pool.candidates], dtype=float
     )
 
 
-def _own_label(instance: Instance, candidate: Candidate) -> float:
+def _given_label(instance: Instance, candidate: Candidate) -> float:
     if GIVEN not in candidate.labels:
         what = f"response {quote(candidate.response)} came without a label"
         remedy = "give every response a label from 0 to 1, or choose another --metric"
@@ -119,7 +119,7 @@ def numeric_match(references: Sequence[str], response: str) -> float:
     (MATH's; Hendrycks et al. 2021). Signs and decimals count, spelling does not: 5 and -5 differ; 1,000.0, 1 000 and
     1000 do not. Where a comma of the response may be a decimal comma or a list's, either reading will do.
     """
-    numbers = readings(response)
+    numbers = read_numbers(response)
     return float(numbers[0] is not None and any(last_number(reference) in numbers for reference in references))
 
 
@@ -179,7 +179,7 @@ def _bleu() -> "BLEU":
     return BLEU(effective_order=True)
 
 
-def _rouge_l(pools: Sequence[Pool]) -> Floats:
+def _rouge_l(pools: Sequence[InstanceResponses]) -> Floats:
     from cappy.annotation.rouge import rouge_l_pools
 
     responses = [[candidate.response for candidate in pool.candidates] for pool in pools]
@@ -192,12 +192,12 @@ def _rouge_l_unicode(references: Sequence[str], response: str) -> float:
     return rouge_l_unicode(references, response)
 
 
-def _one_by_one(function: Callable[[Sequence[str], str], float]) -> Metric:
-    def of_pool(pool: Pool) -> list[float]:
+def _apply_per_response(function: Callable[[Sequence[str], str], float]) -> Metric:
+    def of_pool(pool: InstanceResponses) -> list[float]:
         known = {text: function(pool.instance.references, text) for text in {c.response for c in pool.candidates}}
         return [known[candidate.response] for candidate in pool.candidates]
 
-    def metric(pools: Sequence[Pool]) -> Floats:
+    def metric(pools: Sequence[InstanceResponses]) -> Floats:
         return np.fromiter(chain.from_iterable(map(of_pool, pools)), dtype=np.float64)
 
     return metric
@@ -205,12 +205,12 @@ def _one_by_one(function: Callable[[Sequence[str], str], float]) -> Metric:
 
 METRICS: Mapping[str, Metric] = {
     "rougeL": _rouge_l,
-    "rougeL_unicode": _one_by_one(_rouge_l_unicode),
-    "exact_match": _one_by_one(exact_match),
-    "numeric_match": _one_by_one(numeric_match),
-    "token_f1": _one_by_one(token_f1),
-    "chrf": _one_by_one(chrf),
-    "bleu": _one_by_one(bleu),
-    GIVEN: _own_labels,
+    "rougeL_unicode": _apply_per_response(_rouge_l_unicode),
+    "exact_match": _apply_per_response(exact_match),
+    "numeric_match": _apply_per_response(numeric_match),
+    "token_f1": _apply_per_response(token_f1),
+    "chrf": _apply_per_response(chrf),
+    "bleu": _apply_per_response(bleu),
+    GIVEN: _given_labels,
 }
 """The function of each; what it needs beside numpy is imported when it is used."""

@@ -108,60 +108,60 @@ def last_number(text: str) -> Number | None:
     - What stands beside a number (%, $, kg, th) is not read.
     - Digits of every script count; number words and Roman numerals do not.
     """
-    return readings(text)[0]
+    return read_numbers(text)[0]
 
 
-def readings(text: str) -> tuple[Number | None, ...]:
+def read_numbers(text: str) -> tuple[Number | None, ...]:
     """What the last number may be, `last_number` first: 1,2 is 1.2, and may have been meant as 1 and 2."""
-    return _kept(text) if len(text) <= _LONGEST_CACHED else _readings(text)
+    return _kept(text) if len(text) <= _LONGEST_CACHED else _read_numbers(text)
 
 
-def _readings(text: str) -> tuple[Number | None, ...]:
-    boxed = _last_box(text)
+def _read_numbers(text: str) -> tuple[Number | None, ...]:
+    boxed = _find_last_box(text)
     for part in (boxed, text):
         # A number stands within one line, and the lines before the last one with a number need not be read.
         for line in reversed(part.splitlines()):
-            if numbers := _of_line(line):
+            if numbers := _read_line(line):
                 return numbers
     return (None,)
 
 
-_kept = lru_cache(maxsize=8_192)(_readings)
+_kept = lru_cache(maxsize=8_192)(_read_numbers)
 
 
-def _of_line(line: str) -> tuple[Number | None, ...]:
+def _read_line(line: str) -> tuple[Number | None, ...]:
     if len(line) > 2 * _TAIL and (cut := _BETWEEN_WORDS.search(line, len(line) - _TAIL)):
         # Between two words no number is torn apart, and most lines have one near their end.
-        return _last_of(line[cut.end() - 1 :]) or _last_of(line)
-    return _last_of(line)
+        return _read_last(line[cut.end() - 1 :]) or _read_last(line)
+    return _read_last(line)
 
 
-def _last_of(line: str) -> tuple[Number | None, ...]:
+def _read_last(line: str) -> tuple[Number | None, ...]:
     plain = _normalize(line)
     last = None
     for match in _TOKEN.finditer(plain):
         if match["digits"] or match["date"] or "√" in match[0]:
             last = match
-    return tuple(_values(last)) if last is not None else ()
+    return tuple(_interpret_match(last)) if last is not None else ()
 
 
-def _values(match: re.Match[str]) -> Iterator[Number | None]:
+def _interpret_match(match: re.Match[str]) -> Iterator[Number | None]:
     """The readings of a token; None for the root of what is not a number."""
     if "√" in match[0]:
-        yield _root(match)
+        yield _evaluate_root(match)
         return
     if match["date"]:
         yield Decimal(match["date"].rpartition("/")[2])
         return
     start, end = match.span("digits")
     pair = match.string[start - 1 : start] in ("(", "[") and match.string[end : end + 1] in (")", "]")
-    plain, rest = _decimal(match["digits"], pair=pair)
+    plain, rest = _parse_decimal(match["digits"], pair=pair)
     yield _evaluate(plain, match)
     if rest is not None:
         yield rest
 
 
-def _decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
+def _parse_decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
     """Digits with a decimal point alone; the last of two numbers, where a decimal comma may have been a list's."""
     if _PLAIN.fullmatch(digits):
         return digits, None
@@ -175,15 +175,15 @@ def _decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
     return last if last.count(".") < 2 else last.rpartition(".")[2], None
 
 
-def _root(match: re.Match[str]) -> Number | None:
+def _evaluate_root(match: re.Match[str]) -> Number | None:
     """A root with its factors, exact where it is a fraction, else rounded; equal ones are rounded alike."""
     if not match["under"] or len(match[0]) > MAX_DIGITS:
         return None
     under, _, below = match["under"].strip("()").partition("/")
     if below and not int(below):
         return None
-    square = Fraction(_decimal(under)[0]) / int(below or 1)
-    times = Fraction(_decimal(match["times"])[0]) if match["times"] else Fraction(1)
+    square = Fraction(_parse_decimal(under)[0]) / int(below or 1)
+    times = Fraction(_parse_decimal(match["times"])[0]) if match["times"] else Fraction(1)
     over = int(match["over"] or 1)
     if not over or (match["by"] == "/" and not square):
         return None
@@ -201,7 +201,7 @@ def _evaluate(digits: str, match: re.Match[str]) -> Number:
     """The number with what belongs to it; the bare one where that is too long to compute with, or divides by 0."""
     negative = match["sign"] == "-"
     plain = Decimal(f"-{digits}" if negative else digits)
-    factor, power = _factor(match), int(match["power"] or 1)
+    factor, power = _read_factor(match), int(match["power"] or 1)
     if factor is None or len(digits) * abs(power) > MAX_DIGITS or (power < 0 and not plain):
         return plain
     value = Fraction(digits) ** power
@@ -211,7 +211,7 @@ def _evaluate(digits: str, match: re.Match[str]) -> Number:
     return (-value if negative else value) * factor
 
 
-def _factor(match: re.Match[str]) -> Fraction | None:
+def _read_factor(match: re.Match[str]) -> Fraction | None:
     """What the number is multiplied by for what stands beside it; None if nothing does, or nothing can be computed."""
     factor = Fraction(_SCALES[match["scale"]] if match["scale"] else 1)
     if _is_scale(match):
@@ -220,7 +220,7 @@ def _factor(match: re.Match[str]) -> Fraction | None:
     if ten:
         return factor * Fraction(10) ** int(ten)
     if match["denominator"]:
-        below, _ = _decimal(match["denominator"])
+        below, _ = _parse_decimal(match["denominator"])
         return factor / Fraction(below) if len(below) <= MAX_DIGITS and Fraction(below) else None
     if match["numerator"]:
         short = max(len(match["numerator"]), len(match["below"])) <= MAX_DIGITS
@@ -277,22 +277,22 @@ def _normalize(line: str) -> str:
     if "_" in line:
         line = _SUBSCRIPT.sub(" ", line)
     if "\\" in line or "{" in line:
-        line = _without_latex(line)
+        line = _strip_latex(line)
     if "√" in line or "sqrt" in line:
-        line = _ROOT.sub(lambda match: _under_root(match[1]), line)
+        line = _ROOT.sub(lambda match: _rewrite_root(match[1]), line)
     if "~" in line:
         line = _TIE.sub(" ", line)
     line = _AFTER_EQUALS.sub("= -", line)
     return _SPACED.sub(lambda match: re.sub("[ \u00a0]", "'", match[0]), line)
 
 
-def _without_latex(line: str) -> str:
+def _strip_latex(line: str) -> str:
     line = line.replace("\\\\", " ; ").replace("\\!", "")
     line = _LATEX_SEPARATOR.sub(lambda match: match[1] or match[2], line)
     line = re.sub(r"\\(?:[,;: ]|thinspace(?![A-Za-z]))", "\u00a0", line)
-    line = _LATEX_FRACTION.sub(_fraction, line)
+    line = _LATEX_FRACTION.sub(_rewrite_fraction, line)
     if "sqrt" in line:
-        line = _LATEX_ROOT.sub(_latex_root, line)
+        line = _LATEX_ROOT.sub(_rewrite_latex_root, line)
         line = _ROOT_FRACTION.sub(lambda match: f" {match[1] or match[3]}/{match[2] or match[4]} ", line)
     line = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?", "°", line)
     line = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "×", line)
@@ -300,12 +300,12 @@ def _without_latex(line: str) -> str:
     return re.sub(r"\\([$%#&_()\[\]])", r"\1", line.replace("\\{", "(").replace("\\}", ")"))
 
 
-def _latex_root(match: re.Match[str]) -> str:
+def _rewrite_latex_root(match: re.Match[str]) -> str:
     index, inner = (match[1] or "2").strip(), match[2] or match[3] or ""
-    return _under_root(inner) if index == "2" else "√ "
+    return _rewrite_root(inner) if index == "2" else "√ "
 
 
-def _under_root(inner: str) -> str:
+def _rewrite_root(inner: str) -> str:
     """A root in one spelling; with nothing under it where that is not a number."""
     number = _UNDER.fullmatch(inner)
     if not number:
@@ -313,12 +313,12 @@ def _under_root(inner: str) -> str:
     return f"√({number[1]})" if "/" in number[1] else f"√{number[1]}"
 
 
-def _fraction(match: re.Match[str]) -> str:
+def _rewrite_fraction(match: re.Match[str]) -> str:
     before, above, below = match[1], match[2] or match[3], match[4] or match[5]
     return f"{before + ' ' if before else ''}{above}/{below}"
 
 
-def _last_box(text: str) -> str:
+def _find_last_box(text: str) -> str:
     """What stands in the last box of a LaTeX text, or nothing."""
     boxes = list(_BOXED.finditer(text)) if "\\" in text else []
     if not boxes:

@@ -65,15 +65,15 @@ def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = Tru
 
 def _tokenize(text: str, use_stemmer: bool = True) -> tuple[str, ...]:
     """The tokens of a text, stemmed unless the caller says otherwise."""
-    return _cached_tokens(text, use_stemmer) if len(text) <= _LONGEST_CACHED else _tokens(text, use_stemmer)
+    return _cached_tokens(text, use_stemmer) if len(text) <= _LONGEST_CACHED else _split_tokens(text, use_stemmer)
 
 
-def visible(text: str) -> bool:
+def is_visible(text: str) -> bool:
     """Whether Rouge-L sees anything of a text."""
     return _WORDS.search(text.lower()) is not None
 
 
-def partly_visible(text: str) -> bool:
+def is_partly_visible(text: str) -> bool:
     """Whether Rouge-L sees something of a text, but not all of its letters and digits: 2008年, naïve, 5 m²."""
     if text.isascii():
         return False
@@ -98,12 +98,12 @@ def _stem(word: str) -> str:
     return _porter_stem(word) if len(word) <= _LONGEST_WORD else _STEMMER.stem(word)
 
 
-def _tokens(text: str, use_stemmer: bool) -> tuple[str, ...]:
+def _split_tokens(text: str, use_stemmer: bool) -> tuple[str, ...]:
     words = _WORDS.findall(text.lower())
     return tuple(map(_stem, words)) if use_stemmer else tuple(words)
 
 
-_cached_tokens = lru_cache(maxsize=8_192)(_tokens)
+_cached_tokens = lru_cache(maxsize=8_192)(_split_tokens)
 
 
 @lru_cache(maxsize=131_072)
@@ -137,7 +137,7 @@ def rouge_l_columns(references: pa.ListArray, responses: pa.ListArray, *, use_st
     ]
     texts = pa.concat_arrays([references.flatten(), responses.flatten()]).fill_null("").dictionary_encode()
     index = np.asarray(texts.indices, dtype=np.int64)
-    values = _best(texts.dictionary.to_pylist(), index, counts[0], counts[1], use_stemmer)
+    values = _best_f_measures(texts.dictionary.to_pylist(), index, counts[0], counts[1], use_stemmer)
     return pa.ListArray.from_arrays(pa.array(_offsets(counts[1]), pa.int32()), pa.array(values))
 
 
@@ -161,7 +161,7 @@ def rouge_l_pools(
     flat = chain.from_iterable((*references, *responses))
     index = np.fromiter((numbers.setdefault(text, len(numbers)) for text in flat), dtype=np.int64)
     counts = [np.fromiter(map(len, pools), dtype=np.int64, count=len(pools)) for pools in (references, responses)]
-    return _best(list(numbers), index, counts[0], counts[1], use_stemmer)
+    return _best_f_measures(list(numbers), index, counts[0], counts[1], use_stemmer)
 
 
 def token_strings(texts: Sequence[str], *, use_stemmer: bool = True) -> tuple[list[_Tokens], Ints]:
@@ -175,7 +175,9 @@ def token_strings(texts: Sequence[str], *, use_stemmer: bool = True) -> tuple[li
     return [characters[start:end] for start, end in pairwise(ends)], np.diff(bounds)
 
 
-def _best(texts: Sequence[str], index: Ints, num_references: Ints, num_responses: Ints, use_stemmer: bool) -> Floats:
+def _best_f_measures(
+    texts: Sequence[str], index: Ints, num_references: Ints, num_responses: Ints, use_stemmer: bool
+) -> Floats:
     """The best F1 of each response; `index` names the text of every reference, then of every response."""
     first_reference, first_response = _offsets(num_references), _offsets(num_responses)
     targets, predictions = index[: first_reference[-1]], index[first_reference[-1] :]
@@ -184,7 +186,7 @@ def _best(texts: Sequence[str], index: Ints, num_references: Ints, num_responses
     best = np.zeros(len(predictions))
     for start, stop in _chunks(characters, num_references * num_responses):
         here = slice(first_response[start], first_response[stop])
-        best[here] = _chunk(
+        best[here] = _score_chunk(
             texts,
             targets[first_reference[start] : first_reference[stop]],
             predictions[here],
@@ -195,7 +197,7 @@ def _best(texts: Sequence[str], index: Ints, num_references: Ints, num_responses
     return best
 
 
-def _chunk(
+def _score_chunk(
     texts: Sequence[str],
     targets: Ints,
     predictions: Ints,
@@ -216,13 +218,13 @@ def _chunk(
             first_pair[start:stop], pairs_of[start:stop]
         )
         target = targets[np.repeat(first_target[start:stop], pairs_of[start:stop]) + within]
-        values = _f_measures(strings, lengths, target, prediction)
+        values = _pairwise_f_measures(strings, lengths, target, prediction)
         some = pairs_of[start:stop] > 0
         best[start:stop][some] = np.maximum.reduceat(values, (first_pair[start:stop] - first_pair[start])[some])
     return best
 
 
-def _f_measures(strings: Sequence[_Tokens], lengths: Ints, targets: Ints, predictions: Ints) -> Floats:
+def _pairwise_f_measures(strings: Sequence[_Tokens], lengths: Ints, targets: Ints, predictions: Ints) -> Floats:
     if not len(targets):
         return np.zeros(0)
     queries, choices = ([strings[number] for number in side.tolist()] for side in (targets, predictions))

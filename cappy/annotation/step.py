@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cappy.annotation.metrics import METRICS, load, parse, versions
+from cappy.annotation.metrics import METRICS, library_versions, load_metric, parse_metric
 from cappy.config import ADVANCED, DEFAULT_WORK, Fresh, Location, Renames, Work, Workers, identity, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
@@ -49,7 +49,7 @@ class AnnotationConfig:
     fresh: Fresh = ""
 
     def __post_init__(self) -> None:
-        parse(self.metric)
+        parse_metric(self.metric)
         parse_shard(self.shard)
         if self.preset == "paper" and self.mismatches != 1:
             remedy = "leave --mismatches out, or choose --preset default"
@@ -58,7 +58,7 @@ class AnnotationConfig:
 
 def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
     """Annotates `source` into `target`; a killed run continues where it was."""
-    from cappy.annotation.labels import count
+    from cappy.annotation.labels import count_facts
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
 
@@ -73,11 +73,11 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
             rows=parse_shard(config.shard).rows(parent.rows),
             part_rows=config.part_rows,
             progress=progress,
-            count=partial(count, name=config.metric, mismatches=mismatches),
+            count=partial(count_facts, name=config.metric, mismatches=mismatches),
             workers=config.workers,
         )
         metrics = {"instances": parts.rows, "candidates": parts.candidates, **parts.counts}
-        said = cautions(metrics)
+        said = describe_cautions(metrics)
         manifest = Manifest(
             step="annotation",
             files=parts.files,
@@ -87,7 +87,7 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
             generators=parent.generators,
             parents=(parent.hash,),
             metrics=metrics,
-            facts={"metric_versions": versions(config.metric), **({"cautions": said} if said else {})},
+            facts={"metric_versions": library_versions(config.metric), **({"cautions": said} if said else {})},
         )
         return finish(folder, config.target, manifest)
 
@@ -98,7 +98,7 @@ def _annotate_part(part: list[Instance], *, config: AnnotationConfig) -> Iterato
 
     labelling = Labelling(
         name=config.metric,
-        metric=load(config.metric),
+        metric=load_metric(config.metric),
         preset=config.preset,
         mismatches=config.mismatches,
         seed=config.seed,
@@ -106,26 +106,26 @@ def _annotate_part(part: list[Instance], *, config: AnnotationConfig) -> Iterato
     return annotate(part, labelling)
 
 
-def cautions(metrics: Mapping[str, float]) -> list[str]:
+def describe_cautions(metrics: Mapping[str, float]) -> list[str]:
     """What a person should know about the labels, by the counts in the manifest: sentences that end with what to do."""
     texts = []
     if reasoning := metrics.get("with_reasoning", 0):
         texts.append(
-            f"{_share(reasoning, metrics['responses'])} responses hold reasoning such as <think>...</think>, which "
+            f"{_format_share(reasoning, metrics['responses'])} responses hold reasoning such as <think>...</think>, which "
             "the metric compares too; sample with --strip-reasoning"
         )
     instances = metrics.get("instances", 0)
     remedy = "annotate with --metric rougeL_unicode or chrf"
     if unseen := metrics.get("invisible_to_rougeL", 0):
-        texts.append(f"{_share(unseen, instances)} instances have no reference that Rouge-L can see; {remedy}")
+        texts.append(f"{_format_share(unseen, instances)} instances have no reference that Rouge-L can see; {remedy}")
     if partly := metrics.get("partly_invisible_to_rougeL", 0):
         texts.append(
-            f"{_share(partly, instances)} instances have a reference or response of which Rouge-L sees only a part, "
+            f"{_format_share(partly, instances)} instances have a reference or response of which Rouge-L sees only a part, "
             f"for it sees [a-z0-9] alone; {remedy}"
         )
     return texts
 
 
-def _share(some: float, of: float) -> str:
+def _format_share(some: float, of: float) -> str:
     """Such as "3 of 40 (7.5 %)"."""
     return f"{some:,.0f} of {of:,.0f} ({100 * some / max(of, 1):.1f} %)"

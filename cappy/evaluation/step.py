@@ -1,9 +1,9 @@
-"""The evaluation step: what a scorer, and the champion beside it, are worth on held-out instances.
+"""The evaluation step: evaluates a scorer, and the champion beside it, on held-out instances.
 
 `cappy evaluation --source annotated --scorer folder --target report` writes report.json, report.html, report.md,
-table.txt, the plots curve.png, curve.svg, calibration.png and calibration.svg, the map calibration.json that turns
-scores into expected labels, picks.json, which `cappy threshold` reads, and probe.json, a few scored pairs that a
-deployment checks itself against.
+table.txt, the plots curve.png, curve.svg, calibration.png and calibration.svg, calibration.json (maps from scores to
+expected labels), picks.json (read by `cappy threshold`) and probe.json (scored pairs that a deployment is verified
+with).
 """
 
 import json
@@ -35,25 +35,29 @@ NUM_PROBES = 32
 
 def _check_folds(folds: int) -> int:
     if folds in (1, 2):
-        raise ValueError("takes 3 or more: one to test, one to hold out, the others to train on; 0 for none")
+        raise ValueError("must be 0 or at least 3: one to test, one to hold out, the others to train on")
     return folds
 
 
 @settings
 class EvaluationConfig:
-    """What a scorer, and the present champion beside it, are worth on held-out instances."""
+    """Evaluate a scorer, and the current champion beside it, on held-out instances."""
 
     source: Annotated[Location, Field(description="Folder of annotated instances")]
     scorer: Annotated[Location, Field(description="Folder of the scorer to evaluate")]
     target: Annotated[Location, Field(description="Folder to write the report to")]
-    champion: Annotated[str, Field(description="Spec of the present champion; empty if there is none")] = ""
-    metric: Annotated[str, Field(min_length=1, description="Metric whose labels are reported")] = "rougeL"
-    split: Annotated[Literal["validation", "test"], Field(description="Split that is reported")] = "test"
+    champion: Annotated[str, Field(description="Spec of the current champion; empty if there is none")] = ""
+    metric: Annotated[str, Field(min_length=1, description="Metric of the labels to report")] = "rougeL"
+    split: Annotated[Literal["validation", "test"], Field(description="Split to report on")] = "test"
     seed: Annotated[int, Field(ge=0, description="Seed of the MBR curve, the examples and the folds")] = 0
-    probe: Annotated[bool, Field(description="Probe the scorer for known weaknesses (scores some pairs again)")] = True
+    probe: Annotated[bool, Field(description="Probe the scorer for known weaknesses; scores some pairs again")] = True
     folds: Annotated[
         int,
-        Field(ge=0, le=20, description="Train the scorer's recipe this many times and test every instance; 0 for none"),
+        Field(
+            ge=0,
+            le=20,
+            description="Folds of cross-fitting: retrain the recipe per fold and test every instance; 0: off",
+        ),
         AfterValidator(_check_folds),
     ] = 0
     work: Work = DEFAULT_WORK
@@ -61,7 +65,7 @@ class EvaluationConfig:
 
 
 def run(config: EvaluationConfig, progress: Progress = silent) -> Manifest:
-    """Evaluates `scorer` (and `champion`) on `source` and writes the report; a killed run keeps the scores it had."""
+    """Evaluates `scorer` (and `champion`) on `source` and writes the report; an interrupted run keeps its scores."""
     from cappy.scoring import Scorer
     from cappy.scoring.training_data import training_data
 
@@ -69,7 +73,7 @@ def run(config: EvaluationConfig, progress: Progress = silent) -> Manifest:
 
 
 def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load", trained_on: "TrainedOn") -> Manifest:
-    """Evaluates as `config` says; `load` makes a scorer of a folder, `trained_on` says what it was trained on."""
+    """Evaluates as `config` says; `load` loads a scorer from a folder, `trained_on` reads what it was trained on."""
     from cappy.evaluation.protocol import build_report, cached_scores, seconds_per_pair
     from cappy.scorers import scorer_folder
 
@@ -126,7 +130,7 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
 def _evaluate_once(
     config: EvaluationConfig, scorers: "Mapping[str, AnyScorer]", folder: Path, progress: Progress
 ) -> "tuple[list[EvaluatedSplit], int]":
-    """The one split of an evaluation, and how many of its instances have no candidate."""
+    """Evaluates the one split, and counts its instances without candidates."""
     from cappy.evaluation.protocol import cached_scores, evaluate_split, split_pools
 
     instances = read(config.source, splits=sorted({config.split, "validation"}))
@@ -153,7 +157,7 @@ def _evaluate_folds(
     load: "Load",
     trained_on: "TrainedOn",
 ) -> "tuple[list[EvaluatedSplit], int, dict[str, int]]":
-    """Every fold's split, how many instances have no candidate, and the leaks; leaves the out-of-fold scores."""
+    """Evaluates every fold, counts instances without candidates and leaks, and writes the out-of-fold scores."""
     from cappy.evaluation import crossfit
     from cappy.evaluation.findings import OUT_OF_FOLD
 
@@ -172,30 +176,30 @@ def _evaluate_folds(
     text = crossfit.out_of_fold_json(evaluated, metric=config.metric, leaks=leaks["challenger"])
     write_bytes(folder / OUT_OF_FOLD, text.encode())
     if config.champion:
-        evaluated, of_champion = crossfit.add_champion_scores(evaluated, folders["champion"], config.metric)
-        leaks |= of_champion
+        evaluated, champion_leaks = crossfit.add_champion_scores(evaluated, folders["champion"], config.metric)
+        leaks |= champion_leaks
     return evaluated, skipped, leaks
 
 
 def _count_leaks(
     evaluated: "Sequence[EvaluatedSplit]", folders: Mapping[str, Path], trained_on: "TrainedOn"
 ) -> dict[str, int]:
-    from cappy.scoring.training_data import seen_in_training
+    from cappy.scoring.training_data import count_seen
 
     tested = [pool.instance for own in evaluated for pool in own.pools]
-    return {name: seen_in_training(tested, trained_on(path)) for name, path in folders.items()}
+    return {name: count_seen(tested, trained_on(path)) for name, path in folders.items()}
 
 
 def _describe_leak_check(
     tested: Sequence[Instance], folders: Mapping[str, Path], trained_on: "TrainedOn"
 ) -> dict[str, dict[str, int | str]]:
-    from cappy.scoring.training_data import describe_check
+    from cappy.scoring.training_data import describe_leak_check
 
-    return describe_check(tested, {name: trained_on(path) for name, path in folders.items()})
+    return describe_leak_check(tested, {name: trained_on(path) for name, path in folders.items()})
 
 
 def _content_hash(folder: Path) -> str:
-    """What identifies a scorer: its manifest's hash, or, where another tool wrote it, its files'."""
+    """Hash of a scorer's content: of its manifest or, if another tool wrote the folder, of its files."""
     if (folder / MANIFEST).is_file():
         return read_manifest(folder).hash
     return fingerprint([(file.name, file.sha256) for file in describe_files(folder)])
@@ -215,7 +219,7 @@ def write_report(folder: Path, report: "Report") -> None:
 
 
 def _write_picks(folder: Path, evaluated: "Sequence[EvaluatedSplit]", *, folds: int, metric: str) -> None:
-    """Writes picks.json, the scorer's pick of every instance: held-out and reported, or out of fold (`pick_rows`)."""
+    """Writes picks.json: the scorer's picks, held-out and reported or out-of-fold (see `pick_rows`)."""
     from cappy.evaluation.threshold import PICKS, pick_rows
 
     if folds:
@@ -231,7 +235,7 @@ def _write_picks(folder: Path, evaluated: "Sequence[EvaluatedSplit]", *, folds: 
 
 
 def _write_calibration(folder: Path, evaluated: "Sequence[EvaluatedSplit]", config: EvaluationConfig) -> None:
-    """Writes the map that travels with the scorer: of held-out picks, or of the out-of-fold picks of its recipe."""
+    """Writes the calibration that is kept with the scorer, fitted on held-out or on out-of-fold picks."""
     from cappy.evaluation.calibration import fit
     from cappy.evaluation.protocol import get_scorer_scores
 
@@ -244,14 +248,14 @@ def _write_calibration(folder: Path, evaluated: "Sequence[EvaluatedSplit]", conf
 
 
 def score_probe(instances: Sequence[Instance], score: "Score", *, seed: int, count: int = NUM_PROBES) -> list[Triple]:
-    """At most `count` (instruction, response, score) triples, for a served scorer to be checked against."""
+    """Scores at most `count` pairs, drawn at random, that a deployed scorer is verified with."""
     pairs = [
         (instance.instruction, response)
         for instance in instances
         for response in dict.fromkeys(candidate.response for candidate in instance.selectable)
     ]
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:count])
-    chosen = [pairs[index] for index in drawn]
+    indices = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:count])
+    chosen = [pairs[index] for index in indices]
     return [(*pair, float(value)) for pair, value in zip(chosen, score(chosen), strict=True)]
 
 
@@ -261,17 +265,17 @@ def _write_probe(folder: Path, triples: Sequence[Triple]) -> None:
 
 
 def collect_metrics(report: "Report") -> dict[str, float]:
-    """The numbers that a pipeline shows beside the run."""
+    """The numbers that a pipeline shows for the run, by name."""
     numbers = {"num_instances": float(report.facts["instances"])}
     for name, row in report.selectors.items():
         numbers[f"{report.metric}_{name}"] = row.estimate.mean
     for key, difference in report.comparisons.items():
-        one, _, other = key.partition("-")
-        if one == "scorer":
-            numbers[f"gain_over_{other}"] = difference.difference
-            numbers[f"gain_over_{other}_low"] = difference.low
+        subject, _, rival = key.partition("-")
+        if subject == "scorer":
+            numbers[f"gain_over_{rival}"] = difference.difference
+            numbers[f"gain_over_{rival}_low"] = difference.low
     if report.calibration is not None:
         best = report.calibration.calibrated or report.calibration.raw
         numbers |= {"ece": best.ece, "brier": best.brier}
-    numbers |= {f"probe_{one.name.replace(' ', '_')}": one.value for one in report.probes}
+    numbers |= {f"probe_{probe.name.replace(' ', '_')}": probe.value for probe in report.probes}
     return numbers | {f"leaks_{name}": float(count) for name, count in report.leaks.items()}

@@ -85,7 +85,7 @@ def read_calibration(folder: str | Path) -> Calibration | None:
             raise ValueError("an older version fitted it on all candidates, so it overrates the best of several")
         if values["kind"] != KIND:
             raise ValueError(f"it is of another kind than {KIND!r}")
-        maps = tuple(_read_map(one) for one in values["maps"])
+        maps = tuple(_parse_map(one) for one in values["maps"])
         calibration = Calibration(maps, metric=str(values["metric"]), fitted_on=int(values["fitted_on"]))
         sizes = [one.n for one in maps]
         if sizes[:1] != [1] or any(after <= before for before, after in pairwise(sizes)):
@@ -101,7 +101,7 @@ class _MapValues(TypedDict):
     expected: Sequence[float]
 
 
-def _read_map(values: _MapValues) -> PickMap:
+def _parse_map(values: _MapValues) -> PickMap:
     """ValueError, TypeError or KeyError where it is not a monotone map to 0 to 1."""
     scores, expected = tuple(map(float, values["scores"])), tuple(map(float, values["expected"]))
     if not scores or len(scores) != len(expected):

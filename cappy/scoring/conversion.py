@@ -14,7 +14,7 @@ from cappy.errors import ConfigError, FolderError, quote
 from cappy.hub_client import hub_folder
 from cappy.model_folder import check_size, open_model_folder
 from cappy.records.folder import Manifest, describe_files, disk_errors, sha256_of, write_manifest
-from cappy.scoring.folder import read_config, refuse_labels
+from cappy.scoring.folder import check_single_label, read_config
 from cappy.scoring.scorer import Scorer
 from cappy.specs import CHECKPOINT, parse_spec
 
@@ -35,16 +35,16 @@ def convert(source: str, target: Path, *, sha256: str) -> Manifest:
         raise ConfigError(f"--sha256: must be 64 hexadecimal digits, got {quote(sha256, 80)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FolderError(f"{target}: exists already; choose another --target, or delete it first")
-    folder = _folder(source)
+    folder = _find_folder(source)
     _check_hash(folder / CHECKPOINT, sha256.lower())
     set_verbosity_error()
     disable_progress_bar()
-    scorer = _scorer(folder)
+    scorer = _load_scorer(folder)
     facts = {"weights_sha256": sha256.lower(), "source": source if source.startswith("hub:") else "a folder"}
     return _publish(scorer, target, facts)
 
 
-def _folder(source: str) -> Path:
+def _find_folder(source: str) -> Path:
     spec = parse_spec(source)
     if spec.kind == "hub":
         folder = hub_folder(spec, also=(CHECKPOINT,))
@@ -71,12 +71,12 @@ def _check_hash(path: Path, expected: str) -> None:
         raise FolderError(f"{path}: has sha256 {actual}, --sha256 says {expected}; {remedy}")
 
 
-def _scorer(folder: Path) -> Scorer:
+def _load_scorer(folder: Path) -> Scorer:
     opened = open_model_folder(folder, pinned=True, checkpoint=CHECKPOINT)
     config = opened.config()
-    refuse_labels(folder, config)
+    check_single_label(folder, config)
     _check_architecture(folder, config)
-    tensors = _tensors(folder / CHECKPOINT)
+    tensors = _load_tensors(folder / CHECKPOINT)
     elements = [tensor.numel() for tensor in tensors.values()]
     check_size(folder, AutoModelForSequenceClassification, config, elements)
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -84,7 +84,7 @@ def _scorer(folder: Path) -> Scorer:
     if tokenizer.pad_token_id is None or len(tokenizer) > config.vocab_size:
         sizes = f"{len(tokenizer)} tokens, padding {tokenizer.pad_token!r}; the encoder has {config.vocab_size}"
         raise FolderError(f"{folder}: its tokenizer is not this encoder's ({sizes}); fetch the one it was trained with")
-    model.load_state_dict(_weights(folder / CHECKPOINT, tensors, model.state_dict()))
+    model.load_state_dict(_check_weights(folder / CHECKPOINT, tensors, model.state_dict()))
     return Scorer(model.eval(), tokenizer, read_config(opened, config, tokenizer, model, unstated="mse"))
 
 
@@ -95,13 +95,17 @@ def _check_architecture(folder: Path, config: PreTrainedConfig) -> None:
             raise FolderError(f"{folder}: is a {name}, a scorer is a ...ForSequenceClassification; {remedy}")
 
 
-def _weights(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _check_weights(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The checkpoint's tensors in fp32, once names and shapes are those that the model expects."""
     learned = {name: tensor for name, tensor in tensors.items() if not name.endswith(_COUNTED)}
     if missing := expected.keys() - learned.keys():
-        raise FolderError(f"{path}: lacks {_some(missing)}; made up weights score nothing, get the whole checkpoint")
+        raise FolderError(
+            f"{path}: lacks {_list_names(missing)}; made up weights score nothing, get the whole checkpoint"
+        )
     if unexpected := learned.keys() - expected.keys():
-        raise FolderError(f"{path}: has {_some(unexpected)}, which its config.json knows nothing of; get the right one")
+        raise FolderError(
+            f"{path}: has {_list_names(unexpected)}, which its config.json knows nothing of; get the right one"
+        )
     for name, tensor in learned.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, by its config.json {tuple(expected[name].shape)}"
@@ -109,7 +113,7 @@ def _weights(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, T
     return {name: tensor.to(expected[name].dtype) for name, tensor in learned.items()}
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     """The state dict of a file; FolderError where it is anything else. No code of the file runs."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -122,7 +126,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _some(names: Iterable[str], limit: int = 3) -> str:
+def _list_names(names: Iterable[str], limit: int = 3) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more keys" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more

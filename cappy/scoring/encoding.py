@@ -29,7 +29,7 @@ class EncodedPair:
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class _PairFormat:
     """The tokens that a tokenizer puts before, between and after the two texts of a pair, with their type ids."""
 
     before: tuple[int, ...]
@@ -52,20 +52,20 @@ def as_pairs(pairs: Iterable[Sequence[str]]) -> list[Pair]:
     tuples = [pair if type(pair) is tuple else _as_pair(pair) for pair in pairs]
     for pair in tuples:
         if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], str):
-            raise _no_pair(pair)
+            raise _pair_error(pair)
     return tuples  # type: ignore[return-value]
 
 
 def _as_pair(pair: object) -> tuple[str, ...]:
     if isinstance(pair, str | bytes | Mapping):
-        raise _no_pair(pair)
+        raise _pair_error(pair)
     try:
         return tuple(pair)  # type: ignore[arg-type]
     except TypeError:
-        raise _no_pair(pair) from None
+        raise _pair_error(pair) from None
 
 
-def _no_pair(pair: object) -> ConfigError:
+def _pair_error(pair: object) -> ConfigError:
     return ConfigError(f"score: a pair is [instruction, response], two texts, got {quote(repr(pair), 80)}")
 
 
@@ -82,8 +82,8 @@ class PairEncoder:
         self, tokenizer: "PreTrainedTokenizerBase", max_length: int, truncation: Truncation = "middle"
     ) -> None:
         self._tokenizer = tokenizer
-        self._frame = _frame(tokenizer)
-        self._backend = _backend(tokenizer)
+        self._frame = _find_pair_format(tokenizer)
+        self._backend = _copy_backend(tokenizer)
         self.max_length = max_length
         self.truncation = truncation
         self._from_left = getattr(tokenizer, "truncation_side", "right") == "left"
@@ -130,7 +130,7 @@ class PairEncoder:
         frame, available = self._frame, self.max_length - self._frame.length
         asked, whole = len(response), len(instruction) + len(response) <= available
         if self.truncation == "longest_first":
-            lengths = _longest_first(len(instruction), len(response), available)
+            lengths = _longest_first_lengths(len(instruction), len(response), available)
             instruction, response = self._truncate(instruction, lengths[0]), self._truncate(response, lengths[1])
         else:
             response = response[:available]
@@ -149,7 +149,7 @@ class PairEncoder:
         return tokens[len(tokens) - count :] if self._from_left else tokens[:count]
 
 
-def _backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
+def _copy_backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
     """A copy of what is under a fast tokenizer: one that cuts nothing, and whose options no other thread can set."""
     if not getattr(tokenizer, "is_fast", False):
         return None
@@ -168,7 +168,7 @@ def _cut_middle(tokens: list[int], available: int) -> list[int]:
     return tokens[:head] + tokens[len(tokens) - (available - head) :]
 
 
-def _longest_first(instruction: int, response: int, available: int) -> tuple[int, int]:
+def _longest_first_lengths(instruction: int, response: int, available: int) -> tuple[int, int]:
     """How many tokens of each are kept, as the tokenizers library has it (`longest_first`).
 
     The shorter text is whole as long as it takes at most half of `available`; of two long ones each has half, the
@@ -181,7 +181,7 @@ def _longest_first(instruction: int, response: int, available: int) -> tuple[int
     return (longer, shorter) if instruction > response else (shorter, longer)
 
 
-def _frame(tokenizer: "PreTrainedTokenizerBase") -> _Frame:
+def _find_pair_format(tokenizer: "PreTrainedTokenizerBase") -> _PairFormat:
     """Read off the tokenizer's own encoding of a pair of two known texts."""
     first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
     probe = tokenizer("a", "b")
@@ -191,7 +191,7 @@ def _frame(tokenizer: "PreTrainedTokenizerBase") -> _Frame:
     middle = start + len(first)
     end = _find(ids, second, middle)
     after = end + len(second)
-    return _Frame(
+    return _PairFormat(
         before=tuple(ids[:start]),
         between=tuple(ids[middle:end]),
         after=tuple(ids[after:]),
@@ -211,7 +211,7 @@ def _find(ids: list[int], part: list[int], start: int) -> int:
 LOGGER = logging.getLogger(__name__)
 
 
-class Cuts:
+class TruncationCounts:
     """Counts of one scorer: `pairs` it was given, `cut` of these that lost tokens, `responses` that lost their end.
 
     Equal pairs of a call count once. The first cut is logged, unless `logs` is false because the caller says the count.

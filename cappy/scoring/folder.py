@@ -70,16 +70,16 @@ class StatedConfig:
 
 def _read_stated(folder: Path, config: "PreTrainedConfig") -> StatedConfig:
     """What the folder with this configuration states; FolderError for modules, prompts and activations unknown here."""
-    settings = _object(folder / SETTINGS)
+    settings = _read_object(folder / SETTINGS)
     if not (folder / MODULES).is_file() or settings.get("model_type", "SentenceTransformer") != "CrossEncoder":
         return StatedConfig(head=_head_of_config(folder, config))
     _check_modules(folder / MODULES)
     _check_prompt(folder / SETTINGS, settings)
     transformer = next((path for name in TRANSFORMER_FILES if (path := folder / name).is_file()), None)
-    values = _object(transformer) if transformer else {}
+    values = _read_object(transformer) if transformer else {}
     length = _transformer_length(transformer, values) if transformer else None
     modalities = values.get("modality_config")
-    head = _head(settings.get("activation_fn"), f"{folder / SETTINGS}: activation_fn")
+    head = _parse_head(settings.get("activation_fn"), f"{folder / SETTINGS}: activation_fn")
     return StatedConfig(
         head=head or _head_of_config(folder, config),
         max_length=length,
@@ -111,11 +111,11 @@ def _head_of_config(folder: Path, config: "PreTrainedConfig") -> Head | None:
     if stated is not None and not isinstance(stated, Mapping):
         raise FolderError(f"{where}: sentence_transformers must be an object, got {quote(json.dumps(stated))}")
     if stated is not None and "activation_fn" in stated:
-        return _head(stated["activation_fn"], f"{where}: sentence_transformers.activation_fn")
-    return _head(getattr(config, _OLD_KEY, None), f"{where}: {_OLD_KEY}")
+        return _parse_head(stated["activation_fn"], f"{where}: sentence_transformers.activation_fn")
+    return _parse_head(getattr(config, _OLD_KEY, None), f"{where}: {_OLD_KEY}")
 
 
-def _head(path: object, where: str) -> Head | None:
+def _parse_head(path: object, where: str) -> Head | None:
     if path is None:
         return None
     head = _HEADS.get(path.rpartition(".")[2]) if isinstance(path, str) and path.startswith("torch.nn.") else None
@@ -126,7 +126,7 @@ def _head(path: object, where: str) -> Head | None:
 
 
 def _check_modules(path: Path) -> None:
-    values = _json(path)
+    values = _read_json(path)
     listed = values if isinstance(values, list) else []
     modules = [module for module in listed if isinstance(module, Mapping)]
     names = [str(module.get("type", "")).rpartition(".")[2] for module in modules] if modules == listed else []
@@ -163,14 +163,14 @@ def _transformer_length(path: Path, values: Mapping[str, JSON]) -> int | None:
     return length
 
 
-def _object(path: Path) -> Mapping[str, JSON]:
-    values = _json(path) if path.is_file() else {}
+def _read_object(path: Path) -> Mapping[str, JSON]:
+    values = _read_json(path) if path.is_file() else {}
     if not isinstance(values, Mapping):
         raise FolderError(f"{path}: must be an object, got {quote(json.dumps(values), 40)}; get the folder again")
     return values
 
 
-def _json(path: Path) -> JSON:
+def _read_json(path: Path) -> JSON:
     try:
         values: JSON = json.loads(path.read_bytes())
     except ValueError as error:
@@ -205,17 +205,17 @@ def read_config(
     A folder that states no activation has the head `unstated`; the CrossEncoder's default is `bce`.
     """
     stated = _read_stated(folder.path, config)
-    own = _own(config)
+    own = _read_recorded(config)
     if stated.renders and not (own and folder.listed):
         _check_template(folder.path, getattr(tokenizer, "chat_template", None))
     return ScorerConfig(
-        head=stated.head or _own_head(own) or _default_activation(folder.path, unstated),
-        max_length=_max_length_of(folder, config, tokenizer, model, stated),
-        truncation=_truncation_of(config),
+        head=stated.head or _recorded_head(own) or _default_activation(folder.path, unstated),
+        max_length=_find_max_length(folder, config, tokenizer, model, stated),
+        truncation=_read_truncation(config),
     )
 
 
-def mark_head(config: "PreTrainedConfig", own: ScorerConfig) -> None:
+def record_config(config: "PreTrainedConfig", own: ScorerConfig) -> None:
     """Records head, activation, length and, unless it is the usual one, truncation in a configuration."""
     config.cappy = {"head": own.head, "max_length": own.max_length}
     if own.truncation != "middle":
@@ -248,14 +248,14 @@ def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, max_leng
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def mend_token_types(folder: ModelFolder, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> None:
+def restore_token_types(folder: ModelFolder, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Lets a tokenizer that an earlier release wrote say that it makes token types, which its scorer was trained with.
 
     That release gave token types to every model that has them, and left out of the file that the tokenizer makes them.
     """
     path = folder.path / TOKENIZER_CONFIG
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if folder.listed and _own(config) and INPUTS not in values and use_token_types(tokenizer, config):
+    if folder.listed and _read_recorded(config) and INPUTS not in values and use_token_types(tokenizer, config):
         remedy = "other loaders score it without them until it is saved again: Scorer.load(...).save(...)"
         warn_once(folder.path, f"its tokenizer's file does not name token types, which are used here; {remedy}")
 
@@ -270,18 +270,18 @@ def use_token_types(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedCon
     return True
 
 
-def refuse_labels(folder: Path, config: "PreTrainedConfig") -> None:
+def check_single_label(folder: Path, config: "PreTrainedConfig") -> None:
     """FolderError where a configuration has another number of labels than one."""
     if config.num_labels != 1:
         raise FolderError(f"{folder}: has {config.num_labels} labels; a scorer has one")
 
 
-def _truncation_of(config: "PreTrainedConfig") -> Truncation:
+def _read_truncation(config: "PreTrainedConfig") -> Truncation:
     """The recorded truncation, else `middle`; in a folder of others that of CrossEncoder, `longest_first`.
 
     FolderError where the recorded one is none that is known.
     """
-    own = _own(config)
+    own = _read_recorded(config)
     recorded = own.get("truncation", "middle" if own else "longest_first")
     for truncation in TRUNCATIONS:
         if truncation == recorded:
@@ -290,7 +290,7 @@ def _truncation_of(config: "PreTrainedConfig") -> Truncation:
     raise FolderError(f"config.json: cappy.truncation must be {known}, got {quote(json.dumps(recorded))}")
 
 
-def _max_length_of(
+def _find_max_length(
     folder: ModelFolder,
     config: "PreTrainedConfig",
     tokenizer: "PreTrainedTokenizerBase",
@@ -298,7 +298,7 @@ def _max_length_of(
     stated: StatedConfig,
 ) -> int:
     """Tokens of a pair: what we recorded, else what the CrossEncoder reads; never more than the model has positions."""
-    stated_here = _own(config).get("max_length")
+    stated_here = _read_recorded(config).get("max_length")
     recorded = None if stated_here is None else _check_length(stated_here, "config.json: cappy.max_length")
     of_tokenizer = stated.max_length
     if of_tokenizer is None:
@@ -309,11 +309,11 @@ def _max_length_of(
     if recorded is not None and folder.listed:
         # Earlier releases did not write the length into the tokenizer's file.
         of_tokenizer = None
-    limits = [limit for limit in (recorded, of_tokenizer, positions_of(model)) if limit is not None]
+    limits = [limit for limit in (recorded, of_tokenizer, max_positions(model)) if limit is not None]
     return min(limits, default=USUAL_LENGTH)
 
 
-def positions_of(model: "PreTrainedModel") -> int | None:
+def max_positions(model: "PreTrainedModel") -> int | None:
     """How many tokens a model has positions for, None where their number has no bound.
 
     RoBERTa and its relatives count positions from behind the padding's number, so they have fewer than their table.
@@ -335,7 +335,7 @@ def _check_length(length: object, where: str) -> int:
     return length
 
 
-def _own(config: "PreTrainedConfig") -> Mapping[str, JSON]:
+def _read_recorded(config: "PreTrainedConfig") -> Mapping[str, JSON]:
     """What this project recorded in a configuration."""
     own = getattr(config, "cappy", None) or {}
     if not isinstance(own, Mapping):
@@ -343,7 +343,7 @@ def _own(config: "PreTrainedConfig") -> Mapping[str, JSON]:
     return own
 
 
-def _own_head(own: Mapping[str, JSON]) -> Head | None:
+def _recorded_head(own: Mapping[str, JSON]) -> Head | None:
     return next((head for head in HEADS if head == own.get("head")), None)
 
 

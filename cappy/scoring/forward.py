@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def by_length(encoded: Sequence[EncodedPair], budget: int) -> Iterator[list[int]]:
+def batch_by_length(encoded: Sequence[EncodedPair], budget: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, longest first, padded tokens within `budget` (or a single pair)."""
     batch: list[int] = []
     for index in sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids)):
@@ -42,7 +42,7 @@ def by_length(encoded: Sequence[EncodedPair], budget: int) -> Iterator[list[int]
         yield batch
 
 
-def padding_token(config: "PreTrainedConfig") -> int | None:
+def padding_token_id(config: "PreTrainedConfig") -> int | None:
     """What pads pairs of different lengths: the model's own padding, by which it finds its last token or positions.
 
     None where it has none, or one that is not a token, or where its head reads the last place, padding or not (XLNet):
@@ -144,7 +144,7 @@ class _Body(Protocol):
     pooler: Callable[[Tensor], Tensor] | None
 
 
-def packs(model: "PreTrainedModel") -> bool:
+def can_pack(model: "PreTrainedModel") -> bool:
     """Whether this module knows the model's build."""
     config = model.config
     return config.model_type in FAMILIES and not config.is_decoder and hasattr(model, "classifier")
@@ -155,17 +155,17 @@ def packed_logits(model: "PreTrainedModel", batch: Sequence[EncodedPair], device
     order = sorted(range(len(batch)), key=lambda number: -len(batch[number].ids))
     batch = [batch[number] for number in order]
     body: _Body = model.base_model
-    layout = _layout(batch, device)
+    layout = _build_layout(batch, device)
     hidden = _embed(body, model.config, batch, layout)
     layers = body.encoder.layer
     for layer in layers:
-        hidden = _layer(layer, hidden, layout, last=layer is layers[-1])
+        hidden = _run_layer(layer, hidden, layout, last=layer is layers[-1])
     first = hidden.float()[:, None]
     logits: Tensor = model.classifier(first if body.pooler is None else model.dropout(body.pooler(first))).squeeze(-1)
     return logits[torch.tensor(order, device=device).argsort()]
 
 
-def _layout(batch: Sequence[EncodedPair], device: torch.device) -> _Layout:
+def _build_layout(batch: Sequence[EncodedPair], device: torch.device) -> _Layout:
     lengths = tuple(len(pair.ids) for pair in batch)
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     stretches = tuple((len(list(equal)), length) for length, equal in groupby(lengths))
@@ -188,7 +188,7 @@ def _embed(body: _Body, config: "PreTrainedConfig", batch: Sequence[EncodedPair]
     return body.embeddings(input_ids=ids[None], token_type_ids=types[None], position_ids=positions[None])[0]
 
 
-def _layer(layer: _Layer, hidden: Tensor, layout: _Layout, *, last: bool) -> Tensor:
+def _run_layer(layer: _Layer, hidden: Tensor, layout: _Layout, *, last: bool) -> Tensor:
     """(tokens, hidden), or (pairs, hidden) of the last layer."""
     projections = layer.attention.self
     dtype = layer.attention.output.dense.weight.dtype
@@ -196,7 +196,7 @@ def _layer(layer: _Layer, hidden: Tensor, layout: _Layout, *, last: bool) -> Ten
     asking, kept = (narrow[layout.starts], hidden[layout.starts]) if last else (narrow, hidden)
     query, key, value = _project(projections, asking, narrow)
     dropout = projections.dropout.p if layer.training else 0.0
-    mixed = _attention(query, key, value, layout, single=last, dropout=dropout)
+    mixed = _attend(query, key, value, layout, single=last, dropout=dropout)
     attended = layer.attention.output(mixed.flatten(1), kept)
     return layer.output(layer.intermediate(attended.to(dtype)), attended)
 
@@ -211,7 +211,7 @@ def _project(projections: _Projections, asking: Tensor, narrow: Tensor) -> Seque
     return [project(rows).view(len(rows), heads, -1) for project, rows in maps]
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, single: bool, dropout: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, single: bool, dropout: float) -> Tensor:
     """(rows, heads, size) from queries, keys and values of that shape; `single`: one query per pair."""
     if query.is_cuda and query.dtype is torch.bfloat16 and not dropout:
         from torch.nn.attention.varlen import varlen_attn
@@ -270,7 +270,7 @@ def _prepack(layers: Sequence[_Layer], *, gelu: bool) -> None:
     for layer in layers:
         projections = layer.attention.self
         if layer is not layers[-1]:
-            projections.together = _compose(projections.query, projections.key, projections.value)
+            projections.together = _concatenate(projections.query, projections.key, projections.value)
             for name in ("query", "key", "value"):
                 setattr(projections, name, None)
         if gelu:
@@ -281,7 +281,7 @@ def _prepack(layers: Sequence[_Layer], *, gelu: bool) -> None:
                     setattr(module, name, PrepackedLinear(child))
 
 
-def _compose(*maps: nn.Linear) -> nn.Linear:
+def _concatenate(*maps: nn.Linear) -> nn.Linear:
     """One map that gives what these give, one after the other."""
     joined = nn.Linear(maps[0].in_features, sum(one.out_features for one in maps))
     joined.weight.data = torch.cat([one.weight.detach() for one in maps])
@@ -289,7 +289,7 @@ def _compose(*maps: nn.Linear) -> nn.Linear:
     return joined
 
 
-def choose(precision: Precision, device: torch.device) -> ChosenPrecision:
+def choose_precision(precision: Precision, device: torch.device) -> ChosenPrecision:
     """`auto` is bf16 where the device has instructions for it, else fp32; ConfigError for any other word."""
     if precision not in get_args(Precision):
         raise ConfigError(f"precision: must be one of {', '.join(get_args(Precision))}, got {quote(precision)}")
@@ -308,7 +308,7 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
-def lower_matrices(model: "PreTrainedModel") -> None:
+def convert_matrices_to_bf16(model: "PreTrainedModel") -> None:
     """Weights of an encoder's linear maps in bf16; norms and embeddings stay fp32, and so does what is added up."""
     encoder = model.base_model.encoder
     if next(model.parameters()).device.type == "cpu" and has_prepacking():
@@ -319,19 +319,19 @@ def lower_matrices(model: "PreTrainedModel") -> None:
             module.to(torch.bfloat16)
 
 
-def lower_body(model: "PreTrainedModel") -> None:
+def convert_body_to_bf16(model: "PreTrainedModel") -> None:
     """The whole body in bf16, for encoders of which nothing more is known; what follows it reads and runs in fp32."""
     model.base_model.to(torch.bfloat16)
     for head in _heads(model):
-        head.float().register_forward_pre_hook(_widen)
+        head.float().register_forward_pre_hook(_to_fp32)
 
 
-def keep_heads_exact(model: "PreTrainedModel") -> None:
+def keep_heads_in_fp32(model: "PreTrainedModel") -> None:
     """Lets what follows the body run in fp32 even where a pass runs under autocast."""
     for head in _heads(model):
         entered: list[AbstractContextManager[object]] = []
-        head.register_forward_pre_hook(partial(_enter_exact, entered))
-        head.register_forward_hook(partial(_leave_exact, entered), always_call=True)
+        head.register_forward_pre_hook(partial(_disable_autocast, entered))
+        head.register_forward_hook(partial(_restore_autocast, entered), always_call=True)
 
 
 def _heads(model: "PreTrainedModel") -> list[nn.Module]:
@@ -341,19 +341,19 @@ def _heads(model: "PreTrainedModel") -> list[nn.Module]:
     return after + [child for name, child in body.named_children() if name == "pooler"]
 
 
-def _enter_exact(
+def _disable_autocast(
     entered: list[AbstractContextManager[object]], module: nn.Module, inputs: tuple[object, ...]
 ) -> tuple[object, ...]:
     entered.append(torch.autocast(next(module.parameters(), torch.empty(0)).device.type, enabled=False))
     entered[-1].__enter__()
-    return _widen(module, inputs)
+    return _to_fp32(module, inputs)
 
 
-def _leave_exact(entered: list[AbstractContextManager[object]], *_: object) -> None:
+def _restore_autocast(entered: list[AbstractContextManager[object]], *_: object) -> None:
     entered.pop().__exit__(None, None, None)
 
 
-def _widen(_: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
+def _to_fp32(_: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(
         value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
     )

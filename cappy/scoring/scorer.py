@@ -16,24 +16,24 @@ from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records.folder import Manifest, describe_files, write_manifest
 from cappy.scorers import open_scorer
 from cappy.scoring.config import ChosenPrecision, Precision, ScorerConfig
-from cappy.scoring.encoding import Cuts, EncodedPair, PairEncoder, as_pairs
+from cappy.scoring.encoding import EncodedPair, PairEncoder, TruncationCounts, as_pairs
 from cappy.scoring.folder import (
     FILES,
-    mark_head,
-    mend_token_types,
+    check_single_label,
     read_config,
-    refuse_labels,
+    record_config,
+    restore_token_types,
     write_tokenizer,
 )
 from cappy.scoring.forward import (
-    by_length,
-    choose,
+    batch_by_length,
+    can_pack,
+    choose_precision,
     collate,
-    lower_body,
-    lower_matrices,
+    convert_body_to_bf16,
+    convert_matrices_to_bf16,
     packed_logits,
-    packs,
-    padding_token,
+    padding_token_id,
 )
 
 Through = Callable[[Callable[[PreTrainedModel], Tensor]], Tensor]
@@ -43,7 +43,7 @@ CHUNK_PAIRS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class SelectedResponse:
     """The pick among responses: its index, its text, and the scores and logits of all in their order."""
 
     index: int
@@ -78,7 +78,7 @@ class Scorer:
         self.version = version
         self.precision = precision
         self.encoder = PairEncoder(tokenizer, config.max_length, config.truncation)
-        self.cuts = Cuts(config.max_length)
+        self.cuts = TruncationCounts(config.max_length)
         """How many pairs were too long, of those that `score` and its relatives were given."""
         self._source = source
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
@@ -87,9 +87,9 @@ class Scorer:
         self.autocast = False
         """Whether passes run under bf16 autocast, as training on a GPU does; see `keep_heads_exact`."""
         if precision == "bf16" and self._packs:
-            lower_matrices(model)
+            convert_matrices_to_bf16(model)
         elif precision == "bf16":
-            lower_body(model)
+            convert_body_to_bf16(model)
 
     @classmethod
     def load(cls, spec: str, *, device: str | None = None, precision: Precision = "auto") -> "Scorer":
@@ -98,11 +98,11 @@ class Scorer:
         `auto` runs the body in bf16 where the device has instructions for it, else in fp32. Training needs `fp32`.
         """
         chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        chosen = choose(precision, chosen_device)
+        chosen = choose_precision(precision, chosen_device)
         folder = open_scorer(spec)
         disable_progress_bar()
         config = folder.config()
-        refuse_labels(folder.path, config)
+        check_single_label(folder.path, config)
         model, missing = folder.model(AutoModelForSequenceClassification, config)
         if missing:
             what = "is an encoder, not a scorer: its weights have no" if "classifier" in missing[0] else "lacks"
@@ -112,7 +112,7 @@ class Scorer:
         if (highest := max(tokenizer.get_vocab().values(), default=0)) >= model.get_input_embeddings().num_embeddings:
             remedy = "save the tokenizer that it was trained with beside it"
             raise FolderError(f"{folder.path}: its tokenizer has token {highest}, the model has none such; {remedy}")
-        mend_token_types(folder, config, tokenizer)
+        restore_token_types(folder, config, tokenizer)
         own = read_config(folder, config, tokenizer, model)
         model.to(chosen_device).eval()
         return cls(model, tokenizer, own, version=folder.hash[:12], precision=chosen, source=folder)
@@ -132,7 +132,7 @@ class Scorer:
         distinct = list(dict.fromkeys(pairs))
         encoded = self.encoder.encode(distinct)
         self.cuts.count(encoded)
-        batches = list(by_length(encoded, self.batch_tokens))
+        batches = list(batch_by_length(encoded, self.batch_tokens))
         logits = torch.cat([self.forward([encoded[index] for index in batch]) for batch in batches])
         order = [index for batch in batches for index in batch]
         by_pair = {distinct[index]: value for index, value in zip(order, logits.float().tolist(), strict=True)}
@@ -157,11 +157,11 @@ class Scorer:
         scores = self.scores_of(logits)
         return [(index, scores[index]) for index in sorted(range(len(logits)), key=lambda index: -logits[index])]
 
-    def select(self, instruction: str, responses: Sequence[str]) -> Selection:
+    def select(self, instruction: str, responses: Sequence[str]) -> SelectedResponse:
         """The best response; the first of equally good ones. ConfigError if there is none to choose from."""
         return next(self.select_stream([(instruction, responses)]))
 
-    def select_stream(self, pools: Iterable[tuple[str, Sequence[str]]]) -> Iterator[Selection]:
+    def select_stream(self, pools: Iterable[tuple[str, Sequence[str]]]) -> Iterator[SelectedResponse]:
         """`select` for a stream of (instruction, responses) of any length, in order, scored 4,096 pairs at a time."""
         chunk: list[tuple[str, Sequence[str]]] = []
         held = 0
@@ -175,12 +175,14 @@ class Scorer:
                 chunk, held = [], 0
         yield from self._select(chunk)
 
-    def _select(self, pools: Sequence[tuple[str, Sequence[str]]]) -> Iterator[Selection]:
+    def _select(self, pools: Sequence[tuple[str, Sequence[str]]]) -> Iterator[SelectedResponse]:
         logits = iter(self.logits_of([(instruction, response) for instruction, pool in pools for response in pool]))
         for _, responses in pools:
             own = tuple(islice(logits, len(responses)))
             index = own.index(max(own))
-            yield Selection(index=index, response=responses[index], scores=tuple(self.scores_of(own)), logits=own)
+            yield SelectedResponse(
+                index=index, response=responses[index], scores=tuple(self.scores_of(own)), logits=own
+            )
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[EncodedPair]) -> Tensor:
@@ -201,7 +203,7 @@ class Scorer:
     def _logits(self, batch: Sequence[EncodedPair]) -> Tensor:
         if not self.pads:
             return self._run_model(lambda model: packed_logits(model, batch, self.device))
-        pad = padding_token(self.model.config)
+        pad = padding_token_id(self.model.config)
         if pad is None and not self._packs:
             return self._run_model(lambda model: torch.cat([self._padded_logits(model, [pair], 0) for pair in batch]))
         return self._run_model(lambda model: self._padded_logits(model, batch, pad or 0))
@@ -235,7 +237,7 @@ class Scorer:
     @property
     def _packs(self) -> bool:
         """Asked each time: training may put another model in this one's place."""
-        return packs(self.model)
+        return can_pack(self.model)
 
     @property
     def _has_types(self) -> bool:
@@ -256,7 +258,7 @@ class Scorer:
         folder.mkdir(parents=True, exist_ok=True)
         encoder = self.encoder
         own = ScorerConfig(head=self.head, max_length=encoder.max_length, truncation=encoder.truncation)
-        mark_head(model.config, own)
+        record_config(model.config, own)
         disable_progress_bar()
         model.save_pretrained(folder)
         write_tokenizer(self.tokenizer, folder, self.encoder.max_length, types=self._has_types)

@@ -42,7 +42,7 @@ def training_data(folder: str | Path) -> TrainingData:
 def write_training_data(folder: Path, source: str | Path, start: Path | None = None) -> None:
     """Keeps groups and rows of what is not test in `source`, with those of the scorer that training `start`ed from."""
     groups: set[int] = set()
-    rows = sketch_rows(_note_groups(_prompts(source), groups))
+    rows = sketch_rows(_collect_groups(_read_prompts(source), groups))
     before = training_data(start) if start is not None else None
     kept = np.array(sorted(groups), dtype="<u8")
     if before is not None:
@@ -52,20 +52,20 @@ def write_training_data(folder: Path, source: str | Path, start: Path | None = N
     np.concatenate((np.array([rows.seen], dtype="<u8"), rows.table.astype("<u8").ravel())).tofile(folder / ROWS)
 
 
-def _prompts(source: str | Path) -> Iterator[Prompt]:
+def _read_prompts(source: str | Path) -> Iterator[Prompt]:
     for batch in read_batches(source, columns=_COLUMNS):
         columns = [batch[name].to_pylist() for name in _COLUMNS]
         yield from (Prompt(*row[:3]) for row in zip(*columns, strict=True) if row[3] != "test")
 
 
-def _note_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[Prompted]:
+def _collect_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[Prompted]:
     for prompt in prompts:
         if is_content(prompt.group_id):
             groups.add(group_hash(prompt))
         yield prompt
 
 
-def _content_groups(prompts: Iterable[Prompted]) -> Hashes:
+def _hash_content_groups(prompts: Iterable[Prompted]) -> Hashes:
     """For each prompt the hash of its group, or zero where the group's id is not made of content."""
     return np.array([group_hash(one) if is_content(one.group_id) else 0 for one in prompts], dtype=np.uint64)
 
@@ -76,12 +76,12 @@ TrainedOn = Callable[[Path], Known]
 """What the scorer in a folder was trained on."""
 
 
-def seen_in_training(instances: Sequence[Instance], trained_on: Known) -> int:
-    """How many of the instances were trained on: the same prompt, group, or row (see `by_kind`)."""
+def count_seen(instances: Sequence[Instance], trained_on: Known) -> int:
+    """How many of the instances were trained on: the same prompt, group, or row (see `count_seen_by_kind`)."""
     return int(np.any(list(_find_overlap(instances, trained_on).values()), axis=0).sum()) if instances else 0
 
 
-def by_kind(instances: Sequence[Instance], trained_on: Known) -> dict[str, int]:
+def count_seen_by_kind(instances: Sequence[Instance], trained_on: Known) -> dict[str, int]:
     """How many have a prompt that was trained on, a group whose id is made of a trained row, or a trained row's text.
 
     An instance may count under several. A row's text is found by `cappy.records.overlap`: rows of fewer than about ten
@@ -90,11 +90,11 @@ def by_kind(instances: Sequence[Instance], trained_on: Known) -> dict[str, int]:
     return {kind: int(flags.sum()) for kind, flags in _find_overlap(instances, trained_on).items()}
 
 
-def describe_check(instances: Sequence[Instance], known: Mapping[str, Known]) -> dict[str, dict[str, int | str]]:
+def describe_leak_check(instances: Sequence[Instance], known: Mapping[str, Known]) -> dict[str, dict[str, int | str]]:
     """For the manifest, by scorer: what was found under each kind, how much its folder keeps, and what that can see."""
     return {
         name: {
-            **{f"found_by_{kind}": count for kind, count in by_kind(instances, data).items()},
+            **{f"found_by_{kind}": count for kind, count in count_seen_by_kind(instances, data).items()},
             **(data.describe() if isinstance(data, TrainingData) else {"prompts": len(data)}),
         }
         for name, data in known.items()
@@ -106,7 +106,7 @@ def _find_overlap(instances: Sequence[Instance], trained_on: Known) -> dict[str,
     prompts = np.array([prompt_hash(instance.instruction) for instance in instances], dtype=np.uint64)
     by_kind = {"prompts": np.isin(prompts, known.prompts if known else np.asarray(trained_on))}
     if known is not None and known.rows is not None:
-        groups = _content_groups(instances)
+        groups = _hash_content_groups(instances)
         index, frequent = RowIndex(known.rows), frequent_shingles(instances)
         by_kind["groups"] = np.isin(groups, known.groups) & (groups > 0)
         by_kind["rows"] = np.array([index.holds(instance, frequent) for instance in instances], dtype=bool)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cappy.scoring.forward import by_length
+from cappy.scoring.forward import batch_by_length
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
@@ -127,7 +127,7 @@ def _labels(scorer: Scorer, validation: Corpus, pools: Sequence[Drawn]) -> list[
     """The label of the pick and the expected label of each pool."""
     encoded = [pair for drawn in pools for pair in validation.pairs(drawn.index, drawn.chosen)]
     scores = [0.0] * len(encoded)
-    for batch in by_length(encoded, scorer.batch_tokens):
+    for batch in batch_by_length(encoded, scorer.batch_tokens):
         logits = scorer.logits([encoded[number] for number in batch]).tolist()
         for number, value in zip(batch, logits, strict=True):
             scores[number] = value

@@ -78,7 +78,7 @@ def _start(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
 
     from cappy.scoring import Scorer
     from cappy.scoring.config import ScorerConfig
-    from cappy.scoring.folder import positions_of, use_token_types, warn_once
+    from cappy.scoring.folder import max_positions, use_token_types, warn_once
 
     _refuse_without_tokenizer(folder.path)
     torch.manual_seed(config.seed)
@@ -93,7 +93,7 @@ def _start(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
         encoder.num_labels = 1
         model, _ = folder.model(AutoModelForSequenceClassification, encoder)
         use_token_types(tokenizer, encoder)
-    length = min(config.max_length, positions_of(model) or config.max_length)
+    length = min(config.max_length, max_positions(model) or config.max_length)
     if length < config.max_length:
         warn_once(folder.path, f"has {length} positions, so pairs have {length} tokens, not {config.max_length}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,7 @@ from cappy.records.folder import describe_files, write_manifest
 from cappy.registry.gate import decide
 from cappy.scoring import TRAINED_ON, Scorer
 from cappy.scoring.calibration import read_calibration
-from cappy.scoring.training_data import seen_in_training, training_data, write_training_data
+from cappy.scoring.training_data import count_seen, training_data, write_training_data
 from cappy.selection.pools import Pool, collect_pools, pick_labels, with_scores
 from cappy.selection.selectors import select
 from cappy.training.loop import Run
@@ -90,7 +90,7 @@ def leaked(folder: Path, instances: Sequence[Instance], tested: Sequence[Instanc
     prompts = {prompt_hash(one.instruction) for one in instances if one.split != "test"}
     np.array(sorted(prompts), dtype="<u8").tofile(folder / TRAINED_ON)
     write_training_data(folder, folder / "instances")
-    return seen_in_training(tested, training_data(folder))
+    return count_seen(tested, training_data(folder))
 
 
 def test_the_seed_decides_the_folds(grouped: list[Instance]) -> None:

@@ -1,6 +1,6 @@
 """The candidates of an Arrow batch side by side, as arrays, and what a selector finds in each instance of it.
 
-There is no loop over candidates. `measure` gives one row of whole numbers per instance, ready to be added up.
+There is no loop over candidates. `measure_instances` gives one row of whole numbers per instance, ready to be added up.
 """
 
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ NUM_COLUMNS = len(_COUNTS) + len(_OVER_POOLS) + 1
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
+class TextColumn:
     """A column of texts: the distinct ones, and which of them each entry is. A null is the default."""
 
     values: pa.StringArray
@@ -59,11 +59,11 @@ class Candidates:
     rows: int
     owner: Ints
     labels: Floats
-    response: Codes
-    source: Codes
-    generator: Codes
-    decoding: Codes
-    status: Codes
+    response: TextColumn
+    source: TextColumn
+    generator: TextColumn
+    decoding: TextColumn
+    status: TextColumn
 
     @property
     def selectable(self) -> Flags:
@@ -77,36 +77,38 @@ class Candidates:
         return self.source.among("llm", "choice")
 
 
-def codes(column: pa.Array, default: str = "") -> Codes:
+def encode_texts(column: pa.Array, default: str = "") -> TextColumn:
     """The distinct texts of a column and where they stand."""
     encoded = column.fill_null(default).dictionary_encode()
-    return Codes(encoded.dictionary, np.asarray(encoded.indices, dtype=np.int64))
+    return TextColumn(encoded.dictionary, np.asarray(encoded.indices, dtype=np.int64))
 
 
-def candidates(batch: pa.RecordBatch, metric: str) -> Candidates:
+def read_candidates(batch: pa.RecordBatch, metric: str) -> Candidates:
     """The candidates with their labels; RecordError for the first that has none of this metric, or none of 0 to 1."""
     column = batch["candidates"]
     sizes = np.asarray(pc.list_value_length(column).fill_null(0), dtype=np.int64)
     entries = column.flatten()
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    labels, labelled = _labels(entries.field("labels"), metric)
+    labels, labelled = _read_labels(entries.field("labels"), metric)
     if not labelled.all():
         at = int(np.argmin(labelled))
-        raise RecordError(f"{_place(batch, owner, at)} has no label {quote(metric)}; {_remedy(entries, at, metric)}")
+        raise RecordError(
+            f"{_describe_candidate(batch, owner, at)} has no label {quote(metric)}; {_missing_label_remedy(entries, at, metric)}"
+        )
     wrong = ~((labels >= 0) & (labels <= 1))
     if wrong.any():
         at = int(np.argmax(wrong))
         remedy = "labels are 0 to 1: run cappy annotation again"
-        raise RecordError(f"{_place(batch, owner, at)}: label {quote(metric)} is {labels[at]}; {remedy}")
+        raise RecordError(f"{_describe_candidate(batch, owner, at)}: label {quote(metric)} is {labels[at]}; {remedy}")
     return Candidates(
         rows=len(sizes),
         owner=owner,
         labels=labels,
-        response=codes(entries.field("response")),
-        source=codes(entries.field("source"), "llm"),
-        generator=codes(entries.field("generator")),
-        decoding=codes(entries.field("decoding")),
-        status=codes(entries.field("status"), "ok"),
+        response=encode_texts(entries.field("response")),
+        source=encode_texts(entries.field("source"), "llm"),
+        generator=encode_texts(entries.field("generator")),
+        decoding=encode_texts(entries.field("decoding")),
+        status=encode_texts(entries.field("status"), "ok"),
     )
 
 
@@ -116,7 +118,7 @@ def metrics_of(labels: pa.MapArray) -> list[str]:
     return sorted(pc.unique(labels.keys.slice(first, last - first)).to_pylist())
 
 
-def _labels(maps: pa.MapArray, metric: str) -> tuple[Floats, Flags]:
+def _read_labels(maps: pa.MapArray, metric: str) -> tuple[Floats, Flags]:
     """The label of each candidate, and whether it has one that is not null."""
     offsets = np.asarray(maps.offsets, dtype=np.int64)
     keys = maps.keys.slice(offsets[0], offsets[-1] - offsets[0])
@@ -129,12 +131,12 @@ def _labels(maps: pa.MapArray, metric: str) -> tuple[Floats, Flags]:
     return labels, labelled
 
 
-def _place(batch: pa.RecordBatch, owner: Ints, at: int) -> str:
+def _describe_candidate(batch: pa.RecordBatch, owner: Ints, at: int) -> str:
     row = int(owner[at])
     return f"instance {quote(batch['instance_id'][row].as_py())}: candidate {at - int(np.searchsorted(owner, row))}"
 
 
-def _remedy(entries: pa.StructArray, at: int, metric: str) -> str:
+def _missing_label_remedy(entries: pa.StructArray, at: int, metric: str) -> str:
     """What to do about a missing label: to name a metric that this candidate has, or to annotate."""
     labels = entries.field("labels")
     own, every = ([name for name in metrics_of(part) if name != metric] for part in (labels.slice(at, 1), labels))
@@ -158,20 +160,20 @@ def to_fixed_point(values: Floats) -> Ints:
     return np.rint(values * SCALE).astype(np.int64)
 
 
-def measure(candidates: Candidates) -> Ints:
+def measure_instances(candidates: Candidates) -> Ints:
     """A row per instance: the fields of `Pools`, _COUNTS, _OVER_POOLS, then ties; fractions by `to_fixed_point`."""
     chosen = candidates.selectable
     owner, labels, rows = candidates.owner[chosen], candidates.labels[chosen], candidates.rows
-    first, times = _distinct(owner, candidates.response.index[chosen], len(candidates.response.values))
-    size, distinct = _count(owner, rows), _count(owner[first], rows)
+    first, times = _find_distinct(owner, candidates.response.index[chosen], len(candidates.response.values))
+    size, distinct = _count_per_row(owner, rows), _count_per_row(owner[first], rows)
     some, comparable = size > 0, distinct >= 2
     mean = np.bincount(owner, weights=labels, minlength=rows) / np.maximum(size, 1)
-    highest, lowest = _per_row(np.maximum, labels, size), _per_row(np.minimum, labels, size)
-    tied = _tied_pairs(owner[first], labels[first], rows) / np.maximum(distinct * (distinct - 1) // 2, 1)
+    highest, lowest = _reduce_per_row(np.maximum, labels, size), _reduce_per_row(np.minimum, labels, size)
+    tied = _count_tied_pairs(owner[first], labels[first], rows) / np.maximum(distinct * (distinct - 1) // 2, 1)
     return np.column_stack(
         [
             np.ones(rows, dtype=np.int64),
-            _count(candidates.owner, rows),
+            _count_per_row(candidates.owner, rows),
             size,
             distinct,
             some,
@@ -179,39 +181,39 @@ def measure(candidates: Candidates) -> Ints:
             to_fixed_point(mean),
             to_fixed_point(highest),
             to_fixed_point((some & (highest == lowest)).astype(np.float64)),
-            to_fixed_point(_ties_for_best(owner[first], labels[first], distinct).astype(np.float64)),
-            to_fixed_point(_effective(owner[first], times, size)),
+            to_fixed_point(_find_ties_for_best(owner[first], labels[first], distinct).astype(np.float64)),
+            to_fixed_point(_effective_sizes(owner[first], times, size)),
             to_fixed_point(np.where(comparable, tied, 0.0)),
         ]
     )
 
 
-def pools(sums: list[int]) -> Pools:
-    """The sums of many rows of `measure` as counts and means."""
+def to_pools(sums: list[int]) -> Pools:
+    """The sums of many rows of `measure_instances` as counts and means."""
     counts = dict(zip(_COUNTS, sums, strict=False))
     totals = zip(_OVER_POOLS, sums[len(_COUNTS) :], strict=False)
-    means = {name: ratio(total, counts["pools"]) for name, total in totals}
-    values: dict[str, Any] = {**counts, **means, "ties": ratio(sums[-1], counts["comparable"])}
+    means = {name: mean_of_sum(total, counts["pools"]) for name, total in totals}
+    values: dict[str, Any] = {**counts, **means, "ties": mean_of_sum(sums[-1], counts["comparable"])}
     return Pools(**values)
 
 
-def ratio(total: int, count: int) -> float | None:
+def mean_of_sum(total: int, count: int) -> float | None:
     """The mean of `count` fractions that were added as `to_fixed_point`; None of none."""
     return total / (SCALE * count) if count else None
 
 
-def _distinct(owner: Ints, text: Ints, num_texts: int) -> tuple[Ints, Ints]:
+def _find_distinct(owner: Ints, text: Ints, num_texts: int) -> tuple[Ints, Ints]:
     """Where each text stands first in its instance, ascending, and how often it stands there."""
     _, first, times = np.unique(owner * num_texts + text, return_index=True, return_counts=True)
     order = np.argsort(first)
     return first[order], times[order]
 
 
-def _count(owner: Ints, rows: int) -> Ints:
+def _count_per_row(owner: Ints, rows: int) -> Ints:
     return np.bincount(owner, minlength=rows)
 
 
-def _per_row(extreme: np.ufunc, values: Floats, size: Ints) -> Floats:
+def _reduce_per_row(extreme: np.ufunc, values: Floats, size: Ints) -> Floats:
     """The extreme of each instance's values; 0 where it has none."""
     result = np.zeros(len(size))
     some = size > 0
@@ -220,13 +222,13 @@ def _per_row(extreme: np.ufunc, values: Floats, size: Ints) -> Floats:
     return result
 
 
-def _ties_for_best(owner: Ints, labels: Floats, distinct: Ints) -> Flags:
-    best = _per_row(np.maximum, labels, distinct)
-    flags: Flags = _count(owner[labels == best[owner]], len(distinct)) >= 2
+def _find_ties_for_best(owner: Ints, labels: Floats, distinct: Ints) -> Flags:
+    best = _reduce_per_row(np.maximum, labels, distinct)
+    flags: Flags = _count_per_row(owner[labels == best[owner]], len(distinct)) >= 2
     return flags
 
 
-def _tied_pairs(owner: Ints, labels: Floats, rows: int) -> Floats:
+def _count_tied_pairs(owner: Ints, labels: Floats, rows: int) -> Floats:
     """Pairs of an instance's distinct responses with equal labels."""
     order = np.lexsort((labels, owner))
     owner, labels = owner[order], labels[order]
@@ -236,7 +238,7 @@ def _tied_pairs(owner: Ints, labels: Floats, rows: int) -> Floats:
     return pairs
 
 
-def _effective(owner: Ints, times: Ints, size: Ints) -> Floats:
+def _effective_sizes(owner: Ints, times: Ints, size: Ints) -> Floats:
     """exp of the entropy of an instance's responses: n / exp(mean of log c), c being how often each one stands.
 
     The sum goes in the order of the instance, so that its last bit does not depend on the batch.

@@ -13,7 +13,14 @@ from matplotlib.ticker import NullLocator
 from cappy.annotation.report.candidates import COLUMNS, list_names, metrics_of
 from cappy.annotation.report.record import NUM_BINS, DataReport, Labels, Lengths, Pools
 from cappy.annotation.report.summary import summarize
-from cappy.annotation.report.text import DEFINITIONS, MOST_ROWS, findings, selectable_sources, tables, to_values
+from cappy.annotation.report.text import (
+    DEFINITIONS,
+    MOST_ROWS,
+    build_tables,
+    describe_findings,
+    selectable_sources,
+    to_values,
+)
 from cappy.errors import ConfigError, RecordError
 from cappy.pages.page import INK, QUIET, draw_figure, plain_axes, render_template, to_svg
 from cappy.pages.words import metric_name
@@ -43,7 +50,7 @@ def write_report(folder: Path, target: Path, metric: str | None = None, progress
     `summarize`.
     """
     manifest = read_manifest(folder)
-    name = metric or _metric(folder, manifest)
+    name = metric or _find_metric(folder, manifest)
     batches = _count_rows(read_batches(folder, columns=COLUMNS), progress, manifest.rows)
     try:
         report = summarize(batches, name)
@@ -66,34 +73,34 @@ def render(report: DataReport) -> str:
         "annotation/report/data_report_page.jinja",
         {},
         report=report,
-        findings=findings(report),
+        findings=describe_findings(report),
         metric=metric_name(report.metric),
-        tables=tables(report),
+        tables=build_tables(report),
         definitions=DEFINITIONS,
         extra=_EXTRA,
         most_rows=MOST_ROWS,
-        split_bars=_bars([*report.splits.values(), report.total]),
-        task_bars=_bars(list(report.tasks.values())),
-        source_sparks=[_spark(labels) for labels in report.sources.values()],
-        generator_sparks=[_spark(generator.labels) for generator in report.generators],
-        plots=_plots(report),
+        split_bars=_bar_positions([*report.splits.values(), report.total]),
+        task_bars=_bar_positions(list(report.tasks.values())),
+        source_sparks=[_spark_heights(labels) for labels in report.sources.values()],
+        generator_sparks=[_spark_heights(generator.labels) for generator in report.generators],
+        plots=_render_plots(report),
     )
 
 
-def _plots(report: DataReport) -> dict[str, tuple[Markup, Markup]]:
+def _render_plots(report: DataReport) -> dict[str, tuple[Markup, Markup]]:
     """Name -> the plot for wide screens and the one for narrow ones; what has nothing to show is left out."""
     drawn = {}
     # Made by matplotlib from numbers and fixed names alone.
     if any(report.sources[source].count for source in selectable_sources(report)):
         sizes = ((10.2, 3.6), (3.7, 3.0))
-        drawn["labels"] = [Markup(_labels_svg(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
+        drawn["labels"] = [Markup(_draw_labels(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
     if any(lengths.texts for lengths in report.words.values()):
         sizes = ((10.2, 2.2), (3.7, 2.2))
-        drawn["lengths"] = [Markup(_lengths_svg(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
+        drawn["lengths"] = [Markup(_draw_lengths(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
     return {name: (wide, narrow) for name, (wide, narrow) in drawn.items()}
 
 
-def _bars(pools: Sequence[Pools]) -> list[tuple[float, float] | None]:
+def _bar_positions(pools: Sequence[Pools]) -> list[tuple[float, float] | None]:
     """Where the bar from random to oracle begins and how wide it is, in percent of labels from 0 to 1."""
     return [
         None if each.random is None or each.oracle is None else (100 * each.random, 100 * (each.oracle - each.random))
@@ -101,13 +108,13 @@ def _bars(pools: Sequence[Pools]) -> list[tuple[float, float] | None]:
     ]
 
 
-def _spark(labels: Labels) -> list[float]:
+def _spark_heights(labels: Labels) -> list[float]:
     """Heights of a histogram's bars in percent of the highest."""
     most = max(labels.cells) or 1
     return [100 * cell / most for cell in labels.cells]
 
 
-def _labels_svg(report: DataReport, *, width: float, height: float) -> str:
+def _draw_labels(report: DataReport, *, width: float, height: float) -> str:
     """Share of the LLM responses and choices by label, exact 0 and exact 1 apart, as an SVG element."""
     edges = np.arange(NUM_BINS + 1) / NUM_BINS
     lefts = np.array([-_APART - 1 / NUM_BINS, *edges[:-1], 1 + _APART])
@@ -130,7 +137,7 @@ def _labels_svg(report: DataReport, *, width: float, height: float) -> str:
         return to_svg(figure, salt=f"cappy labels {width}", variables=_VARIABLES)
 
 
-def _lengths_svg(report: DataReport, *, width: float, height: float) -> str:
+def _draw_lengths(report: DataReport, *, width: float, height: float) -> str:
     """The spread of the texts' words on a logarithmic scale, as an SVG element."""
     held = {name: lengths for name, lengths in report.words.items() if lengths.texts}
     with draw_figure(width, height) as figure:
@@ -138,23 +145,23 @@ def _lengths_svg(report: DataReport, *, width: float, height: float) -> str:
         if width < 5:
             axes.set_xlabel("words (logarithmic)", color=QUIET)
         for row, lengths in enumerate(held.values()):
-            _box(axes, -row, lengths)
+            _draw_box(axes, -row, lengths)
         axes.set_yticks([-row for row in range(len(held))], list(held))
         axes.set_ylim(0.6 - len(held), 0.6)
         axes.grid(visible=False, axis="y")
         ends = [[lengths.quantiles[key] for lengths in held.values()] for key in ("5", "95")]
-        _logarithmic(axes, min(ends[0]), max(ends[1]), 6 if width < 5 else 12)
+        _scale_axis(axes, min(ends[0]), max(ends[1]), 6 if width < 5 else 12)
         return to_svg(figure, salt=f"cappy lengths {width}", variables=_VARIABLES)
 
 
-def _box(axes: Axes, y: float, lengths: Lengths) -> None:
+def _draw_box(axes: Axes, y: float, lengths: Lengths) -> None:
     low, quarter, median, three_quarters, high = (lengths.quantiles[key] for key in ("5", "25", "50", "75", "95"))
     axes.plot([low, high], [y, y], color=QUIET, linewidth=1.4, solid_capstyle="butt")
     axes.plot([quarter, three_quarters], [y, y], color=_COLOURS["llm"], linewidth=9, solid_capstyle="butt", alpha=0.45)
     axes.plot([median], [y], color=_COLOURS["llm"], marker="o", markersize=6)
 
 
-def _logarithmic(axes: Axes, shortest: int, longest: int, most: int) -> None:
+def _scale_axis(axes: Axes, shortest: int, longest: int, most: int) -> None:
     """At most `most` ticks, so that none overlap; where there are blank texts the scale begins at 0, linear up to 1."""
     low, high = 0.7 * shortest if shortest else -0.15, 1.4 * max(longest, 1)
     for steps in (range(1, 10), (1, 2, 5), (1, 3), (1,)):
@@ -168,7 +175,7 @@ def _logarithmic(axes: Axes, shortest: int, longest: int, most: int) -> None:
     axes.set_xlim(low, high)
 
 
-def _metric(folder: Path, manifest: Manifest) -> str:
+def _find_metric(folder: Path, manifest: Manifest) -> str:
     """The metric that the folder was annotated with."""
     named = manifest.config.get("metric") if manifest.step == "annotation" else None
     if isinstance(named, str):

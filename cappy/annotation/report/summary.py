@@ -16,16 +16,16 @@ import pyarrow.compute as pc
 from cappy.annotation.report.candidates import (
     NUM_COLUMNS,
     Candidates,
-    Codes,
     Flags,
     Floats,
     Ints,
-    candidates,
-    codes,
-    measure,
-    pools,
-    ratio,
+    TextColumn,
+    encode_texts,
+    mean_of_sum,
+    measure_instances,
+    read_candidates,
     to_fixed_point,
+    to_pools,
 )
 from cappy.annotation.report.record import (
     NUM_BINS,
@@ -37,7 +37,7 @@ from cappy.annotation.report.record import (
     Pools,
     Repetition,
 )
-from cappy.annotation.rouge import partly_visible, visible
+from cappy.annotation.rouge import is_partly_visible, is_visible
 from cappy.records import prompt_hash
 from cappy.records.folder import PART_ROWS
 from cappy.records.instance import SOURCES
@@ -86,23 +86,23 @@ class _Summary:
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Takes a batch of a bounded number of rows in."""
-        columns = candidates(batch, self._metric)
-        splits = codes(batch["split"], "train")
-        self._add_pools(columns, splits, codes(batch["task"]))
+        columns = read_candidates(batch, self._metric)
+        splits = encode_texts(batch["split"], "train")
+        self._add_pools(columns, splits, encode_texts(batch["task"]))
         self._add_responses(columns)
-        instructions = codes(batch["instruction"])
+        instructions = encode_texts(batch["instruction"])
         self._add_texts("instruction", instructions)
-        self._add_texts("reference", codes(batch["references"].flatten()))
-        self._instructions.add(_hashes(instructions, prompt_hash), splits)
-        self._groups.add(_hashes(_groups(batch), _text_hash), splits)
+        self._add_texts("reference", encode_texts(batch["references"].flatten()))
+        self._instructions.add(_hash_texts(instructions, prompt_hash), splits)
+        self._groups.add(_hash_texts(_read_groups(batch), _hash_text), splits)
         self._add_visibility(batch["references"].to_pylist(), columns)
 
     def report(self) -> DataReport:
         """The report of the rows so far."""
-        kinds = {name: sorted(sizes, key=_size) for name, sizes in self._named_pools().items()}
+        kinds = {name: sorted(sizes, key=_largest_first) for name, sizes in self._named_pools().items()}
         return DataReport(
             metric=self._metric,
-            total=dict(kinds["total"]).get("", pools([0] * NUM_COLUMNS)),
+            total=dict(kinds["total"]).get("", to_pools([0] * NUM_COLUMNS)),
             splits=dict(kinds["split"]),
             tasks=dict(kinds["task"]),
             labels=self._every_label(),
@@ -119,38 +119,40 @@ class _Summary:
             partly_invisible_to_rouge_l=self._partly_invisible,
         )
 
-    def _add_pools(self, columns: Candidates, splits: Codes, tasks: Codes) -> None:
-        rows = measure(columns)
+    def _add_pools(self, columns: Candidates, splits: TextColumn, tasks: TextColumn) -> None:
+        rows = measure_instances(columns)
         self._pools["total"].add([""], np.zeros(len(rows), dtype=np.int64), rows)
         for name, column in (("split", splits), ("task", tasks)):
             self._pools[name].add(column.names(), column.index, rows)
 
     def _add_responses(self, columns: Candidates) -> None:
         proposed, llm = columns.proposals, columns.source.among("llm")
-        words = num_words(columns.response.values)
+        words = count_words(columns.response.values)
         blank = words[columns.response.index] == 0
         self._labels.add(columns, blank)
         self._empty += int((blank & proposed).sum())
-        times = _times(columns.response, proposed)
+        times = _count_occurrences(columns.response, proposed)
         self._words["response"].add(words, times)
-        self._characters["response"].add(num_characters(columns.response.values), times)
-        self._statuses.update(dict(zip(columns.status.names(), _times(columns.status, llm).tolist(), strict=True)))
+        self._characters["response"].add(count_characters(columns.response.values), times)
+        self._statuses.update(
+            dict(zip(columns.status.names(), _count_occurrences(columns.status, llm).tolist(), strict=True))
+        )
 
     def _add_visibility(self, references: list[list[str] | None], columns: Candidates) -> None:
-        self._invisible += sum(not any(map(visible, texts or ())) for texts in references)
-        partly = np.fromiter((any(map(partly_visible, texts or ())) for texts in references), dtype=np.bool_)
+        self._invisible += sum(not any(map(is_visible, texts or ())) for texts in references)
+        partly = np.fromiter((any(map(is_partly_visible, texts or ())) for texts in references), dtype=np.bool_)
         texts = columns.response.names()
-        responses = np.fromiter(map(partly_visible, texts), dtype=np.bool_, count=len(texts))
+        responses = np.fromiter(map(is_partly_visible, texts), dtype=np.bool_, count=len(texts))
         partly[columns.owner[responses[columns.response.index] & columns.source.among("llm")]] = True
         self._partly_invisible += int(partly.sum())
 
-    def _add_texts(self, name: str, texts: Codes) -> None:
-        times = _times(texts)
-        self._words[name].add(num_words(texts.values), times)
-        self._characters[name].add(num_characters(texts.values), times)
+    def _add_texts(self, name: str, texts: TextColumn) -> None:
+        times = _count_occurrences(texts)
+        self._words[name].add(count_words(texts.values), times)
+        self._characters[name].add(count_characters(texts.values), times)
 
     def _named_pools(self) -> dict[str, list[tuple[str, Pools]]]:
-        return {kind: [(name, pools(sums)) for name, sums in t.items()] for kind, t in self._pools.items()}
+        return {kind: [(name, to_pools(sums)) for name, sums in t.items()] for kind, t in self._pools.items()}
 
     def _every_label(self) -> Labels:
         return self._labels.group_by(lambda key: "").get("", (_NO_LABELS, 0))[0]
@@ -168,25 +170,25 @@ class _Summary:
         return tuple(sorted(generators, key=lambda generator: -generator.labels.count))
 
 
-def _times(texts: Codes, wanted: Flags | None = None) -> Ints:
+def _count_occurrences(texts: TextColumn, wanted: Flags | None = None) -> Ints:
     """How often each distinct text stands there, or among the wanted entries."""
     index = texts.index if wanted is None else texts.index[wanted]
     return np.bincount(index, minlength=len(texts.values))
 
 
-def _hashes(texts: Codes, hashed: Callable[[str], int]) -> Hashes:
+def _hash_texts(texts: TextColumn, hashed: Callable[[str], int]) -> Hashes:
     """The hash of each entry."""
     hashes = np.fromiter(map(hashed, texts.names()), dtype=np.uint64, count=len(texts.values))
     return hashes[texts.index]
 
 
-def _groups(batch: pa.RecordBatch) -> Codes:
+def _read_groups(batch: pa.RecordBatch) -> TextColumn:
     """The group of each instance; one without is a group by itself, as `Instance` has it."""
     group = batch["group_id"].fill_null("")
-    return codes(pc.if_else(pc.equal(group, ""), batch["instance_id"], group))
+    return encode_texts(pc.if_else(pc.equal(group, ""), batch["instance_id"], group))
 
 
-def _size(item: tuple[str, Pools]) -> tuple[int, str]:
+def _largest_first(item: tuple[str, Pools]) -> tuple[int, str]:
     return -item[1].instances, item[0]
 
 
@@ -234,7 +236,7 @@ class LabelTotals:
             (names[0][source], names[1][generator], names[2][decoding])
             for source, generator, decoding in zip(*np.unravel_index(distinct, shape), strict=True)
         ]
-        cells = np.bincount(index * _CELLS + _cell(candidates.labels), minlength=len(keys) * _CELLS)
+        cells = np.bincount(index * _CELLS + _cell_indices(candidates.labels), minlength=len(keys) * _CELLS)
         sums = np.zeros((len(keys), 2), dtype=np.int64)
         np.add.at(sums[:, 0], index, to_fixed_point(candidates.labels))
         np.add.at(sums[:, 1], index, blank)
@@ -245,15 +247,15 @@ class LabelTotals:
         sums: Totals[K] = Totals(_CELLS + 2)
         for key, held in self._totals.items():
             sums.include(group(key), held)
-        return {name: (_labels(held), held[-1]) for name, held in sums.items()}
+        return {name: (_to_labels(held), held[-1]) for name, held in sums.items()}
 
 
-def _labels(sums: list[int]) -> Labels:
+def _to_labels(sums: list[int]) -> Labels:
     zero, *bins, one = sums[:_CELLS]
-    return Labels(zero=zero, bins=tuple(bins), one=one, mean=ratio(sums[-2], sum(sums[:_CELLS])))
+    return Labels(zero=zero, bins=tuple(bins), one=one, mean=mean_of_sum(sums[-2], sum(sums[:_CELLS])))
 
 
-def _cell(labels: Floats) -> Ints:
+def _cell_indices(labels: Floats) -> Ints:
     """Where each label is counted: 0 for exact 0, _CELLS - 1 for exact 1, else 1 + its bin."""
     inside = 1 + np.minimum((labels * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     return np.where(labels == 0, 0, np.where(labels == 1, _CELLS - 1, inside))
@@ -286,35 +288,35 @@ class LengthTotals:
         if not texts:
             return Lengths(texts=0, quantiles={})
         wanted = [-(-texts * quantile // 100) for quantile in QUANTILES]
-        lengths = map(_least, np.searchsorted(ranks, wanted).tolist())
+        lengths = map(_shortest_in_cell, np.searchsorted(ranks, wanted).tolist())
         quantiles = {str(quantile): length for quantile, length in zip(QUANTILES, lengths, strict=True)}
         return Lengths(texts=texts, quantiles={**quantiles, "max": self._longest})
 
 
-def _least(index: int) -> int:
+def _shortest_in_cell(index: int) -> int:
     """The least length that is counted in a cell."""
     dropped = max((index >> (_BITS - 1)) - 1, 0)
     return (index - (dropped << (_BITS - 1))) << dropped
 
 
-def num_characters(texts: pa.StringArray) -> Ints:
+def count_characters(texts: pa.StringArray) -> Ints:
     """Unicode characters of each text."""
     return np.asarray(pc.utf8_length(texts), dtype=np.int64)
 
 
-def num_words(texts: pa.StringArray) -> Ints:
+def count_words(texts: pa.StringArray) -> Ints:
     """Runs between white space of each text, as `str.split` has them; `texts` has no nulls."""
     counts = np.zeros(len(texts), dtype=np.int64)
     plain = pc.string_is_ascii(texts)
     here = np.asarray(plain)
-    counts[here] = _ascii_words(texts.filter(plain))
+    counts[here] = _count_ascii_words(texts.filter(plain))
     rest = pc.utf8_trim_whitespace(texts.filter(pc.invert(plain)))
     split = np.asarray(pc.list_value_length(pc.utf8_split_whitespace(rest)), dtype=np.int64)
     counts[~here] = np.where(np.asarray(pc.equal(rest, "")), 0, split)
     return counts
 
 
-def _ascii_words(texts: pa.StringArray) -> Ints:
+def _count_ascii_words(texts: pa.StringArray) -> Ints:
     """Words of ASCII texts, counted over their bytes: ten times as fast as splitting."""
     _, offset_bytes, data = texts.buffers()
     offsets: npt.NDArray[np.int32] = np.frombuffer(offset_bytes, dtype=np.int32)[texts.offset :][: len(texts) + 1]
@@ -328,12 +330,12 @@ def _ascii_words(texts: pa.StringArray) -> Ints:
     return np.diff(np.searchsorted(np.flatnonzero(begins), offsets))
 
 
-def _text_hash(text: str) -> int:
+def _hash_text(text: str) -> int:
     """64 bits of a text as it stands."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
-class Distinct:
+class DistinctHashes:
     """The distinct hashes among those added, sorted; merging waits until there is enough to merge."""
 
     def __init__(self) -> None:
@@ -361,13 +363,13 @@ class RepetitionTotals:
 
     def __init__(self) -> None:
         self._values = 0
-        self._splits: dict[str, Distinct] = {}
+        self._splits: dict[str, DistinctHashes] = {}
 
-    def add(self, hashes: Hashes, splits: Codes) -> None:
+    def add(self, hashes: Hashes, splits: TextColumn) -> None:
         """Takes the hash of each instance's value in, with the split that it stands in."""
         self._values += len(hashes)
         for code, name in enumerate(splits.names()):
-            self._splits.setdefault(name, Distinct()).add(hashes[splits.index == code])
+            self._splits.setdefault(name, DistinctHashes()).add(hashes[splits.index == code])
 
     def repetition(self) -> Repetition:
         """The counts so far."""

@@ -40,19 +40,25 @@ DEFINITIONS: Mapping[str, str] = {
 
 def to_text(report: DataReport) -> str:
     """The findings and the tables; names are cut where they are too long, and made harmless where they are odd."""
-    parts = ["\n".join(_words(report)), *(_tables(report) if report.total.instances else ())]
+    parts = ["\n".join(_wrap_findings(report)), *(_format_tables(report) if report.total.instances else ())]
     return "\n\n".join(parts) + "\n"
 
 
 def to_values(report: DataReport) -> dict[str, JSON]:
     """JSON values, with the findings in words beside the numbers."""
     values: dict[str, JSON] = TypeAdapter(DataReport).dump_python(report, mode="json")
-    return {"findings": list(findings(report)), **values}
+    return {"findings": list(describe_findings(report)), **values}
 
 
-def findings(report: DataReport) -> tuple[str, ...]:
+def describe_findings(report: DataReport) -> tuple[str, ...]:
     """Sentences, the headline first; what a person should mend begins with "Caution"."""
-    return (_headline(report), *_size(report), *_signal(report), *_variety(report), *_cautions(report))
+    return (
+        _headline(report),
+        *_size_sentence(report),
+        *_signal_sentences(report),
+        *_variety_sentence(report),
+        *_cautions(report),
+    )
 
 
 def _headline(report: DataReport) -> str:
@@ -64,98 +70,98 @@ def _headline(report: DataReport) -> str:
     if report.all_tied:
         return "Selection cannot matter here: all responses of an instance have the same label."
     return (
-        f"A random response is worth {_label(total.random)} {metric_name(report.metric)} ×100, the best of its "
-        f"instance {_label(total.oracle)}: selection can gain up to {_label(total.oracle - total.random)}."
+        f"A random response is worth {_format_label(total.random)} {metric_name(report.metric)} ×100, the best of its "
+        f"instance {_format_label(total.oracle)}: selection can gain up to {_format_label(total.oracle - total.random)}."
     )
 
 
-def _size(report: DataReport) -> Iterator[str]:
+def _size_sentence(report: DataReport) -> Iterator[str]:
     total, groups = report.total, report.groups
     if total.instances:
         yield (
-            f"{_some(total.instances, 'instance')} of {_some(groups.distinct, 'group')} in "
-            f"{_some(len(report.splits), 'split')} and {_some(len(report.tasks), 'task')}, with "
-            f"{_some(total.candidates, 'candidate')}, {_count(total.selectable)} of them selectable."
+            f"{_format_noun(total.instances, 'instance')} of {_format_noun(groups.distinct, 'group')} in "
+            f"{_format_noun(len(report.splits), 'split')} and {_format_noun(len(report.tasks), 'task')}, with "
+            f"{_format_noun(total.candidates, 'candidate')}, {_format_count(total.selectable)} of them selectable."
         )
 
 
-def _signal(report: DataReport) -> Iterator[str]:
+def _signal_sentences(report: DataReport) -> Iterator[str]:
     total = report.total
     if not total.pools:
         return
     pools = "instances" if total.pools == total.instances else "instances with a selectable response"
     if total.no_signal:
-        silent = _share(total.no_signal)
+        silent = _format_share(total.no_signal)
         yield f"{silent} of the {pools} carry no signal: all their selectable responses have equal labels."
     else:
         yield f"All {pools} carry a signal: their selectable responses have different labels."
     if total.comparable:
         yield (
-            f"Two different responses of an instance have equal labels in {_share(total.ties)} of the pairs; in "
-            f"{_share(total.best_shared)} of the instances several different responses share the best label."
+            f"Two different responses of an instance have equal labels in {_format_share(total.ties)} of the pairs; in "
+            f"{_format_share(total.best_shared)} of the instances several different responses share the best label."
         )
 
 
-def _variety(report: DataReport) -> Iterator[str]:
+def _variety_sentence(report: DataReport) -> Iterator[str]:
     total = report.total
     if total.pools:
         yield (
-            f"An instance has {_number(total.selectable / total.pools)} selectable responses, "
-            f"{_number(total.distinct / total.pools)} of them different; they vary as much as "
-            f"{_number(total.effective)} equally frequent ones would."
+            f"An instance has {_format_mean(total.selectable / total.pools)} selectable responses, "
+            f"{_format_mean(total.distinct / total.pools)} of them different; they vary as much as "
+            f"{_format_mean(total.effective)} equally frequent ones would."
         )
 
 
 def _cautions(report: DataReport) -> Iterator[str]:
     total, instructions, groups = report.total, report.instructions, report.groups
     if total.pools and total.pools < total.instances:
-        empty_handed = _out_of(total.instances - total.pools, total.instances, "instance", "has", "have")
+        empty_handed = _format_ratio(total.instances - total.pools, total.instances, "instance", "has", "have")
         yield f"Caution: {empty_handed} no selectable response."
     if report.empty:
-        yield f"Caution: {_out_of(report.empty, report.responses, 'response', 'is', 'are')} blank."
+        yield f"Caution: {_format_ratio(report.empty, report.responses, 'response', 'is', 'are')} blank."
     for status, some in report.statuses.items():
         # What has the status empty is blank, and that has been said.
         if status not in ("ok", "empty"):
-            responses = _out_of(some, sum(report.statuses.values()), "LLM response", "has", "have")
+            responses = _format_ratio(some, sum(report.statuses.values()), "LLM response", "has", "have")
             verdict = "which a selector may pick" if status in SELECTABLE else "so that no selector may pick it"
             yield f"Caution: {responses} the status {status}, {verdict}."
     if instructions.in_several_splits:
-        shared = _out_of(instructions.in_several_splits, instructions.distinct, "instruction", "stands", "stand")
+        shared = _format_ratio(instructions.in_several_splits, instructions.distinct, "instruction", "stands", "stand")
         yield f"Caution: {shared} in more than one split: what is trained on one is tested on the other."
     if groups.in_several_splits:
-        shared = _out_of(groups.in_several_splits, groups.distinct, "group", "stands", "stand")
+        shared = _format_ratio(groups.in_several_splits, groups.distinct, "group", "stands", "stand")
         yield f"Caution: {shared} in more than one split: splits must go by group."
     remedy = "annotate with rougeL_unicode or chrf"
     if report.invisible_to_rouge_l and report.by_rouge_l:
-        unseen = _out_of(report.invisible_to_rouge_l, total.instances, "instance", "has", "have")
+        unseen = _format_ratio(report.invisible_to_rouge_l, total.instances, "instance", "has", "have")
         yield f"Caution: {unseen} no reference that Rouge-L can see, which is [a-z0-9] alone; {remedy}."
     if report.partly_invisible_to_rouge_l and report.by_rouge_l:
-        partly = _out_of(report.partly_invisible_to_rouge_l, total.instances, "instance", "has", "have")
+        partly = _format_ratio(report.partly_invisible_to_rouge_l, total.instances, "instance", "has", "have")
         yield f"Caution: {partly} a reference or response of which Rouge-L sees only a part; {remedy}."
 
 
-def _out_of(some: int, of: int, noun: str, singular: str, plural: str) -> str:
+def _format_ratio(some: int, of: int, noun: str, singular: str, plural: str) -> str:
     """Such as "1 of 20 responses (5.0%) is"."""
-    return f"{_count(some)} of {_some(of, noun)} ({_part(some, of)}) {singular if some == 1 else plural}"
+    return f"{_format_count(some)} of {_format_noun(of, noun)} ({_format_part(some, of)}) {singular if some == 1 else plural}"
 
 
-def _some(some: int, noun: str) -> str:
-    return f"{_count(some)} {noun if some == 1 else f'{noun}s'}"
+def _format_noun(some: int, noun: str) -> str:
+    return f"{_format_count(some)} {noun if some == 1 else f'{noun}s'}"
 
 
-def tables(report: DataReport) -> dict[str, Rows]:
+def build_tables(report: DataReport) -> dict[str, Rows]:
     """Rows of texts by the name of the table, the header first."""
     return {
-        "splits": _splits(report),
-        "tasks": _tasks(report),
-        "sources": _sources(report),
-        "generators": _generators(report),
-        "lengths": _lengths(report),
-        "repetition": _repetition(report),
+        "splits": _split_table(report),
+        "tasks": _task_table(report),
+        "sources": _source_table(report),
+        "generators": _generator_table(report),
+        "lengths": _length_table(report),
+        "repetition": _repetition_table(report),
     }
 
 
-def _splits(report: DataReport) -> Rows:
+def _split_table(report: DataReport) -> Rows:
     """Each split and all of them: sizes, what selection can gain."""
     header = (
         "split",
@@ -173,32 +179,32 @@ def _splits(report: DataReport) -> Rows:
         headroom = None if pools.oracle is None or pools.random is None else pools.oracle - pools.random
         return (
             name,
-            *map(_count, (pools.instances, pools.candidates, pools.selectable)),
-            *map(_label, (pools.random, pools.oracle, headroom)),
-            _share(pools.no_signal),
-            _number(pools.effective),
+            *map(_format_count, (pools.instances, pools.candidates, pools.selectable)),
+            *map(_format_label, (pools.random, pools.oracle, headroom)),
+            _format_share(pools.no_signal),
+            _format_mean(pools.effective),
         )
 
     return [header, *(row(name, pools) for name, pools in report.splits.items()), row("all", report.total)]
 
 
-def _tasks(report: DataReport) -> Rows:
+def _task_table(report: DataReport) -> Rows:
     """Each task: its size, its labels, its ties."""
     header = ("task", "instances", "candidates", "random", "oracle", "no\nsignal", "ties", "tied\nbest", "effective")
 
     def row(name: str, pools: Pools) -> Row:
         return (
             name or "(no task)",
-            *map(_count, (pools.instances, pools.candidates)),
-            *map(_label, (pools.random, pools.oracle)),
-            *map(_share, (pools.no_signal, pools.ties, pools.best_shared)),
-            _number(pools.effective),
+            *map(_format_count, (pools.instances, pools.candidates)),
+            *map(_format_label, (pools.random, pools.oracle)),
+            *map(_format_share, (pools.no_signal, pools.ties, pools.best_shared)),
+            _format_mean(pools.effective),
         )
 
     return [header, *(row(name, pools) for name, pools in report.tasks.items())]
 
 
-def _sources(report: DataReport) -> Rows:
+def _source_table(report: DataReport) -> Rows:
     """Where candidates come from, and their labels."""
     return [
         ("source", "candidates", "mean", "exactly\n0", "exactly\n1"),
@@ -206,22 +212,22 @@ def _sources(report: DataReport) -> Rows:
     ]
 
 
-def _generators(report: DataReport) -> Rows:
+def _generator_table(report: DataReport) -> Rows:
     """Each LLM with each of its ways of decoding, and the labels of its responses."""
     return [
         ("generator and decoding", "responses", "mean", "exactly\n0", "exactly\n1", "blank"),
-        *((g.name, *_label_cells(g.labels), _part(g.empty, g.labels.count)) for g in report.generators),
+        *((g.name, *_label_cells(g.labels), _format_part(g.empty, g.labels.count)) for g in report.generators),
     ]
 
 
-def _lengths(report: DataReport) -> Rows:
+def _length_table(report: DataReport) -> Rows:
     """How long instructions, references and responses are."""
 
     def row(name: str, lengths: Lengths) -> Row:
         return (
             name,
-            _count(lengths.texts),
-            *(_count(lengths.quantiles.get(key)) for key in (*map(str, QUANTILES), "max")),
+            _format_count(lengths.texts),
+            *(_format_count(lengths.quantiles.get(key)) for key in (*map(str, QUANTILES), "max")),
         )
 
     return [
@@ -231,12 +237,12 @@ def _lengths(report: DataReport) -> Rows:
     ]
 
 
-def _repetition(report: DataReport) -> Rows:
+def _repetition_table(report: DataReport) -> Rows:
     """What stands there more than once."""
     total, instructions = report.total, report.instructions
 
     def row(name: str, some: int, of: int) -> Row:
-        return (name, _count(some), _part(some, of))
+        return (name, _format_count(some), _format_part(some, of))
 
     return [
         ("repetition", "count", "share"),
@@ -246,7 +252,7 @@ def _repetition(report: DataReport) -> Rows:
     ]
 
 
-def _histogram(report: DataReport, bar: Callable[[float], str]) -> Rows:
+def _histogram_table(report: DataReport, bar: Callable[[float], str]) -> Rows:
     """Labels by source, and bars over what a selector chooses among; `bar` draws a fraction of the longest.
 
     Where no label lies between 0 and 1, all bins are one row.
@@ -259,7 +265,10 @@ def _histogram(report: DataReport, bar: Callable[[float], str]) -> Rows:
     most = max(sums) or 1
     return [
         ("label", *report.sources, " and ".join(chosen) or "nothing selectable"),
-        *((name, *(_count(cells[at]) for cells in columns), bar(sums[at] / most)) for at, name in enumerate(names)),
+        *(
+            (name, *(_format_count(cells[at]) for cells in columns), bar(sums[at] / most))
+            for at, name in enumerate(names)
+        ),
     ]
 
 
@@ -275,16 +284,16 @@ def _cell_names() -> list[str]:
 
 
 def _label_cells(labels: Labels) -> Row:
-    zero, one = (_part(some, labels.count) for some in (labels.zero, labels.one))
-    return (_count(labels.count), _label(labels.mean), zero, one)
+    zero, one = (_format_part(some, labels.count) for some in (labels.zero, labels.one))
+    return (_format_count(labels.count), _format_label(labels.mean), zero, one)
 
 
-def _label(value: float | None) -> str:
+def _format_label(value: float | None) -> str:
     """A label of 0 to 1, x 100."""
     return _NOTHING if value is None else percent(value)
 
 
-def _share(value: float | None) -> str:
+def _format_share(value: float | None) -> str:
     """A share of 0 to 1 in percent, its sign beside it; what is not quite none or all does not read as such."""
     if value is None:
         return _NOTHING
@@ -293,22 +302,22 @@ def _share(value: float | None) -> str:
     return ">99.9%" if 0.9995 < value < 1 else f"{100 * value:.1f}%"
 
 
-def _part(some: int, of: int) -> str:
+def _format_part(some: int, of: int) -> str:
     """`share` of two counts."""
-    return _share(some / of if of else None)
+    return _format_share(some / of if of else None)
 
 
-def _number(value: float | None) -> str:
+def _format_mean(value: float | None) -> str:
     """A mean that is not a share, such as responses per instance."""
     return _NOTHING if value is None else f"{value:,.1f}"
 
 
-def _count(value: int | None) -> str:
+def _format_count(value: int | None) -> str:
     """A count, by thousands."""
     return _NOTHING if value is None else f"{value:,}"
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _format_table(rows: Sequence[Row]) -> str:
     """Rows under one another, the header first: names to the left, numbers to the right, within `WIDTH` cells.
 
     Lines of a header's cell stand under one another.
@@ -330,7 +339,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _shorten(name: str, width: int) -> str:
     """A name in one line, its middle left out where it is wider than `width` cells."""
-    line = _plain(name)
+    line = _printable(name)
     if cell_len(line) <= width:
         return line
     tail = (width - 1) // 2
@@ -340,42 +349,42 @@ def _shorten(name: str, width: int) -> str:
     return f"{set_cell_size(line, width - 1 - cell_len(end)).rstrip()}…{end}"
 
 
-def _plain(text: str) -> str:
+def _printable(text: str) -> str:
     """A text with nothing in it that a terminal would obey."""
     return "".join(" " if c.isspace() else c if c.isprintable() else "�" for c in text)
 
 
-def _words(report: DataReport) -> Iterable[str]:
-    headline, *rest = map(_plain, findings(report))
+def _wrap_findings(report: DataReport) -> Iterable[str]:
+    headline, *rest = map(_printable, describe_findings(report))
     yield from textwrap.wrap(headline, WIDTH)
     for sentence in rest:
         yield from textwrap.wrap(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ")
 
 
-def _tables(report: DataReport) -> Iterable[str]:
-    yield _table(_splits(report))
-    header, *rows = _histogram(report, _bar)
-    yield _table([(*header[:-1], header[-1].ljust(_BAR)), *rows])
-    yield _table(_sources(report))
+def _format_tables(report: DataReport) -> Iterable[str]:
+    yield _format_table(_split_table(report))
+    header, *rows = _histogram_table(report, _draw_bar)
+    yield _format_table([(*header[:-1], header[-1].ljust(_BAR)), *rows])
+    yield _format_table(_source_table(report))
     if report.generators:
-        yield _fold(_generators(report), "generators")
+        yield _format_long_table(_generator_table(report), "generators")
     if report.tasks:
-        yield _fold(_tasks(report), "tasks")
-    yield _table(_lengths(report))
-    yield _table(_repetition(report))
-    yield "\n".join(_definitions())
+        yield _format_long_table(_task_table(report), "tasks")
+    yield _format_table(_length_table(report))
+    yield _format_table(_repetition_table(report))
+    yield "\n".join(_wrap_definitions())
 
 
-def _definitions() -> Iterable[str]:
+def _wrap_definitions() -> Iterable[str]:
     for name, meaning in DEFINITIONS.items():
         yield from textwrap.wrap(f"{name}: {meaning}", WIDTH, subsequent_indent="  ")
 
 
-def _fold(rows: Sequence[Row], noun: str) -> str:
+def _format_long_table(rows: Sequence[Row], noun: str) -> str:
     more = len(rows) - 1 - MOST_ROWS
-    return _table(rows) if more <= 0 else f"{_table(rows[: MOST_ROWS + 1])}\nand {more:,} more {noun}"
+    return _format_table(rows) if more <= 0 else f"{_format_table(rows[: MOST_ROWS + 1])}\nand {more:,} more {noun}"
 
 
-def _bar(fraction: float) -> str:
+def _draw_bar(fraction: float) -> str:
     """A bar of a fraction of the width; what is not nothing shows."""
     return ("#" * max(round(fraction * _BAR), fraction > 0)).ljust(_BAR)
