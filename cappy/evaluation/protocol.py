@@ -20,7 +20,7 @@ from cappy.records.folder import write_bytes
 from cappy.records.overlap import sketch
 from cappy.scoring.calibration import Calibration
 from cappy.selection.pools import (
-    MBR_DRAWS,
+    NUM_MBR_ORDERS,
     Pool,
     Score,
     Vector,
@@ -249,7 +249,7 @@ def _count_facts(evaluated: Sequence[EvaluatedSplit], pools: Sequence[Pool], ski
         "single_candidate_instances": sizes.count(1),
         "held_out_instances": sum(len(own.held_out) for own in evaluated),
         "skipped_instances": skipped,
-        "mbr_curve_orders": MBR_DRAWS,
+        "mbr_curve_orders": NUM_MBR_ORDERS,
     }
 
 

@@ -192,7 +192,7 @@ def describe_threshold(
             else f"at least {needed:,} groups are needed"
         )
         return (
-            f"No score threshold guarantees, with {100 * confidence:g}% confidence, that {100 * precision:g}% of the "
+            f"No threshold guarantees, with {100 * confidence:g}% confidence, that {100 * precision:g}% of the "
             f"picks have a label of {good:g} or more ({reason}): lower --min-precision, hold out more instances, or "
             "train a better scorer."
         )
@@ -215,9 +215,7 @@ def describe_threshold(
         f"{interval} over {answer.groups} groups{proof})."
     )
     if answer.folds:
-        text += (
-            " The scorers of the folds are not on one scale: check it on the scorer's own split before you rely on it."
-        )
+        text += " The folds' scorers are not on one scale: check it on the scorer's own split before you rely on it."
     return text
 
 
