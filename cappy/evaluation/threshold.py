@@ -211,8 +211,8 @@ def describe_threshold(
     interval = f"{100 * answer.low:.1f} to {100 * answer.high:.1f}"
     proof = "" if answer.low >= precision else ", so these alone do not prove the precision"
     text = (
-        f"{text}; {subject} {100 * answer.coverage:.1f}%, of which {100 * answer.precision:.1f}% are good (95% interval "
-        f"{interval} over {answer.groups} groups{proof})."
+        f"{text}; {subject} {100 * answer.coverage:.1f}%, of which {100 * answer.precision:.1f}% are good (95% "
+        f"interval {interval} over {answer.groups} groups{proof})."
     )
     if answer.folds:
         text += " The folds' scorers are not on one scale: check it on the scorer's own split before you rely on it."

@@ -62,7 +62,7 @@ class Pool:
 
 
 def collect_pools(instances: Iterable[Instance], *, metric: str, splits: Collection[Split]) -> list[Pool]:
-    """The pools of these splits, including empty ones. Raises RecordError if a candidate has no label of this metric."""
+    """The pools of these splits, also empty ones. Raises RecordError if a candidate has no label of this metric."""
     return [_build_pool(instance, metric) for instance in instances if instance.split in splits]
 
 
@@ -108,7 +108,7 @@ def pick_label(values: Vector, labels: Vector) -> float:
 
 
 def is_tied(values: Vector, labels: Vector) -> bool:
-    """Whether candidates with different labels share the highest value, so that only their order decides the pick."""
+    """Whether candidates with different labels share the highest value, so that their order decides the pick."""
     top = labels[values == values.max()]
     return bool((top != top[0]).any())
 
@@ -119,7 +119,7 @@ def _score_chunks(pairs: Sequence[tuple[str, str]], score: Score, on_scored: Cal
         scores = score(chunk)
         if len(scores) != len(chunk):
             raise ConfigError(
-                f"the scorer returned {len(scores)} scores for {len(chunk)} pairs; it must return one for each"
+                f"the scorer returned {len(scores)} scores for {len(chunk)} pairs; it must return one per pair"
             )
         for (instruction, _), value in zip(chunk, scores, strict=True):
             if not np.isfinite(value):
@@ -187,7 +187,7 @@ MIN_GAIN = 0.001
 
 
 def best_of_n_curve(values: Vector, labels: Vector) -> Vector:
-    """Exact expected label of the pick among n random candidates, shape (candidates,) for n from 1 to all.
+    """Exact expected label of the pick among n random candidates, shape (candidates,), for n from 1 to all.
 
     Only for selectors whose value of a candidate does not depend on the other candidates. Candidates with equal values
     are picked with equal probability.
@@ -198,7 +198,7 @@ def best_of_n_curve(values: Vector, labels: Vector) -> Vector:
 
 
 def average_ties(ranked: Vector, labels: Vector) -> Vector:
-    """The labels in the order of the `ranked` values; labels of equal values are replaced by their mean.
+    """The labels in the order of the `ranked` values, with labels of equal values replaced by their mean.
 
     Which of several equal values is drawn is random, so the expected label of their pick is the mean for every n.
     """
@@ -209,7 +209,7 @@ def average_ties(ranked: Vector, labels: Vector) -> Vector:
 
 @lru_cache(maxsize=256)
 def best_probabilities(size: int) -> npt.NDArray[np.float64]:
-    """Row n - 1, column k: the probability that the k-th best (from 0) of `size` candidates is the best of n drawn ones.
+    """Row n - 1, column k: the probability that the k-th best (from 0) of `size` is the best of n drawn ones.
 
     Drawn without replacement: C(size - 1 - k, n - 1) / C(size, n), computed by logarithms to avoid overflow.
     """

@@ -8,7 +8,7 @@ import pytest
 from wording import assert_names, raises_naming
 
 from cappy.annotation import rouge_l
-from cappy.annotation.labels import NEARLY_RIGHT, Labelling, Row, annotate, regression_rows
+from cappy.annotation.labels import MAX_MISMATCH_ROUGE, Labelling, Row, annotate, regression_rows
 from cappy.annotation.metrics import load_metric
 from cappy.annotation.rouge import is_partly_visible
 from cappy.annotation.step import AnnotationConfig, run
@@ -75,7 +75,7 @@ def test_a_nearly_right_reference_of_another_is_no_mismatch() -> None:
         own = next(instance.references for instance in instances if instance.instance_id == name)
         wrong = [text for text, source, _ in candidates if source == "mismatch"]
         assert wrong
-        assert all(rouge_l(own, text) < NEARLY_RIGHT for text in wrong)
+        assert all(rouge_l(own, text) < MAX_MISMATCH_ROUGE for text in wrong)
 
 
 def test_a_mismatch_comes_from_the_same_task_and_template() -> None:

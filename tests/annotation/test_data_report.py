@@ -26,7 +26,7 @@ from cappy.annotation.report.candidates import COLUMNS, Candidates, Ints, TextCo
 from cappy.annotation.report.data_report_page import render
 from cappy.annotation.report.record import QUANTILES, Pools
 from cappy.annotation.report.summary import DistinctHashes, LengthTotals, count_characters, count_words
-from cappy.annotation.report.text import MOST_ROWS, WIDTH, to_values
+from cappy.annotation.report.text import MAX_ROWS, WIDTH, to_values
 from cappy.annotation.rouge import is_partly_visible
 from cappy.annotation.step import AnnotationConfig, run
 from cappy.errors import ConfigError, FolderError, RecordError
@@ -431,8 +431,8 @@ def test_the_text_stays_within_its_columns_and_folds_what_is_long() -> None:
     report = replace(report, total=huge, tasks={odd: huge, names[1]: huge, **report.tasks})
     text = to_text(report)
     assert max(map(cell_len, text.splitlines())) <= WIDTH
-    assert f"and {len(names) - MOST_ROWS} more tasks" in text
-    assert len(re.findall(r"^task \d", text, re.MULTILINE)) == MOST_ROWS - 2
+    assert f"and {len(names) - MAX_ROWS} more tasks" in text
+    assert len(re.findall(r"^task \d", text, re.MULTILINE)) == MAX_ROWS - 2
     assert "\x1b" not in text
     values: Any = to_values(report)
     assert len(values["tasks"]) == render(report).count("<td>task ") + 2

@@ -185,7 +185,7 @@ def test_what_sampling_could_not_get_leaves_a_report_that_says_so(
         there = known == "reported" and name != "hybrid_likelihood"
         assert (name in values["selectors"]) is there
         assert (name in values["unavailable"]) is not there
-    without = {"reported": "of the held-out, 16 of 16"}.get(known, "36 of 36")
+    without = {"reported": "on the held-out split, 16 of 16"}.get(known, "36 of 36")
     assert re.search(f"{without} .*log-likelihood", page)
     assert ("scorer-likelihood" in values["comparisons"]) is (known == "reported")
     assert "hybrid_mbr" in values["selectors"]

@@ -1,4 +1,4 @@
-"""The data report: what a folder of annotated instances holds, and whether it lets selection matter.
+"""The data report: statistics of a folder of annotated instances, and how much selection can gain on it.
 
 `write_report(folder, target)` reads the folder once, in bounded memory, and writes report.html and report.json.
 """

@@ -1,6 +1,6 @@
-"""One pass over the record batches of an annotated folder, to its data report.
+"""Summarises the record batches of an annotated folder in one pass.
 
-What adds up are whole numbers of any size, so that the order of the rows and how they are batched do not matter.
+All sums are of integers, so the result does not depend on the order of the rows or on the batches.
 """
 
 import hashlib
@@ -49,20 +49,20 @@ _CELLS = NUM_BINS + 2
 
 _NO_LABELS = Labels(zero=0, bins=(0,) * NUM_BINS, one=0, mean=None)
 _TEXTS = ("instruction", "reference", "response")
-_FEWEST_PENDING = 2**12
+_MIN_PENDING = 2**12
 _BITS = 11
-"""Leading bits of a length that are kept: up to 2,047 that is all of them."""
+"""Leading bits of a length that are kept: all of them up to 2,047."""
 _IS_SPACE = np.zeros(256, dtype=np.bool_)
 _IS_SPACE[[*b" \t\n\v\f\r\x1c\x1d\x1e\x1f"]] = True
 
 
 def summarize(batches: Iterable[pa.RecordBatch], metric: str) -> DataReport:
-    """The data report of annotated instances, from record batches that have at least `candidates.COLUMNS`.
+    """The data report of annotated instances, from record batches with at least the columns `candidates.COLUMNS`.
 
-    Memory grows with the number of tasks, of splits and of generators, and by 8 bytes per distinct instruction and
-    group (three times that while hashes are merged); else it is that of 512 instances. Everything is exact but what
-    `Lengths` and `Repetition` say of themselves, and the same however the rows are batched. RecordError where a
-    candidate has no label of this metric, or a label outside 0 to 1; it names the instance.
+    Memory grows with the number of tasks, splits and generators, and by 8 bytes per distinct instruction and group
+    (three times that while hashes are merged); otherwise it is that of 512 instances. The result does not depend on the
+    batches and is exact, except as documented in `Lengths` and `Repetition`. Raises RecordError, naming the instance,
+    if a candidate has no label of this metric, or a label outside 0 to 1.
     """
     summary = _Summary(metric)
     for batch in batches:
@@ -72,7 +72,7 @@ def summarize(batches: Iterable[pa.RecordBatch], metric: str) -> DataReport:
 
 
 class _Summary:
-    """What the rows so far add up to."""
+    """Accumulates the statistics of batches."""
 
     def __init__(self, metric: str) -> None:
         self._metric = metric
@@ -85,7 +85,7 @@ class _Summary:
         self._empty = self._invisible = self._partly_invisible = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Takes a batch of a bounded number of rows in."""
+        """Adds a batch of a bounded number of rows."""
         columns = read_candidates(batch, self._metric)
         splits = encode_texts(batch["split"], "train")
         self._add_pools(columns, splits, encode_texts(batch["task"]))
@@ -123,27 +123,27 @@ class _Summary:
         rows = measure_instances(columns)
         self._pools["total"].add([""], np.zeros(len(rows), dtype=np.int64), rows)
         for name, column in (("split", splits), ("task", tasks)):
-            self._pools[name].add(column.names(), column.index, rows)
+            self._pools[name].add(column.texts(), column.index, rows)
 
     def _add_responses(self, columns: Candidates) -> None:
-        proposed, llm = columns.proposals, columns.source.among("llm")
+        is_proposal, is_llm = columns.proposals, columns.source.is_in("llm")
         words = count_words(columns.response.values)
         blank = words[columns.response.index] == 0
         self._labels.add(columns, blank)
-        self._empty += int((blank & proposed).sum())
-        times = _count_occurrences(columns.response, proposed)
+        self._empty += int((blank & is_proposal).sum())
+        times = _count_occurrences(columns.response, is_proposal)
         self._words["response"].add(words, times)
         self._characters["response"].add(count_characters(columns.response.values), times)
         self._statuses.update(
-            dict(zip(columns.status.names(), _count_occurrences(columns.status, llm).tolist(), strict=True))
+            dict(zip(columns.status.texts(), _count_occurrences(columns.status, is_llm).tolist(), strict=True))
         )
 
     def _add_visibility(self, references: list[list[str] | None], columns: Candidates) -> None:
         self._invisible += sum(not any(map(is_visible, texts or ())) for texts in references)
         partly = np.fromiter((any(map(is_partly_visible, texts or ())) for texts in references), dtype=np.bool_)
-        texts = columns.response.names()
+        texts = columns.response.texts()
         responses = np.fromiter(map(is_partly_visible, texts), dtype=np.bool_, count=len(texts))
-        partly[columns.owner[responses[columns.response.index] & columns.source.among("llm")]] = True
+        partly[columns.owner[responses[columns.response.index] & columns.source.is_in("llm")]] = True
         self._partly_invisible += int(partly.sum())
 
     def _add_texts(self, name: str, texts: TextColumn) -> None:
@@ -170,20 +170,20 @@ class _Summary:
         return tuple(sorted(generators, key=lambda generator: -generator.labels.count))
 
 
-def _count_occurrences(texts: TextColumn, wanted: Flags | None = None) -> Ints:
-    """How often each distinct text stands there, or among the wanted entries."""
-    index = texts.index if wanted is None else texts.index[wanted]
+def _count_occurrences(texts: TextColumn, selected: Flags | None = None) -> Ints:
+    """Number of occurrences of each distinct text, in all entries or in the selected ones."""
+    index = texts.index if selected is None else texts.index[selected]
     return np.bincount(index, minlength=len(texts.values))
 
 
-def _hash_texts(texts: TextColumn, hashed: Callable[[str], int]) -> Hashes:
+def _hash_texts(texts: TextColumn, hash_text: Callable[[str], int]) -> Hashes:
     """The hash of each entry."""
-    hashes = np.fromiter(map(hashed, texts.names()), dtype=np.uint64, count=len(texts.values))
+    hashes = np.fromiter(map(hash_text, texts.texts()), dtype=np.uint64, count=len(texts.values))
     return hashes[texts.index]
 
 
 def _read_groups(batch: pa.RecordBatch) -> TextColumn:
-    """The group of each instance; one without is a group by itself, as `Instance` has it."""
+    """The group of each instance; an instance without one is its own group, as in `Instance`."""
     group = batch["group_id"].fill_null("")
     return encode_texts(pc.if_else(pc.equal(group, ""), batch["instance_id"], group))
 
@@ -193,13 +193,13 @@ def _largest_first(item: tuple[str, Pools]) -> tuple[int, str]:
 
 
 class Totals(Generic[K]):
-    """Sums of rows of `width` whole numbers, by name."""
+    """Sums of rows of `width` integers, by name."""
 
     def __init__(self, width: int) -> None:
         self._sums: defaultdict[K, list[int]] = defaultdict(lambda: [0] * width)
 
     def add(self, names: list[K], index: Ints, rows: Ints) -> None:
-        """Adds each row to the name that `index` says."""
+        """Adds each row to the sums of the name at its index."""
         if not len(rows):
             return
         order = np.argsort(index, kind="stable")
@@ -207,31 +207,31 @@ class Totals(Generic[K]):
         for name, sums in zip(
             index[order][begins].tolist(), np.add.reduceat(rows[order], begins).tolist(), strict=True
         ):
-            self.include(names[name], sums)
+            self.add_row(names[name], sums)
 
-    def include(self, name: K, sums: list[int]) -> None:
-        """Adds one row to a name."""
-        held = self._sums[name]
-        held[:] = map(int.__add__, held, sums)
+    def add_row(self, name: K, sums: list[int]) -> None:
+        """Adds one row to the sums of a name."""
+        total = self._sums[name]
+        total[:] = map(int.__add__, total, sums)
 
     def items(self) -> list[tuple[K, list[int]]]:
-        """Names with their sums, in order of the names."""
+        """Names with their sums, sorted by name."""
         return sorted(self._sums.items())
 
 
 class LabelTotals:
-    """Labels and blank responses by (source, generator, decoding)."""
+    """Sums of labels and counts of blank responses by (source, generator, decoding)."""
 
     def __init__(self) -> None:
         self._totals: Totals[_Key] = Totals(_CELLS + 2)
 
     def add(self, candidates: Candidates, blank: Flags) -> None:
-        """Counts the candidates; `blank` says which responses are without a word."""
+        """Adds the candidates; `blank` marks responses without words."""
         columns = (candidates.source, candidates.generator, candidates.decoding)
         shape = tuple(max(len(column.values), 1) for column in columns)
         combined = np.ravel_multi_index(tuple(column.index for column in columns), shape)
         distinct, index = np.unique(combined, return_inverse=True)
-        names = [column.names() for column in columns]
+        names = [column.texts() for column in columns]
         keys = [
             (names[0][source], names[1][generator], names[2][decoding])
             for source, generator, decoding in zip(*np.unravel_index(distinct, shape), strict=True)
@@ -243,11 +243,11 @@ class LabelTotals:
         self._totals.add(keys, np.arange(len(keys)), np.hstack([cells.reshape(-1, _CELLS), sums]))
 
     def group_by(self, group: Callable[[_Key], K]) -> dict[K, tuple[Labels, int]]:
-        """By what `group` makes of their keys: the labels of the candidates, and how many of them are blank."""
+        """Labels of the candidates and number of blank ones, by the value of `group` for their keys."""
         sums: Totals[K] = Totals(_CELLS + 2)
-        for key, held in self._totals.items():
-            sums.include(group(key), held)
-        return {name: (_to_labels(held), held[-1]) for name, held in sums.items()}
+        for key, row in self._totals.items():
+            sums.add_row(group(key), row)
+        return {name: (_to_labels(row), row[-1]) for name, row in sums.items()}
 
 
 def _to_labels(sums: list[int]) -> Labels:
@@ -256,25 +256,25 @@ def _to_labels(sums: list[int]) -> Labels:
 
 
 def _cell_indices(labels: Floats) -> Ints:
-    """Where each label is counted: 0 for exact 0, _CELLS - 1 for exact 1, else 1 + its bin."""
+    """The cell of each label: 0 for exact 0, _CELLS - 1 for exact 1, else 1 + its bin."""
     inside = 1 + np.minimum((labels * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     return np.where(labels == 0, 0, np.where(labels == 1, _CELLS - 1, inside))
 
 
 class LengthTotals:
-    """A histogram of lengths whose cells widen from 2,048 on, with the longest beside it."""
+    """A histogram of lengths, exact up to 2,047 with wider cells above, and the maximum length."""
 
     def __init__(self) -> None:
         self._cells = np.zeros(2 << _BITS, dtype=np.int64)
         self._longest = 0
 
     def add(self, lengths: Ints, times: Ints) -> None:
-        """Counts each length as often as `times` says."""
+        """Counts each length `times` times."""
         lengths, times = lengths[times > 0], times[times > 0]
         if not len(lengths):
             return
         self._longest = max(self._longest, int(lengths.max()))
-        # How many of the last bits fall away: none where the length has 11 or fewer.
+        # The number of trailing bits that are dropped: none if the length has at most 11 bits.
         dropped = np.maximum(np.frexp(lengths)[1] - _BITS, 0)
         index = (dropped << (_BITS - 1)) + (lengths >> dropped)
         if index.max() >= len(self._cells):
@@ -282,42 +282,42 @@ class LengthTotals:
         np.add.at(self._cells, index, times)
 
     def lengths(self) -> Lengths:
-        """The quantiles so far; no quantiles where there is no text."""
+        """The quantiles so far; empty if there is no text."""
         ranks = np.cumsum(self._cells)
         texts = int(ranks[-1])
         if not texts:
             return Lengths(texts=0, quantiles={})
-        wanted = [-(-texts * quantile // 100) for quantile in QUANTILES]
-        lengths = map(_shortest_in_cell, np.searchsorted(ranks, wanted).tolist())
+        target_ranks = [-(-texts * quantile // 100) for quantile in QUANTILES]
+        lengths = map(_shortest_in_cell, np.searchsorted(ranks, target_ranks).tolist())
         quantiles = {str(quantile): length for quantile, length in zip(QUANTILES, lengths, strict=True)}
         return Lengths(texts=texts, quantiles={**quantiles, "max": self._longest})
 
 
 def _shortest_in_cell(index: int) -> int:
-    """The least length that is counted in a cell."""
+    """The shortest length that is counted in a cell."""
     dropped = max((index >> (_BITS - 1)) - 1, 0)
     return (index - (dropped << (_BITS - 1))) << dropped
 
 
 def count_characters(texts: pa.StringArray) -> Ints:
-    """Unicode characters of each text."""
+    """Number of Unicode characters of each text."""
     return np.asarray(pc.utf8_length(texts), dtype=np.int64)
 
 
 def count_words(texts: pa.StringArray) -> Ints:
-    """Runs between white space of each text, as `str.split` has them; `texts` has no nulls."""
+    """Number of words of each text, as split by `str.split`; `texts` must not have nulls."""
     counts = np.zeros(len(texts), dtype=np.int64)
-    plain = pc.string_is_ascii(texts)
-    here = np.asarray(plain)
-    counts[here] = _count_ascii_words(texts.filter(plain))
-    rest = pc.utf8_trim_whitespace(texts.filter(pc.invert(plain)))
+    ascii_mask = pc.string_is_ascii(texts)
+    is_ascii = np.asarray(ascii_mask)
+    counts[is_ascii] = _count_ascii_words(texts.filter(ascii_mask))
+    rest = pc.utf8_trim_whitespace(texts.filter(pc.invert(ascii_mask)))
     split = np.asarray(pc.list_value_length(pc.utf8_split_whitespace(rest)), dtype=np.int64)
-    counts[~here] = np.where(np.asarray(pc.equal(rest, "")), 0, split)
+    counts[~is_ascii] = np.where(np.asarray(pc.equal(rest, "")), 0, split)
     return counts
 
 
 def _count_ascii_words(texts: pa.StringArray) -> Ints:
-    """Words of ASCII texts, counted over their bytes: ten times as fast as splitting."""
+    """Number of words of ASCII texts, counted on their bytes: ten times as fast as splitting."""
     _, offset_bytes, data = texts.buffers()
     offsets: npt.NDArray[np.int32] = np.frombuffer(offset_bytes, dtype=np.int32)[texts.offset :][: len(texts) + 1]
     if data is None or not len(texts):
@@ -331,12 +331,12 @@ def _count_ascii_words(texts: pa.StringArray) -> Ints:
 
 
 def _hash_text(text: str) -> int:
-    """64 bits of a text as it stands."""
+    """A 64-bit hash of a text, without normalisation."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 class DistinctHashes:
-    """The distinct hashes among those added, sorted; merging waits until there is enough to merge."""
+    """The sorted distinct hashes of those added; they are merged when enough are pending."""
 
     def __init__(self) -> None:
         self._merged: Hashes = np.zeros(0, dtype=np.uint64)
@@ -344,14 +344,14 @@ class DistinctHashes:
         self._num_pending = 0
 
     def add(self, hashes: Hashes) -> None:
-        """Takes hashes in, repeated ones too."""
+        """Adds hashes, which may repeat."""
         self._pending.append(np.unique(hashes))
         self._num_pending += len(self._pending[-1])
-        if self._num_pending > max(len(self._merged), _FEWEST_PENDING):
+        if self._num_pending > max(len(self._merged), _MIN_PENDING):
             self.hashes()
 
     def hashes(self) -> Hashes:
-        """Every distinct hash."""
+        """All distinct hashes."""
         if self._pending:
             self._merged = np.unique(np.concatenate([self._merged, *self._pending]))
             self._pending, self._num_pending = [], 0
@@ -359,16 +359,16 @@ class DistinctHashes:
 
 
 class RepetitionTotals:
-    """Values by split."""
+    """Counts values by split."""
 
     def __init__(self) -> None:
         self._values = 0
         self._splits: dict[str, DistinctHashes] = {}
 
     def add(self, hashes: Hashes, splits: TextColumn) -> None:
-        """Takes the hash of each instance's value in, with the split that it stands in."""
+        """Adds the hash of each instance's value, with its split."""
         self._values += len(hashes)
-        for code, name in enumerate(splits.names()):
+        for code, name in enumerate(splits.texts()):
             self._splits.setdefault(name, DistinctHashes()).add(hashes[splits.index == code])
 
     def repetition(self) -> Repetition:
