@@ -65,7 +65,7 @@ def test_annotating_twice_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_an_unknown_metric_is_named_with_the_ones_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"annotation: --metric: 'meteor' .*rougeL, "):
+    with pytest.raises(ConfigError, match=r"annotation: --metric: unknown metric 'meteor'.*rougeL, "):
         build(AnnotationConfig, {"source": tmp_path, "target": tmp_path, "metric": "meteor"})
 
 

@@ -270,7 +270,7 @@ def test_what_is_null_counts_as_its_default() -> None:
 def test_a_null_is_no_label(labels: list[tuple[str, float | None]] | None) -> None:
     rows = to_table([instance("one", candidate(), candidate(), candidate())]).to_pylist()
     rows[0]["candidates"][1]["labels"] = labels
-    with raises_naming(RecordError, "candidate 1 ", "'m'", "others", "cappy annotation"):
+    with raises_naming(RecordError, "candidate 1 ", "'m'", "other candidates", "cappy annotation"):
         summarize(pa.Table.from_pylist(rows, schema=SCHEMA).to_batches(), "m")
 
 
@@ -416,9 +416,9 @@ def test_responses_that_cannot_be_picked_are_a_caution() -> None:
 
 
 def test_equal_labels_throughout_are_the_headline() -> None:
-    assert to_text(report_of(*ROBUST["labels 0"])).startswith("Selection cannot matter")
+    assert to_text(report_of(*ROBUST["labels 0"])).startswith("Selection cannot gain")
     told = " ".join(to_text(report_of(*ROBUST["one among many empty"])).split())
-    assert_names(told.split(" - ")[0], "60.0 m ×100", "70.0", "up to 10.0.")
+    assert_names(told.split(" - ")[0], "m ×100 of 60.0", "70.0", "up to 10.0.")
 
 
 def test_the_text_stays_within_its_columns_and_folds_what_is_long() -> None:
@@ -464,10 +464,10 @@ def test_a_missing_label_is_an_error_that_names_the_metrics_there_are() -> None:
     with raises_naming(RecordError, "instance 'two': candidate 1 ", "'m'", "'bleu', 'chrf'"):
         report_of(*given)
     some = [instance("one", candidate(), Candidate(response="b"))]
-    with raises_naming(RecordError, "candidate 1 ", "'m'", "others", "cappy annotation"):
+    with raises_naming(RecordError, "candidate 1 ", "'m'", "other candidates", "cappy annotation"):
         report_of(*some)
     other = [instance("one", Candidate(response="b"), odd)]
-    with raises_naming(RecordError, "candidate 0 ", "'m'", "others", "'bleu', 'chrf'", "cappy annotation"):
+    with raises_naming(RecordError, "candidate 0 ", "'m'", "other candidates", "'bleu', 'chrf'", "cappy annotation"):
         report_of(*other)
     with raises_naming(RecordError, "candidate 0 ", "'m'", "no candidate", "cappy annotation"):
         report_of(instance("one", Candidate(response="b")))

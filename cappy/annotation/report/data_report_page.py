@@ -15,6 +15,7 @@ from cappy.annotation.report.record import NUM_BINS, DataReport, Labels, Lengths
 from cappy.annotation.report.summary import summarize
 from cappy.annotation.report.text import (
     DEFINITIONS,
+    MAX_ROWS,
     build_tables,
     describe_findings,
     selectable_sources,
@@ -161,7 +162,7 @@ def _draw_box(axes: Axes, y: float, lengths: Lengths) -> None:
 
 
 def _scale_axis(axes: Axes, shortest: int, longest: int, max_ticks: int) -> None:
-    """Sets a logarithmic scale with at most `max_ticks` ticks; with blank texts it begins at 0 and is linear up to 1."""
+    """Sets a logarithmic scale with at most `max_ticks` ticks; with blank texts it is linear from 0 to 1."""
     low, high = 0.7 * shortest if shortest else -0.15, 1.4 * max(longest, 1)
     for steps in (range(1, 10), (1, 2, 5), (1, 3), (1,)):
         values = [0, *(step * 10**power for power in range(len(str(longest)) + 1) for step in steps)]

@@ -113,9 +113,9 @@ class DataReport:
     `splits` and `tasks` are sorted by size, largest first. `sources` maps `reference`, `choice`, `mismatch` and `llm`
     to their labels; `statuses` counts LLM responses. `characters` and `words` (separated by white space) map
     "instruction", "reference" and "response" (of an LLM, or a choice) to lengths. `empty` counts blank responses.
-    `instructions` are equal if their `prompt_hash` is. `invisible_to_rouge_l` counts the instances whose references have no character of
-    [a-z0-9], for which Rouge-L is always 0; `partly_invisible_to_rouge_l` counts those with a reference or LLM response
-    of which Rouge-L sees only some letters and digits.
+    `instructions` are equal if their `prompt_hash` is. `invisible_to_rouge_l` counts the instances whose references
+    have no character of [a-z0-9], for which Rouge-L is always 0; `partly_invisible_to_rouge_l` counts those with a
+    reference or LLM response of which Rouge-L sees only some letters and digits.
     """
 
     metric: str
