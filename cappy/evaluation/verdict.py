@@ -297,8 +297,8 @@ def _advise_unproven(report: Findings, key: str, other: str) -> str:
             f"groups; about {max(needed, power.groups + 1, MIN_GROUPS):,} would show it."
         )
     return (
-        f"Hold: the scorer is not shown to beat {other}, {_format_gain(difference)}, and {power.groups} groups show no "
-        f"difference below {percent(power.smallest)}; train on more instances or with another loss."
+        f"Hold: the scorer is not shown to beat {other}, {_format_gain(difference)}, and {power.groups} groups "
+        f"cannot show a difference below {percent(power.smallest)}; train on more instances or with another loss."
     )
 
 

@@ -129,7 +129,7 @@ def test_between_two_n_that_were_fitted_the_map_lies_between_theirs_and_beyond_t
     assert fitted.apply([1.0], n=2) == [pytest.approx(0.75)]
     assert 0.5 < fitted.apply([1.0], n=3)[0] < 0.75
     assert fitted.apply([1.0], n=4) == fitted.apply([1.0], n=400) == [0.5]
-    with pytest.raises(ValueError, match="n: is 0"):
+    with pytest.raises(ValueError, match="n: must be at least 1, got 0"):
         fitted.apply([1.0], n=0)
 
 
@@ -242,7 +242,7 @@ DAMAGED: list[dict[str, Any]] = [
 def test_a_damaged_map_is_refused(tmp_path: Path, damage: dict[str, object]) -> None:
     values = json.loads(straight({1: 1.0, 8: 0.5}).to_json())
     (tmp_path / "calibration.json").write_text(json.dumps({**values, **damage}))
-    with raises_naming(FolderError, "calibration.json", "no calibration", "evaluate again"):
+    with raises_naming(FolderError, "calibration.json", "not a calibration", "evaluate again"):
         read_calibration(tmp_path)
 
 

@@ -156,7 +156,7 @@ def test_equal_reports_make_equal_pages(report: Report) -> None:
 
 def test_the_page_says_what_was_not_available(instances: list[Instance]) -> None:
     html = page.render(evaluate(instances, score=None))
-    assert re.search(r"without scorer \+ MBR.*needs scorer", html)
+    assert re.search(r"no scorer \+ MBR.*needs scorer", html)
 
 
 def test_labels_that_users_brought_need_no_reference(instances: list[Instance], score: Score) -> None:
@@ -170,4 +170,4 @@ def test_labels_that_users_brought_need_no_reference(instances: list[Instance], 
     ]
     report = evaluate(rated, score=score, metric="given")
     assert report.selectors["oracle"].estimate == evaluate(instances, score=score).selectors["oracle"].estimate
-    assert "labels came with" in page.render(report)
+    assert "labels were given with" in page.render(report)

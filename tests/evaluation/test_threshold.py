@@ -198,8 +198,8 @@ def test_reported_picks_of_one_group_prove_as_much_as_one_of_them(report: Path) 
 def test_a_precision_that_no_score_has_is_said_with_what_it_takes(report: Path) -> None:
     assert find_threshold(report, precision=0.9, good=1.1) is None
     text = describe_threshold(None, precision=0.9, good=1.1)
-    assert_names(text, "No score", "95%", "90%", "29 groups")
-    assert_names(describe_threshold(None, precision=1.0, good=0.5), "No score", "100%", "no number")
+    assert_names(text, "No threshold", "95%", "90%", "29 groups")
+    assert_names(describe_threshold(None, precision=1.0, good=0.5), "No threshold", "100%", "no number")
 
 
 def folded(shift: float) -> list[tuple[float, float, str, int, int]]:
