@@ -164,7 +164,7 @@ def test_no_instance_is_tested_or_held_out_by_a_scorer_that_saw_it(
 
 @pytest.mark.parametrize("folds", [1, 2])
 def test_folds_that_make_no_sense_are_refused(tmp_path: Path, folds: int) -> None:
-    with raises_naming(ConfigError, "--folds", "3 or more", str(folds)):
+    with raises_naming(ConfigError, "--folds", "at least 3", str(folds)):
         build(EvaluationConfig, {"source": tmp_path, "scorer": tmp_path, "target": tmp_path, "folds": folds})
 
 
@@ -222,7 +222,7 @@ def test_picks_of_other_instances_compare_nothing_and_the_gate_holds(
     report = build_report(splits, metric="rougeL", split="cross-fitted", seed=0, folds=5)
     assert leaks == {}
     assert "scorer-champion" not in report.comparisons
-    assert_names(report.unavailable["champion"], "60 instances", f"on {len(pools)}", "59 of them")
+    assert_names(report.unavailable["champion"], "60 instances", f"this report {len(pools)}", "59 of them")
     decision = decide(report.to_dict(), has_champion=True)
     assert decision.decision == "hold"
     assert report.unavailable["champion"] in decision.reasons[0]

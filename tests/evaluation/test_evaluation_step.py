@@ -140,7 +140,7 @@ def test_another_scorer_does_not_get_the_kept_scores(folders: Path, instances: l
 
 
 def test_a_folder_without_a_report_says_what_to_give(folders: Path) -> None:
-    with raises_naming(FolderError, "scorer/report.json", "evaluation wrote"):
+    with raises_naming(FolderError, f"{folders / 'scorer'}: ", "report.json", "evaluation wrote"):
         read_report(folders / "scorer")
 
 
