@@ -20,7 +20,7 @@ import numpy as np
 from machine import machine
 from scipy import stats
 
-from cappy.evaluation.statistics import compare, estimates
+from cappy.evaluation.statistics import compare, estimate_means
 
 RESULT = Path(__file__).parent / "results" / "evaluation.json"
 RESAMPLES = 10_000
@@ -47,7 +47,7 @@ def intervals_of(values: np.ndarray[Any, Any]) -> list[tuple[float, float]]:
     groups = [str(index) for index in range(len(values))]
     for first, second in itertools.combinations(range(values.shape[1]), 2):
         compare(values[:, first], values[:, second], groups)
-    return [(round(estimate.low, 5), round(estimate.high, 5)) for estimate in estimates(values, groups)]
+    return [(round(estimate.low, 5), round(estimate.high, 5)) for estimate in estimate_means(values, groups)]
 
 
 def by_scipy(values: np.ndarray[Any, Any]) -> tuple[float, float]:

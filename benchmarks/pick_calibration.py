@@ -26,12 +26,12 @@ from scipy.optimize import isotonic_regression
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.evaluation import threshold
-from cappy.evaluation.calibration import fit, picks, reliability
+from cappy.evaluation.calibration import collect_picks, fit, measure_reliability
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import read
 from cappy.scoring import Scorer
-from cappy.selection.pools import Pool, Vector, collect, pick_label, score_pools
+from cappy.selection.pools import Pool, Vector, collect_pools, pick_label, score_pools
 
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = ROOT.parent / "shared/data/candidates"
@@ -94,7 +94,7 @@ def load(name: str, scorer: str, work: Path) -> tuple[list[Pool], list[Vector]]:
         annotation(
             AnnotationConfig(source=folder / "prepared", target=folder / "annotated", metric=metric, **work_settings)
         )
-    pools = collect(read(folder / "annotated"), metric=metric, splits={"train", "validation", "test"})
+    pools = collect_pools(read(folder / "annotated"), metric=metric, splits={"train", "validation", "test"})
     pools = [pool for pool in pools if len(set(pool.responses)) > 1]
     stored = folder / f"{scorer}.npz"
     if not stored.exists():
@@ -145,13 +145,13 @@ def evaluate_split(
         for name, expect in {"raw": lambda raw_scores, _: raw_scores, **maps}.items():
             expected = expect(scores, sizes)
             values[f"n={key} {name} expected"] = float(expected.mean())
-            values[f"n={key} {name} ece"] = reliability(expected, labels).ece
-    fit_picks, test_picks = picks(*fit_set), picks(*test_set)
+            values[f"n={key} {name} ece"] = measure_reliability(expected, labels).ece
+    fit_picks, test_picks = collect_picks(*fit_set), collect_picks(*test_set)
     groups = np.array([pool.instance.group_id for pool in fit_set[0]])
     for precision in PRECISIONS:
         thresholds = {
             "before": lowest_on_fit_set(fit_picks.scores, fit_picks.labels >= GOOD, precision),
-            "after": threshold.lowest(fit_picks.scores, fit_picks.labels >= GOOD, groups, precision),
+            "after": threshold.find_lowest(fit_picks.scores, fit_picks.labels >= GOOD, groups, precision),
         }
         for name, minimum in thresholds.items():
             values |= {
@@ -159,7 +159,7 @@ def evaluate_split(
                 for key, value in find_threshold(test_picks.scores, test_picks.labels, minimum, precision)
             }
         expected = maps["after"](fit_picks.scores, fit_picks.sizes)
-        floor = threshold.lowest(expected, fit_picks.labels >= GOOD, groups, precision)
+        floor = threshold.find_lowest(expected, fit_picks.labels >= GOOD, groups, precision)
         expected_of_test = maps["after"](test_picks.scores, test_picks.sizes)
         values |= {
             f"{precision} floor {key}": value

@@ -31,12 +31,12 @@ from selection_start import minilm, pretrain
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.evaluation.findings import Difference, Estimate
-from cappy.evaluation.statistics import compare, estimates
+from cappy.evaluation.statistics import compare, estimate_means
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import read, write
 from cappy.scoring import Scorer
-from cappy.selection.pools import collect, pick, score_pools, with_scores
+from cappy.selection.pools import collect_pools, pick, score_pools, with_scores
 from cappy.selection.selectors import select
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.finetuning import run as finetuning
@@ -111,7 +111,7 @@ def measure(name: str, arm: str, seed: int, work: Path) -> dict[str, Any]:
     started = time.monotonic()
     scorer, training = train(name, arm, seed, annotated, work / name / str(seed) / folder_name(arm))
     seconds = time.monotonic() - started
-    pools = collect(read(annotated), metric="rougeL", splits={"test", "validation"})
+    pools = collect_pools(read(annotated), metric="rougeL", splits={"test", "validation"})
     test, held_out = ([pool for pool in pools if pool.instance.split == split] for split in ("test", "validation"))
     scores, held_out_scores = (
         score_pools(split_pools, scorer.score, lambda done: None) for split_pools in (test, held_out)
@@ -243,7 +243,7 @@ def table(runs: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, Any
         pairs.append(("scorer", "mse"))
     groups = [instance for run in runs for instance in run["instances"]]
     stacked = np.array([values[name] for name in names]).T
-    selectors = dict(zip(names, estimates(stacked, groups), strict=True))
+    selectors = dict(zip(names, estimate_means(stacked, groups), strict=True))
     by_seed = [float(np.mean(run["picks"]["scorer"]) - np.mean(run["picks"]["mbr"])) * 100 for run in runs]
     return {
         "seeds": [run["seed"] for run in runs],

@@ -1,7 +1,7 @@
-"""Labels for candidates: what each source means, and the candidates that training needs beside the sampled ones.
+"""Labels candidates by their source, and adds the candidates that training needs besides the sampled ones.
 
-References are right and mismatches wrong on purpose: the references of other instances, drawn among the instances
-given, which in the step are those of one part. `regression_rows` are what training reads of a labelled instance.
+These are the references (correct) and mismatches (wrong): references of other instances, drawn among the instances of
+the same part. `regression_rows` yields the training rows of a labelled instance.
 """
 
 import random
@@ -9,8 +9,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cappy.annotation.metrics import Metric, Pool, parse
-from cappy.annotation.rouge import partly_visible, rouge_l_pools, visible
+from cappy.annotation.metrics import InstanceResponses, Metric, parse_metric
+from cappy.annotation.rouge import is_partly_visible, is_visible, rouge_l_pools
 from cappy.errors import RecordError, quote
 from cappy.reasoning import has_reasoning
 from cappy.records import Candidate, Instance
@@ -18,15 +18,15 @@ from cappy.records.instance import GIVEN, Source
 
 Preset = Literal["default", "paper"]
 
-NEARLY_RIGHT = 0.5
-"""Rouge-L against the instance's own references from which a mismatch is not a wrong response."""
-_SPARE_DRAWS = 4
-"""Draws beyond those asked for, in case that some are nearly right."""
+MAX_MISMATCH_ROUGE = 0.5
+"""A mismatch must have a lower Rouge-L than this against the instance's own references."""
+_EXTRA_DRAWS = 4
+"""Additional draws, because some mismatches may be rejected."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labelling:
-    """How candidates are labelled: `metric` under the name of its label, and what is added beside the sampled ones."""
+    """How candidates are labelled: the metric with the name of its label, and which candidates are added."""
 
     name: str
     metric: Metric = field(repr=False)
@@ -38,54 +38,56 @@ class Labelling:
 def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[Instance]:
     """Instances with `labels[name]` on every candidate, references and mismatches added to their candidates.
 
-    A reference is 1, a mismatch 0, a choice 1 if it is a reference and else 0, an LLM's response its metric (Cappy,
-    §3.1). Where one text stands twice, training takes the first (see `regression_rows`): the reference, then what was
-    sampled, then the mismatch; under the `paper` preset the mismatch before what was sampled.
+    A reference is 1, a mismatch 0, a choice 1 if it is a reference and else 0, and an LLM's response has the value of
+    the metric (Cappy, §3.1). If a text occurs twice, training uses the first candidate (see `regression_rows`):
+    references, then sampled responses, then mismatches; with the `paper` preset, mismatches before sampled responses.
     """
-    _refuse_unlabelled(instances)
-    kept = [[one for one in instance.candidates if one.source in ("llm", "choice")] for instance in instances]
-    sampled = [[one for one in candidates if one.source == "llm"] for candidates in kept]
-    metric = iter(labelling.metric([Pool(*pool) for pool in zip(instances, sampled, strict=True)]).tolist())
-    wrong = _draw_mismatches(instances, kept, labelling)
-    for instance, candidates, texts in zip(instances, kept, wrong, strict=True):
+    _check_labelled(instances)
+    proposals = [[each for each in instance.candidates if each.source in ("llm", "choice")] for instance in instances]
+    sampled = [[each for each in candidates if each.source == "llm"] for candidates in proposals]
+    metric = iter(
+        labelling.metric([InstanceResponses(*pool) for pool in zip(instances, sampled, strict=True)]).tolist()
+    )
+    mismatch_texts = _draw_mismatches(instances, proposals, labelling)
+    for instance, candidates, texts in zip(instances, proposals, mismatch_texts, strict=True):
         mismatches = [Candidate(response=text, source="mismatch") for text in texts]
         references = _references(instance, candidates, repeated=labelling.preset == "paper")
-        middle = [*mismatches, *candidates] if labelling.preset == "paper" else [*candidates, *mismatches]
-        labelled = (one.with_label(labelling.name, _label(one, instance, metric)) for one in (*references, *middle))
+        others = [*mismatches, *candidates] if labelling.preset == "paper" else [*candidates, *mismatches]
+        labelled = (each.with_label(labelling.name, _label(each, instance, metric)) for each in (*references, *others))
         yield replace(instance, candidates=tuple(labelled))
 
 
-def count(instances: Sequence[Instance], *, name: str, mismatches: int) -> Mapping[str, int]:
-    """What a reader of the labels should know.
+def count_facts(instances: Sequence[Instance], *, name: str, mismatches: int) -> Mapping[str, int]:
+    """Counts of properties that limit the use of the labels; zero counts are left out.
 
-    `responses` are those of LLMs, `with_reasoning` those of them that hold more than an answer. `invisible_to_rougeL`
-    are the instances none of whose references Rouge-L sees, `partly_invisible_to_rougeL` those with a reference or
-    response of which it sees a part only, `mismatches_missing` mismatches that were not found.
+    `responses` counts LLM responses, `with_reasoning` those that contain reasoning. `invisible_to_rougeL` counts
+    instances whose references Rouge-L cannot see, `partly_invisible_to_rougeL` those with a reference or response that
+    it sees only in part, `mismatches_missing` the mismatches that could not be drawn.
     """
-    by_rouge = "rougeL" in parse(name)
-    unseen = partly = 0
+    by_rouge = "rougeL" in parse_metric(name)
+    num_invisible = num_partly_invisible = 0
     for instance in instances if by_rouge else ():
-        unseen += not any(map(visible, instance.references))
+        num_invisible += not any(map(is_visible, instance.references))
         texts = (candidate.response for candidate in instance.candidates if candidate.source == "llm")
-        partly += any(map(partly_visible, instance.references)) or any(map(partly_visible, texts))
-    responses = [one.response for instance in instances for one in instance.candidates if one.source == "llm"]
+        num_partly_invisible += any(map(is_partly_visible, instance.references)) or any(map(is_partly_visible, texts))
+    responses = [each.response for instance in instances for each in instance.candidates if each.source == "llm"]
     open_ended = (instance.candidates for instance in instances if not instance.choices)
-    drawn = (sum(candidate.source == "mismatch" for candidate in candidates) for candidates in open_ended)
+    num_drawn = (sum(candidate.source == "mismatch" for candidate in candidates) for candidates in open_ended)
     counts = {
         "responses": len(responses),
         "with_reasoning": sum(map(has_reasoning, responses)),
-        "invisible_to_rougeL": unseen,
-        "partly_invisible_to_rougeL": partly,
-        "mismatches_missing": sum(max(0, mismatches - number) for number in drawn),
+        "invisible_to_rougeL": num_invisible,
+        "partly_invisible_to_rougeL": num_partly_invisible,
+        "mismatches_missing": sum(max(0, mismatches - number) for number in num_drawn),
     }
-    return {what: number for what, number in counts.items() if number}
+    return {name: number for name, number in counts.items() if number}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """An (instruction, response, label) of the regression set, with where the response came from.
+    """An (instruction, response, label) of the regression set, with the origin of the response.
 
-    `source` (reference, choice, mismatch, llm), `generator` and `decoding` make every ablation of the paper a filter.
+    `source` (reference, choice, mismatch, llm), `generator` and `decoding` allow the paper's ablations by filtering.
     """
 
     instance_id: str
@@ -98,10 +100,10 @@ class Row:
 
 
 def regression_rows(instance: Instance, metric: str) -> Iterator[Row]:
-    """The instance's rows, duplicates dropped by response: the first one stands, so the order of candidates decides.
+    """Yields the instance's rows; of candidates with the same response, only the first one is used.
 
-    References are all kept: those that stand twice were written so by the `paper` preset. RecordError where a
-    candidate has no label of this metric.
+    References are never dropped: the `paper` preset repeats them. Raises RecordError if a candidate has no label of
+    this metric.
     """
     seen: set[str] = set()
     for candidate in instance.candidates:
@@ -122,8 +124,8 @@ def regression_rows(instance: Instance, metric: str) -> Iterator[Row]:
         )
 
 
-def _refuse_unlabelled(instances: Sequence[Instance]) -> None:
-    """RecordError where nothing says what is correct: prepared to be scored, not to learn from."""
+def _check_labelled(instances: Sequence[Instance]) -> None:
+    """Raises RecordError if an instance has neither references nor given labels."""
     for instance in instances:
         if not instance.references and not any(GIVEN in candidate.labels for candidate in instance.candidates):
             remedy = "prepare it with references and without --unlabelled"
@@ -131,7 +133,7 @@ def _refuse_unlabelled(instances: Sequence[Instance]) -> None:
 
 
 def _label(candidate: Candidate, instance: Instance, metric: Iterator[float]) -> float:
-    """The correctness of one candidate, 0 to 1, by its source; an LLM's is the next of the metric's values."""
+    """The correctness of one candidate, 0 to 1, by its source; for an LLM's response the next value of the metric."""
     match candidate.source:
         case "reference":
             return 1.0
@@ -143,48 +145,48 @@ def _label(candidate: Candidate, instance: Instance, metric: Iterator[float]) ->
             return next(metric)
 
 
-def _references(instance: Instance, kept: Sequence[Candidate], *, repeated: bool) -> list[Candidate]:
-    """The references as candidates; a choice that is one already stands among the candidates."""
-    choices = {candidate.response for candidate in kept if candidate.source == "choice"}
+def _references(instance: Instance, proposals: Sequence[Candidate], *, repeated: bool) -> list[Candidate]:
+    """The references as candidates, except those that are among the choices already."""
+    choices = {candidate.response for candidate in proposals if candidate.source == "choice"}
     texts = [reference for reference in instance.references if reference.strip() and reference not in choices]
     return [Candidate(response=text, source="reference") for text in (texts if repeated else dict.fromkeys(texts))]
 
 
 def _draw_mismatches(
-    instances: Sequence[Instance], kept: Sequence[Sequence[Candidate]], labelling: Labelling
+    instances: Sequence[Instance], proposals: Sequence[Sequence[Candidate]], labelling: Labelling
 ) -> list[list[str]]:
     if labelling.preset == "paper":
-        return _published_mismatches(instances, seed=labelling.seed)
-    own = [
+        return _draw_as_published(instances, seed=labelling.seed)
+    own_texts = [
         {*instance.references, *(candidate.response for candidate in candidates)}
-        for instance, candidates in zip(instances, kept, strict=True)
+        for instance, candidates in zip(instances, proposals, strict=True)
     ]
-    return _unlike_mismatches(instances, own, count=labelling.mismatches, seed=labelling.seed)
+    return _draw_dissimilar(instances, own_texts, count=labelling.mismatches, seed=labelling.seed)
 
 
-def _unlike_mismatches(
-    instances: Sequence[Instance], own: Sequence[set[str]], *, count: int, seed: int
+def _draw_dissimilar(
+    instances: Sequence[Instance], own_texts: Sequence[set[str]], *, count: int, seed: int
 ) -> list[list[str]]:
-    """For each instance up to `count` different references of others of its task and template.
+    """Draws up to `count` distinct references of other instances with the same task and template for each instance.
 
-    None is among its `own` texts, and none reaches `NEARLY_RIGHT`. An instance with choices gets none: its wrong
-    choices are there already.
+    None is among the instance's own texts or reaches `MAX_MISMATCH_ROUGE`. Instances with choices get none, because
+    they have wrong choices already.
     """
     pools = _reference_pools(instances, lambda instance: (instance.task, instance.template))
     drawn: list[list[str]] = []
-    for instance, texts in zip(instances, own, strict=True):
+    for instance, texts in zip(instances, own_texts, strict=True):
         pool = pools[instance.task, instance.template]
-        wanted = 0 if instance.choices else min(len(pool), count and count + _SPARE_DRAWS)
-        picks = random.Random(f"{seed} {instance.instance_id}").sample(pool, wanted)
+        num_draws = 0 if instance.choices else min(len(pool), count and count + _EXTRA_DRAWS)
+        picks = random.Random(f"{seed} {instance.instance_id}").sample(pool, num_draws)
         drawn.append([text for text in picks if text not in texts])
     values = iter(rouge_l_pools([instance.references for instance in instances], drawn).tolist())
-    return [[text for text in texts if next(values) < NEARLY_RIGHT][:count] for texts in drawn]
+    return [[text for text in texts if next(values) < MAX_MISMATCH_ROUGE][:count] for texts in drawn]
 
 
-def _published_mismatches(instances: Sequence[Instance], *, seed: int) -> list[list[str]]:
-    """As the published code draws: for each reference one of all references of the task, right or wrong.
+def _draw_as_published(instances: Sequence[Instance], *, seed: int) -> list[list[str]]:
+    """Draws as the published code does: for each reference, one of all references of the task, correct or not.
 
-    One that is already a text of the instance is dropped and not drawn again (cappy_bigbench.py:31-37).
+    A draw that is a reference of the instance is dropped without replacement (cappy_bigbench.py:31-37).
     """
     pools = _reference_pools(instances, lambda instance: instance.task)
     drawn = []
@@ -197,7 +199,7 @@ def _published_mismatches(instances: Sequence[Instance], *, seed: int) -> list[l
 
 
 def _reference_pools(instances: Iterable[Instance], key: Callable[[Instance], Hashable]) -> dict[Hashable, list[str]]:
-    """The different references of the instances of each key, in order."""
+    """The distinct references of the instances of each key, in order."""
     pools: dict[Hashable, dict[str, None]] = {}
     for instance in instances:
         pools.setdefault(key(instance), {}).update(dict.fromkeys(filter(str.strip, instance.references)))

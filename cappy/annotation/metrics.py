@@ -1,8 +1,8 @@
-"""Metrics by name: each gives a response its correctness, 0 to 1, the best over the references.
+"""Metrics by name: each computes the correctness of a response, 0 to 1, the maximum over the references.
 
-`rougeL` is the published label. The others see what it cannot: signs and decimals, order of characters, other scripts;
-`given` is the label that came with the response. A mixture is written `0.5*rougeL+0.5*exact_match`; its weights sum
-to 1.
+`rougeL` is the published label. The others account for what it ignores: signs and decimals, the order of characters,
+other scripts. `given` is the label that was given with the response. A mixture is written `0.5*rougeL+0.5*exact_match`;
+its weights sum to 1.
 """
 
 import math
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from cappy.annotation.numbers import last_number, readings
+from cappy.annotation.numbers import last_number, read_numbers
 from cappy.errors import ConfigError, RecordError, quote
 from cappy.records import Candidate, Instance
 from cappy.records.instance import GIVEN
@@ -35,47 +35,45 @@ _SUM_TOLERANCE = 1e-6
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LIBRARIES: Mapping[str, str] = {"rougeL": "nltk", "chrf": "sacrebleu", "bleu": "sacrebleu"}
-"""Name -> the library whose release decides its values (of Rouge-L, the stemmer's)."""
+"""Metric -> the library whose version determines its values (for Rouge-L, that of the stemmer)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """The responses of one instance that a metric is asked about."""
+class InstanceResponses:
+    """An instance and the candidates to compute a metric for."""
 
     instance: Instance
     candidates: Sequence[Candidate]
 
 
-Metric = Callable[[Sequence[Pool]], Floats]
-"""From pools to the correctness, 0 to 1, of all their candidates in a row."""
+Metric = Callable[[Sequence[InstanceResponses]], Floats]
+"""Computes the correctness, 0 to 1, of the candidates of all pools, concatenated: shape (candidates,)."""
 
 
-def parse(text: str) -> dict[str, float]:
-    """Metric -> weight; ConfigError for an unknown name, a repeated one, and weights that do not sum to 1."""
+def parse_metric(text: str) -> dict[str, float]:
+    """Metric -> weight. Raises ConfigError for unknown or repeated names, and for weights that do not sum to 1."""
     weights: dict[str, float] = {}
     for term in text.split("+"):
         match = _TERM.fullmatch(term.strip())
         if match is None or match[2] not in METRICS:
-            known = f"choose one of {', '.join(METRICS)}, or a mixture such as 0.5*rougeL+0.5*exact_match"
-            raise ConfigError(f"annotation: --metric: unknown metric {quote(term.strip())}; {known}")
+            remedy = f"choose one of {', '.join(METRICS)}, or a mixture such as 0.5*rougeL+0.5*exact_match"
+            raise ConfigError(f"annotation: --metric: unknown metric {quote(term.strip())}; {remedy}")
         if match[2] in weights:
             raise ConfigError(f"annotation: --metric: {match[2]} is in {quote(text)} twice; give it one weight")
         weights[match[2]] = float(match[1] or 1)
     total = math.fsum(weights.values())
     if abs(total - 1) > _SUM_TOLERANCE:
-        raise ConfigError(
-            f"--metric: the weights of {quote(text)} sum to {total:g}; labels are 0 to 1, so they must sum to 1"
-        )
+        raise ConfigError(f"annotation: --metric: the weights of {quote(text)} sum to {total:g}; they must sum to 1")
     return weights
 
 
-def load(text: str) -> Metric:
-    """The function of a metric or mixture; of `given`, RecordError where a candidate came without a label."""
-    terms = [(METRICS[name], weight) for name, weight in parse(text).items()]
+def load_metric(text: str) -> Metric:
+    """The function of a metric or mixture; that of `given` raises RecordError if a candidate has no given label."""
+    terms = [(METRICS[name], weight) for name, weight in parse_metric(text).items()]
     if len(terms) == 1:
         return terms[0][0]
 
-    def mixture(pools: Sequence[Pool]) -> Floats:
+    def mixture(pools: Sequence[InstanceResponses]) -> Floats:
         parts = [weight * metric(pools) for metric, weight in terms]
         mixed: Floats = np.clip(np.sum(parts, axis=0), 0.0, 1.0)
         return mixed
@@ -83,51 +81,51 @@ def load(text: str) -> Metric:
     return mixture
 
 
-def versions(text: str) -> dict[str, str]:
-    """Release of every library that decides the values of a metric or mixture."""
-    return {_LIBRARIES[name]: version(_LIBRARIES[name]) for name in parse(text) if name in _LIBRARIES}
+def library_versions(text: str) -> dict[str, str]:
+    """Version of every library that determines the values of a metric or mixture."""
+    return {_LIBRARIES[name]: version(_LIBRARIES[name]) for name in parse_metric(text) if name in _LIBRARIES}
 
 
-def _own_labels(pools: Sequence[Pool]) -> Floats:
-    """The labels that the candidates brought."""
+def _given_labels(pools: Sequence[InstanceResponses]) -> Floats:
+    """The labels that were given with the candidates."""
     return np.array(
-        [_own_label(pool.instance, candidate) for pool in pools for candidate in pool.candidates], dtype=float
+        [_given_label(pool.instance, candidate) for pool in pools for candidate in pool.candidates], dtype=float
     )
 
 
-def _own_label(instance: Instance, candidate: Candidate) -> float:
+def _given_label(instance: Instance, candidate: Candidate) -> float:
     if GIVEN not in candidate.labels:
-        what = f"response {quote(candidate.response)} came without a label"
+        problem = f"response {quote(candidate.response)} has no given label"
         remedy = "give every response a label from 0 to 1, or choose another --metric"
-        raise RecordError(f"instance {quote(instance.instance_id)}: {what}; {remedy}")
+        raise RecordError(f"instance {quote(instance.instance_id)}: {problem}; {remedy}")
     return candidate.labels[GIVEN]
 
 
 def exact_match(references: Sequence[str], response: str) -> float:
-    """1 if the response is one of the references, Unicode's composed forms and runs of white space apart; else 0.
+    """1 if the response equals a reference after normalising Unicode (NFC) and white space, else 0.
 
-    Case and punctuation count.
+    Case and punctuation matter.
     """
-    wanted = _normalize_unicode(response)
-    return float(any(_normalize_unicode(reference) == wanted for reference in references))
+    normalized = _normalize_unicode(response)
+    return float(any(_normalize_unicode(reference) == normalized for reference in references))
 
 
 def numeric_match(references: Sequence[str], response: str) -> float:
     """1 if the last number of the response equals the last number of a reference, else 0; see `last_number`.
 
-    The last, because worked solutions end with their answer (GSM8K's do; Cobbe et al. 2021); in LaTeX the last box's
-    (MATH's; Hendrycks et al. 2021). Signs and decimals count, spelling does not: 5 and -5 differ; 1,000.0, 1 000 and
-    1000 do not. Where a comma of the response may be a decimal comma or a list's, either reading will do.
+    Worked solutions end with their answer (GSM8K; Cobbe et al. 2021), in LaTeX in the last box (MATH; Hendrycks et al.
+    2021). Signs and decimals matter, formatting does not: 5 and -5 differ; 1,000.0, 1 000 and 1000 do not. If a comma
+    of the response may be a decimal comma or a list separator, either reading may match.
     """
-    numbers = readings(response)
+    numbers = read_numbers(response)
     return float(numbers[0] is not None and any(last_number(reference) in numbers for reference in references))
 
 
 def token_f1(references: Sequence[str], response: str) -> float:
-    """F1 of the words in common, in whatever order; the best over the references (SQuAD; Rajpurkar et al. 2016, §6.1).
+    """F1 of common words in any order, the maximum over the references (SQuAD; Rajpurkar et al. 2016, §6.1).
 
     Equal to the evaluation script of SQuAD 2.0 to the last bit: words are lower-cased; ASCII punctuation and the
-    articles a, an, the are dropped, so that $500 is 500 and C++ is C. Two texts without words are equal.
+    articles a, an, the are dropped, so $500 becomes 500 and C++ becomes C. Two texts without words are equal.
     """
     words = Counter(_words(response))
     return max((_f1(Counter(_words(reference)), words) for reference in references), default=0.0)
@@ -152,15 +150,15 @@ def _normalize_unicode(text: str) -> str:
 
 
 def chrf(references: Sequence[str], response: str) -> float:
-    """chrF2 of a response, 0 to 1, the best over the references: character n-grams up to 6 (Popović 2015)."""
+    """chrF2 of a response, 0 to 1, the maximum over the references: character n-grams up to 6 (Popović 2015)."""
     return max((_chrf().sentence_score(response, [reference]).score / 100 for reference in references), default=0.0)
 
 
 def bleu(references: Sequence[str], response: str) -> float:
     """Sentence BLEU, 0 to 1, over all references at once (Papineni et al. 2002).
 
-    Tokens are 13a, n-grams up to 4 or to the response's length, zero counts smoothed by halving: a sentence is short,
-    and one missing 4-gram would make it 0.
+    Tokenised by 13a, with n-grams up to 4 or the response's length (effective order). Zero counts are smoothed
+    exponentially, because one missing 4-gram would make a short sentence 0.
     """
     return min(1.0, _bleu().sentence_score(response, list(references)).score / 100) if references else 0.0
 
@@ -179,7 +177,7 @@ def _bleu() -> "BLEU":
     return BLEU(effective_order=True)
 
 
-def _rouge_l(pools: Sequence[Pool]) -> Floats:
+def _rouge_l(pools: Sequence[InstanceResponses]) -> Floats:
     from cappy.annotation.rouge import rouge_l_pools
 
     responses = [[candidate.response for candidate in pool.candidates] for pool in pools]
@@ -192,25 +190,25 @@ def _rouge_l_unicode(references: Sequence[str], response: str) -> float:
     return rouge_l_unicode(references, response)
 
 
-def _one_by_one(function: Callable[[Sequence[str], str], float]) -> Metric:
-    def of_pool(pool: Pool) -> list[float]:
-        known = {text: function(pool.instance.references, text) for text in {c.response for c in pool.candidates}}
-        return [known[candidate.response] for candidate in pool.candidates]
+def _apply_per_response(function: Callable[[Sequence[str], str], float]) -> Metric:
+    def label_pool(pool: InstanceResponses) -> list[float]:
+        values = {text: function(pool.instance.references, text) for text in {c.response for c in pool.candidates}}
+        return [values[candidate.response] for candidate in pool.candidates]
 
-    def metric(pools: Sequence[Pool]) -> Floats:
-        return np.fromiter(chain.from_iterable(map(of_pool, pools)), dtype=np.float64)
+    def metric(pools: Sequence[InstanceResponses]) -> Floats:
+        return np.fromiter(chain.from_iterable(map(label_pool, pools)), dtype=np.float64)
 
     return metric
 
 
 METRICS: Mapping[str, Metric] = {
     "rougeL": _rouge_l,
-    "rougeL_unicode": _one_by_one(_rouge_l_unicode),
-    "exact_match": _one_by_one(exact_match),
-    "numeric_match": _one_by_one(numeric_match),
-    "token_f1": _one_by_one(token_f1),
-    "chrf": _one_by_one(chrf),
-    "bleu": _one_by_one(bleu),
-    GIVEN: _own_labels,
+    "rougeL_unicode": _apply_per_response(_rouge_l_unicode),
+    "exact_match": _apply_per_response(exact_match),
+    "numeric_match": _apply_per_response(numeric_match),
+    "token_f1": _apply_per_response(token_f1),
+    "chrf": _apply_per_response(chrf),
+    "bleu": _apply_per_response(bleu),
+    GIVEN: _given_labels,
 }
-"""The function of each; what it needs beside numpy is imported when it is used."""
+"""Metric -> its function; libraries other than numpy are imported when the function is called."""

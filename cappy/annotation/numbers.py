@@ -1,4 +1,4 @@
-"""The number that a text ends with, however it is written: LaTeX, digit grouping, powers, fractions, other digits."""
+"""Parses the last number of a text: LaTeX, digit grouping, powers, fractions, digits of any script."""
 
 import re
 import unicodedata
@@ -11,10 +11,10 @@ from math import isqrt
 Number = Decimal | Fraction
 
 MAX_DIGITS = 1_000
-"""Digits of the longest number that is computed with; longer ones are only compared."""
-_LONGEST_CACHED = 4_096
+"""Maximum digits of a number for arithmetic; longer ones are only compared."""
+_MAX_CACHED_CHARACTERS = 4_096
 _TAIL = 80
-"""Characters of a long line that are read first."""
+"""Characters at the end of a long line that are read first."""
 _BETWEEN_WORDS = re.compile("[a-z] [a-z]")
 _LETTER = "A-Za-zÀ-ÖØ-öø-ɏͰ-Ͽ"
 _CURRENCIES = "USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|HKD|SGD|BRL|Rs|RS"
@@ -26,8 +26,8 @@ _SCALES = {
 }  # fmt: skip
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 _SIGN = r"(?:(?<![\w%)\]}°'£€¥₹₩₽₺฿₫₪₴₦])(?<![0-9]\$)(?P<NAME>[-+]))?"
-_FORMATS = "video|resolution|display|screen|monitor|tv|television|uhd|ultra|hdr|camera|footage|film|movie|image"
-"""What 4K is said of where it is no 4,000."""
+_VIDEO_WORDS = "video|resolution|display|screen|monitor|tv|television|uhd|ultra|hdr|camera|footage|film|movie|image"
+"""Words after which 4K is a resolution, not 4,000."""
 
 _TOKEN = re.compile(
     rf"""
@@ -49,7 +49,7 @@ _TOKEN = re.compile(
         | [ ](?P<numerator>[0-9]++)/(?P<below>[0-9]++)(?!/)
       )?
       (?:[\s({{-]{{0,2}}(?P<scale>{"|".join(_SCALES)})s?(?![{_LETTER}])
-        |(?P<suffix>[kK](?![ -](?i:{_FORMATS})s?\b)|(?(currency)[mMbB]n?|(?!)))(?![{_LETTER}]|[0-9]))?
+        |(?P<suffix>[kK](?![ -](?i:{_VIDEO_WORDS})s?\b)|(?(currency)[mMbB]n?|(?!)))(?![{_LETTER}]|[0-9]))?
     """,
     re.VERBOSE,
 )
@@ -89,80 +89,79 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
 def last_number(text: str) -> Number | None:
-    """The last number of a text, or None; where the text has LaTeX's `\\boxed{}`, the last number in the last box.
+    """The last number of a text, or None; if the text has a LaTeX `\\boxed{}`, the last number in the last box.
 
-    Which spelling is which number:
+    How spellings are read:
 
-    - Thousands are grouped by commas (1,000; Indian 1,00,000), by spaces of any width and ties (1 000; 1~000), by
-      apostrophes, by underscores and, where nothing else can be meant, by points (1.000.000;
-      1.000,50). A lone 1.000 is 1.
-    - A lone comma that groups nothing (not before three digits, or after 0) is a decimal comma (3,5; 0,125), except
-      within brackets: (3,5) is a pair. In 1,2,3 and 1, 2, 3 each is a number of its own, as are the parts of a date, a
-      time, a range and a version.
+    - Thousands may be grouped by commas (1,000; Indian 1,00,000), spaces of any width and ties (1 000; 1~000),
+      apostrophes, underscores and, if unambiguous, points (1.000.000; 1.000,50). A single 1.000 is 1.
+    - A single comma that does not group thousands (not before three digits, or after 0) is a decimal comma (3,5;
+      0,125), except in brackets: (3,5) is a pair. In 1,2,3 and 1, 2, 3 each is a separate number, as are the parts of a
+      date, a time, a range and a version.
     - 3/4, \\frac{3}{4}, ¾ and 1 3/4 are one number; so are 1.5e6, 1.5 × 10^6, 10^6, 2 million and $2M.
-    - 70k and 70K are 70,000 where the letter stands beside the digits: 5 k and 5 km are 5. So are 4K video, a 401k, and
-      300K in a line that speaks of temperatures.
-    - A root is the number that it is: \\sqrt{16} is 4, and √2, 3√2 and \\frac{\\sqrt{2}}{2} are not 2; √x is none.
-    - A minus sign counts where nothing but white space, an opening bracket or an operator stands before it.
+    - 70k and 70K are 70,000 if the letter follows the digits directly: 5 k and 5 km are 5. Exceptions are 4K video, a
+      401k, and 300K in a line about temperatures.
+    - Roots are evaluated: \\sqrt{16} is 4, and √2, 3√2 and \\frac{\\sqrt{2}}{2} are not 2; √x is no number.
+    - A minus sign counts at the start, or after white space, an opening bracket or an operator.
     - Digits within a word (CO2, H2O, cm3), subscripts and the exponents of words (m^2, m²) are not numbers.
-    - What stands beside a number (%, $, kg, th) is not read.
-    - Digits of every script count; number words and Roman numerals do not.
+    - Units and signs next to a number (%, $, kg, th) are ignored.
+    - Digits of every script are read; number words and Roman numerals are not.
     """
-    return readings(text)[0]
+    return read_numbers(text)[0]
 
 
-def readings(text: str) -> tuple[Number | None, ...]:
-    """What the last number may be, `last_number` first: 1,2 is 1.2, and may have been meant as 1 and 2."""
-    return _kept(text) if len(text) <= _LONGEST_CACHED else _readings(text)
+def read_numbers(text: str) -> tuple[Number | None, ...]:
+    """The possible readings of the last number, `last_number` first: 1,2 is 1.2, or a list of 1 and 2."""
+    return _cached_numbers(text) if len(text) <= _MAX_CACHED_CHARACTERS else _read_numbers(text)
 
 
-def _readings(text: str) -> tuple[Number | None, ...]:
-    boxed = _last_box(text)
+def _read_numbers(text: str) -> tuple[Number | None, ...]:
+    boxed = _find_last_box(text)
     for part in (boxed, text):
-        # A number stands within one line, and the lines before the last one with a number need not be read.
+        # A number does not span lines, so reading stops at the last line with a number.
         for line in reversed(part.splitlines()):
-            if numbers := _of_line(line):
+            if numbers := _read_line(line):
                 return numbers
     return (None,)
 
 
-_kept = lru_cache(maxsize=8_192)(_readings)
+_cached_numbers = lru_cache(maxsize=8_192)(_read_numbers)
 
 
-def _of_line(line: str) -> tuple[Number | None, ...]:
-    if len(line) > 2 * _TAIL and (cut := _BETWEEN_WORDS.search(line, len(line) - _TAIL)):
-        # Between two words no number is torn apart, and most lines have one near their end.
-        return _last_of(line[cut.end() - 1 :]) or _last_of(line)
-    return _last_of(line)
+def _read_line(line: str) -> tuple[Number | None, ...]:
+    if len(line) > 2 * _TAIL and (gap := _BETWEEN_WORDS.search(line, len(line) - _TAIL)):
+        # No number spans the gap between two words, and most lines have one near their end.
+        return _read_last(line[gap.end() - 1 :]) or _read_last(line)
+    return _read_last(line)
 
 
-def _last_of(line: str) -> tuple[Number | None, ...]:
+def _read_last(line: str) -> tuple[Number | None, ...]:
     plain = _normalize(line)
     last = None
     for match in _TOKEN.finditer(plain):
         if match["digits"] or match["date"] or "√" in match[0]:
             last = match
-    return tuple(_values(last)) if last is not None else ()
+    return tuple(_interpret_match(last)) if last is not None else ()
 
 
-def _values(match: re.Match[str]) -> Iterator[Number | None]:
-    """The readings of a token; None for the root of what is not a number."""
+def _interpret_match(match: re.Match[str]) -> Iterator[Number | None]:
+    """Yields the possible values of a match; None for a root of something that is not a number."""
     if "√" in match[0]:
-        yield _root(match)
+        yield _evaluate_root(match)
         return
     if match["date"]:
         yield Decimal(match["date"].rpartition("/")[2])
         return
     start, end = match.span("digits")
     pair = match.string[start - 1 : start] in ("(", "[") and match.string[end : end + 1] in (")", "]")
-    plain, rest = _decimal(match["digits"], pair=pair)
+    plain, rest = _parse_decimal(match["digits"], pair=pair)
     yield _evaluate(plain, match)
     if rest is not None:
         yield rest
 
 
-def _decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
-    """Digits with a decimal point alone; the last of two numbers, where a decimal comma may have been a list's."""
+def _parse_decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
+    """The digits with a decimal point only, and the last number of a list if a comma may be its separator."""
     if _PLAIN.fullmatch(digits):
         return digits, None
     if _GROUPED.fullmatch(digits):
@@ -175,15 +174,15 @@ def _decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
     return last if last.count(".") < 2 else last.rpartition(".")[2], None
 
 
-def _root(match: re.Match[str]) -> Number | None:
-    """A root with its factors, exact where it is a fraction, else rounded; equal ones are rounded alike."""
+def _evaluate_root(match: re.Match[str]) -> Number | None:
+    """The value of a root with its factors: exact if it is a fraction, else rounded (equal roots to equal values)."""
     if not match["under"] or len(match[0]) > MAX_DIGITS:
         return None
     under, _, below = match["under"].strip("()").partition("/")
     if below and not int(below):
         return None
-    square = Fraction(_decimal(under)[0]) / int(below or 1)
-    times = Fraction(_decimal(match["times"])[0]) if match["times"] else Fraction(1)
+    square = Fraction(_parse_decimal(under)[0]) / int(below or 1)
+    times = Fraction(_parse_decimal(match["times"])[0]) if match["times"] else Fraction(1)
     over = int(match["over"] or 1)
     if not over or (match["by"] == "/" and not square):
         return None
@@ -198,10 +197,10 @@ def _root(match: re.Match[str]) -> Number | None:
 
 
 def _evaluate(digits: str, match: re.Match[str]) -> Number:
-    """The number with what belongs to it; the bare one where that is too long to compute with, or divides by 0."""
+    """The number with its factors; without them if the result is too long to compute, or divides by 0."""
     negative = match["sign"] == "-"
     plain = Decimal(f"-{digits}" if negative else digits)
-    factor, power = _factor(match), int(match["power"] or 1)
+    factor, power = _read_factor(match), int(match["power"] or 1)
     if factor is None or len(digits) * abs(power) > MAX_DIGITS or (power < 0 and not plain):
         return plain
     value = Fraction(digits) ** power
@@ -211,8 +210,8 @@ def _evaluate(digits: str, match: re.Match[str]) -> Number:
     return (-value if negative else value) * factor
 
 
-def _factor(match: re.Match[str]) -> Fraction | None:
-    """What the number is multiplied by for what stands beside it; None if nothing does, or nothing can be computed."""
+def _read_factor(match: re.Match[str]) -> Fraction | None:
+    """The factor that follows the number; None if there is none, or if it cannot be computed."""
     factor = Fraction(_SCALES[match["scale"]] if match["scale"] else 1)
     if _is_scale(match):
         factor = Fraction(_SUFFIXES[match["suffix"][0].lower()])
@@ -220,7 +219,7 @@ def _factor(match: re.Match[str]) -> Fraction | None:
     if ten:
         return factor * Fraction(10) ** int(ten)
     if match["denominator"]:
-        below, _ = _decimal(match["denominator"])
+        below, _ = _parse_decimal(match["denominator"])
         return factor / Fraction(below) if len(below) <= MAX_DIGITS and Fraction(below) else None
     if match["numerator"]:
         short = max(len(match["numerator"]), len(match["below"])) <= MAX_DIGITS
@@ -229,17 +228,17 @@ def _factor(match: re.Match[str]) -> Fraction | None:
 
 
 def _is_scale(match: re.Match[str]) -> bool:
-    """Whether a letter beside the digits multiplies them: not in a 401k, and not the kelvins of a temperature."""
+    """Whether the letter after the digits is a factor: not in a 401k, and not the kelvins of a temperature."""
     if not match["suffix"] or (match["digits"] == "401" and not match["currency"]):
         return False
     return match["suffix"] != "K" or bool(match["currency"]) or not _KELVIN.search(match.string)
 
 
-_OTHERS = dict(zip("’ʼ٬，．٫＋％＄￥⁄∕／＝（）［］", "''',..+%$¥///=()[]", strict=True))
+_EQUIVALENTS = dict(zip("’ʼ٬，．٫＋％＄￥⁄∕／＝（）［］", "''',..+%$¥///=()[]", strict=True))
 
 
 class _Characters(dict[int, str]):
-    """What a character beyond ASCII stands for in a number; itself if it has no part in one."""
+    """Maps non-ASCII characters to their ASCII equivalent in numbers, or to themselves."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -257,42 +256,42 @@ class _Characters(dict[int, str]):
             return str(digit)
         if unicodedata.category(character) == "No" and "⁄" in (known := unicodedata.normalize("NFKC", character)):
             return "\u2064" + known.replace("⁄", "/")
-        return _OTHERS.get(character, character)
+        return _EQUIVALENTS.get(character, character)
 
 
 _CHARACTERS = _Characters()
 
 
 def _normalize(line: str) -> str:
-    """The line with one spelling for what has several: signs, spaces, digits, powers, fractions, groups."""
+    """The line with a single spelling of signs, spaces, digits, powers, fractions and groups."""
     if not line.isascii():
         line = re.sub("[₀-₉]+", " ", line)
         line = _OTHER_ROOT.sub("√ ", line)
         line = _SUPERSCRIPT.sub(lambda match: f"^({match[0].translate(_SUPERSCRIPTS)})", line)
         line = line.translate(_CHARACTERS)
-        # A vulgar fraction is marked: after a digit it is the fraction of a mixed number.
+        # U+2064 marks a vulgar fraction: after a digit it is the fraction of a mixed number.
         line = re.sub("([0-9]?)\u2064", lambda match: f"{match[1]} " if match[1] else "", line)
     if "<su" in line:
         line = _HTML.sub(lambda match: f"^({match[1]})" if match[1] else " ", line)
     if "_" in line:
         line = _SUBSCRIPT.sub(" ", line)
     if "\\" in line or "{" in line:
-        line = _without_latex(line)
+        line = _strip_latex(line)
     if "√" in line or "sqrt" in line:
-        line = _ROOT.sub(lambda match: _under_root(match[1]), line)
+        line = _ROOT.sub(lambda match: _rewrite_root(match[1]), line)
     if "~" in line:
         line = _TIE.sub(" ", line)
     line = _AFTER_EQUALS.sub("= -", line)
     return _SPACED.sub(lambda match: re.sub("[ \u00a0]", "'", match[0]), line)
 
 
-def _without_latex(line: str) -> str:
+def _strip_latex(line: str) -> str:
     line = line.replace("\\\\", " ; ").replace("\\!", "")
     line = _LATEX_SEPARATOR.sub(lambda match: match[1] or match[2], line)
     line = re.sub(r"\\(?:[,;: ]|thinspace(?![A-Za-z]))", "\u00a0", line)
-    line = _LATEX_FRACTION.sub(_fraction, line)
+    line = _LATEX_FRACTION.sub(_rewrite_fraction, line)
     if "sqrt" in line:
-        line = _LATEX_ROOT.sub(_latex_root, line)
+        line = _LATEX_ROOT.sub(_rewrite_latex_root, line)
         line = _ROOT_FRACTION.sub(lambda match: f" {match[1] or match[3]}/{match[2] or match[4]} ", line)
     line = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?", "°", line)
     line = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "×", line)
@@ -300,26 +299,26 @@ def _without_latex(line: str) -> str:
     return re.sub(r"\\([$%#&_()\[\]])", r"\1", line.replace("\\{", "(").replace("\\}", ")"))
 
 
-def _latex_root(match: re.Match[str]) -> str:
+def _rewrite_latex_root(match: re.Match[str]) -> str:
     index, inner = (match[1] or "2").strip(), match[2] or match[3] or ""
-    return _under_root(inner) if index == "2" else "√ "
+    return _rewrite_root(inner) if index == "2" else "√ "
 
 
-def _under_root(inner: str) -> str:
-    """A root in one spelling; with nothing under it where that is not a number."""
+def _rewrite_root(inner: str) -> str:
+    """A root in a single spelling, without a radicand if that is not a number."""
     number = _UNDER.fullmatch(inner)
     if not number:
         return "√ "
     return f"√({number[1]})" if "/" in number[1] else f"√{number[1]}"
 
 
-def _fraction(match: re.Match[str]) -> str:
+def _rewrite_fraction(match: re.Match[str]) -> str:
     before, above, below = match[1], match[2] or match[3], match[4] or match[5]
     return f"{before + ' ' if before else ''}{above}/{below}"
 
 
-def _last_box(text: str) -> str:
-    """What stands in the last box of a LaTeX text, or nothing."""
+def _find_last_box(text: str) -> str:
+    """The content of the last box of a LaTeX text, or an empty string."""
     boxes = list(_BOXED.finditer(text)) if "\\" in text else []
     if not boxes:
         return ""

@@ -1,11 +1,11 @@
-"""Rouge-L, equal to `rouge_score` to the last bit: of one response, and of whole columns many times faster.
+"""Rouge-L, equal to `rouge_score` to the last bit, for one response and, much faster, for whole columns.
 
-`rouge_score` 0.1.2 is the reference that the tests compare with. For columns, distinct texts are tokenised together,
-over their bytes; distinct words are stemmed once; each text becomes a string with one character per token, because the
-longest common subsequence of strings is what rapidfuzz computes fastest (bit-parallel: linear memory, 64 cells a step).
-Work goes by chunks of instances, so memory does not grow with rows.
+`rouge_score` 0.1.2 is the reference that the tests compare with. For columns, distinct texts are tokenised together as
+bytes, distinct words are stemmed once, and each text becomes a string with one character per token, for which rapidfuzz
+computes the longest common subsequence fastest (bit-parallel, linear memory). Instances are processed in chunks, so
+memory does not grow with rows.
 
-The published Rouge-L sees [a-z0-9] alone and gives all other text 0; `rouge_l_unicode` is Rouge-L for every script.
+The published Rouge-L sees only [a-z0-9], so other text scores 0; `rouge_l_unicode` is Rouge-L for every script.
 """
 
 import re
@@ -32,21 +32,21 @@ COLUMNS = ("references", "candidates.list.element.response")
 """What `rouge_l_batch` reads of the record, as `cappy.records.read_batches` takes it."""
 CHUNK_CHARACTERS = 2**21
 CHUNK_PAIRS = 2**17
-"""Sizes of a chunk, at which the arrays on the way stay within some tens of MB."""
+"""Limits of a chunk, which keep temporary arrays to tens of MB."""
 _CHARACTERS = 0x110000 - 0x800
-"""How many characters there are to stand for tokens, surrogates aside."""
+"""Number of characters that can represent tokens, without surrogates."""
 _IS_WORD = np.zeros(256, dtype=np.bool_)
 _IS_WORD[[*b"abcdefghijklmnopqrstuvwxyz0123456789"]] = True
 
 _WORDS = re.compile(r"[a-z0-9]+")
-_UNSEEN = re.compile(r"[^\W_a-z0-9]|[\u0300-\u036f]")
+_INVISIBLE = re.compile(r"[^\W_a-z0-9]|[\u0300-\u036f]")
 _STEMMER = PorterStemmer()
-_LONGEST_CACHED = 4_096
-"""Characters of the longest text whose tokens are kept: the cache stays small whatever the texts."""
-_LONGEST_WORD = 64
+_MAX_CACHED_CHARACTERS = 4_096
+"""Longer texts are not cached, which bounds the size of the cache."""
+_MAX_CACHED_WORD = 64
 _NO_SUFFIX_ENDS = frozenset("0123456789abfhjkopquvwxz")
-"""Last characters of no suffix that Porter's rules know: such a word is its own stem."""
-# Scripts that put no space between words: there a token is one character with its marks.
+"""Last characters that no suffix in Porter's rules has: such a word is its own stem."""
+# Scripts without spaces between words, where a token is one character with its marks.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 _UNICODE_TOKEN = regex.compile(
     rf"(?V1)[[{_UNSPACED}]&&\p{{L}}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[[{_UNSPACED}]&&\p{{L}}]]+"
@@ -54,35 +54,37 @@ _UNICODE_TOKEN = regex.compile(
 
 
 def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = True) -> float:
-    """Rouge-L F1 of a response, 0 to 1: the maximum over the references (Lin 2004; Cappy §4 scores it so).
+    """Rouge-L F1 of a response, 0 to 1: the maximum over the references (Lin 2004; Cappy, §4).
 
-    Tokens are lower-case runs of [a-z0-9]; longer than three characters they are Porter-stemmed. A response or a
-    reference without tokens scores 0, non-Latin text among them.
+    Tokens are lower-case runs of [a-z0-9]; those longer than three characters are Porter-stemmed. Texts without tokens,
+    such as non-Latin ones, score 0.
     """
     tokens = _tokenize(response, use_stemmer)
     return max((_f_measure(_tokenize(reference, use_stemmer), tokens) for reference in references), default=0.0)
 
 
 def _tokenize(text: str, use_stemmer: bool = True) -> tuple[str, ...]:
-    """The tokens of a text, stemmed unless the caller says otherwise."""
-    return _cached_tokens(text, use_stemmer) if len(text) <= _LONGEST_CACHED else _tokens(text, use_stemmer)
+    """The tokens of a text, stemmed by default."""
+    return (
+        _cached_tokens(text, use_stemmer) if len(text) <= _MAX_CACHED_CHARACTERS else _split_tokens(text, use_stemmer)
+    )
 
 
-def visible(text: str) -> bool:
-    """Whether Rouge-L sees anything of a text."""
+def is_visible(text: str) -> bool:
+    """Whether a text has any token for Rouge-L."""
     return _WORDS.search(text.lower()) is not None
 
 
-def partly_visible(text: str) -> bool:
-    """Whether Rouge-L sees something of a text, but not all of its letters and digits: 2008年, naïve, 5 m²."""
+def is_partly_visible(text: str) -> bool:
+    """Whether Rouge-L sees some but not all letters and digits of a text: 2008年, naïve, 5 m²."""
     if text.isascii():
         return False
     lowered = text.lower()
-    return _WORDS.search(lowered) is not None and _UNSEEN.search(lowered) is not None
+    return _WORDS.search(lowered) is not None and _INVISIBLE.search(lowered) is not None
 
 
 def _f_measure(target: Sequence[Hashable], prediction: Sequence[Hashable]) -> float:
-    """F1 of the longest common subsequence of two token sequences, 0 to 1; the operations in the reference's order."""
+    """F1 of the longest common subsequence of two token sequences, 0 to 1, in the reference's order of operations."""
     if not target or not prediction:
         return 0.0
     common = LCSseq.similarity(target, prediction)
@@ -92,18 +94,18 @@ def _f_measure(target: Sequence[Hashable], prediction: Sequence[Hashable]) -> fl
 
 
 def _stem(word: str) -> str:
-    """The token that a word counts as: longer than three characters, its Porter stem."""
+    """The token of a word: its Porter stem if it is longer than three characters."""
     if len(word) <= 3 or word[-1] in _NO_SUFFIX_ENDS:
         return word
-    return _porter_stem(word) if len(word) <= _LONGEST_WORD else _STEMMER.stem(word)
+    return _porter_stem(word) if len(word) <= _MAX_CACHED_WORD else _STEMMER.stem(word)
 
 
-def _tokens(text: str, use_stemmer: bool) -> tuple[str, ...]:
+def _split_tokens(text: str, use_stemmer: bool) -> tuple[str, ...]:
     words = _WORDS.findall(text.lower())
     return tuple(map(_stem, words)) if use_stemmer else tuple(words)
 
 
-_cached_tokens = lru_cache(maxsize=8_192)(_tokens)
+_cached_tokens = lru_cache(maxsize=8_192)(_split_tokens)
 
 
 @lru_cache(maxsize=131_072)
@@ -112,10 +114,10 @@ def _porter_stem(word: str) -> str:
 
 
 def rouge_l_unicode(references: Sequence[str], response: str) -> float:
-    """Rouge-L F1 of a response, 0 to 1, the best over the references, on the words of any script.
+    """Rouge-L F1 of a response, 0 to 1, the maximum over the references, for words of any script.
 
-    Words are folded in case and width (NFKC), keep their marks and are not stemmed. In scripts without spaces every
-    character with its marks is a word.
+    Words are normalised in case and width (NFKC), keep their marks and are not stemmed. In scripts without spaces,
+    every character with its marks is a word.
     """
     tokens = _unicode_tokens(response)
     return max((_f_measure(_unicode_tokens(reference), tokens) for reference in references), default=0.0)
@@ -129,22 +131,22 @@ def _unicode_tokens(text: str) -> tuple[str, ...]:
 def rouge_l_columns(references: pa.ListArray, responses: pa.ListArray, *, use_stemmer: bool = True) -> pa.ListArray:
     """Rouge-L F1 of every response, 0 to 1, the maximum over its instance's references.
 
-    `references` and `responses` are list<string> columns, one row per instance; what comes back is list<double>, shaped
-    as `responses`. A null list counts as an empty one, and a null text as a blank one.
+    `references` and `responses` are list<string> columns, one row per instance; the result is list<double> with the
+    shape of `responses`. A null list counts as empty, a null text as blank.
     """
     counts = [
         np.asarray(pc.list_value_length(column).fill_null(0), dtype=np.int64) for column in (references, responses)
     ]
     texts = pa.concat_arrays([references.flatten(), responses.flatten()]).fill_null("").dictionary_encode()
     index = np.asarray(texts.indices, dtype=np.int64)
-    values = _best(texts.dictionary.to_pylist(), index, counts[0], counts[1], use_stemmer)
+    values = _best_f_measures(texts.dictionary.to_pylist(), index, counts[0], counts[1], use_stemmer)
     return pa.ListArray.from_arrays(pa.array(_offsets(counts[1]), pa.int32()), pa.array(values))
 
 
 def rouge_l_batch(batch: pa.RecordBatch, *, use_stemmer: bool = True) -> pa.ListArray:
-    """Rouge-L F1 of every candidate of a batch of the record, 0 to 1: list<double>, shaped as `candidates`.
+    """Rouge-L F1 of every candidate of a record batch, 0 to 1: list<double> with the shape of `candidates`.
 
-    The batch needs the columns `COLUMNS` alone.
+    The batch needs only the columns `COLUMNS`.
     """
     candidates = batch["candidates"]
     counts = np.asarray(pc.list_value_length(candidates).fill_null(0), dtype=np.int64)
@@ -156,16 +158,16 @@ def rouge_l_batch(batch: pa.RecordBatch, *, use_stemmer: bool = True) -> pa.List
 def rouge_l_pools(
     references: Sequence[Sequence[str]], responses: Sequence[Sequence[str]], *, use_stemmer: bool = True
 ) -> Floats:
-    """Rouge-L F1 of the responses of all instances in a row, 0 to 1, the maximum over the instance's references."""
-    numbers: dict[str, int] = {}
+    """Rouge-L F1 of the responses of all instances, concatenated, 0 to 1: the maximum over the references."""
+    text_ids: dict[str, int] = {}
     flat = chain.from_iterable((*references, *responses))
-    index = np.fromiter((numbers.setdefault(text, len(numbers)) for text in flat), dtype=np.int64)
+    index = np.fromiter((text_ids.setdefault(text, len(text_ids)) for text in flat), dtype=np.int64)
     counts = [np.fromiter(map(len, pools), dtype=np.int64, count=len(pools)) for pools in (references, responses)]
-    return _best(list(numbers), index, counts[0], counts[1], use_stemmer)
+    return _best_f_measures(list(text_ids), index, counts[0], counts[1], use_stemmer)
 
 
 def token_strings(texts: Sequence[str], *, use_stemmer: bool = True) -> tuple[list[_Tokens], Ints]:
-    """Each text with one character per token, equal within this call where the tokens are; and their lengths."""
+    """Encodes each text with one character per token, consistently within this call; also the numbers of tokens."""
     ids, bounds = _token_ids(texts, use_stemmer)
     ends = bounds.tolist()
     if len(ids) and ids.max() >= _CHARACTERS:
@@ -175,19 +177,21 @@ def token_strings(texts: Sequence[str], *, use_stemmer: bool = True) -> tuple[li
     return [characters[start:end] for start, end in pairwise(ends)], np.diff(bounds)
 
 
-def _best(texts: Sequence[str], index: Ints, num_references: Ints, num_responses: Ints, use_stemmer: bool) -> Floats:
-    """The best F1 of each response; `index` names the text of every reference, then of every response."""
+def _best_f_measures(
+    texts: Sequence[str], index: Ints, num_references: Ints, num_responses: Ints, use_stemmer: bool
+) -> Floats:
+    """The best F1 of each response; `index` has the text of every reference, then of every response."""
     first_reference, first_response = _offsets(num_references), _offsets(num_responses)
     targets, predictions = index[: first_reference[-1]], index[first_reference[-1] :]
     sizes = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     characters = _sums(sizes[targets], first_reference) + _sums(sizes[predictions], first_response)
     best = np.zeros(len(predictions))
     for start, stop in _chunks(characters, num_references * num_responses):
-        here = slice(first_response[start], first_response[stop])
-        best[here] = _chunk(
+        chunk = slice(first_response[start], first_response[stop])
+        best[chunk] = _score_chunk(
             texts,
             targets[first_reference[start] : first_reference[stop]],
-            predictions[here],
+            predictions[chunk],
             num_references[start:stop],
             num_responses[start:stop],
             use_stemmer,
@@ -195,7 +199,7 @@ def _best(texts: Sequence[str], index: Ints, num_references: Ints, num_responses
     return best
 
 
-def _chunk(
+def _score_chunk(
     texts: Sequence[str],
     targets: Ints,
     predictions: Ints,
@@ -216,13 +220,15 @@ def _chunk(
             first_pair[start:stop], pairs_of[start:stop]
         )
         target = targets[np.repeat(first_target[start:stop], pairs_of[start:stop]) + within]
-        values = _f_measures(strings, lengths, target, prediction)
-        some = pairs_of[start:stop] > 0
-        best[start:stop][some] = np.maximum.reduceat(values, (first_pair[start:stop] - first_pair[start])[some])
+        values = _pairwise_f_measures(strings, lengths, target, prediction)
+        has_pairs = pairs_of[start:stop] > 0
+        best[start:stop][has_pairs] = np.maximum.reduceat(
+            values, (first_pair[start:stop] - first_pair[start])[has_pairs]
+        )
     return best
 
 
-def _f_measures(strings: Sequence[_Tokens], lengths: Ints, targets: Ints, predictions: Ints) -> Floats:
+def _pairwise_f_measures(strings: Sequence[_Tokens], lengths: Ints, targets: Ints, predictions: Ints) -> Floats:
     if not len(targets):
         return np.zeros(0)
     queries, choices = ([strings[number] for number in side.tolist()] for side in (targets, predictions))
@@ -234,9 +240,9 @@ def _f_measures(strings: Sequence[_Tokens], lengths: Ints, targets: Ints, predic
 
 
 def _token_ids(texts: Sequence[str], use_stemmer: bool) -> tuple[npt.NDArray[np.int32], Ints]:
-    """Number of every token of all texts in a row, and where each text's begin and end."""
+    """Ids of the tokens of all texts, concatenated, and the offsets of the texts."""
     lowered = [text.lower() for text in texts]
-    # One byte for each character, so that lengths hold; what is not ASCII separates words, as everything else does.
+    # One byte per character keeps lengths; non-ASCII characters become '?', which separates words.
     joined = np.frombuffer("\n".join([*lowered, ""]).encode("ascii", "replace"), dtype=np.uint8)
     is_word = _IS_WORD[joined]
     starts = np.flatnonzero(is_word & ~np.append(False, is_word[:-1]))
@@ -252,7 +258,7 @@ def _token_ids(texts: Sequence[str], use_stemmer: bool) -> tuple[npt.NDArray[np.
 
 
 def _chunks(characters: Ints, pairs: Ints) -> Iterator[tuple[int, int]]:
-    """Ranges of rows within the limits of a chunk, or of one row alone."""
+    """Ranges of rows within the limits of a chunk, or of a single row."""
     start, text, work = 0, 0, 0
     for row, (size, count) in enumerate(zip(characters.tolist(), pairs.tolist(), strict=True)):
         if row > start and (text + size > CHUNK_CHARACTERS or work + count > CHUNK_PAIRS):

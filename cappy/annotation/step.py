@@ -1,4 +1,4 @@
-"""The annotation step: labels for the candidates of a folder of instances."""
+"""The annotation step: labels the candidates of a folder of instances."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cappy.annotation.metrics import METRICS, load, parse, versions
+from cappy.annotation.metrics import METRICS, library_versions, load_metric, parse_metric
 from cappy.config import ADVANCED, DEFAULT_WORK, Fresh, Location, Renames, Work, Workers, identity, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
@@ -17,7 +17,7 @@ from cappy.steps import step_version
 
 @settings
 class AnnotationConfig:
-    """Labels for the candidates of a folder of instances."""
+    """Label the candidates of a folder of instances."""
 
     RENAMED: ClassVar[Renames] = {"recipe": "preset", "report": "data_report"}
 
@@ -25,23 +25,23 @@ class AnnotationConfig:
     target: Annotated[Location, Field(description="Folder to write")]
     metric: Annotated[
         str,
-        Field(description=f"Metric that labels an LLM's response, 0 to 1: {', '.join(METRICS)}; or 0.5*ONE+0.5*OTHER"),
+        Field(description=f"Metric that labels LLM responses, 0 to 1: {', '.join(METRICS)}; or a mixture: 0.5*A+0.5*B"),
     ] = "rougeL"
     preset: Annotated[
         Literal["default", "paper"],
         ADVANCED,
-        Field(description="paper repeats the published regression set with its quirks; see docs/annotation.md"),
+        Field(description="paper reproduces the published regression set exactly; see docs/annotation.md"),
     ] = "default"
     mismatches: Annotated[
         int,
         ADVANCED,
-        Field(ge=0, description="Wrong responses per instance: references of others, label 0; paper: 1 per reference"),
+        Field(ge=0, description="Wrong responses added per instance (references of others); paper: 1 per reference"),
     ] = 1
-    seed: Annotated[int, ADVANCED, Field(description="Seed of the draw of mismatches")] = 0
+    seed: Annotated[int, ADVANCED, Field(description="Seed for drawing mismatches")] = 0
     part_rows: Annotated[
         int,
         ADVANCED,
-        Field(ge=1, description="Instances per part: a killed run continues at one, mismatches are drawn within one"),
+        Field(ge=1, description="Instances per part: runs resume at a part, mismatches are drawn within a part"),
     ] = 512
     shard: ShardOf = ""
     workers: Workers = 1
@@ -49,7 +49,7 @@ class AnnotationConfig:
     fresh: Fresh = ""
 
     def __post_init__(self) -> None:
-        parse(self.metric)
+        parse_metric(self.metric)
         parse_shard(self.shard)
         if self.preset == "paper" and self.mismatches != 1:
             remedy = "leave --mismatches out, or choose --preset default"
@@ -57,8 +57,8 @@ class AnnotationConfig:
 
 
 def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
-    """Annotates `source` into `target`; a killed run continues where it was."""
-    from cappy.annotation.labels import count
+    """Annotates `source` into `target`; an interrupted run resumes at the first unfinished part."""
+    from cappy.annotation.labels import count_facts
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
 
@@ -73,11 +73,11 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
             rows=parse_shard(config.shard).rows(parent.rows),
             part_rows=config.part_rows,
             progress=progress,
-            count=partial(count, name=config.metric, mismatches=mismatches),
+            count=partial(count_facts, name=config.metric, mismatches=mismatches),
             workers=config.workers,
         )
         metrics = {"instances": parts.rows, "candidates": parts.candidates, **parts.counts}
-        said = cautions(metrics)
+        cautions = describe_cautions(metrics)
         manifest = Manifest(
             step="annotation",
             files=parts.files,
@@ -87,18 +87,18 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
             generators=parent.generators,
             parents=(parent.hash,),
             metrics=metrics,
-            facts={"metric_versions": versions(config.metric), **({"cautions": said} if said else {})},
+            facts={"metric_versions": library_versions(config.metric), **({"cautions": cautions} if cautions else {})},
         )
         return finish(folder, config.target, manifest)
 
 
 def _annotate_part(part: list[Instance], *, config: AnnotationConfig) -> Iterator[Instance]:
-    """One part's work, in whichever process."""
+    """Annotates one part; runs in a worker process."""
     from cappy.annotation.labels import Labelling, annotate
 
     labelling = Labelling(
         name=config.metric,
-        metric=load(config.metric),
+        metric=load_metric(config.metric),
         preset=config.preset,
         mismatches=config.mismatches,
         seed=config.seed,
@@ -106,26 +106,28 @@ def _annotate_part(part: list[Instance], *, config: AnnotationConfig) -> Iterato
     return annotate(part, labelling)
 
 
-def cautions(metrics: Mapping[str, float]) -> list[str]:
-    """What a person should know about the labels, by the counts in the manifest: sentences that end with what to do."""
-    texts = []
+def describe_cautions(metrics: Mapping[str, float]) -> list[str]:
+    """Cautions about the labels, from the counts in the manifest: sentences that end with a remedy."""
+    cautions = []
     if reasoning := metrics.get("with_reasoning", 0):
-        texts.append(
-            f"{_share(reasoning, metrics['responses'])} responses hold reasoning such as <think>...</think>, which "
-            "the metric compares too; sample with --strip-reasoning"
+        cautions.append(
+            f"{_format_share(reasoning, metrics['responses'])} responses hold reasoning such as <think>...</think>, "
+            "which the metric compares too; sample with --strip-reasoning"
         )
     instances = metrics.get("instances", 0)
     remedy = "annotate with --metric rougeL_unicode or chrf"
-    if unseen := metrics.get("invisible_to_rougeL", 0):
-        texts.append(f"{_share(unseen, instances)} instances have no reference that Rouge-L can see; {remedy}")
-    if partly := metrics.get("partly_invisible_to_rougeL", 0):
-        texts.append(
-            f"{_share(partly, instances)} instances have a reference or response of which Rouge-L sees only a part, "
-            f"for it sees [a-z0-9] alone; {remedy}"
+    if invisible := metrics.get("invisible_to_rougeL", 0):
+        cautions.append(
+            f"{_format_share(invisible, instances)} instances have no reference that Rouge-L can see; {remedy}"
         )
-    return texts
+    if partly := metrics.get("partly_invisible_to_rougeL", 0):
+        cautions.append(
+            f"{_format_share(partly, instances)} instances have a reference or response that Rouge-L sees only in "
+            f"part, because it sees only [a-z0-9]; {remedy}"
+        )
+    return cautions
 
 
-def _share(some: float, of: float) -> str:
+def _format_share(count: float, total: float) -> str:
     """Such as "3 of 40 (7.5 %)"."""
-    return f"{some:,.0f} of {of:,.0f} ({100 * some / max(of, 1):.1f} %)"
+    return f"{count:,.0f} of {total:,.0f} ({100 * count / max(total, 1):.1f} %)"

@@ -116,9 +116,9 @@ def cautions(manifest: Manifest | None) -> list[str]:
 
         return of_sampling(manifest.metrics, manifest.config, manifest.facts)
     if manifest.step == "annotation":
-        from cappy.annotation.step import cautions as of_annotation
+        from cappy.annotation.step import describe_cautions
 
-        return of_annotation(manifest.metrics)
+        return describe_cautions(manifest.metrics)
     return []
 
 

@@ -30,14 +30,13 @@ def threshold(
     on the reported ones; in a cross-fitted report both are the out-of-fold ones. Below it, abstain: none of the
     responses is good enough.
     """
-    from cappy.evaluation.threshold import sentence
-    from cappy.evaluation.threshold import threshold as find
+    from cappy.evaluation.threshold import describe_threshold, find_threshold
 
-    answer = find(report, precision=min_precision, good=good, confidence=confidence)
+    answer = find_threshold(report, precision=min_precision, good=good, confidence=confidence)
     typer.echo(
         json.dumps(asdict(answer) if answer else None)
         if as_json
-        else sentence(answer, precision=min_precision, good=good, confidence=confidence)
+        else describe_threshold(answer, precision=min_precision, good=good, confidence=confidence)
     )
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: does the scorer pick better responses than what needs no scorer, and by how much?"""
+"""Evaluation: compares the responses that a scorer picks with the picks of selectors that need no scorer."""
 
 import json
 from collections.abc import Iterable
@@ -29,37 +29,39 @@ def evaluate(
     probe: bool = True,
     progress: Progress = silent,
 ) -> Report:
-    """Every selector on the instances of `split`, with intervals; `score` is `Scorer.score` or alike, None for none.
+    """Evaluates every selector on the instances of `split`; `score` is a function such as `Scorer.score`, or None.
 
-    The validation split chooses weights and the best single system. Instances of both splits are held in memory,
-    others are passed over. RecordError where there is nothing to report on, or a candidate has no label.
+    The weights of hybrids and the best single system are chosen on the validation split. Instances of both splits are
+    kept in memory, others are ignored. Raises RecordError if there is nothing to report on, or a candidate has no
+    label.
     """
-    from cappy.evaluation.protocol import evaluate_split, pools_of, report_of
+    from cappy.evaluation.protocol import build_report, evaluate_split, split_pools
 
-    pools, held_out, skipped = pools_of(instances, metric=metric, split=split)
+    pools, held_out, skipped = split_pools(instances, metric=metric, split=split)
     evaluated = evaluate_split(
         pools, held_out, score, champion, metric=metric, seed=seed, probe=probe, progress=progress
     )
-    return report_of([evaluated], metric=metric, split=split, seed=seed, skipped=skipped)
+    return build_report([evaluated], metric=metric, split=split, seed=seed, skipped=skipped)
 
 
 def read_report(folder: str | Path) -> Report:
-    """The report of a finished evaluation; FolderError or RecordError if there is none that this version reads."""
+    """Reads the report of a finished evaluation. Raises FolderError or RecordError if this version cannot read it."""
     return Report.from_dict(read_values(folder))
 
 
-def read_values(folder: str | Path, *, checked: bool = False) -> dict[str, Any]:
-    """The values of report.json, as they stand there, of a schema that this version reads.
+def read_values(folder: str | Path, *, check_hashes: bool = False) -> dict[str, Any]:
+    """Reads the values of report.json, unconverted. Raises RecordError if this version cannot read their schema.
 
-    `checked` compares every file of the folder with its manifest first: a gate must not open for an edited report.
+    With `check_hashes`, every file of the folder is first compared with its manifest: an edited report must not pass
+    the gate.
     """
     path = Path(folder) / "report.json"
     if not path.is_file() and (inner := path.parent / "report" / path.name).is_file():
-        raise FolderError(f"{folder}: is not an evaluation; give the folder {inner.parent} in it")
-    (verify if checked else read_manifest)(folder)
+        raise FolderError(f"{folder}: is not an evaluation report; pass the folder {inner.parent} instead")
+    (verify if check_hashes else read_manifest)(folder)
     if not path.is_file():
         raise FolderError(
-            f"{folder}: is not an evaluation, it has no {path.name}; give the folder that evaluation wrote"
+            f"{folder}: is not an evaluation report, it has no {path.name}; pass the folder that cappy evaluation wrote"
         )
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     check_schema(values)

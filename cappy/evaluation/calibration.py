@@ -1,4 +1,4 @@
-"""Calibration: how far the scores of picks are from their labels, a map that mends it, and what abstaining buys."""
+"""Calibration: measures how far the scores of picks are from their labels, and fits maps from scores to labels."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from cappy.selection.pools import Pool, Vector, average_ties, best_probabilities
 
 NUM_BINS = 10
 MIN_GROUPS = 20
-"""Held-out groups below which no map is fitted, and the groups that a fitted n must have: two levels of ten picks."""
+"""Minimum number of held-out groups to fit a map, overall and for each n: two levels of ten picks."""
 LEVEL_GROUPS = 10
-"""Groups for each level of a map: an isotonic one of fewer follows their noise, most of all at its ends."""
+"""Groups for each level of a map: with fewer, isotonic regression fits noise, above all at the ends."""
 MAX_LEVELS = 20
 SHARES = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
 
 @dataclass(frozen=True)
 class Picks:
-    """The scorer's pick of every pool: its score, its label, and the number of distinct candidates, the n of its map.
+    """The scorer's pick of every pool: score, label, and number of distinct candidates (the n of its map).
 
-    Of equally scored candidates each is picked as often, so that the label is their mean. `spreads` are the differences
-    of the highest and the lowest score.
+    The label is the mean over the candidates with the highest score. `spreads` are the differences between the highest
+    and the lowest score of each pool.
     """
 
     scores: Vector
@@ -33,13 +33,13 @@ class Picks:
     spreads: Vector
 
     def expected_labels(self, fitted: Calibration) -> Vector:
-        """The expected label of every pick."""
+        """The calibrated score of every pick, shape (pools,)."""
         pairs = zip(self.scores.tolist(), self.sizes, strict=True)
         return np.array([fitted.apply([score], n=size)[0] for score, size in pairs])
 
 
-def picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
-    """The picks of these scores."""
+def collect_picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
+    """The candidate with the highest score of every pool."""
     return Picks(
         scores=np.array([own.max() for own in scores], dtype=np.float64),
         labels=pick_labels(pools, scores),
@@ -49,32 +49,33 @@ def picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
 
 
 def fit(pools: Sequence[Pool], scores: Sequence[Vector], metric: str) -> Calibration | None:
-    """The maps from the scores of held-out picks to their labels; None of fewer than `MIN_GROUPS` groups.
+    """Fits the maps from the scores of held-out picks to their labels; None with fewer than `MIN_GROUPS` groups.
 
-    For every n of a grid the picks are those of all subsets of n candidates of each pool, in their exact proportions
-    (`best_probabilities`), so that each pool weighs 1. A text that was sampled twice stands in its pool twice, as
-    it does in n samples. Each n has its own isotonic map (Zadrozny and Elkan, 2002), over levels of about equal weight.
+    For every n of a grid, the picks are those of all subsets of n candidates of each pool, weighted by their exact
+    probabilities (`best_probabilities`), so that each pool has weight 1. A text that was sampled twice counts twice, as
+    it does among n samples. Each n has its own isotonic map (Zadrozny and Elkan, 2002) over levels of about equal
+    weight.
     """
     ranked = [_sort_picks(own, pool.labels) for pool, own in zip(pools, scores, strict=True)]
     groups = np.array([pool.instance.group_id for pool in pools])
     maps = []
-    for n in _grid([len(own) for own, _ in ranked], groups):
-        where = [index for index, (own, _) in enumerate(ranked) if len(own) >= n]
-        weights = np.concatenate([best_probabilities(len(ranked[index][0]))[n - 1] for index in where])
-        values, labels = (np.concatenate([ranked[index][side] for index in where]) for side in (0, 1))
-        levels = min(MAX_LEVELS, len(set(groups[where])) // LEVEL_GROUPS)
-        maps.append(_monotone(n, values, labels, weights, levels))
+    for n in _choose_sizes([len(own) for own, _ in ranked], groups):
+        large = [index for index, (own, _) in enumerate(ranked) if len(own) >= n]
+        weights = np.concatenate([best_probabilities(len(ranked[index][0]))[n - 1] for index in large])
+        values, labels = (np.concatenate([ranked[index][side] for index in large]) for side in (0, 1))
+        levels = min(MAX_LEVELS, len(set(groups[large])) // LEVEL_GROUPS)
+        maps.append(_fit_monotone_map(n, values, labels, weights, levels))
     return Calibration(tuple(maps), metric=metric, fitted_on=len(set(groups))) if maps else None
 
 
 def _sort_picks(scores: Vector, labels: Vector) -> tuple[Vector, Vector]:
-    """Scores and labels, best first; equal scores have the mean of their labels."""
+    """Scores and labels, sorted from the highest score; equal scores get the mean of their labels."""
     order = np.argsort(-scores, kind="stable")
     return scores[order], average_ties(scores[order], labels[order])
 
 
-def _grid(sizes: Sequence[int], groups: "np.ndarray[tuple[int], np.dtype[np.str_]]") -> Iterator[int]:
-    """1, 2, 4 and so on, and the largest n of which `MIN_GROUPS` groups have a pool; nothing of fewer groups."""
+def _choose_sizes(sizes: Sequence[int], groups: "np.ndarray[tuple[int], np.dtype[np.str_]]") -> Iterator[int]:
+    """Yields 1, 2, 4, ... and the largest n for which `MIN_GROUPS` groups have a pool; nothing with fewer groups."""
     largest: dict[str, int] = {}
     for size, group in zip(sizes, groups.tolist(), strict=True):
         largest[group] = max(size, largest.get(group, 0))
@@ -87,16 +88,16 @@ def _grid(sizes: Sequence[int], groups: "np.ndarray[tuple[int], np.dtype[np.str_
     yield last
 
 
-def _monotone(n: int, scores: Vector, labels: Vector, weights: Vector, levels: int) -> PickMap:
-    """The monotone map of at most `levels` levels of about equal weight: each from its lowest to its highest score.
+def _fit_monotone_map(n: int, scores: Vector, labels: Vector, weights: Vector, levels: int) -> PickMap:
+    """Fits a monotone map of at most `levels` levels of about equal weight, each from its lowest to its highest score.
 
-    So the mean of what is expected of the picks is the mean of their labels.
+    The mean of the expected labels then equals the mean of the labels.
     """
-    drawn = weights > 0
-    points, where = np.unique(scores[drawn], return_inverse=True)
-    weight = np.bincount(where, weights=weights[drawn])
-    total = np.bincount(where, weights=weights[drawn] * labels[drawn])
-    # Equal scores are of one level; a pick in the middle of its own weight says which.
+    possible = weights > 0
+    points, index = np.unique(scores[possible], return_inverse=True)
+    weight = np.bincount(index, weights=weights[possible])
+    total = np.bincount(index, weights=weights[possible] * labels[possible])
+    # Equal scores belong to one level: that of the middle of their weight.
     middle = (np.cumsum(weight) - weight / 2) / weight.sum()
     level = np.minimum((middle * levels).astype(int), levels - 1)
     level = np.unique(level, return_inverse=True)[1]
@@ -107,42 +108,42 @@ def _monotone(n: int, scores: Vector, labels: Vector, weights: Vector, levels: i
     return PickMap(n, tuple(points[ends].tolist()), tuple(expected[ends].tolist()))
 
 
-def reliability(scores: Vector, labels: Vector) -> Reliability:
-    """Calibration error, Brier score and bins of about equal size, of scores against labels of 0 to 1.
+def measure_reliability(scores: Vector, labels: Vector) -> Reliability:
+    """Calibration error, Brier score and bins of about equal size; scores and labels (0 to 1) have shape (pools,).
 
-    Equal scores are in one bin, whatever their order: a calibrated score has many of them.
+    Equal scores share one bin, in whatever order they come: calibrated scores have many of them.
     """
     order = np.argsort(scores, kind="stable")
     rank = np.searchsorted(scores[order], scores, side="left")
-    place = rank * NUM_BINS // len(scores)
-    parts = [part for number in range(NUM_BINS) if len(part := np.flatnonzero(place == number))]
+    bin_index = rank * NUM_BINS // len(scores)
+    parts = [part for number in range(NUM_BINS) if len(part := np.flatnonzero(bin_index == number))]
     bins = tuple(
         Bin(score=float(scores[part].mean()), label=float(labels[part].mean()), count=len(part)) for part in parts
     )
-    error = sum(abs(one.score - one.label) * one.count for one in bins) / len(scores)
+    error = sum(abs(each.score - each.label) * each.count for each in bins) / len(scores)
     return Reliability(ece=float(error), brier=float(np.mean((scores - labels) ** 2)), bins=bins)
 
 
 def measure_calibration(splits: Sequence[tuple[Picks, Calibration | None]]) -> CalibrationResult:
-    """The reliability of picks by their scores and, where every part has a map, by what its own map expects."""
+    """Reliability of the raw scores of picks and, if every split has a map, of their calibrated scores."""
     raw, labels = (np.concatenate([getattr(own, name) for own, _ in splits]) for name in ("scores", "labels"))
-    # Of a pool with one distinct candidate there is nothing to tell apart.
+    # A pool with a single distinct candidate has no spread.
     spreads = np.concatenate([own.spreads[np.array(own.sizes) > 1] for own, _ in splits])
     spread = float(np.median(spreads)) if len(spreads) else None
     maps = [fitted for _, fitted in splits if fitted is not None]
     if len(maps) < len(splits):
-        return CalibrationResult(raw=reliability(raw, labels), spread=spread)
+        return CalibrationResult(raw=measure_reliability(raw, labels), spread=spread)
     mapped = np.concatenate([own.expected_labels(fitted) for own, fitted in splits if fitted is not None])
     return CalibrationResult(
-        raw=reliability(raw, labels),
-        calibrated=reliability(mapped, labels),
+        raw=measure_reliability(raw, labels),
+        calibrated=measure_reliability(mapped, labels),
         fitted_on=sum(fitted.fitted_on for fitted in maps),
         spread=spread,
     )
 
 
-def coverage(confidences: Sequence[float], labels: Vector) -> Coverage:
-    """The mean label of the picks with the highest confidences, by the share of instances that is answered."""
+def measure_coverage(confidences: Sequence[float], labels: Vector) -> Coverage:
+    """Mean label of the picks with the highest confidences, by the share of instances that is answered."""
     order = np.argsort(-np.asarray(confidences), kind="stable")
     sizes = [max(1, round(share * len(order))) for share in SHARES]
     quality = tuple(float(labels[order[:size]].mean()) for size in sizes)

@@ -1,4 +1,4 @@
-"""What an evaluation finds, one record per kind of finding and all together; all numbers are of 0 to 1."""
+"""The results of an evaluation as dataclasses; all labels and scores are on a scale of 0 to 1."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,17 +7,17 @@ from typing import Any
 from cappy.pages.words import percent
 
 ReportValues = Mapping[str, Any]
-"""The values of a report.json, or of a part of it, as they stand there: of this version or of another one."""
+"""The values of a report.json, or of a part of it, unconverted: written by this version or another one."""
 SCHEMA = 3
-"""Goes up when a field changes its meaning or goes; a field that is added needs no other number."""
+"""Raised when a field changes its meaning or is removed, not when one is added."""
 OUT_OF_FOLD = "out_of_fold.json"
-"""What a cross-fitted evaluation leaves beside a scorer; see `cappy.evaluation.crossfit`."""
+"""File that a cross-fitted evaluation writes beside a scorer; see `cappy.evaluation.crossfit`."""
 LEVEL = 0.95
-"""Of every interval."""
+"""Confidence level of every interval."""
 MIN_GROUPS = 30
-"""With fewer, no interval that was tried keeps its promise where differences are skewed: benchmarks/intervals.py."""
-WITHIN_REACH = 20
-"""Times the groups at hand that a person may go and find."""
+"""With fewer, no interval that was tried has its nominal coverage on skewed differences: benchmarks/intervals.py."""
+MAX_GROUPS_FACTOR = 20
+"""How many times the present number of groups a user can be expected to collect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,10 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A paired difference of two means with its 95% interval, and what the interval at another level needs.
+    """A paired difference of two means with its 95% interval, and what is needed to compute it at another level.
 
     `p_value` is two-sided, against a true difference of 0. `standard_error`, the `skewness` of the mean and the degrees
-    of `freedom` are those of `cappy.evaluation.statistics`; the standard error is None of a single `groups`.
+    of `freedom` are those of `cappy.evaluation.statistics`; the standard error is None for a single group.
     """
 
     difference: float
@@ -49,10 +49,10 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Power:
-    """What so many groups can show of a comparison, and how many the difference that was found would need.
+    """The statistical power of a comparison: what its groups can show, and how many groups its difference needs.
 
-    `smallest` is the difference that an interval of 95% leaves 0 out of with a probability of 80%; `groups_needed` is
-    None where no difference was found.
+    `smallest` is the difference whose 95% interval excludes 0 with a probability of 80%; `groups_needed` is None if the
+    observed difference is 0.
     """
 
     groups: int
@@ -61,16 +61,16 @@ class Power:
 
     @property
     def within_reach(self) -> bool:
-        """Whether a person may go and find as many groups as would show the difference."""
-        return self.groups_needed is not None and self.groups_needed <= WITHIN_REACH * self.groups
+        """Whether a user can be expected to collect as many groups as the difference needs."""
+        return self.groups_needed is not None and self.groups_needed <= MAX_GROUPS_FACTOR * self.groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One selector: its mean label, its gain over random choice, what was chosen for it on held-out instances.
+    """One selector: its mean label, its gain over random choice, and what was fitted on held-out instances (`detail`).
 
-    `ties` counts the instances where candidates with different labels share the highest value; the mean of their labels
-    counts.
+    `ties` counts the instances where candidates with different labels share the highest value; their mean label is
+    used.
     """
 
     estimate: Estimate
@@ -83,8 +83,8 @@ class Row:
 class TaskRow:
     """One task: the mean label of each selector, and the gain of the scorer (or of MBR without one) over random choice.
 
-    `kind` is "choice" where every instance is a choice from a closed set; `templates` then has the accuracy of the same
-    selector by template. `against_champion` is the scorer's difference to the champion, where there is one.
+    `kind` is "choice" if every instance is a choice from a closed set; `templates` then has the accuracy of the same
+    selector by template. `against_champion` is the difference between scorer and champion, if there is one.
     """
 
     task: str
@@ -107,7 +107,7 @@ class Average:
 
 @dataclass(frozen=True, kw_only=True)
 class Pick:
-    """What a selector picked in an example, with its label."""
+    """The response that a selector picked in an example, with its label."""
 
     selector: str
     response: str
@@ -116,7 +116,7 @@ class Pick:
 
 @dataclass(frozen=True, kw_only=True)
 class RatedCandidate:
-    """A candidate with its label, the scorer's score and MBR's value; None where there is no such selector."""
+    """A candidate with its label, the scorer's score and MBR's value; None if that selector is unavailable."""
 
     response: str
     label: float
@@ -126,7 +126,7 @@ class RatedCandidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """An instance to look at, with the picks of the selectors and its candidates, best score first."""
+    """An instance shown in the report, with the picks of the selectors and its candidates, best score first."""
 
     instance_id: str
     task: str
@@ -139,7 +139,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
-    """Picks with neighbouring scores: their mean score, their mean label, how many they are."""
+    """Picks with neighbouring scores: mean score, mean label and number of picks."""
 
     score: float
     label: float
@@ -148,11 +148,11 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """How far the scores of picks are from their labels, over the pick of every pool.
+    """How far the scores of the scorer's picks are from their labels.
 
-    `ece` is the expected calibration error: the mean distance of the bins' mean score and mean label, weighted by their
-    size (Naeini, Cooper and Hauskrecht, 2015), here with bins of equal size. `brier` is the mean squared difference of
-    score and label (Brier, 1950).
+    `ece` is the expected calibration error: the mean distance between a bin's mean score and mean label, weighted by
+    its size (Naeini, Cooper and Hauskrecht, 2015), here with bins of equal size. `brier` is the mean squared
+    difference of score and label (Brier, 1950).
     """
 
     ece: float
@@ -162,9 +162,9 @@ class Reliability:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationResult:
-    """The picks' scores as they are, and after the calibration that was fitted on `fitted_on` held-out groups.
+    """Reliability of raw and calibrated scores of picks; the calibration is fitted on `fitted_on` held-out groups.
 
-    `spread` is the difference of an instance's highest and lowest score, in the median; None where nobody measured it.
+    `spread` is the median difference between an instance's highest and lowest score; None if not measured.
     """
 
     raw: Reliability
@@ -175,9 +175,9 @@ class CalibrationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Mean label of the picks that are kept when only the share of instances with the highest scores is answered.
+    """Mean label of the answered picks when only the instances with the highest scores are answered.
 
-    `quality[i]` belongs to `coverage[i]`; `random` is what keeping the same share at random gives.
+    `quality[i]` is the mean label at the share `coverage[i]`; `random` is that of a random subset of any size.
     """
 
     coverage: tuple[float, ...]
@@ -187,7 +187,7 @@ class Coverage:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """One number on a weakness that scorers are known for, and what it says, in a sentence."""
+    """A number that measures a known weakness of scorers, and its meaning in a sentence."""
 
     name: str
     value: float
@@ -196,7 +196,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a candidate costs: tokens that the LLM wrote, seconds that the scorer took; None where nobody counted."""
+    """Cost per candidate: tokens that the LLM generated and seconds that the scorer took; None if not measured."""
 
     tokens: float | None = None
     seconds: float | None = None
@@ -204,7 +204,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTask:
-    """A task that was published too: our number and the published ones by model, x 100, with their source."""
+    """A task with published results: our number and the published ones by model, x 100, with their source."""
 
     task: str
     ours: float
@@ -214,16 +214,16 @@ class PublishedTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Everything that an evaluation found; numbers are on the metric's scale of 0 to 1.
+    """All results of an evaluation; numbers are on the metric's scale of 0 to 1.
 
     `comparisons` maps "one-other" to their paired difference; "scorer-likelihood" compares with the likelihood selector
     named in `better_likelihood`, the better one on the reported split itself, which favours the baseline. `adjusted`
-    has the comparisons' p-values after Holm's correction. `averages` are unweighted means over tasks. `leaks` counts
-    reported instances that a scorer was trained on or stopped by, or other templates of whose rows it was. `pays_until`
-    is the number of candidates beyond which one more adds less than 0.001; 0 where no scorer was given. `folds` is
-    above 0 where the report was cross-fitted: it is then about the recipe, not about the scorer in `versions`.
-    `tested_groups` is a sketch of the reported groups (`cappy.records.overlap`), by which the gate counts how often
-    they were used.
+    has the p-values of the comparisons after Holm's correction. `averages` are unweighted means over tasks. `leaks`
+    counts, by scorer, the reported instances that it saw in training or early stopping, directly or as another template
+    of the same row. `pays_until` is the number of candidates beyond which one more adds less than 0.001; 0 without a
+    scorer. `folds` is above 0 if the report was cross-fitted: it is then about the recipe, not about the scorer in
+    `versions`. `tested_groups` is a sketch of the reported groups (`cappy.records.overlap`), from which the gate counts
+    how often they were used.
     """
 
     metric: str
@@ -254,6 +254,6 @@ class Findings:
     schema: int = SCHEMA
 
 
-def spread(interval: Estimate | Difference) -> str:
-    """The ends of an interval, x 100."""
+def format_interval(interval: Estimate | Difference) -> str:
+    """The ends of an interval, x 100, as text."""
     return f"{percent(interval.low)} to {percent(interval.high)}"

@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page, and its plots: best of n, and calibration."""
+"""Renders the report as one self-contained HTML page with two plots: best of n, and calibration."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cappy.evaluation.findings import CalibrationResult, Coverage, PublishedTask, TaskRow, spread
+from cappy.evaluation.findings import CalibrationResult, Coverage, PublishedTask, TaskRow, format_interval
 from cappy.evaluation.report import Report
 from cappy.evaluation.verdict import advice, outcome, verdict
 from cappy.pages.page import INK, QUIET, draw_figure, plain_axes, render_template, to_png, to_svg, to_svg_file
 from cappy.pages.words import format_signed, metric_name, percent
-from cappy.selection.selectors import WEIGHTS, Selector, selectors_at, title
+from cappy.selection.selectors import WEIGHTS, Selector, selectors_shown_in, title
 
 COLOURS: Mapping[str, str] = {
     "oracle": INK,
@@ -27,20 +27,20 @@ COLOURS: Mapping[str, str] = {
 VARIABLES: Mapping[str, str] = {
     COLOURS[name]: f"var(--{name.replace('_', '-')})" for name in COLOURS if name not in ("oracle", "random")
 } | {"#0b7a6d": "var(--likelihood-mean)"}
-MAPPED = "#0b7a6d"
-OTHER = "#8a6d3b"
-"""Of a selector that has no colour of its own; it shows on light and dark."""
+CALIBRATED_COLOUR = "#0b7a6d"
+DEFAULT_COLOUR = "#8a6d3b"
+"""Colour of selectors without an entry in `COLOURS`, readable on light and dark backgrounds."""
 Draw = Callable[[float, float], Figure]
 Sizes = tuple[tuple[float, float], tuple[float, float]]
-BANDS = ("scorer", "mbr")
-_DASHED = {"oracle": (0, (5, 3)), "random": (0, (1, 2))}
+SELECTORS_WITH_BANDS = ("scorer", "mbr")
+_LINE_STYLES = {"oracle": (0, (5, 3)), "random": (0, (1, 2))}
 
 
 def render(report: Report) -> str:
-    """The page; every text of the data in it is escaped."""
-    filters: dict[str, Callable[..., str]] = {"percent": percent, "signed": format_signed, "spread": spread}
+    """Renders the page; all text from the data is escaped."""
+    filters: dict[str, Callable[..., str]] = {"percent": percent, "signed": format_signed, "interval": format_interval}
     return render_template(
-        "evaluation",
+        "evaluation/page.jinja",
         filters,
         report=report,
         verdict=verdict(report),
@@ -50,29 +50,29 @@ def render(report: Report) -> str:
         comparisons=[
             (key, *map(title, key.split("-")), value, outcome(value)) for key, value in report.comparisons.items()
         ],
-        columns=selectors_at(report.selectors, "tasks", report.better_likelihood),
-        means=_means,
+        columns=selectors_shown_in(report.selectors, "tasks", report.better_likelihood),
+        means=_mean_cells,
         weights=", ".join(f"{weight:g}" for weight in WEIGHTS),
         advice=advice(report),
-        steps=_steps(report),
-        spreads=_spreads(report),
-        published=_by_source(report),
-        # Made by matplotlib from numbers and fixed names alone.
-        plots={name: tuple(map(Markup, both)) for name, both in _svgs(report).items()},
+        steps=_curve_steps(report),
+        template_ranges=_template_ranges(report),
+        published=_group_published(report),
+        # matplotlib makes them from numbers and fixed names only, so they need no escaping.
+        plots={name: tuple(map(Markup, both)) for name, both in _render_plots(report).items()},
     )
 
 
 def plot_files(report: Report) -> dict[str, bytes]:
-    """File name -> the plot on white, for places that show pictures only."""
+    """File name -> the plot on a white background, for viewers that show images only."""
     files = {}
-    for name, (draw, _) in _plots(report).items():
+    for name, (draw, _) in _list_plots(report).items():
         files[f"{name}.png"] = to_png(draw(7.4, 4.2))
         files[f"{name}.svg"] = to_svg_file(draw(7.4, 4.2), salt=f"cappy {name}")
     return files
 
 
 def _bars(report: Report) -> Mapping[str, Mapping[str, float]]:
-    """Where each selector's interval lies between the lowest and the highest of all, in percent of the width."""
+    """Position of each selector's interval between the lowest and the highest end of all, in percent of the width."""
     estimates = {name: row.estimate for name, row in report.selectors.items()}
     low = min(estimate.low for estimate in estimates.values())
     width = max(estimate.high for estimate in estimates.values()) - low or 1.0
@@ -86,25 +86,26 @@ def _bars(report: Report) -> Mapping[str, Mapping[str, float]]:
     }
 
 
-def _means(row: TaskRow, columns: list[Selector]) -> list[dict[str, float | bool]]:
-    """The cells of a task's row; the best one, the oracle aside, is marked."""
-    best = max(row.means[one.name] for one in columns if one.bound != "upper")
+def _mean_cells(row: TaskRow, columns: list[Selector]) -> list[dict[str, float | bool]]:
+    """The cells of a task's row; the best one, except the oracle, is marked."""
+    best = max(row.means[column.name] for column in columns if column.bound != "upper")
     return [
-        {"mean": row.means[one.name], "best": one.bound != "upper" and row.means[one.name] == best} for one in columns
+        {"mean": row.means[column.name], "best": column.bound != "upper" and row.means[column.name] == best}
+        for column in columns
     ]
 
 
-def _steps(report: Report) -> list[dict[str, float | None]]:
-    """What each number of candidates is worth with the scorer, and costs: powers of two, where it pays, and all."""
+def _curve_steps(report: Report) -> list[dict[str, float | None]]:
+    """Mean label and cost by number of candidates with the scorer: powers of two, `pays_until`, and all."""
     points = [point.mean for point in report.curve.get("scorer", ())]
     if not points:
         return []
     size = len(points)
     chosen = sorted({n for n in (1, 2, 4, 8, 16, 32, 64, report.pays_until, size) if n <= size})
-    return [_step(report, points, n) for n in chosen]
+    return [_curve_step(report, points, n) for n in chosen]
 
 
-def _step(report: Report, points: list[float], n: int) -> dict[str, float | None]:
+def _curve_step(report: Report, points: list[float], n: int) -> dict[str, float | None]:
     gain = points[n - 1] - points[0]
     tokens, seconds = (None if each is None else each * n for each in (report.cost.tokens, report.cost.seconds))
     added = None if tokens is None or report.cost.tokens is None else tokens - report.cost.tokens
@@ -112,73 +113,71 @@ def _step(report: Report, points: list[float], n: int) -> dict[str, float | None
     return {"n": n, "mean": points[n - 1], "gain": gain, "tokens": tokens, "seconds": seconds, "per_point": per_point}
 
 
-def _spreads(report: Report) -> list[tuple[str, int, float, float, float]]:
-    """Task, templates, and the lowest, mean and highest accuracy over them."""
+def _template_ranges(report: Report) -> list[tuple[str, int, float, float, float]]:
+    """Task, number of templates, and the lowest, mean and highest accuracy over them."""
     rows = [(row.task, list(row.templates.values())) for row in report.tasks if len(row.templates) > 1]
     return [(task, len(own), min(own), sum(own) / len(own), max(own)) for task, own in rows]
 
 
-def _by_source(report: Report) -> list[tuple[str, list[str], list[PublishedTask]]]:
-    """Source, its models, and the tasks that it shares with the report."""
+def _group_published(report: Report) -> list[tuple[str, list[str], list[PublishedTask]]]:
+    """Source, its models, and the published tasks that are in the report."""
     sources: dict[str, list[PublishedTask]] = {}
     for row in report.published:
         sources.setdefault(row.source, []).append(row)
     return [(source, list(rows[0].numbers), rows) for source, rows in sources.items()]
 
 
-def _svgs(report: Report) -> dict[str, tuple[str, str]]:
-    """Plot -> itself as SVG elements for a wide and a narrow page, their colours the page's variables."""
+def _render_plots(report: Report) -> dict[str, tuple[str, str]]:
+    """Plot -> its SVG elements for a wide and a narrow page, with CSS variables as colours."""
     return {
         name: tuple(  # type: ignore[misc]
             to_svg(draw(*size), salt=f"cappy {name} {size[0]}", variables=VARIABLES) for size in sizes
         )
-        for name, (draw, sizes) in _plots(report).items()
+        for name, (draw, sizes) in _list_plots(report).items()
     }
 
 
-def _plots(report: Report) -> Mapping[str, tuple[Draw, Sizes]]:
-    """The plots that a report has, with their sizes on a wide and on a narrow page, in inches."""
-    plots: dict[str, tuple[Draw, Sizes]] = {"curve": (partial(_curve, report), ((10.2, 4.6), (3.7, 3.7)))}
+def _list_plots(report: Report) -> Mapping[str, tuple[Draw, Sizes]]:
+    """The plots of a report, with their sizes on a wide and on a narrow page in inches."""
+    plots: dict[str, tuple[Draw, Sizes]] = {"curve": (partial(_draw_curve, report), ((10.2, 4.6), (3.7, 3.7)))}
     if report.calibration is not None and report.coverage is not None:
-        draw = partial(_calibration, metric_name(report.metric), report.calibration, report.coverage)
+        draw = partial(_draw_calibration, metric_name(report.metric), report.calibration, report.coverage)
         plots["calibration"] = (draw, ((10.2, 4.2), (3.7, 7.0)))
     return plots
 
 
-def _curve(report: Report, width: float, height: float) -> Figure:
+def _draw_curve(report: Report, width: float, height: float) -> Figure:
     with draw_figure(width, height) as figure:
         axes = plain_axes(figure, "candidates sampled (n)", f"{metric_name(report.metric)} ×100")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for name in [*COLOURS, *(name for name in report.curve if name not in COLOURS)]:
             if name in report.curve:
-                _line(axes, report, name, COLOURS.get(name, OTHER))
-        _legend(figure, axes, width)
+                _draw_line(axes, report, name, COLOURS.get(name, DEFAULT_COLOUR))
+        _draw_legend(figure, axes, width)
     return figure
 
 
-def _calibration(
+def _draw_calibration(
     metric: str, calibration: CalibrationResult, abstaining: Coverage, width: float, height: float
 ) -> Figure:
-    """Left (or above) the reliability diagram, right what abstaining buys."""
+    """The reliability diagram on the left (or top), the quality by coverage on the right (or bottom)."""
     wide = width > height
     with draw_figure(width, height) as figure:
         axes = plain_axes(figure, "score ×100", f"mean {metric} ×100", (1, 2, 1) if wide else (2, 1, 1))
-        lows = [min(one.score, one.label) for one in calibration.raw.bins]
-        ends = [100 * min(0.0, *lows), 100 * max(1.0, *(one.score for one in calibration.raw.bins))]
-        axes.plot(ends, ends, color=QUIET, linestyle=(0, (1, 2)), linewidth=1.2, label="exact")
-        for label, kind, colour in (
-            ("as it is", calibration.raw, COLOURS["scorer"]),
-            ("calibrated", calibration.calibrated, MAPPED),
+        lows = [min(each.score, each.label) for each in calibration.raw.bins]
+        ends = [100 * min(0.0, *lows), 100 * max(1.0, *(each.score for each in calibration.raw.bins))]
+        axes.plot(ends, ends, color=QUIET, linestyle=(0, (1, 2)), linewidth=1.2, label="perfect")
+        for label, reliability, colour in (
+            ("raw", calibration.raw, COLOURS["scorer"]),
+            ("calibrated", calibration.calibrated, CALIBRATED_COLOUR),
         ):
-            if kind is not None:
-                points = [(100 * one.score, 100 * one.label) for one in kind.bins]
+            if reliability is not None:
+                points = [(100 * each.score, 100 * each.label) for each in reliability.bins]
                 axes.plot(
                     *zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6, label=label
                 )
         axes.legend(frameon=False, labelcolor=INK, loc="upper left")
-        right = plain_axes(
-            figure, "instances answered, in percent", f"mean {metric} ×100", (1, 2, 2) if wide else (2, 1, 2)
-        )
+        right = plain_axes(figure, "instances answered (%)", f"mean {metric} ×100", (1, 2, 2) if wide else (2, 1, 2))
         shares = [100 * share for share in abstaining.coverage]
         right.plot(
             shares, [100 * value for value in abstaining.quality], color=COLOURS["scorer"], marker="o", markersize=4
@@ -188,13 +187,13 @@ def _calibration(
     return figure
 
 
-def _legend(figure: Figure, axes: Axes, width: float) -> None:
+def _draw_legend(figure: Figure, axes: Axes, width: float) -> None:
     handles, _ = axes.get_legend_handles_labels()
     columns = len(handles) if width > 5 else 2
     figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, handlelength=1.8)
 
 
-def _line(axes: Axes, report: Report, name: str, colour: str) -> None:
+def _draw_line(axes: Axes, report: Report, name: str, colour: str) -> None:
     points = report.curve[name]
     n = range(1, len(points) + 1)
     axes.plot(
@@ -202,12 +201,12 @@ def _line(axes: Axes, report: Report, name: str, colour: str) -> None:
         [100 * point.mean for point in points],
         color=colour,
         linewidth=1.8,
-        linestyle=_DASHED.get(name, "solid"),
+        linestyle=_LINE_STYLES.get(name, "solid"),
         marker="o" if len(points) <= 20 else "",
         markersize=3,
         label=title(name),
     )
-    if name not in BANDS:
+    if name not in SELECTORS_WITH_BANDS:
         return
     lows, highs = ([100 * getattr(point, end) for point in points] for end in ("low", "high"))
     axes.fill_between(n, lows, highs, color=colour, alpha=0.13, linewidth=0)

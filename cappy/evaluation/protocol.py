@@ -1,4 +1,4 @@
-"""The evaluation itself: pools scored, every selector over the same pools, with paired intervals."""
+"""The evaluation protocol: scores the pools and compares all selectors on the same pools."""
 
 import hashlib
 import json
@@ -20,12 +20,12 @@ from cappy.records.folder import write_bytes
 from cappy.records.overlap import sketch
 from cappy.scoring.calibration import Calibration
 from cappy.selection.pools import (
-    MBR_DRAWS,
+    NUM_MBR_ORDERS,
     Pool,
     Score,
     Vector,
-    collect,
-    num_pairs,
+    collect_pools,
+    count_pairs,
     pays_until,
     pick_labels,
     score_pools,
@@ -35,11 +35,11 @@ from cappy.selection.selectors import Selection, select
 
 
 class AnyScorer(Protocol):
-    """What an evaluation needs of a scorer."""
+    """The part of a scorer that an evaluation uses."""
 
     @property
     def version(self) -> str:
-        """A name that changes with the weights."""
+        """Identifies the weights."""
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """The scores of (instruction, response) pairs, in order."""
@@ -47,9 +47,9 @@ class AnyScorer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedSplit:
-    """Pools that one scorer is reported on, what was chosen on the held-out ones, and the calibration fitted there.
+    """The reported pools of one scorer with its scores, and the selection and calibration fitted on the held-out pools.
 
-    The pools have the scorer's scores. An evaluation has one, a cross-fitted one has one for each fold.
+    An evaluation has one such split, a cross-fitted evaluation has one for each fold.
     """
 
     pools: Sequence[Pool]
@@ -59,9 +59,9 @@ class EvaluatedSplit:
     probes: Sequence[Probe] = ()
 
 
-def pools_of(instances: Iterable[Instance], *, metric: str, split: Split) -> tuple[list[Pool], list[Pool], int]:
-    """The reported pools, the held-out ones, and how many instances of `split` have no candidate to select."""
-    collected = collect(instances, metric=metric, splits={split, "validation"})
+def split_pools(instances: Iterable[Instance], *, metric: str, split: Split) -> tuple[list[Pool], list[Pool], int]:
+    """The reported pools, the held-out pools, and the number of instances of `split` without candidates."""
+    collected = collect_pools(instances, metric=metric, splits={split, "validation"})
     pools = [pool for pool in collected if pool.instance.split == split and pool.candidates]
     held_out = [pool for pool in collected if pool.instance.split == "validation" != split and pool.candidates]
     skipped = sum(pool.instance.split == split and not pool.candidates for pool in collected)
@@ -70,7 +70,7 @@ def pools_of(instances: Iterable[Instance], *, metric: str, split: Split) -> tup
             f"all {skipped} {split} instances are without candidates to select from; run cappy sampling first"
         )
     if not pools:
-        raise RecordError(f"no instance of split {split!r} to report on; prepare instances with that split")
+        raise RecordError(f"there is no instance of split {split!r} to report on; prepare instances with that split")
     if all(len(pool.candidates) == 1 for pool in pools):
         raise RecordError(
             f"every {split} instance has a single candidate, so there is nothing to select; sample more of them "
@@ -90,8 +90,10 @@ def evaluate_split(
     probe: bool = True,
     progress: Progress = silent,
 ) -> EvaluatedSplit:
-    """Scores the pools, and the held-out ones by the scorer alone, and finds all selectors' values."""
-    total = (num_pairs(pools) + num_pairs(held_out)) * (score is not None) + num_pairs(pools) * (champion is not None)
+    """Scores the reported pools (with the champion too) and the held-out pools, and fits and applies all selectors."""
+    total = (count_pairs(pools) + count_pairs(held_out)) * (score is not None) + count_pairs(pools) * (
+        champion is not None
+    )
     done = 0
 
     def count_scored(count: int) -> None:
@@ -105,63 +107,63 @@ def evaluate_split(
     if champion is not None:
         pools = with_scores(pools, "champion", score_pools(pools, champion, count_scored))
     for name in pools[0].scores:
-        _refuse_constant(name, pools)
+        _check_not_constant(name, pools)
     probes: list[Probe] = []
     if score is not None and probe:
-        own = scores_of(pools)
-        means = tables.means_of(pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": own})
-        probes = tables.probes(pools, own, score, tables.tasks(pools, means), seed)
+        own = get_scorer_scores(pools)
+        means = tables.compute_means(pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": own})
+        probes = tables.run_probes(pools, own, score, tables.build_task_rows(pools, means), seed)
     return EvaluatedSplit(
         pools=pools,
         held_out=held_out,
         selection=select(held_out, pools),
-        calibration=calibration.fit(held_out, scores_of(held_out), metric) if held_out and score else None,
+        calibration=calibration.fit(held_out, get_scorer_scores(held_out), metric) if held_out and score else None,
         probes=probes,
     )
 
 
-def scores_of(pools: Sequence[Pool]) -> list[Vector]:
-    """The scorer's scores of every pool's candidates."""
+def get_scorer_scores(pools: Sequence[Pool]) -> list[Vector]:
+    """The scorer's scores of the candidates of every pool."""
     return [pool.scores["scorer"] for pool in pools]
 
 
-def report_of(
+def build_report(
     evaluated: Sequence[EvaluatedSplit], *, metric: str, split: str, seed: int, skipped: int = 0, folds: int = 0
 ) -> Report:
-    """The report on all pools of the splits together."""
+    """Builds the report on the pools of all splits together."""
     pools = [pool for own in evaluated for pool in own.pools]
     selection = _join_selections([own.selection for own in evaluated])
-    means = tables.means_of(pools, selection.values)
-    better = tables.better_variants(means)
-    comparisons = tables.comparisons(means, better)
-    curves = tables.curves(pools, selection, better, seed=seed)
-    tasks = tables.tasks(pools, means)
+    means = tables.compute_means(pools, selection.values)
+    better = tables.choose_better_variants(means)
+    comparisons = tables.compare_selectors(means, better)
+    curves = tables.build_curves(pools, selection, better, seed=seed)
+    tasks = tables.build_task_rows(pools, means)
     return Report(
         metric=metric,
         split=split,
         seed=seed,
-        facts=_facts(evaluated, pools, skipped),
-        selectors=tables.rows(means, selection, pools),
+        facts=_count_facts(evaluated, pools, skipped),
+        selectors=tables.build_rows(means, selection, pools),
         unavailable=selection.unavailable,
         comparisons=comparisons,
-        adjusted=statistics.holm({key: value.p_value for key, value in comparisons.items()}),
-        power={key: statistics.power(value) for key, value in comparisons.items()},
+        adjusted=statistics.adjust_p_values({key: value.p_value for key, value in comparisons.items()}),
+        power={key: statistics.compute_power(value) for key, value in comparisons.items()},
         curve=curves,
         pays_until=pays_until([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0,
         tasks=tasks,
-        averages=tables.averages(tasks),
+        averages=tables.average_tasks(tasks),
         published=tables.compare_with_published(
             tasks,
             metric,
-            tables.subject_of(means.labels),
+            tables.choose_subject(means.labels),
             {pool.instance.task for pool in pools if pool.instance.template},
         ),
-        examples=tables.examples(pools, selection, seed),
-        worst=tables.worst(pools, selection),
+        examples=tables.draw_examples(pools, selection, seed),
+        worst=tables.find_worst(pools, selection),
         calibration=_measure_calibration(evaluated),
-        coverage=_coverage(pools, selection),
+        coverage=_measure_coverage(pools, selection),
         probes=tuple(evaluated[0].probes),
-        cost=Cost(tokens=_tokens(pools)),
+        cost=Cost(tokens=_mean_tokens(pools)),
         better_likelihood=better.get("likelihood", ""),
         folds=folds,
         tested_groups=sketch(pool.instance for pool in pools),
@@ -169,9 +171,9 @@ def report_of(
 
 
 def cached_scores(score: Score, folder: Path, name: str) -> Score:
-    """`score`, each call's answer kept in a hidden file of the work folder: a run that was killed asks for none again.
+    """Wraps `score`: the result of each call is stored in a hidden file of the work folder and never computed twice.
 
-    The file has the seconds that it took too.
+    The file also records how many seconds the call took.
     """
 
     def scores(pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -180,8 +182,8 @@ def cached_scores(score: Score, folder: Path, name: str) -> Score:
         if not path.is_file():
             started = time.monotonic()
             values = [float(value) for value in score(pairs)]
-            kept = {"scores": values, "seconds": time.monotonic() - started}
-            write_bytes(path, json.dumps(kept).encode())
+            result = {"scores": values, "seconds": time.monotonic() - started}
+            write_bytes(path, json.dumps(result).encode())
         stored: list[float] = json.loads(path.read_text())["scores"]
         return stored
 
@@ -189,7 +191,7 @@ def cached_scores(score: Score, folder: Path, name: str) -> Score:
 
 
 def seconds_per_pair(folder: Path) -> float | None:
-    """The scorer's time for a pair, over the calls with 100 pairs or more that `cached_scores` kept, else all."""
+    """Mean scoring time per pair, over the stored calls of `cached_scores` with 100 pairs or more, else over all."""
     paths = [path for pattern in (".challenger-*.json", ".fold-*.json") for path in sorted(folder.glob(pattern))]
     calls = [json.loads(path.read_text()) for path in paths]
     large = [call for call in calls if len(call["scores"]) >= 100] or calls
@@ -198,7 +200,7 @@ def seconds_per_pair(folder: Path) -> float | None:
 
 
 def _join_selections(selections: Sequence[Selection]) -> Selection:
-    """The selectors that all splits have, one's pools after another's; what was chosen for several is listed."""
+    """Concatenates the selectors that are available in all splits; their details are joined."""
     first = selections[0]
     names = [name for name in first.values if all(name in own.values for own in selections)]
     missing = {name: reason for own in selections for name, reason in own.unavailable.items()}
@@ -214,29 +216,29 @@ def _join_selections(selections: Sequence[Selection]) -> Selection:
 
 
 def _measure_calibration(evaluated: Sequence[EvaluatedSplit]) -> CalibrationResult | None:
-    """Calibration of all reported picks, each by the map that was fitted beside its own scorer."""
+    """Calibration of all reported picks, each with the map that was fitted for its own scorer."""
     if any("scorer" not in own.selection.values for own in evaluated):
         return None
     return calibration.measure_calibration(
-        [(calibration.picks(own.pools, scores_of(own.pools)), own.calibration) for own in evaluated]
+        [(calibration.collect_picks(own.pools, get_scorer_scores(own.pools)), own.calibration) for own in evaluated]
     )
 
 
-def _coverage(pools: Sequence[Pool], selection: Selection) -> Coverage | None:
+def _measure_coverage(pools: Sequence[Pool], selection: Selection) -> Coverage | None:
     if "scorer" not in selection.values:
         return None
     values = selection.values["scorer"]
-    return calibration.coverage([float(own.max()) for own in values], pick_labels(pools, values))
+    return calibration.measure_coverage([float(own.max()) for own in values], pick_labels(pools, values))
 
 
-def _tokens(pools: Sequence[Pool]) -> float | None:
-    """Mean tokens of a candidate; None where one was not counted."""
+def _mean_tokens(pools: Sequence[Pool]) -> float | None:
+    """Mean number of tokens per candidate; None if any is unknown."""
     counts = [candidate.num_tokens for pool in pools for candidate in pool.candidates]
     known = [count for count in counts if count is not None]
     return float(np.mean(known)) if known and len(known) == len(counts) else None
 
 
-def _facts(evaluated: Sequence[EvaluatedSplit], pools: Sequence[Pool], skipped: int) -> dict[str, int]:
+def _count_facts(evaluated: Sequence[EvaluatedSplit], pools: Sequence[Pool], skipped: int) -> dict[str, int]:
     sizes = [len(pool.candidates) for pool in pools]
     return {
         "instances": len(pools),
@@ -247,13 +249,13 @@ def _facts(evaluated: Sequence[EvaluatedSplit], pools: Sequence[Pool], skipped: 
         "single_candidate_instances": sizes.count(1),
         "held_out_instances": sum(len(own.held_out) for own in evaluated),
         "skipped_instances": skipped,
-        "mbr_curve_orders": MBR_DRAWS,
+        "mbr_curve_orders": NUM_MBR_ORDERS,
     }
 
 
-def _refuse_constant(name: str, pools: Sequence[Pool]) -> None:
+def _check_not_constant(name: str, pools: Sequence[Pool]) -> None:
     values = np.concatenate([pool.scores[name] for pool in pools])
     if len(values) > 1 and values.max() == values.min():
         raise ConfigError(
-            f"the {name} gave {values[0]:.6g} to all {len(values)} candidates, so it tells none apart; train it again"
+            f"the {name} gave the same score, {values[0]:.6g}, to all {len(values)} candidates; train it again"
         )

@@ -1,49 +1,51 @@
-"""The report: the findings as JSON values and back, as a terminal's table, and as Markdown."""
+"""The report: converts findings to JSON values and back, to a terminal table, and to Markdown."""
 
 from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import RecordError, quote
-from cappy.evaluation.findings import SCHEMA, Findings, ReportValues, spread
+from cappy.evaluation.findings import SCHEMA, Findings, ReportValues, format_interval
 from cappy.evaluation.verdict import advice, verdict
 from cappy.pages import words
 from cappy.pages.words import format_signed, metric_name, percent
-from cappy.selection.selectors import selectors_at
+from cappy.selection.selectors import selectors_shown_in
 from cappy.untrusted import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Findings):
-    """Everything that an evaluation found; the fields are those of `Findings`."""
+    """All results of an evaluation; the fields are those of `Findings`."""
 
     def to_dict(self) -> dict[str, JSON]:
-        """JSON values, with the verdict and the advice in words beside the numbers."""
+        """JSON values: the numbers, with the verdict and the advice as text."""
         values: dict[str, JSON] = TypeAdapter(Report).dump_python(self, mode="json")
         return {"verdict": list(verdict(self)), "next": advice(self), **values}
 
     @staticmethod
     def from_dict(values: ReportValues) -> "Report":
-        """The report that `to_dict` wrote; RecordError if it is not one, or has another schema."""
+        """The inverse of `to_dict`. Raises RecordError if the values are no report, or have another schema."""
         check_schema(values)
-        given = {key: value for key, value in values.items() if key not in ("verdict", "next")}
+        fields = {key: value for key, value in values.items() if key not in ("verdict", "next")}
         try:
-            return TypeAdapter(Report).validate_python(given)
+            return TypeAdapter(Report).validate_python(fields)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
+            field = ".".join(str(part) for part in first["loc"])
             raise RecordError(
-                f"report: {place}: {first['msg']}, got {quote(first['input'])}; evaluate again"
+                f"report: {field}: {first['msg']}, got {quote(first['input'])}; evaluate again"
             ) from error
 
     def table(self) -> list[tuple[str, str, str, str]]:
         """Rows for a terminal, the header first: selector, mean x 100, its interval, gain over random with interval."""
-        rows = [("selector", f"{metric_name(self.metric)} x100", "95% interval", "to random")]
-        for selector in selectors_at(self.selectors, "table", self.better_likelihood):
+        rows = [("selector", f"{metric_name(self.metric)} x100", "95% interval", "gain over random")]
+        for selector in selectors_shown_in(self.selectors, "table", self.better_likelihood):
             row = self.selectors[selector.name]
-            gain = "" if selector.name == "random" else f"{format_signed(row.gain.difference)} {spread(row.gain)}"
+            gain = (
+                "" if selector.name == "random" else f"{format_signed(row.gain.difference)} {format_interval(row.gain)}"
+            )
             label = f"{selector.title} ({row.detail})" if row.detail else selector.title
-            rows.append((label, percent(row.estimate.mean), spread(row.estimate), gain))
+            rows.append((label, percent(row.estimate.mean), format_interval(row.estimate), gain))
         return rows
 
     def text(self) -> str:
@@ -58,26 +60,26 @@ class Report(Findings):
         return "\n".join([*lines, "", *verdict(self), "", advice(self)]) + "\n"
 
     def markdown(self) -> str:
-        """The verdict, the advice and the tables of selectors and tasks: for a pull request, a model card, a chat."""
+        """The verdict, the advice and the tables of selectors and tasks, for a pull request or a model card."""
         headline, *sentences = verdict(self)
-        measured = f"{self.facts['instances']} {self.split} instances, with 95% intervals"
+        scope = f"{self.facts['instances']} {self.split} instances, with 95% intervals"
         parts = [
             f"# {words.text(headline)}",
             f"**{words.text(advice(self))}**",
             "\n".join(f"- {words.text(sentence)}" for sentence in sentences),
-            words.text(f"Mean {metric_name(self.metric)} ×100 over {measured}."),
+            words.text(f"Mean {metric_name(self.metric)} ×100 over {scope}."),
             words.table(self.table()),
             "## By task",
-            words.table(self._tasks()),
+            words.table(self._task_rows()),
         ]
         if self.probes:
             probes = (f"- {words.text(f'{probe.name}: {probe.meaning}')}" for probe in self.probes)
             parts += ["## Probes", "\n".join(probes)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
-    def _tasks(self) -> list[tuple[str, ...]]:
-        """The table by task, without variants of the likelihood."""
-        names = [selector.name for selector in selectors_at(self.selectors, "tasks")]
+    def _task_rows(self) -> list[tuple[str, ...]]:
+        """The rows of the table by task, without the likelihood selectors."""
+        names = [selector.name for selector in selectors_shown_in(self.selectors, "tasks")]
         rows = [("task", "instances", *names, "gain over random")]
         for row in self.tasks:
             means = (percent(row.means[name]) for name in names)
@@ -86,11 +88,11 @@ class Report(Findings):
 
 
 def check_schema(values: ReportValues) -> None:
-    """RecordError where the values of a report.json are of another schema than this version writes."""
+    """Raises RecordError if the values of a report.json have another schema than this version writes."""
     schema = values.get("schema", 1)
     if not isinstance(schema, int) or schema > SCHEMA:
         raise RecordError(
-            f"report: has schema {quote(schema)}, this version reads {SCHEMA}; update cappy, or evaluate again with it"
+            f"report: has schema {quote(schema)}, this version reads {SCHEMA}; update cappy, or evaluate again"
         )
     if schema < SCHEMA:
         raise RecordError(f"report: has schema {schema}, this version reads {SCHEMA}; evaluate again")

@@ -1,15 +1,16 @@
-"""Intervals over groups: instances of one group (one row of the source) were made together, so groups are the sample.
+"""Confidence intervals, tests and power over groups.
 
-The interval of a mean is the wider one, at each end, of two:
+Instances of one group come from one row of the source and are dependent, so groups are the sample. At each end, the
+interval of a mean is the wider one of two:
 
-- Student's t with the standard error of the delete-one-group jackknife (Efron and Tibshirani, 1993, §11), with as many
-  degrees of freedom as Kish's effective number of groups less one (Kish, 1965, §11.7), so that a few large groups do
-  not pass for many;
-- the same after Hall's cubic transformation, which takes the skewness out of a t statistic (Hall, 1992, "On the removal
+- Student's t with the standard error of the delete-one-group jackknife (Efron and Tibshirani, 1993, §11), whose
+  degrees of freedom are Kish's effective number of groups minus one (Kish, 1965, §11.7), which accounts for groups of
+  different sizes;
+- the same after Hall's cubic transformation, which removes the skewness of a t statistic (Hall, 1992, "On the removal
   of skewness by transformation").
 
 `benchmarks/intervals.py` compares it with the percentile bootstrap, the studentised bootstrap and BCa: each of those
-promotes equal or skewed scorers too often at 30 groups. Nothing is drawn at random, so there is no seed.
+promotes equal or skewed scorers too often at 30 groups. The method is deterministic and needs no seed.
 """
 
 import math
@@ -25,16 +26,16 @@ from cappy.evaluation.findings import LEVEL, Difference, Estimate, Power
 Matrix = npt.NDArray[np.float64]
 
 POWER = 0.8
-_UNCHANGED = 1e-12
-"""A standard error below this, or a skewness, is none: what is left of adding floats in another order."""
+_TOLERANCE = 1e-12
+"""A mean, standard error or skewness below this counts as 0: it is a rounding error of sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """What an interval needs beside the mean.
+    """What the interval of a mean needs besides the mean.
 
-    `standard_error` is infinite for a single group; `skewness` is that of the mean: the groups' own, divided by the
-    root of their number; `freedom` are the degrees of freedom.
+    `standard_error` is infinite for a single group. `skewness` is that of the mean: the skewness of the groups divided
+    by the square root of their number. `freedom` is the degrees of freedom.
     """
 
     standard_error: float
@@ -42,7 +43,7 @@ class Spread:
     freedom: float
 
 
-def spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
+def compute_spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
     """The spread of the mean of each column of `values`, shape (instances, columns)."""
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     sizes = np.bincount(index).astype(np.float64)
@@ -51,12 +52,12 @@ def spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
         return [Spread(standard_error=math.inf, skewness=0.0, freedom=1.0)] * values.shape[1]
     sums = np.zeros((count, values.shape[1]))
     np.add.at(sums, index, values)
-    everything = sums.sum(axis=0)
-    without = (everything - sums) / (total - sizes)[:, None]
-    # (count - 1) times what leaving a group out changes; for groups of one instance it is the instance's deviation.
-    influence = (count - 1) * (everything / total - without)
+    total_sum = sums.sum(axis=0)
+    without = (total_sum - sums) / (total - sizes)[:, None]
+    # (count - 1) times the change when a group is left out; for groups of one instance it is the instance's deviation.
+    influence = (count - 1) * (total_sum / total - without)
     errors = np.sqrt((influence**2).sum(axis=0) / (count * (count - 1)))
-    errors[errors < _UNCHANGED] = 0.0
+    errors[errors < _TOLERANCE] = 0.0
     deviations = influence - influence.mean(axis=0)
     thirds = (deviations**3).mean(axis=0)
     scale = np.where(errors > 0, errors * math.sqrt(count), 1.0)
@@ -66,8 +67,8 @@ def spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
     return [Spread(standard_error=error, skewness=skew, freedom=freedom) for error, skew in rows]
 
 
-def bounds(mean: float, spread: Spread, level: float = LEVEL) -> tuple[float, float]:
-    """The ends of the interval of a mean; without any limit where there is one group."""
+def interval_bounds(mean: float, spread: Spread, level: float = LEVEL) -> tuple[float, float]:
+    """The ends of the interval of a mean; infinite for a single group."""
     if math.isinf(spread.standard_error):
         return -math.inf, math.inf
     quantile = float(stdtrit(spread.freedom, (1 + level) / 2))
@@ -76,23 +77,23 @@ def bounds(mean: float, spread: Spread, level: float = LEVEL) -> tuple[float, fl
     return low, high
 
 
-def estimates(values: Matrix, groups: Sequence[str]) -> list[Estimate]:
+def estimate_means(values: Matrix, groups: Sequence[str]) -> list[Estimate]:
     """The mean of each column of `values`, shape (instances, columns) of labels of 0 to 1, with its interval."""
     means = values.mean(axis=0).tolist()
-    return [_estimate(mean, spread) for mean, spread in zip(means, spreads(values, groups), strict=True)]
+    return [_estimate(mean, spread) for mean, spread in zip(means, compute_spreads(values, groups), strict=True)]
 
 
-def share(good: Matrix, groups: Sequence[str]) -> Estimate:
-    """The share of ones among zeros and ones, shape (instances,), with an interval that is not too narrow near 0 and 1.
+def estimate_share(good: Matrix, groups: Sequence[str]) -> Estimate:
+    """The share of ones in `good` (zeros and ones, shape (instances,)), with an interval that is valid near 0 and 1.
 
-    It is Clopper and Pearson's (1934) for as many instances as would vary as much, drawn one by one, as the share does
-    over groups, but for no more than there are (Korn and Graubard, 1998). Where all are alike, nothing says how alike a
-    group is, and each group counts as one.
+    It is Clopper and Pearson's interval (1934) for the effective number of independent instances, which is at most the
+    actual one (Korn and Graubard, 1998). If all values are equal, their dependence is unknown, and each group counts as
+    one instance.
     """
     mean, count = float(good.mean()), float(len(set(groups)))
-    (spread,) = spreads(good[:, None], groups)
+    (spread,) = compute_spreads(good[:, None], groups)
     if 0 < spread.standard_error < math.inf:
-        # Without the jackknife's factor for small samples: Clopper and Pearson's interval has none to make up for.
+        # Removes the jackknife's small-sample factor, which Clopper and Pearson's interval does not need.
         variance = spread.standard_error**2 * (count - 1) / count
         count = min(float(len(good)), mean * (1 - mean) / variance)
     ones, zeros, tail = mean * count, (1 - mean) * count, (1 - LEVEL) / 2
@@ -104,13 +105,13 @@ def share(good: Matrix, groups: Sequence[str]) -> Estimate:
 def compare(values: Matrix, others: Matrix, groups: Sequence[str]) -> Difference:
     """The mean of the paired differences `values - others`, each of shape (instances,), labels of 0 to 1."""
     differences = values - others
-    (spread,) = spreads(differences[:, None], groups)
+    (spread,) = compute_spreads(differences[:, None], groups)
     mean = float(differences.mean())
-    if abs(mean) < _UNCHANGED:
+    if abs(mean) < _TOLERANCE:
         mean = 0.0
-    low, high = bounds(mean, spread)
+    low, high = interval_bounds(mean, spread)
     if spread.standard_error == 0 and mean:
-        low, high = _of_no_variance(mean, spread.freedom + 1)
+        low, high = _bounds_without_variance(mean, spread.freedom + 1)
     return Difference(
         difference=mean,
         low=max(-1.0, low),
@@ -124,40 +125,40 @@ def compare(values: Matrix, others: Matrix, groups: Sequence[str]) -> Difference
 
 
 def p_value(mean: float, spread: Spread) -> float:
-    """The two-sided p-value of a true mean of 0: the least level at which `bounds` leaves out 0; 1 without variance."""
+    """Two-sided p-value of a true mean of 0: where `interval_bounds` begins to exclude 0; 1 without variance."""
     if spread.standard_error == 0 or math.isinf(spread.standard_error):
         return 1.0
     statistic = abs(mean) / spread.standard_error
     skewness = math.copysign(spread.skewness, spread.skewness * mean)
-    nearer = min(statistic, _transform(statistic, skewness))
-    return min(1.0, 2 * float(stdtr(spread.freedom, -max(0.0, nearer))))
+    smaller = min(statistic, _transform(statistic, skewness))
+    return min(1.0, 2 * float(stdtr(spread.freedom, -max(0.0, smaller))))
 
 
 def lower_bound(difference: Difference, level: float) -> float:
-    """The lower end of the difference's interval at another level; minus infinity where nothing varied."""
+    """The lower end of the difference's interval at another level; minus infinity if nothing varied."""
     if not difference.standard_error:
         return -math.inf
     spread = Spread(standard_error=difference.standard_error, skewness=difference.skewness, freedom=difference.freedom)
-    return bounds(difference.difference, spread, level)[0]
+    return interval_bounds(difference.difference, spread, level)[0]
 
 
-def power(difference: Difference, level: float = LEVEL) -> Power:
-    """The smallest difference that so many groups show, and how many would show the one that was found.
+def compute_power(difference: Difference, level: float = LEVEL) -> Power:
+    """The smallest difference that the groups can show, and how many groups would show the observed one.
 
-    Shown: the interval leaves out 0, in four of five tries. The standard error falls with the root of the number of
-    groups; the quantiles are the normal distribution's plus what `freedom` adds.
+    Shown means that the interval excludes 0 with a probability of 80%. The standard error is taken to fall with the
+    square root of the number of groups; the quantiles are those of Student's t with the present `freedom`.
     """
     if difference.standard_error is None:
         return Power(groups=difference.groups, smallest=1.0, groups_needed=None)
-    errors = float(stdtrit(difference.freedom, (1 + level) / 2) + stdtrit(difference.freedom, POWER))
-    smallest = errors * difference.standard_error
+    quantiles = float(stdtrit(difference.freedom, (1 + level) / 2) + stdtrit(difference.freedom, POWER))
+    smallest = quantiles * difference.standard_error
     size = abs(difference.difference)
     needed = math.ceil(difference.groups * (smallest / size) ** 2) if size > 1e-9 else None
     return Power(groups=difference.groups, smallest=smallest, groups_needed=needed)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """The p-values adjusted for that many comparisons by Holm's step-down method (Holm, 1979), in the same order."""
+def adjust_p_values(p_values: Mapping[str, float]) -> dict[str, float]:
+    """The p-values adjusted for multiple comparisons by Holm's step-down method (Holm, 1979), in the same order."""
     adjusted: dict[str, float] = {}
     highest = 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
@@ -167,30 +168,31 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _estimate(mean: float, spread: Spread) -> Estimate:
-    low, high = bounds(mean, spread)
+    low, high = interval_bounds(mean, spread)
     if spread.standard_error == 0:
-        low, high = _of_no_variance(mean, spread.freedom + 1, lowest=0.0)
+        low, high = _bounds_without_variance(mean, spread.freedom + 1, lowest=0.0)
     return Estimate(mean=mean, low=max(0.0, low), high=min(1.0, high))
 
 
-def _of_no_variance(mean: float, groups: float, lowest: float = -1.0) -> tuple[float, float]:
-    """The interval where all groups gave the same: a share of groups that so many draws may miss could be otherwise.
+def _bounds_without_variance(mean: float, groups: float, lowest: float = -1.0) -> tuple[float, float]:
+    """The interval if all groups have the same value: a small share of the population may differ and be missed.
 
-    None of `groups` draws hits a share of 1 - 0.025^(1 / groups) with a probability of 2.5 % (Clopper and Pearson).
+    A share of 1 - 0.025^(1 / groups) is missed by all of `groups` draws with a probability of 2.5% (Clopper and
+    Pearson).
     """
     unseen = 1 - ((1 - LEVEL) / 2) ** (1 / groups)
     return mean - unseen * (mean - lowest), mean + unseen * (1 - mean)
 
 
 def _transform(statistic: float, skewness: float) -> float:
-    """Hall's transformation of a t statistic: monotone, with the skewness of the mean taken out."""
-    if abs(skewness) < _UNCHANGED:
+    """Hall's monotone transformation of a t statistic, which removes the skewness of the mean."""
+    if abs(skewness) < _TOLERANCE:
         return statistic
     return ((1 + skewness * statistic / 3) ** 3 - 1) / skewness + skewness / 6
 
 
 def _invert_transform(value: float, skewness: float) -> float:
-    """The t statistic whose transformation is `value`."""
-    if abs(skewness) < _UNCHANGED:
+    """The inverse of `_transform`."""
+    if abs(skewness) < _TOLERANCE:
         return value
     return 3 * (math.cbrt(1 + skewness * (value - skewness / 6)) - 1) / skewness

@@ -1,9 +1,9 @@
-"""The evaluation step: what a scorer, and the champion beside it, are worth on held-out instances.
+"""The evaluation step: evaluates a scorer, and the champion beside it, on held-out instances.
 
 `cappy evaluation --source annotated --scorer folder --target report` writes report.json, report.html, report.md,
-table.txt, the plots curve.png, curve.svg, calibration.png and calibration.svg, the map calibration.json that turns
-scores into expected labels, picks.json, which `cappy threshold` reads, and probe.json, a few scored pairs that a
-deployment checks itself against.
+table.txt, the plots curve.png, curve.svg, calibration.png and calibration.svg, calibration.json (maps from scores to
+expected labels), picks.json (read by `cappy threshold`) and probe.json (scored pairs that a deployment is verified
+with).
 """
 
 import json
@@ -33,35 +33,39 @@ if TYPE_CHECKING:
 NUM_PROBES = 32
 
 
-def _enough_folds(folds: int) -> int:
+def _check_folds(folds: int) -> int:
     if folds in (1, 2):
-        raise ValueError("takes 3 or more: one to test, one to hold out, the others to train on; 0 for none")
+        raise ValueError("must be 0 or at least 3: one to test, one to hold out, the others to train on")
     return folds
 
 
 @settings
 class EvaluationConfig:
-    """What a scorer, and the present champion beside it, are worth on held-out instances."""
+    """Evaluate a scorer, and the current champion beside it, on held-out instances."""
 
     source: Annotated[Location, Field(description="Folder of annotated instances")]
     scorer: Annotated[Location, Field(description="Folder of the scorer to evaluate")]
     target: Annotated[Location, Field(description="Folder to write the report to")]
-    champion: Annotated[str, Field(description="Spec of the present champion; empty if there is none")] = ""
-    metric: Annotated[str, Field(min_length=1, description="Metric whose labels are reported")] = "rougeL"
-    split: Annotated[Literal["validation", "test"], Field(description="Split that is reported")] = "test"
+    champion: Annotated[str, Field(description="Spec of the current champion; empty if there is none")] = ""
+    metric: Annotated[str, Field(min_length=1, description="Metric of the labels to report")] = "rougeL"
+    split: Annotated[Literal["validation", "test"], Field(description="Split to report on")] = "test"
     seed: Annotated[int, Field(ge=0, description="Seed of the MBR curve, the examples and the folds")] = 0
-    probe: Annotated[bool, Field(description="Probe the scorer for known weaknesses (scores some pairs again)")] = True
+    probe: Annotated[bool, Field(description="Probe the scorer for known weaknesses; scores some pairs again")] = True
     folds: Annotated[
         int,
-        Field(ge=0, le=20, description="Train the scorer's recipe this many times and test every instance; 0 for none"),
-        AfterValidator(_enough_folds),
+        Field(
+            ge=0,
+            le=20,
+            description="Folds of cross-fitting: retrain the recipe per fold and test every instance; 0: off",
+        ),
+        AfterValidator(_check_folds),
     ] = 0
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
 
 
 def run(config: EvaluationConfig, progress: Progress = silent) -> Manifest:
-    """Evaluates `scorer` (and `champion`) on `source` and writes the report; a killed run keeps the scores it had."""
+    """Evaluates `scorer` (and `champion`) on `source` and writes the report; an interrupted run keeps its scores."""
     from cappy.scoring import Scorer
     from cappy.scoring.training_data import training_data
 
@@ -69,23 +73,23 @@ def run(config: EvaluationConfig, progress: Progress = silent) -> Manifest:
 
 
 def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load", trained_on: "TrainedOn") -> Manifest:
-    """Evaluates as `config` says; `load` makes a scorer of a folder, `trained_on` says what it was trained on."""
-    from cappy.evaluation.protocol import cached_scores, report_of, seconds_per_pair
+    """Evaluates as `config` says; `load` loads a scorer from a folder, `trained_on` reads what it was trained on."""
+    from cappy.evaluation.protocol import build_report, cached_scores, seconds_per_pair
     from cappy.scorers import scorer_folder
 
     parent = read_manifest(config.source)
     folders = {"challenger": scorer_folder(str(config.scorer))}
     if config.champion:
         folders["champion"] = scorer_folder(config.champion)
-    parents = (parent.hash, *(_content(folder) for folder in folders.values()))
+    parents = (parent.hash, *(_content_hash(folder) for folder in folders.values()))
     with claim(config.work, "evaluation", identity(config), parents, fresh=config.fresh) as folder:
         scorers = {name: load(str(path)) for name, path in folders.items()}
         if config.folds:
-            evaluated, skipped, leaks = _cross_fit(config, folders, folder, progress, load, trained_on)
+            evaluated, skipped, leaks = _evaluate_folds(config, folders, folder, progress, load, trained_on)
         else:
-            evaluated, skipped = _once(config, scorers, folder, progress)
-            leaks = _leaks(evaluated, folders, trained_on)
-        report = report_of(
+            evaluated, skipped = _evaluate_once(config, scorers, folder, progress)
+            leaks = _count_leaks(evaluated, folders, trained_on)
+        report = build_report(
             evaluated,
             metric=config.metric,
             split="cross-fitted" if config.folds else config.split,
@@ -104,7 +108,7 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
         _write_calibration(folder, evaluated, config)
         tested = [pool.instance for own in evaluated for pool in own.pools]
         score = cached_scores(scorers["challenger"].score, folder, "probe")
-        _write_probe(folder, probe(tested, score, seed=config.seed))
+        _write_probe(folder, score_probe(tested, score, seed=config.seed))
         manifest = Manifest(
             step="evaluation",
             files=describe_files(folder),
@@ -113,24 +117,24 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
             seed=config.seed,
             generators=parent.generators,
             parents=parents,
-            metrics=metrics(report),
+            metrics=collect_metrics(report),
             facts={
                 "leaks": dict(report.leaks),
-                "leak_check": {} if config.folds else _leak_check(tested, folders, trained_on),
+                "leak_check": {} if config.folds else _describe_leak_check(tested, folders, trained_on),
                 "versions": dict(report.versions),
             },
         )
         return finish(folder, config.target, manifest)
 
 
-def _once(
+def _evaluate_once(
     config: EvaluationConfig, scorers: "Mapping[str, AnyScorer]", folder: Path, progress: Progress
 ) -> "tuple[list[EvaluatedSplit], int]":
-    """The one split of an evaluation, and how many of its instances have no candidate."""
-    from cappy.evaluation.protocol import cached_scores, evaluate_split, pools_of
+    """Evaluates the one split, and counts its instances without candidates."""
+    from cappy.evaluation.protocol import cached_scores, evaluate_split, split_pools
 
     instances = read(config.source, splits=sorted({config.split, "validation"}))
-    pools, held_out, skipped = pools_of(instances, metric=config.metric, split=config.split)
+    pools, held_out, skipped = split_pools(instances, metric=config.metric, split=config.split)
     scores = {name: cached_scores(scorer.score, folder, name) for name, scorer in scorers.items()}
     evaluated = evaluate_split(
         pools,
@@ -145,7 +149,7 @@ def _once(
     return [evaluated], skipped
 
 
-def _cross_fit(
+def _evaluate_folds(
     config: EvaluationConfig,
     folders: Mapping[str, Path],
     folder: Path,
@@ -153,7 +157,7 @@ def _cross_fit(
     load: "Load",
     trained_on: "TrainedOn",
 ) -> "tuple[list[EvaluatedSplit], int, dict[str, int]]":
-    """Every fold's split, how many instances have no candidate, and the leaks; leaves the out-of-fold scores."""
+    """Evaluates every fold, counts instances without candidates and leaks, and writes the out-of-fold scores."""
     from cappy.evaluation import crossfit
     from cappy.evaluation.findings import OUT_OF_FOLD
 
@@ -165,37 +169,37 @@ def _cross_fit(
         work=config.work,
         fresh=config.fresh,
     )
-    recipe = crossfit.recipe(read_manifest(folders["challenger"]), config.scorer)
+    recipe = crossfit.read_recipe(read_manifest(folders["challenger"]), config.scorer)
     instances = list(read(config.source))
     evaluated, skipped = crossfit.evaluate_folds(cross_fitting, instances, recipe, folder, load=load, progress=progress)
-    leaks = {"challenger": crossfit.leaks(evaluated, folder, trained_on)}
+    leaks = {"challenger": crossfit.count_leaks(evaluated, folder, trained_on)}
     text = crossfit.out_of_fold_json(evaluated, metric=config.metric, leaks=leaks["challenger"])
     write_bytes(folder / OUT_OF_FOLD, text.encode())
     if config.champion:
-        evaluated, of_champion = crossfit.with_champion(evaluated, folders["champion"], config.metric)
-        leaks |= of_champion
+        evaluated, champion_leaks = crossfit.add_champion_scores(evaluated, folders["champion"], config.metric)
+        leaks |= champion_leaks
     return evaluated, skipped, leaks
 
 
-def _leaks(
+def _count_leaks(
     evaluated: "Sequence[EvaluatedSplit]", folders: Mapping[str, Path], trained_on: "TrainedOn"
 ) -> dict[str, int]:
-    from cappy.scoring.training_data import seen_in_training
+    from cappy.scoring.training_data import count_seen
 
     tested = [pool.instance for own in evaluated for pool in own.pools]
-    return {name: seen_in_training(tested, trained_on(path)) for name, path in folders.items()}
+    return {name: count_seen(tested, trained_on(path)) for name, path in folders.items()}
 
 
-def _leak_check(
+def _describe_leak_check(
     tested: Sequence[Instance], folders: Mapping[str, Path], trained_on: "TrainedOn"
 ) -> dict[str, dict[str, int | str]]:
-    from cappy.scoring.training_data import describe_check
+    from cappy.scoring.training_data import describe_leak_check
 
-    return describe_check(tested, {name: trained_on(path) for name, path in folders.items()})
+    return describe_leak_check(tested, {name: trained_on(path) for name, path in folders.items()})
 
 
-def _content(folder: Path) -> str:
-    """What identifies a scorer: its manifest's hash, or, where another tool wrote it, its files'."""
+def _content_hash(folder: Path) -> str:
+    """Hash of a scorer's content: of its manifest or, if another tool wrote the folder, of its files."""
     if (folder / MANIFEST).is_file():
         return read_manifest(folder).hash
     return fingerprint([(file.name, file.sha256) for file in describe_files(folder)])
@@ -215,7 +219,7 @@ def write_report(folder: Path, report: "Report") -> None:
 
 
 def _write_picks(folder: Path, evaluated: "Sequence[EvaluatedSplit]", *, folds: int, metric: str) -> None:
-    """Writes picks.json, the scorer's pick of every instance: held-out and reported, or out of fold (`pick_rows`)."""
+    """Writes picks.json: the scorer's picks, held-out and reported or out-of-fold (see `pick_rows`)."""
     from cappy.evaluation.threshold import PICKS, pick_rows
 
     if folds:
@@ -231,27 +235,27 @@ def _write_picks(folder: Path, evaluated: "Sequence[EvaluatedSplit]", *, folds: 
 
 
 def _write_calibration(folder: Path, evaluated: "Sequence[EvaluatedSplit]", config: EvaluationConfig) -> None:
-    """Writes the map that travels with the scorer: of held-out picks, or of the out-of-fold picks of its recipe."""
+    """Writes the calibration that is kept with the scorer, fitted on held-out or on out-of-fold picks."""
     from cappy.evaluation.calibration import fit
-    from cappy.evaluation.protocol import scores_of
+    from cappy.evaluation.protocol import get_scorer_scores
 
     fitted = evaluated[0].calibration
     if config.folds:
         pools = [pool for own in evaluated for pool in own.pools]
-        fitted = fit(pools, scores_of(pools), config.metric)
+        fitted = fit(pools, get_scorer_scores(pools), config.metric)
     if fitted is not None:
         write_bytes(folder / CALIBRATION, fitted.to_json().encode())
 
 
-def probe(instances: Sequence[Instance], score: "Score", *, seed: int, count: int = NUM_PROBES) -> list[Triple]:
-    """At most `count` (instruction, response, score) triples, for a served scorer to be checked against."""
+def score_probe(instances: Sequence[Instance], score: "Score", *, seed: int, count: int = NUM_PROBES) -> list[Triple]:
+    """Scores at most `count` pairs, drawn at random, that a deployed scorer is verified with."""
     pairs = [
         (instance.instruction, response)
         for instance in instances
         for response in dict.fromkeys(candidate.response for candidate in instance.selectable)
     ]
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:count])
-    chosen = [pairs[index] for index in drawn]
+    indices = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:count])
+    chosen = [pairs[index] for index in indices]
     return [(*pair, float(value)) for pair, value in zip(chosen, score(chosen), strict=True)]
 
 
@@ -260,18 +264,18 @@ def _write_probe(folder: Path, triples: Sequence[Triple]) -> None:
     write_bytes(folder / PROBE, json.dumps(triples, ensure_ascii=False, indent=1).encode())
 
 
-def metrics(report: "Report") -> dict[str, float]:
-    """The numbers that a pipeline shows beside the run."""
+def collect_metrics(report: "Report") -> dict[str, float]:
+    """The numbers that a pipeline shows for the run, by name."""
     numbers = {"num_instances": float(report.facts["instances"])}
     for name, row in report.selectors.items():
         numbers[f"{report.metric}_{name}"] = row.estimate.mean
     for key, difference in report.comparisons.items():
-        one, _, other = key.partition("-")
-        if one == "scorer":
-            numbers[f"gain_over_{other}"] = difference.difference
-            numbers[f"gain_over_{other}_low"] = difference.low
+        subject, _, rival = key.partition("-")
+        if subject == "scorer":
+            numbers[f"gain_over_{rival}"] = difference.difference
+            numbers[f"gain_over_{rival}_low"] = difference.low
     if report.calibration is not None:
         best = report.calibration.calibrated or report.calibration.raw
         numbers |= {"ece": best.ece, "brier": best.brier}
-    numbers |= {f"probe_{one.name.replace(' ', '_')}": one.value for one in report.probes}
+    numbers |= {f"probe_{probe.name.replace(' ', '_')}": probe.value for probe in report.probes}
     return numbers | {f"leaks_{name}": float(count) for name, count in report.leaks.items()}

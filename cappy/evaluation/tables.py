@@ -1,6 +1,6 @@
-"""What the report is made of: means, comparisons, curves, tasks, examples, and probes of the scorer.
+"""The parts of the report: means, comparisons, curves, tasks, examples, and probes of the scorer.
 
-Probes: does the scorer read the instruction, does it favour length, templates, an order? One number each.
+Each probe is one number: does the score depend on the instruction, on length, on the template, on order and batch?
 """
 
 import json
@@ -32,34 +32,34 @@ from cappy.selection.selectors import SELECTORS, Selection, compared_pairs
 PUBLISHED = Path(__file__).with_name("data") / "published.json"
 NUM_EXAMPLES = 10
 NUM_CANDIDATES = 12
-"""Candidates of an example that are shown: the picks, then the highest scores."""
+"""Candidates shown of an example: the picks, then those with the highest scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """The label of every selector's pick by pool, in the order of a report, and the group of every pool."""
+    """The labels of each selector's picks, shape (pools,), in the order of a report, and the group of every pool."""
 
     labels: Mapping[str, Vector]
     groups: Sequence[str]
 
-    def compare(self, one: str, other: str) -> Difference:
+    def compare(self, first: str, second: str) -> Difference:
         """The paired difference of two selectors."""
-        return statistics.compare(self.labels[one], self.labels[other], self.groups)
+        return statistics.compare(self.labels[first], self.labels[second], self.groups)
 
     def estimates(self) -> dict[str, Estimate]:
         """Selector -> its mean label with its interval."""
         stacked = np.stack(list(self.labels.values()), axis=1)
-        return dict(zip(self.labels, statistics.estimates(stacked, self.groups), strict=True))
+        return dict(zip(self.labels, statistics.estimate_means(stacked, self.groups), strict=True))
 
 
-def means_of(pools: Sequence[Pool], values: Mapping[str, Values]) -> Means:
-    """The selectors' labels by pool."""
+def compute_means(pools: Sequence[Pool], values: Mapping[str, Values]) -> Means:
+    """The labels of the selectors' picks on these pools."""
     labels = {name: pick_labels(pools, values[name]) for name in SELECTORS if name in values}
     return Means(labels=labels, groups=[pool.instance.group_id for pool in pools])
 
 
-def better_variants(means: Means) -> dict[str, str]:
-    """What several selectors are variants of -> the one with the best mean label on these pools, which favours it."""
+def choose_better_variants(means: Means) -> dict[str, str]:
+    """Maps a kind of selector to its variant with the best mean label on these pools (a choice that favours it)."""
     better: dict[str, str] = {}
     for name in means.labels:
         key = SELECTORS[name].variant_of
@@ -68,8 +68,8 @@ def better_variants(means: Means) -> dict[str, str]:
     return better
 
 
-def rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dict[str, Row]:
-    """One row per selector; a bound picks nothing, so that it has no ties."""
+def build_rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dict[str, Row]:
+    """One row per selector; bounds pick nothing, so they have no ties."""
 
     def ties(name: str) -> int:
         pairs = zip(pools, selection.values[name], strict=True)
@@ -86,20 +86,20 @@ def rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dict[str,
     }
 
 
-def comparisons(means: Means, better: Mapping[str, str]) -> dict[str, Difference]:
-    """The paired differences of a report, by "one-other"."""
-    named = [(one, other, better.get(other, other)) for one, other in compared_pairs()]
+def compare_selectors(means: Means, better: Mapping[str, str]) -> dict[str, Difference]:
+    """The paired differences of a report, by the key "first-second"."""
+    named = [(first, second, better.get(second, second)) for first, second in compared_pairs()]
     return {
-        f"{one}-{other}": means.compare(one, name)
-        for one, other, name in named
-        if one in means.labels and name in means.labels
+        f"{first}-{second}": means.compare(first, name)
+        for first, second, name in named
+        if first in means.labels and name in means.labels
     }
 
 
-def curves(
+def build_curves(
     pools: Sequence[Pool], selection: Selection, better: Mapping[str, str], *, seed: int
 ) -> dict[str, tuple[Estimate, ...]]:
-    """Selector -> its expected label by n; instances with fewer candidates keep the result of all they have."""
+    """Selector -> expected label by n. Instances with fewer than n candidates keep the value of all they have."""
     size = max(len(pool.candidates) for pool in pools)
     groups = [pool.instance.group_id for pool in pools]
     by_selector = {}
@@ -109,17 +109,17 @@ def curves(
             continue
         generator = np.random.default_rng(seed)
         own = [selector.curve(pool, value, generator) for pool, value in zip(pools, values, strict=True)]
-        by_selector[name] = tuple(statistics.estimates(np.stack([extend_curve(row, size) for row in own]), groups))
+        by_selector[name] = tuple(statistics.estimate_means(np.stack([extend_curve(row, size) for row in own]), groups))
     return by_selector
 
 
-def tasks(pools: Sequence[Pool], means: Means) -> tuple[TaskRow, ...]:
+def build_task_rows(pools: Sequence[Pool], means: Means) -> tuple[TaskRow, ...]:
     """One row per task, in alphabetical order."""
-    subject = subject_of(means.labels)
+    subject = choose_subject(means.labels)
     table = []
-    for task, where in _indices_by_name([pool.instance.task for pool in pools]).items():
-        own = [pools[index] for index in where]
-        labels = {name: values[where] for name, values in means.labels.items()}
+    for task, indices in _indices_by_name([pool.instance.task for pool in pools]).items():
+        own = [pools[index] for index in indices]
+        labels = {name: values[indices] for name, values in means.labels.items()}
         part = Means(labels=labels, groups=[pool.instance.group_id for pool in own])
         is_choice = all(pool.is_choice for pool in own)
         templates = _indices_by_name([pool.instance.template for pool in own]) if is_choice else {}
@@ -137,30 +137,30 @@ def tasks(pools: Sequence[Pool], means: Means) -> tuple[TaskRow, ...]:
     return tuple(table)
 
 
-def averages(table: Sequence[TaskRow]) -> dict[str, Average]:
-    """Unweighted means over tasks; CrowS-Pairs can carry an average alone, so there is one without it.
+def average_tasks(table: Sequence[TaskRow]) -> dict[str, Average]:
+    """Unweighted means over tasks; CrowS-Pairs can dominate an average, so there is also one without it.
 
-    Intervals are over tasks: they say what other tasks of the kind would give.
+    Intervals are over tasks: they generalise to other tasks of the kind.
     """
-    kept = [row for row in table if "crows" not in row.task.casefold()]
-    sets = {"all tasks": table, "without CrowS-Pairs": kept if len(kept) < len(table) else ()}
-    return {name: _average(own) for name, own in sets.items() if len(own) > 1}
+    without_crows = [row for row in table if "crows" not in row.task.casefold()]
+    sets = {"all tasks": table, "without CrowS-Pairs": without_crows if len(without_crows) < len(table) else ()}
+    return {name: _average_rows(own) for name, own in sets.items() if len(own) > 1}
 
 
-def subject_of(labels: Mapping[str, Vector]) -> str:
-    """The selector that a report is about: the scorer, MBR without one, and the first response without either."""
+def choose_subject(labels: Mapping[str, Vector]) -> str:
+    """The selector that a report is about: the scorer, else MBR, else the first response."""
     return next(name for name in ("scorer", "mbr", "first") if name in labels)
 
 
 def compare_with_published(
     tasks: Sequence[TaskRow], metric: str, subject: str, templated: Collection[str]
 ) -> tuple[PublishedTask, ...]:
-    """The published numbers of the tasks that bear a published task's name and are measured by its metric.
+    """The published numbers of tasks with the same name, kind and metric as a published task.
 
-    BIG-bench's own prompts come from no template: a generation task that is `templated` is another of that name.
+    BIG-bench's prompts have no template, so a generation task in `templated` is a different task of the same name.
     """
     rows = []
-    for collection in _collections().values():
+    for collection in _read_published().values():
         for row in tasks:
             same = row.kind == collection["kind"] and collection["metric"] in ("", metric)
             same = same and (row.kind == "choice" or row.task not in templated)
@@ -171,24 +171,24 @@ def compare_with_published(
     return tuple(rows)
 
 
-def examples(pools: Sequence[Pool], selection: Selection, seed: int) -> tuple[Example, ...]:
-    """Instances to look at, drawn at random, so that nobody chose them."""
+def draw_examples(pools: Sequence[Pool], selection: Selection, seed: int) -> tuple[Example, ...]:
+    """Draws instances to show at random."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(pools))[:NUM_EXAMPLES])
-    return tuple(_examples(chosen, pools, selection))
+    return tuple(_build_examples(chosen, pools, selection))
 
 
-def worst(pools: Sequence[Pool], selection: Selection) -> tuple[Example, ...]:
-    """The instances where the scorer's pick is furthest below the best candidate, the furthest first."""
+def find_worst(pools: Sequence[Pool], selection: Selection) -> tuple[Example, ...]:
+    """The instances where the scorer's pick is furthest below the best candidate, largest difference first."""
     if "scorer" not in selection.values:
         return ()
     best = np.array([pool.labels.max() for pool in pools])
     lost = best - pick_labels(pools, selection.values["scorer"])
     order = np.argsort(-lost, kind="stable")[:NUM_EXAMPLES]
-    return tuple(_examples([index for index in order if lost[index] > 0], pools, selection))
+    return tuple(_build_examples([index for index in order if lost[index] > 0], pools, selection))
 
 
-class _Collection(TypedDict):
-    """Published tasks of one kind, measured by one metric; "" where any metric is the same."""
+class _PublishedCollection(TypedDict):
+    """Published tasks of one kind and metric; the metric is "" if all metrics are equivalent."""
 
     kind: str
     metric: str
@@ -197,43 +197,43 @@ class _Collection(TypedDict):
 
 
 @cache
-def _collections() -> dict[str, _Collection]:
-    values: dict[str, _Collection] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+def _read_published() -> dict[str, _PublishedCollection]:
+    values: dict[str, _PublishedCollection] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     return values
 
 
-def _average(table: Sequence[TaskRow]) -> Average:
+def _average_rows(table: Sequence[TaskRow]) -> Average:
     labels = {name: np.array([row.means[name] for row in table]) for name in table[0].means}
     means = Means(labels=labels, groups=[row.task for row in table])
-    return Average(tasks=len(table), means=means.estimates(), gain=means.compare(subject_of(labels), "random"))
+    return Average(tasks=len(table), means=means.estimates(), gain=means.compare(choose_subject(labels), "random"))
 
 
 def _indices_by_name(names: Sequence[str]) -> dict[str, list[int]]:
-    """Name -> where it stands, names in alphabetical order."""
+    """Name -> its indices, names in alphabetical order."""
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         groups.setdefault(name, []).append(index)
     return dict(sorted(groups.items()))
 
 
-def _examples(indexes: Iterable[int], pools: Sequence[Pool], selection: Selection) -> Iterator[Example]:
+def _build_examples(indices: Iterable[int], pools: Sequence[Pool], selection: Selection) -> Iterator[Example]:
     shown = [name for name in selection.values if "examples" in SELECTORS[name].shown_in]
-    for index in indexes:
+    for index in indices:
         pool = pools[index]
         values = {name: selection.values[name][index] for name in shown}
         best = {name: pick(value) for name, value in values.items()}
         order = np.argsort(-values.get("scorer", pool.labels), kind="stable")
-        # What was picked stands in the list however long the pool is.
-        kept = set(list(dict.fromkeys([*best.values(), *(int(place) for place in order)]))[:NUM_CANDIDATES])
+        # The picks are listed even if the pool is long.
+        listed = set(list(dict.fromkeys([*best.values(), *(int(position) for position in order)]))[:NUM_CANDIDATES])
         candidates = (
             RatedCandidate(
-                response=pool.responses[place],
-                label=float(pool.labels[place]),
-                score=float(values["scorer"][place]) if "scorer" in values else None,
-                mbr=float(values["mbr"][place]) if "mbr" in values else None,
+                response=pool.responses[position],
+                label=float(pool.labels[position]),
+                score=float(values["scorer"][position]) if "scorer" in values else None,
+                mbr=float(values["mbr"][position]) if "mbr" in values else None,
             )
-            for place in order
-            if place in kept
+            for position in order
+            if position in listed
         )
         yield Example(
             instance_id=pool.instance.instance_id,
@@ -241,11 +241,11 @@ def _examples(indexes: Iterable[int], pools: Sequence[Pool], selection: Selectio
             instruction=pool.instance.instruction,
             references=pool.instance.references,
             picks=tuple(
-                Pick(selector=name, response=pool.responses[place], label=float(pool.labels[place]))
-                for name, place in best.items()
+                Pick(selector=name, response=pool.responses[position], label=float(pool.labels[position]))
+                for name, position in best.items()
             ),
             candidates=tuple(candidates),
-            left_out=len(pool.candidates) - len(kept),
+            left_out=len(pool.candidates) - len(listed),
         )
 
 
@@ -254,20 +254,20 @@ NUM_REPEATED = 32
 BLANK = " "
 
 
-def probes(pools: Sequence[Pool], scores: Values, score: Score, tasks: Sequence[TaskRow], seed: int) -> list[Probe]:
-    """Every probe that these pools allow."""
+def run_probes(pools: Sequence[Pool], scores: Values, score: Score, tasks: Sequence[TaskRow], seed: int) -> list[Probe]:
+    """Runs the probes that are possible on these pools."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(pools))[:NUM_BLANKED])
-    triples = [
-        _response_only([pools[index] for index in chosen], [scores[index] for index in chosen], score),
-        _length(pools, scores),
-        *_templates(tasks),
-        _order(pools, scores, score),
+    results = [
+        _probe_response_only([pools[index] for index in chosen], [scores[index] for index in chosen], score),
+        _probe_length(pools, scores),
+        *_probe_templates(tasks),
+        _probe_order(pools, scores, score),
     ]
-    return [probe for probe in triples if probe is not None]
+    return [probe for probe in results if probe is not None]
 
 
-def _response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe | None:
-    """The share of the gain over random choice that is left when the instruction is blanked."""
+def _probe_response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe | None:
+    """The share of the gain over random choice that remains when the instruction is blanked."""
     pairs = [[(BLANK, response) for response in pool.responses] for pool in pools]
     flat = iter(score([pair for own in pairs for pair in own]))
     blind = [np.array([next(flat) for _ in own]) for own in pairs]
@@ -281,67 +281,67 @@ def _response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe
     )
     if seen - random < 1e-3:
         return None
-    kept = (unseen - random) / (seen - random)
-    share = f"{100 * kept:.0f}%" if kept > 0 else "none"
+    remaining = (unseen - random) / (seen - random)
+    share = f"{100 * remaining:.0f}%" if remaining > 0 else "none"
     return Probe(
         name="response only",
-        value=kept,
-        meaning=f"With the instruction blanked the scorer's pick has {percent(unseen)} instead of {percent(seen)} "
-        f"(random choice {percent(random)}): {share} of its gain is read off the response alone.",
+        value=remaining,
+        meaning=f"With the instruction blanked, the scorer's pick has {percent(unseen)} instead of {percent(seen)} "
+        f"(random choice {percent(random)}): {share} of its gain comes from the response alone.",
     )
 
 
-def _length(pools: Sequence[Pool], scores: Values) -> Probe | None:
-    """How much more scores go with length, inside a pool, than labels do."""
+def _probe_length(pools: Sequence[Pool], scores: Values) -> Probe | None:
+    """How much more scores correlate with length within a pool than labels do."""
     lengths = [np.array([len(response) for response in pool.responses], dtype=np.float64) for pool in pools]
     scored, labelled = correlation(scores, lengths), correlation([pool.labels for pool in pools], lengths)
     if scored is None or labelled is None:
         return None
-    kind = "prefers longer responses than" if scored > labelled else "prefers shorter responses than"
-    word = kind if abs(scored - labelled) > 0.1 else "favours length no more and no less than"
+    bias = "prefers longer responses than" if scored > labelled else "prefers shorter responses than"
+    verb = bias if abs(scored - labelled) > 0.1 else "favours length as much as"
     return Probe(
         name="length",
         value=scored - labelled,
-        meaning=f"Inside a pool scores correlate with length by {scored:+.2f}, labels by {labelled:+.2f}: the scorer "
-        f"{word} the labels do.",
+        meaning=f"Within a pool, length correlates by {scored:+.2f} with scores and by {labelled:+.2f} with labels: "
+        f"the scorer {verb} the labels do.",
     )
 
 
-def _templates(tasks: Sequence[TaskRow]) -> Iterator[Probe]:
-    """The spread of a task's accuracy over its templates, averaged over tasks."""
+def _probe_templates(tasks: Sequence[TaskRow]) -> Iterator[Probe]:
+    """Standard deviation of a task's accuracy over its templates, averaged over tasks."""
     spreads = [float(np.std(list(row.templates.values()))) for row in tasks if len(row.templates) > 1]
     if spreads:
         mean = float(np.mean(spreads))
         yield Probe(
             name="template",
             value=mean,
-            meaning=f"Over the templates of one task the accuracy varies by {percent(mean)} (standard deviation, mean "
-            f"of {len(spreads)} tasks): a wording of your own may be that far off.",
+            meaning=f"The accuracy varies by {percent(mean)} over the templates of one task (standard deviation, mean "
+            f"of {len(spreads)} tasks): expect as much for your own prompt.",
         )
 
 
-def _order(pools: Sequence[Pool], scores: Values, score: Score) -> Probe:
-    """The largest change of a score when pairs come in another order and batch."""
+def _probe_order(pools: Sequence[Pool], scores: Values, score: Score) -> Probe:
+    """The largest change of a score when pairs are scored in another order and batch."""
     pairs = {
         (pool.instance.instruction, response): value
         for pool, values in zip(pools, scores, strict=True)
         for response, value in zip(pool.responses, values, strict=True)
     }
-    some = dict(list(pairs.items())[:: max(1, len(pairs) // NUM_REPEATED)][:NUM_REPEATED])
+    sample = dict(list(pairs.items())[:: max(1, len(pairs) // NUM_REPEATED)][:NUM_REPEATED])
     again = [
-        *zip(reversed(some), score(list(reversed(some))), strict=True),
-        *((pair, score([pair])[0]) for pair in some),
+        *zip(reversed(sample), score(list(reversed(sample))), strict=True),
+        *((pair, score([pair])[0]) for pair in sample),
     ]
-    worst = float(max(abs(value - pairs[pair]) for pair, value in again))
+    largest = float(max(abs(value - pairs[pair]) for pair, value in again))
     return Probe(
         name="order and batch",
-        value=worst,
-        meaning=f"Scored again in another order, and each alone, {len(some)} pairs change by {worst:.1g} at most.",
+        value=largest,
+        meaning=f"The scores of {len(sample)} pairs change by at most {largest:.1g} in another order or one by one.",
     )
 
 
-def correlation(one: Sequence[Vector], other: Sequence[Vector]) -> float | None:
-    """Pearson's correlation of what values deviate from their pool's mean by; None where one never deviates."""
-    first, second = (np.concatenate([values - values.mean() for values in pools]) for pools in (one, other))
-    scale = float(np.sqrt((first @ first) * (second @ second)))
-    return float(first @ second) / scale if scale > 1e-12 else None
+def correlation(first: Sequence[Vector], second: Sequence[Vector]) -> float | None:
+    """Pearson's correlation of deviations from the mean of the pool; None if one of the two does not vary."""
+    x, y = (np.concatenate([values - values.mean() for values in pools]) for pools in (first, second))
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 1e-12 else None

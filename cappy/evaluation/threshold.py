@@ -1,11 +1,10 @@
-"""The threshold: the score above which the scorer's picks are good often enough, and what it promises.
+"""Threshold: the lowest score above which the scorer's picks have a given precision, with a given confidence.
 
-The lowest score whose held-out picks happen to be good often enough is too low: it is the luckiest of many. So scores
-are tested in a fixed order, from strict to lenient, and the last one before the first test that fails is taken. A test
-asks whether a lower bound of the precision (Clopper and Pearson, 1934) is high enough, at the whole confidence: in a
-fixed sequence no test costs the others anything (Angelopoulos, Bates, Candes, Jordan and Lei, "Learn then Test", 2021,
-section 3.1). With `confidence`, 95% unless another is asked for, the picks at or above the threshold are good with the
-wanted precision, on instances drawn as the held-out ones were.
+Choosing the lowest score whose held-out picks have the precision would be biased by selection. So scores are tested in
+a fixed order, from strict to lenient, and the last one before the first failing test is chosen. A test passes if the
+lower bound of the precision (Clopper and Pearson, 1934) is high enough; with fixed-sequence testing, every test may use
+the full confidence level (Angelopoulos, Bates, Candes, Jordan and Lei, "Learn then Test", 2021, section 3.1). The
+guarantee holds for instances from the same distribution as the held-out ones.
 """
 
 import json
@@ -25,28 +24,27 @@ from cappy.selection.pools import Pool, Vector
 PICKS = "picks.json"
 CONFIDENCE = 0.95
 FIRST_SHARE = 1 / 8
-"""Of the picks, that the first test keeps at least: fewer have too wide a bound to pass it."""
+"""Minimum share of the picks in the first test: with fewer, its bound is too wide to pass."""
 STEP_SHARE = 1 / 20
-"""Of the picks, that each further test adds: with more tests one fails sooner by chance."""
-_STILL = 1e-12
-"""A variance below this is none."""
+"""Share of the picks that each further test adds: with more tests, one fails earlier by chance."""
+_TOLERANCE = 1e-12
+"""A variance below this counts as 0."""
 
 Flags = npt.NDArray[np.bool_]
 PickRow = tuple[float | str | int, ...]
-"""Score, label, group and number of distinct candidates of a pick; in a cross-fitted report its fold too."""
+"""Score, label, group and number of distinct candidates of a pick, and its fold in a cross-fitted report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """A threshold, chosen on held-out picks, and what it keeps on the reported ones.
+    """A threshold that was chosen on held-out picks, and its effect on the reported picks.
 
-    `floor` is the same in units of the label, chosen on what calibration.json expects of each pick, for a gateway that
-    has that calibration; None without one. `held_out_low` is the lower bound of `held_out_precision` that holds with
-    `confidence`; it is at least `wanted`. `coverage` is the share of reported instances that are answered, `precision`
-    the share of good picks among them with its 95% interval over their `groups` (`statistics.share`); None where none
-    is answered.
-    With `folds` the picks are out of fold: the threshold is chosen on all of them, and what it keeps is that of
-    thresholds chosen on the other folds.
+    `floor` is the threshold on calibrated scores, for a gateway that uses the same calibration.json; None without one.
+    `held_out_low` is the lower bound of `held_out_precision` with `confidence`; it is at least `wanted`. `coverage` is
+    the share of reported instances that are answered, `precision` the share of good picks among them, with its 95%
+    interval over their `groups` (`statistics.estimate_share`); None if none is answered.
+    If `folds` is above 0, the picks are out-of-fold: the threshold is chosen on all of them, and `coverage` and
+    `precision` are those of thresholds chosen on the other folds.
     """
 
     threshold: float
@@ -68,7 +66,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class _Picks:
-    """Picks as arrays; `fold` is 0 everywhere where they are of one scorer."""
+    """Picks as arrays, shape (picks,); `fold` is 0 if all are from one scorer."""
 
     scores: Vector
     labels: Vector
@@ -81,36 +79,40 @@ class _Picks:
         return np.array([fitted.apply([score], n=size)[0] for score, size in rows])
 
 
-def threshold(report: str | Path, *, precision: float, good: float, confidence: float = CONFIDENCE) -> Threshold | None:
-    """The lowest threshold that is shown to keep `precision`, with `confidence`; None if no score is.
+def find_threshold(
+    report: str | Path, *, precision: float, good: float, confidence: float = CONFIDENCE
+) -> Threshold | None:
+    """The lowest threshold whose picks have `precision` with `confidence`; None if no score passes.
 
-    A pick is good if its label is at least `good`. FolderError where the report has no held-out picks, or an older
-    version wrote them.
+    A pick is good if its label is at least `good`. Raises FolderError if the report has no held-out picks, or if an
+    older version wrote them.
     """
-    held, reported = _read_picks(Path(report))
-    enough = held.labels >= good
-    level = lowest(held.scores, enough, held.groups, precision, confidence)
+    held_out, reported = _read_picks(Path(report))
+    is_good = held_out.labels >= good
+    level = find_lowest(held_out.scores, is_good, held_out.groups, precision, confidence)
     if level is None:
         return None
-    own = held.scores >= level
-    folds = np.unique(held.fold)
-    kept = reported.scores >= level
+    above = held_out.scores >= level
+    folds = np.unique(held_out.fold)
+    answered = reported.scores >= level
     if len(folds) > 1:
-        kept = _answered_by_other_folds(held, enough, precision, confidence)
-    answered, groups = reported.labels[kept] >= good, reported.groups[kept].tolist()
-    estimate = statistics.share(answered.astype(np.float64), groups) if groups else None
+        answered = _answered_by_other_folds(held_out, is_good, precision, confidence)
+    answered_good, groups = reported.labels[answered] >= good, reported.groups[answered].tolist()
+    estimate = statistics.estimate_share(answered_good.astype(np.float64), groups) if groups else None
     fitted = read_calibration(report)
     return Threshold(
         threshold=level,
-        floor=lowest(held.expected_labels(fitted), enough, held.groups, precision, confidence) if fitted else None,
+        floor=find_lowest(held_out.expected_labels(fitted), is_good, held_out.groups, precision, confidence)
+        if fitted
+        else None,
         good=good,
         wanted=precision,
         confidence=confidence,
-        held_out=len(held.scores),
-        held_out_precision=float(enough[own].mean()),
-        held_out_low=lower_bound(enough[own], held.groups[own], confidence),
+        held_out=len(held_out.scores),
+        held_out_precision=float(is_good[above].mean()),
+        held_out_low=lower_bound(is_good[above], held_out.groups[above], confidence),
         reported=len(reported.scores),
-        coverage=float(kept.mean()),
+        coverage=float(answered.mean()),
         groups=len(set(groups)),
         precision=estimate.mean if estimate else None,
         low=estimate.low if estimate else None,
@@ -120,56 +122,56 @@ def threshold(report: str | Path, *, precision: float, good: float, confidence: 
 
 
 def pick_rows(pools: Sequence[Pool], fold: int | None = None) -> list[PickRow]:
-    """The rows of picks.json for these pools: score, label, group, distinct candidates, and the fold if one is given.
+    """The rows of picks.json for these pools: score, label, group, distinct candidates, and the fold if there is one.
 
-    An evaluation keeps them by the names `held_out` and `reported`, a cross-fitted one by `out_of_fold`.
+    They are stored under the keys `held_out` and `reported`, or `out_of_fold` if cross-fitted.
     """
-    picked = calibration.picks(pools, [pool.scores["scorer"] for pool in pools])
+    picked = calibration.collect_picks(pools, [pool.scores["scorer"] for pool in pools])
     groups = [pool.instance.group_id for pool in pools]
-    more = () if fold is None else (fold,)
+    extra = () if fold is None else (fold,)
     rows = zip(picked.scores.tolist(), picked.labels.tolist(), groups, picked.sizes, strict=True)
-    return [(*row, *more) for row in rows]
+    return [(*row, *extra) for row in rows]
 
 
-def lowest(
+def find_lowest(
     scores: Vector, good: Flags, groups: npt.NDArray[np.str_], precision: float, confidence: float = CONFIDENCE
 ) -> float | None:
-    """The last score of the fixed sequence that passes its test, None if the first does not.
+    """The last score of the fixed sequence before the first failing test; None if the first test fails.
 
-    Which scores are tested depends on scores and groups alone, never on which picks are good.
+    Which scores are tested depends only on scores and groups, never on which picks are good.
     """
     order = np.argsort(-scores, kind="stable")
-    ranked, enough, of = scores[order], good[order], groups[order]
+    scores, good, groups = scores[order], good[order], groups[order]
     lowest_level = None
-    for count in _sequence(of, precision, confidence):
-        level = ranked[count - 1]
-        # Of equal scores all are kept or none.
-        kept = int(np.searchsorted(-ranked, -level, side="right"))
-        if lower_bound(enough[:kept], of[:kept], confidence) < precision:
+    for count in _choose_test_sizes(groups, precision, confidence):
+        level = scores[count - 1]
+        # Equal scores are accepted together.
+        end = int(np.searchsorted(-scores, -level, side="right"))
+        if lower_bound(good[:end], groups[:end], confidence) < precision:
             break
         lowest_level = float(level)
     return lowest_level
 
 
 def lower_bound(good: Flags, groups: npt.NDArray[np.str_], confidence: float = CONFIDENCE) -> float:
-    """The lower bound of the share of good picks that holds with `confidence`; picks of a group may be alike.
+    """One-sided lower bound of the share of good picks, with `confidence`; picks of a group may be dependent.
 
-    It is Clopper and Pearson's for as many independent picks as the share varies like over groups, for no more than
-    there are (Korn and Graubard, 1998). Where all are good, or all bad, each group counts as one.
+    It is Clopper and Pearson's bound for the effective number of independent picks, which is at most the actual one
+    (Korn and Graubard, 1998). If all picks are good, or all bad, each group counts as one.
     """
     mean, number = float(good.mean()), len(good)
     _, index = np.unique(groups, return_inverse=True)
     count = float(index.max() + 1)
     variance = float((np.bincount(index, weights=good - mean) ** 2).sum()) / number**2
-    if variance > _STILL:
-        few = stdtrit(number - 1, confidence) / stdtrit(count - 1, confidence) if count < number else 1.0
-        count = min(float(number), few**2 * mean * (1 - mean) / variance)
+    if variance > _TOLERANCE:
+        correction = stdtrit(number - 1, confidence) / stdtrit(count - 1, confidence) if count < number else 1.0
+        count = min(float(number), correction**2 * mean * (1 - mean) / variance)
     ones, zeros = mean * count, (1 - mean) * count
     return float(betaincinv(ones, zeros + 1, 1 - confidence)) if ones else 0.0
 
 
 def groups_needed(precision: float, confidence: float, bad: int = 0) -> int | None:
-    """The fewest groups that show a precision if all their picks but `bad` are good; None where no number does."""
+    """The minimum number of groups that show a precision if all picks but `bad` are good; None if no number does."""
     if precision >= 1:
         return None
     count = bad + 1
@@ -178,16 +180,21 @@ def groups_needed(precision: float, confidence: float, bad: int = 0) -> int | No
     return count
 
 
-def sentence(answer: Threshold | None, *, precision: float, good: float, confidence: float = CONFIDENCE) -> str:
-    """The answer, for a person."""
+def describe_threshold(
+    answer: Threshold | None, *, precision: float, good: float, confidence: float = CONFIDENCE
+) -> str:
+    """The threshold and its effect as text for a terminal."""
     if answer is None:
         needed = groups_needed(precision, confidence)
         reason = (
-            "no number of picks shows that all are good" if needed is None else f"it takes {needed:,} groups or more"
+            "no number of picks proves that all are good"
+            if needed is None
+            else f"at least {needed:,} groups are needed"
         )
         return (
-            f"No score is shown, with {100 * confidence:g}% confidence, to keep {100 * precision:g}% of the picks at a "
-            f"label of {good:g} or more ({reason}): ask for less, hold out more instances, or train a better scorer."
+            f"No threshold guarantees, with {100 * confidence:g}% confidence, that {100 * precision:g}% of the "
+            f"picks have a label of {good:g} or more ({reason}): lower --min-precision, hold out more instances, or "
+            "train a better scorer."
         )
     picks = "out-of-fold picks" if answer.folds else "held-out picks"
     floor = "" if answer.floor is None else f" (cappy gateway with this calibration: --floor {answer.floor:.6g})"
@@ -196,44 +203,42 @@ def sentence(answer: Threshold | None, *, precision: float, good: float, confide
         f"it have a label of {good:g} or more, at least {100 * answer.held_out_low:.1f}% with {100 * confidence:g}% "
         "confidence"
     )
-    tried = f"of the {answer.reported} reported instances it answers"
+    subject = f"of the {answer.reported} reported instances, it answers"
     if answer.folds:
-        tried = f"chosen on the other folds and tried on each of {answer.folds}, such a threshold answers"
+        subject = f"chosen on the other folds and applied to each of {answer.folds}, such a threshold answers"
     if answer.precision is None or answer.low is None or answer.high is None:
-        return f"{text}; {tried} none."
+        return f"{text}; {subject} none."
     interval = f"{100 * answer.low:.1f} to {100 * answer.high:.1f}"
-    proof = "" if answer.low >= precision else ", so they alone do not prove what you ask for"
+    proof = "" if answer.low >= precision else ", so these alone do not prove the precision"
     text = (
-        f"{text}; {tried} {100 * answer.coverage:.1f}%, of which {100 * answer.precision:.1f}% are good (95% interval "
-        f"{interval} over {answer.groups} groups{proof})."
+        f"{text}; {subject} {100 * answer.coverage:.1f}%, of which {100 * answer.precision:.1f}% are good (95% "
+        f"interval {interval} over {answer.groups} groups{proof})."
     )
     if answer.folds:
-        text += (
-            " The scorers of the folds are not on one scale: try it on the scorer's own split before you rely on it."
-        )
+        text += " The folds' scorers are not on one scale: check it on the scorer's own split before you rely on it."
     return text
 
 
 def _answered_by_other_folds(picks: _Picks, good: Flags, precision: float, confidence: float) -> Flags:
-    """Which picks are answered by the threshold that the other folds choose; none where they choose none."""
-    kept = np.zeros(len(picks.scores), dtype=bool)
+    """Which picks are answered by the threshold chosen on the other folds; none if they yield no threshold."""
+    answered = np.zeros(len(picks.scores), dtype=bool)
     for fold in np.unique(picks.fold):
         own, others = picks.fold == fold, picks.fold != fold
-        level = lowest(picks.scores[others], good[others], picks.groups[others], precision, confidence)
+        level = find_lowest(picks.scores[others], good[others], picks.groups[others], precision, confidence)
         if level is not None:
-            kept[own] = picks.scores[own] >= level
-    return kept
+            answered[own] = picks.scores[own] >= level
+    return answered
 
 
-def _sequence(groups: npt.NDArray[np.str_], precision: float, confidence: float) -> list[int]:
-    """How many of the best picks each test keeps, in order; the first keeps enough to pass with one bad among them.
+def _choose_test_sizes(groups: npt.NDArray[np.str_], precision: float, confidence: float) -> list[int]:
+    """The number of best picks in each test, in order; the first is large enough to pass with one bad pick.
 
-    Where so many are not there, it keeps as many as pass if all are good; no test where those are not there either.
+    If there are too few groups for that, it is large enough to pass if all are good; if too few for that, no test.
     """
     number = len(groups)
-    new = np.zeros(number, dtype=np.int64)
-    new[np.unique(groups, return_index=True)[1]] = 1
-    seen = np.cumsum(new)
+    is_new = np.zeros(number, dtype=np.int64)
+    is_new[np.unique(groups, return_index=True)[1]] = 1
+    seen = np.cumsum(is_new)
     for bad in (1, 0):
         needed = groups_needed(precision, confidence, bad)
         if needed is not None and needed <= seen[-1]:
@@ -244,7 +249,7 @@ def _sequence(groups: npt.NDArray[np.str_], precision: float, confidence: float)
 
 
 def _read_picks(report: Path) -> tuple[_Picks, _Picks]:
-    """The held-out and the reported picks; of a cross-fitted report both are the out-of-fold ones."""
+    """The held-out and the reported picks; in a cross-fitted report both are the out-of-fold picks."""
     folds = read_values(report).get("folds")
     path = report / PICKS
     try:
@@ -252,14 +257,14 @@ def _read_picks(report: Path) -> tuple[_Picks, _Picks]:
         if folds:
             if not values.get("out_of_fold"):
                 raise FolderError(f"{path}: has no out-of-fold picks, an older version wrote it; evaluate again")
-            picks = _picks(values["out_of_fold"], columns=5)
+            picks = _parse_picks(values["out_of_fold"], columns=5)
             return picks, picks
         if not values.get("held_out"):
             raise FolderError(
                 f"{path}: has no held-out picks to choose a threshold on; evaluate on --split test, with a validation "
                 "split"
             )
-        return _picks(values["held_out"], columns=4), _picks(values["reported"], columns=4)
+        return _parse_picks(values["held_out"], columns=4), _parse_picks(values["reported"], columns=4)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FolderError(
             f"{path}: does not say score, label, group and candidates of each pick, an older version wrote it or it is "
@@ -267,11 +272,11 @@ def _read_picks(report: Path) -> tuple[_Picks, _Picks]:
         ) from error
 
 
-def _picks(rows: Sequence[Sequence[str | float]], columns: int) -> _Picks:
-    """ValueError or TypeError where a row is not [score, label, group, n], or with 5 columns [..., fold]."""
+def _parse_picks(rows: Sequence[Sequence[str | float]], columns: int) -> _Picks:
+    """Raises ValueError or TypeError if a row is not [score, label, group, n], or [..., fold] with 5 columns."""
     if any(len(row) != columns for row in rows):
-        raise ValueError("rows of another length")
-    scores, labels, groups, sizes, *folds = ([row[place] for row in rows] for place in range(columns))
+        raise ValueError(f"every row must have {columns} values")
+    scores, labels, groups, sizes, *folds = ([row[column] for row in rows] for column in range(columns))
     picks = _Picks(
         scores=np.array(scores, dtype=np.float64),
         labels=np.array(labels, dtype=np.float64),
@@ -280,5 +285,5 @@ def _picks(rows: Sequence[Sequence[str | float]], columns: int) -> _Picks:
         fold=np.array(folds[0] if folds else [0] * len(rows), dtype=np.int64),
     )
     if not np.isfinite([picks.scores, picks.labels]).all() or (picks.sizes < 1).any():
-        raise ValueError("scores or labels that are not finite numbers")
+        raise ValueError("scores and labels must be finite numbers")
     return picks

@@ -1,35 +1,37 @@
-"""What the numbers of a report say, in words: the verdict, and the advice that follows from it."""
+"""The verdict and the advice of a report, as text."""
 
 from collections.abc import Collection, Iterator
 
-from cappy.evaluation.findings import MIN_GROUPS, Difference, Findings, spread
+from cappy.evaluation.findings import MIN_GROUPS, Difference, Findings, format_interval
 from cappy.pages.words import format_signed, percent
 from cappy.selection.selectors import SELECTORS, Selector, title
 
-SURE = 0.05
-"""The adjusted p-value up to which a comparison stands among all."""
-NARROW = 0.01
-"""Room between the best selector and the oracle, below which a better scorer cannot gain a point."""
-FLAT = 0.01
-"""Difference of an instance's highest and lowest score, on the scale of 0 to 1, below which a scorer hardly judges."""
-_INTRODUCED = {selector.key: selector for selector in SELECTORS.values() if "verdict" in selector.shown_in}
-"""What a verdict compares with, by its name in a comparison."""
+SIGNIFICANCE_LEVEL = 0.05
+"""Maximum adjusted p-value of a significant comparison."""
+MIN_HEADROOM = 0.01
+"""Difference between the oracle and the best selector below which a better scorer can gain less than a point."""
+MIN_SPREAD = 0.01
+"""Spread of an instance's scores, 0 to 1, below which a scorer hardly distinguishes its responses."""
+_COMPARED = {selector.key: selector for selector in SELECTORS.values() if "verdict" in selector.shown_in}
+"""The selectors that a verdict compares with, by their key in comparisons."""
 
 
 def verdict(report: Findings) -> tuple[str, ...]:
-    """Sentences, the headline first; a difference counts only if its 95% interval leaves out 0."""
+    """The sentences of the verdict, headline first; a difference counts only if its 95% interval excludes 0."""
     subject = "scorer" if "scorer" in report.selectors else "mbr"
     if subject not in report.selectors:
         return ("Neither a scorer nor MBR could be evaluated.", *_cautions(report))
     differences = {
-        name: report.comparisons[key] for name in _INTRODUCED if (key := f"{subject}-{name}") in report.comparisons
+        name: report.comparisons[key] for name in _COMPARED if (key := f"{subject}-{name}") in report.comparisons
     }
-    said = tuple(_sentence(report, subject, name, difference) for name, difference in differences.items())
-    return (_headline(subject, differences), *said, *_hybrid(report), *_cautions(report))
+    sentences = tuple(
+        _comparison_sentence(report, subject, name, difference) for name, difference in differences.items()
+    )
+    return (_headline(subject, differences), *sentences, *_hybrid_sentence(report), *_cautions(report))
 
 
 def outcome(difference: Difference) -> str:
-    """'better', 'worse', or 'open' where the interval holds 0."""
+    """'better', 'worse', or 'open' if the interval contains 0."""
     if difference.low > 0:
         return "better"
     return "worse" if difference.high < 0 else "open"
@@ -38,38 +40,44 @@ def outcome(difference: Difference) -> str:
 def _headline(subject: str, differences: dict[str, Difference]) -> str:
     parts = []
     for result, verb in (("better", "beats"), ("open", "is not shown to beat"), ("worse", "does not beat")):
-        names = [_short(_INTRODUCED[name]) for name, difference in differences.items() if outcome(difference) == result]
+        names = [
+            _short_name(_COMPARED[name]) for name, difference in differences.items() if outcome(difference) == result
+        ]
         if names:
             parts.append(f"{verb} {_join_names(names, 'and' if result == 'better' else 'or')}")
-    return f"{_subject(subject)} {'; it '.join(parts)}." if parts else f"{_subject(subject)} was compared with nothing."
+    return (
+        f"{_subject_name(subject)} {'; it '.join(parts)}."
+        if parts
+        else f"{_subject_name(subject)} was not compared with any other selector."
+    )
 
 
-def _sentence(report: Findings, subject: str, name: str, difference: Difference) -> str:
-    selector = _INTRODUCED[name]
-    other = report.better_likelihood if selector.variant_of else name
-    means = report.selectors[subject].estimate.mean, report.selectors[other].estimate.mean
+def _comparison_sentence(report: Findings, subject: str, name: str, difference: Difference) -> str:
+    selector = _COMPARED[name]
+    rival = report.better_likelihood if selector.variant_of else name
+    means = report.selectors[subject].estimate.mean, report.selectors[rival].estimate.mean
     numbers = f"{percent(means[0])} against {percent(means[1])}, {format_signed(difference.difference)}"
-    interval = f"95% interval {spread(difference)}"
+    interval = f"95% interval {format_interval(difference)}"
     verb = {"better": "beats", "worse": "does worse than", "open": "may or may not beat"}[outcome(difference)]
     remedy = _remedy(report, f"{subject}-{name}") if outcome(difference) == "open" else ""
     if difference.low == difference.high == 0:
         verb, remedy = "does exactly as well as", ""
-    who = f"{selector.in_words} ({title(other)})" if selector.variant_of else f"{selector.in_words}{selector.remark}"
-    return f"{_subject(subject)} {verb} {who}: {numbers} ({interval}){remedy}."
+    phrase = f"{selector.phrase} ({title(rival)})" if selector.variant_of else f"{selector.phrase}{selector.remark}"
+    return f"{_subject_name(subject)} {verb} {phrase}: {numbers} ({interval}){remedy}."
 
 
 def _remedy(report: Findings, key: str) -> str:
-    """What more instances would tell of a difference that is open."""
+    """How many groups would decide a difference that is open."""
     power = report.power.get(key)
     if power is None or power.groups_needed is None:
-        return "; more instances would tell"
+        return "; more instances would decide"
     smallest = percent(power.smallest)
     if not power.within_reach:
-        return f"; {power.groups:,} groups show {smallest} or more, and this one is far below"
-    return f"; {power.groups:,} groups show {smallest} or more, about {power.groups_needed:,} would show this one"
+        return f"; {power.groups:,} groups can show {smallest} or more, and this difference is far smaller"
+    return f"; {power.groups:,} groups can show {smallest} or more, this difference needs about {power.groups_needed:,}"
 
 
-def _hybrid(report: Findings) -> Iterator[str]:
+def _hybrid_sentence(report: Findings) -> Iterator[str]:
     difference = report.comparisons.get("hybrid_mbr-mbr")
     if difference is None:
         return
@@ -77,7 +85,7 @@ def _hybrid(report: Findings) -> Iterator[str]:
     mean = report.selectors["hybrid_mbr"].estimate.mean
     yield (
         f"The scorer and MBR together {verb} MBR: {percent(mean)}, {format_signed(difference.difference)} "
-        f"(95% interval {spread(difference)})."
+        f"(95% interval {format_interval(difference)})."
     )
 
 
@@ -85,33 +93,33 @@ def _cautions(report: Findings) -> Iterator[str]:
     instances = int(report.facts["instances"])
     if report.folds:
         yield (
-            f"Cross-fitted over {report.folds} folds: this is what the recipe is worth, trained on the other folds; "
-            "the scorer that it made was trained on more."
+            f"Cross-fitted over {report.folds} folds: the results are those of the recipe, trained on the other folds; "
+            "the registered scorer is trained on more instances."
         )
     for name, count in report.leaks.items():
         if count:
             yield (
                 f"Caution: the {name} was trained on {count} of the {instances} {report.split} instances "
-                "or their rows, so its result is too good."
+                "or their rows, so its result is overestimated."
             )
-    yield from _among_all(report)
+    yield from _holm_caution(report)
     if (groups := int(report.facts["groups"])) < MIN_GROUPS:
-        yield f"Caution: only {groups} groups, too few to rely on; the gate holds on fewer than {MIN_GROUPS}."
+        yield f"Caution: {groups} groups are too few for a reliable result; the gate needs at least {MIN_GROUPS}."
 
 
-def _among_all(report: Findings) -> Iterator[str]:
-    """What Holm's correction opens again."""
+def _holm_caution(report: Findings) -> Iterator[str]:
+    """Names the comparisons that are significant alone but not after Holm's correction."""
     comparisons = report.comparisons
-    opened = [
+    corrected = [
         " against ".join(map(title, key.split("-")))
         for key, value in comparisons.items()
-        if outcome(value) != "open" and report.adjusted.get(key, 0) > SURE
+        if outcome(value) != "open" and report.adjusted.get(key, 0) > SIGNIFICANCE_LEVEL
     ]
-    if opened:
-        yield (f"Not significant after Holm correction over {len(comparisons)} comparisons: {', '.join(opened)}.")
+    if corrected:
+        yield (f"Not significant after Holm correction over {len(comparisons)} comparisons: {', '.join(corrected)}.")
 
 
-def _subject(name: str) -> str:
+def _subject_name(name: str) -> str:
     return "The scorer" if name == "scorer" else "No scorer was given; MBR"
 
 
@@ -119,169 +127,169 @@ def _join_names(names: list[str], word: str) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
 
 
-def _short(selector: Selector) -> str:
-    return f"the {selector.variant_of}" if selector.variant_of else selector.in_words
+def _short_name(selector: Selector) -> str:
+    return f"the {selector.variant_of}" if selector.variant_of else selector.phrase
 
 
 def advice(report: Findings) -> str:
-    """One sentence. What is decided by evidence comes first: leaks, then proof, then what would bring proof.
+    """One sentence of advice: about leaks, else about what is proven, else about what would prove it.
 
-    It begins with "Promote" only where the gate's rule, without options of its own, would let the scorer pass.
+    It begins with "Promote" only if the gate with its default options would let the scorer pass.
     """
-    text = _advice(report)
+    text = _choose_advice(report)
     if not text.startswith("Promote"):
         return text
     if report.split == "validation":
         return (
-            "Hold: the validation split decided when training stopped, so it proves nothing; evaluate on --split test."
+            "Hold: training was stopped early on the validation split, so it proves nothing; evaluate on --split test."
         )
     if report.facts["groups"] < MIN_GROUPS:
         return (
-            f"Hold: {report.facts['groups']} groups of instances decide nothing, it takes {MIN_GROUPS}; prepare more "
-            "test instances, or evaluate with --folds 5, which tests on all of them."
+            f"Hold: {report.facts['groups']} groups are too few, the gate needs {MIN_GROUPS}; prepare more test "
+            "instances, or evaluate with --folds 5, which tests on all instances."
         )
     return text
 
 
 def first_version_rivals(comparisons: Collection[str], requested: str = "") -> list[Selector]:
-    """What a first version must be proven to beat; where the report compares with nothing of a kind, nothing of it.
+    """The selectors that a first version must be shown to beat, as far as the report compares with them.
 
-    Of the single decodings the last one in the list of selectors that the report compares with is asked for: the
-    greedy response, which needs no samples, before the best system.
+    Of the single decodings, only the last one in `SELECTORS` that the report compares with is required: the greedy
+    response, which needs no samples, before the best system.
     """
-    asked = {
+    required = {
         selector.key: selector
         for selector in SELECTORS.values()
         if selector.must_beat == "always"
         or (selector.must_beat == "where_compared" and f"scorer-{selector.key}" in comparisons)
         or (selector.must_beat == "on_request" and selector.key == requested)
     }
-    single = [one for one in SELECTORS.values() if one.single_decoding and f"scorer-{one.key}" in comparisons]
-    return [*asked.values(), *single[-1:]]
+    single = [each for each in SELECTORS.values() if each.single_decoding and f"scorer-{each.key}" in comparisons]
+    return [*required.values(), *single[-1:]]
 
 
-def _advice(report: Findings) -> str:
+def _choose_advice(report: Findings) -> str:
     if leaked := [name for name, count in report.leaks.items() if count]:
-        who = " and the ".join(leaked)
-        return f"Hold: the {who} saw reported instances in training; prepare splits that share none, then train again."
+        names = " and the ".join(leaked)
+        return f"Hold: the {names} saw reported instances in training; prepare disjoint splits, then train again."
     if "scorer" not in report.selectors:
-        return _without_scorer(report)
+        return _advise_without_scorer(report)
     if "champion" in report.selectors:
-        return _against_champion(report)
-    if why := _no_champion(report):
-        return f"Hold: the report does not compare with the champion: {why}."
-    if _worse(report, "scorer-greedy") and not _mbr_leads(report):
-        return _greedy(report)
+        return _advise_against_champion(report)
+    if reason := _why_no_champion(report):
+        return f"Hold: the report does not compare with the champion: {reason}."
+    if _is_worse(report, "scorer-greedy") and not _mbr_leads(report):
+        return _advise_greedy(report)
     for selector in first_version_rivals(report.comparisons):
         key = f"scorer-{selector.key}"
-        if key in report.comparisons and not _better(report, key):
-            return _below(report, key, selector.in_words)
-    return _against_mbr(report)
+        if key in report.comparisons and not _is_better(report, key):
+            return _advise_below_rival(report, key, selector.phrase)
+    return _advise_against_mbr(report)
 
 
-def _no_champion(report: Findings) -> str:
-    """Why a champion that was given is not in the report; empty where none was given."""
-    why = report.unavailable.get("champion", "")
-    return "" if why == "none was given" else why
+def _why_no_champion(report: Findings) -> str:
+    """Why a champion that was given is not in the report; empty if none was given."""
+    reason = report.unavailable.get("champion", "")
+    return "" if reason == "none was given" else reason
 
 
-def _greedy(report: Findings) -> str:
-    """One call without any selection does better than the scorer."""
-    lost = report.comparisons["scorer-greedy"]
-    text = f"Use one greedy response: the scorer's pick of several is below it, by {_gain(lost)}"
-    return f"{text}; {_more_of_a_scorer(report)} before you sample more than one."
+def _advise_greedy(report: Findings) -> str:
+    """Advice if one greedy call without selection does better than the scorer."""
+    difference = report.comparisons["scorer-greedy"]
+    text = f"Use one greedy response: the scorer's pick of several is worse by {_format_gain(difference)}"
+    return f"{text}; {_scorer_remedy(report)} before you sample more than one."
 
 
-def _without_scorer(report: Findings) -> str:
-    if "mbr" in report.selectors and _better(report, "mbr-random"):
+def _advise_without_scorer(report: Findings) -> str:
+    if "mbr" in report.selectors and _is_better(report, "mbr-random"):
         gain = format_signed(report.comparisons["mbr-random"].difference)
-        return f"Use MBR meanwhile, it is {gain} above random choice without training; then train a scorer to beat it."
-    return "Train a scorer (cappy finetuning): no selector that needs none is shown to beat random choice."
+        return f"Use MBR for now: it is {gain} above random choice without training; then train a scorer to beat it."
+    return "Train a scorer (cappy finetuning): no selector without a scorer is shown to beat random choice."
 
 
-def _against_champion(report: Findings) -> str:
+def _advise_against_champion(report: Findings) -> str:
     difference = report.comparisons["scorer-champion"]
-    if _better(report, "scorer-champion"):
-        return f"Promote: the scorer beats the champion by {_gain(difference)}."
+    if _is_better(report, "scorer-champion"):
+        return f"Promote: the scorer beats the champion by {_format_gain(difference)}."
     if difference.high < 0:
-        return f"Hold: the scorer does worse than the champion, by {_gain(difference)}."
-    return _unproven(report, "scorer-champion", "the champion")
+        return f"Hold: the scorer does worse than the champion by {_format_gain(difference)}."
+    return _advise_unproven(report, "scorer-champion", "the champion")
 
 
-def _below(report: Findings, key: str, other: str) -> str:
-    """What the gate asks a first version to beat, and this one does not."""
-    if _mbr_leads(report) and not _better(report, "scorer-mbr"):
-        gain = _gain(report.comparisons["mbr-random"])
-        lacking = f"the scorer {'does worse than' if _worse(report, key) else 'is not shown to beat'} {other}"
-        return (
-            f"Use MBR: it beats random choice by {gain} without training, and {lacking}; {_more_of_a_scorer(report)}."
-        )
-    if _flat(report):
-        otherwise = ", or use MBR" if "mbr" in report.selectors else ""
-        return f"Hold: the scorer is not shown to beat {other}; {_more_of_a_scorer(report)}{otherwise}."
-    if key == "scorer-random" and _worse(report, key):
-        return "Hold: the scorer does worse than random choice; look at the worst instances and at the labels first."
-    if _worse(report, key):
-        lost = _gain(report.comparisons[key])
-        return f"Hold: the scorer is below {other} by {lost}; {_more_of_a_scorer(report)}."
-    return _unproven(report, key, other)
+def _advise_below_rival(report: Findings, key: str, other: str) -> str:
+    """Advice if a first version is not shown to beat a selector that the gate requires it to beat."""
+    if _mbr_leads(report) and not _is_better(report, "scorer-mbr"):
+        gain = _format_gain(report.comparisons["mbr-random"])
+        failure = f"the scorer {'does worse than' if _is_worse(report, key) else 'is not shown to beat'} {other}"
+        return f"Use MBR: it beats random choice by {gain} without training, and {failure}; {_scorer_remedy(report)}."
+    if _is_flat(report):
+        alternative = ", or use MBR" if "mbr" in report.selectors else ""
+        return f"Hold: the scorer is not shown to beat {other}; {_scorer_remedy(report)}{alternative}."
+    if key == "scorer-random" and _is_worse(report, key):
+        return "Hold: the scorer does worse than random choice; check the worst instances and the labels first."
+    if _is_worse(report, key):
+        loss = _format_gain(report.comparisons[key])
+        return f"Hold: the scorer does worse than {other} by {loss}; {_scorer_remedy(report)}."
+    return _advise_unproven(report, key, other)
 
 
 def _mbr_leads(report: Findings) -> bool:
-    """Whether MBR is shown to beat random choice, and nothing else that needs no training has a better result."""
+    """Whether MBR is shown to beat random choice and is the best selector that needs no training."""
     others = {"greedy", report.better_likelihood} & {*report.selectors}
-    if not _better(report, "mbr-random"):
+    if not _is_better(report, "mbr-random"):
         return False
     best = max((report.selectors[name].estimate.mean for name in others), default=0.0)
     return report.selectors["mbr"].estimate.mean >= best
 
 
-def _more_of_a_scorer(report: Findings) -> str:
-    """What would make the scorer better."""
-    if not _flat(report):
+def _scorer_remedy(report: Findings) -> str:
+    """How to improve the scorer."""
+    if not _is_flat(report):
         return "train on more instances"
-    spread_of = report.calibration.spread if report.calibration is not None else None
+    spread = report.calibration.spread if report.calibration is not None else None
     return (
-        "the scorer hardly tells an instance's responses apart (their scores differ by "
-        f"{100 * (spread_of or 0.0):.2g} of 100 in the median), which more data of this kind seldom mends: train from "
-        "a larger encoder"
+        "the scorer hardly distinguishes the responses of an instance (median difference of their scores: "
+        f"{100 * (spread or 0.0):.2g} of 100), which more data of this kind rarely improves: train from a larger "
+        "encoder"
     )
 
 
-def _flat(report: Findings) -> bool:
+def _is_flat(report: Findings) -> bool:
     """Whether the scorer gives all responses of an instance about the same score."""
     calibration = report.calibration
-    return calibration is not None and calibration.spread is not None and calibration.spread < FLAT
+    return calibration is not None and calibration.spread is not None and calibration.spread < MIN_SPREAD
 
 
-def _against_mbr(report: Findings) -> str:
-    """The gate is open; what is the best use of the scorer?"""
+def _advise_against_mbr(report: Findings) -> str:
+    """Advice if the gate would let the scorer pass."""
     against, hybrid = report.comparisons.get("scorer-mbr"), report.comparisons.get("hybrid_mbr-mbr")
     if hybrid is not None and hybrid.low > 0 and against is not None and against.low <= 0:
         detail = report.selectors["hybrid_mbr"].detail
-        return f"Promote, and pick by scorer + MBR ({detail}): together they beat MBR by {_gain(hybrid)}."
+        return f"Promote, and pick by scorer + MBR ({detail}): together they beat MBR by {_format_gain(hybrid)}."
     if against is not None and against.high < 0:
-        return f"Use MBR: the scorer is below it by {_gain(against)}; {_more_of_a_scorer(report)} before you promote."
+        return (
+            f"Use MBR: the scorer does worse by {_format_gain(against)}; {_scorer_remedy(report)} before you promote."
+        )
     if against is not None and against.low <= 0:
-        return f"Promote if MBR is not a choice for you; {_lower(_unproven(report, 'scorer-mbr', 'MBR'))}"
+        return f"Promote if you cannot use MBR; {_lowercase_first(_advise_unproven(report, 'scorer-mbr', 'MBR'))}"
     if all(task.kind == "choice" for task in report.tasks):
-        return "Promote: the scorer beats random choice and what needs no training among these choices."
-    if _headroom(report) < NARROW:
+        return "Promote: the scorer beats random choice and the selectors that need no training on these choices."
+    if _headroom(report) < MIN_HEADROOM:
         headroom = percent(_headroom(report))
         return f"Promote, and sample other candidates: the oracle is only {headroom} above the best selector."
     if _is_curve_rising(report):
         last, gain = len(report.curve["scorer"]), percent(_last_gain(report))
         return f"Promote, and sample more: candidate {last} still adds {gain}."
-    return "Promote: the scorer beats random choice, the likelihood and MBR, as far as they were at hand."
+    return "Promote: the scorer beats random choice, and the likelihood and MBR if they are available."
 
 
-def _unproven(report: Findings, key: str, other: str) -> str:
-    """What would bring proof; more data alone only where so many groups can be had, and the scorer tells them apart."""
+def _advise_unproven(report: Findings, key: str, other: str) -> str:
+    """Advice on an open difference: more data only if a feasible number of groups would show it."""
     difference, power = report.comparisons[key], report.power[key]
     if difference.low == difference.high == 0:
-        return f"Hold: the scorer does exactly as well as {other}, no better; train on more instances or another loss."
-    if _flat(report):
-        return f"Hold: the scorer is not shown to beat {other}, {_gain(difference)}; {_more_of_a_scorer(report)}."
+        return f"Hold: the scorer does exactly as well as {other}; train on more instances or with another loss."
+    if _is_flat(report):
+        return f"Hold: the scorer is not shown to beat {other}, {_format_gain(difference)}; {_scorer_remedy(report)}."
     needed = power.groups_needed
     if difference.difference > 0 and needed is not None and power.within_reach:
         return (
@@ -289,8 +297,8 @@ def _unproven(report: Findings, key: str, other: str) -> str:
             f"groups; about {max(needed, power.groups + 1, MIN_GROUPS):,} would show it."
         )
     return (
-        f"Hold: the scorer is not shown to beat {other}, {_gain(difference)}, and {power.groups} groups show no "
-        f"difference below {percent(power.smallest)}; train on more instances or another loss."
+        f"Hold: the scorer is not shown to beat {other}, {_format_gain(difference)}, and {power.groups} groups "
+        f"cannot show a difference below {percent(power.smallest)}; train on more instances or with another loss."
     )
 
 
@@ -303,24 +311,24 @@ def _last_gain(report: Findings) -> float:
 
 
 def _headroom(report: Findings) -> float:
-    """How far the oracle is above the best selector, 0 to 1."""
+    """Difference between the oracle and the best other selector, 0 to 1."""
     best = max(row.estimate.mean for name, row in report.selectors.items() if name != "oracle")
     return report.selectors["oracle"].estimate.mean - best
 
 
-def _better(report: Findings, key: str) -> bool:
-    """Whether the first is shown to be better; a difference that does not vary shows nothing."""
+def _is_better(report: Findings, key: str) -> bool:
+    """Whether the first selector is shown to be better; a difference without variance proves nothing."""
     difference = report.comparisons.get(key)
     return difference is not None and difference.low > 0 and bool(difference.standard_error)
 
 
-def _worse(report: Findings, key: str) -> bool:
+def _is_worse(report: Findings, key: str) -> bool:
     return key in report.comparisons and report.comparisons[key].high < 0
 
 
-def _gain(difference: Difference) -> str:
-    return f"{format_signed(difference.difference)} (95% interval {spread(difference)})"
+def _format_gain(difference: Difference) -> str:
+    return f"{format_signed(difference.difference)} (95% interval {format_interval(difference)})"
 
 
-def _lower(text: str) -> str:
+def _lowercase_first(text: str) -> str:
     return text[0].lower() + text[1:]

@@ -27,13 +27,13 @@ _BLOCKS = {"script": "script-src", "style": "style-src-elem"}
 """The blocks of a template whose text is hashed, and the directive that names the hash."""
 
 
-def render_template(folder: str, filters: Mapping[str, Callable[..., object]], **values: object) -> str:
-    """The page that `page.jinja` of a folder of the library, such as "evaluation", makes of the values.
+def render_template(template: str, filters: Mapping[str, Callable[..., object]], **values: object) -> str:
+    """The page that a template of the library, such as "evaluation/page.jinja", makes of the values.
 
     It may include `style.jinja`, and has its scripts and styles in blocks of these names, which are given no value.
     Every text is escaped, and a name that is not given is an error.
     """
-    page = _template(folder, filters)
+    page = _template(template, filters)
     return page.render(values, policy=_content_security_policy(page))
 
 
@@ -64,7 +64,8 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _template(folder: str, filters: Mapping[str, Callable[..., object]]) -> Template:
+def _template(path: str, filters: Mapping[str, Callable[..., object]]) -> Template:
+    folder, _, name = path.rpartition("/")
     environment = Environment(
         loader=ChoiceLoader([PackageLoader("cappy", folder), PackageLoader("cappy", "pages")]),
         autoescape=True,
@@ -72,7 +73,7 @@ def _template(folder: str, filters: Mapping[str, Callable[..., object]]) -> Temp
         trim_blocks=True,
     )
     environment.filters.update(filters)
-    return environment.get_template("page.jinja")
+    return environment.get_template(name)
 
 
 @contextlib.contextmanager

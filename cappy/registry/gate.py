@@ -131,7 +131,7 @@ def _proof(
         yield _beats(comparisons, "champion", "the champion", margin, tail)
         return
     for selector in first_version_rivals(comparisons, requested=baseline):
-        yield _beats(comparisons, selector.key, selector.in_words, margin, tail)
+        yield _beats(comparisons, selector.key, selector.phrase, margin, tail)
 
 
 def _for_information(comparisons: Mapping[str, Difference], requested: str) -> Iterator[str]:
@@ -139,7 +139,7 @@ def _for_information(comparisons: Mapping[str, Difference], requested: str) -> I
     for one in SELECTORS.values():
         key = f"scorer-{one.key}"
         if one.must_beat == "on_request" and one.key != requested and key in comparisons:
-            yield f"For information: against {one.in_words} the difference is {interval(comparisons[key])}."
+            yield f"For information: against {one.phrase} the difference is {interval(comparisons[key])}."
 
 
 def _beats(comparisons: Mapping[str, Difference], other: str, words: str, margin: float, tail: float) -> Check:
@@ -161,13 +161,13 @@ def _beats(comparisons: Mapping[str, Difference], other: str, words: str, margin
 
 def _groups_needed(comparison: Difference, margin: float, tail: float) -> str:
     """How many groups a gain of this size needs, in one sentence; empty where there is no gain."""
-    from cappy.evaluation.statistics import power
+    from cappy.evaluation.statistics import compute_power
 
     gain = comparison.difference - margin
     if gain <= 0:
         return ""
     beyond = replace(comparison, difference=gain)
-    needed = max(power(beyond, 1 - 2 * tail).groups_needed or 0, comparison.groups + 1)
+    needed = max(compute_power(beyond, 1 - 2 * tail).groups_needed or 0, comparison.groups + 1)
     above = " above the margin" if margin else ""
     tries = "to be shown in four of five tries"
     have = f"the report has {comparison.groups:,}"

@@ -51,7 +51,7 @@ class PromotionConfig:
 
 def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
     """Decides, moves the aliases if the decision is to promote, and writes decision.json; hold is a result."""
-    registered, report = read_version(config.version), read_values(config.report, checked=True)
+    registered, report = read_version(config.version), read_values(config.report, check_hashes=True)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "promotion", identity(config), parents, fresh=config.fresh) as folder:
         decision, version, attempt = _decide(config, registered, report)
@@ -102,7 +102,7 @@ def read_version(folder: Path) -> str:
 def dry_run(version: Path, report: Path, **settings: object) -> Decision:
     """What the gate would decide now; nothing is moved or written."""
     config = build(PromotionConfig, {**settings, "version": version, "report": report, "target": "nowhere"})
-    decision, _, _ = _decide(config, read_version(version), read_values(report, checked=True), carry_out=False)
+    decision, _, _ = _decide(config, read_version(version), read_values(report, check_hashes=True), carry_out=False)
     return decision
 
 

@@ -33,7 +33,7 @@ from cappy.registry.models import (
 )
 from cappy.registry.tracking import step_run
 from cappy.registry.versions import SCORER_PATH, find, find_content, intact
-from cappy.selection.selectors import selectors_at
+from cappy.selection.selectors import selectors_shown_in
 
 MODEL = "model"
 MLFLOW_RUN_TAG = "cappy.mlflow_run"
@@ -220,7 +220,7 @@ def _means(report: ReportValues) -> dict[str, float]:
     """The mean label of what people ask for, by metric and selector: what is shown by task and a user could have."""
     metric = report.get("metric", "label")
     means = {name: row["estimate"]["mean"] for name, row in report.get("selectors", {}).items()}
-    shown = [one for one in selectors_at(means, "tasks") if one.bound != "upper" and one.scorer != "champion"]
+    shown = [one for one in selectors_shown_in(means, "tasks") if one.bound != "upper" and one.scorer != "champion"]
     return {metric_key(f"{metric}_{one.name}"): means[one.name] for one in shown}
 
 

@@ -90,7 +90,7 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
 
 def read_report(config: RegistrationConfig, scorer: Manifest) -> ReportValues:
     """The report, if it is about this scorer; FolderError if it is about another."""
-    report = read_values(config.report, checked=True)
+    report = read_values(config.report, check_hashes=True)
     about = report.get("versions", {}).get("challenger", "")
     if about and not scorer.hash.startswith(about):
         numbers = f"scorer {scorer.hash[:12]}, report on {about}"

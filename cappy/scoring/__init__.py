@@ -1,4 +1,4 @@
-"""Scoring: from (instruction, response) pairs to numbers; `Scorer.score` is the only door to a score."""
+"""Scoring: computes the scores of (instruction, response) pairs, always with `Scorer.score`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ TRAINED_ON = "trained_on.u64"
 
 
 def training_prompts(folder: str | Path) -> "NDArray[np.uint64]":
-    """The sorted `prompt_hash` of every prompt that the scorer in `folder` was trained on; empty if it does not say."""
+    """The sorted `prompt_hash` of every prompt that the scorer in `folder` was trained on; empty if not recorded."""
     import numpy as np
 
     path = Path(folder) / TRAINED_ON
@@ -25,7 +25,7 @@ def training_prompts(folder: str | Path) -> "NDArray[np.uint64]":
 
 
 def __getattr__(name: str) -> object:
-    """Loads torch with the first use of `Scorer`, not with the import of this package."""
+    """Imports torch at the first use of `Scorer`, not with this package."""
     if name == "Scorer":
         from cappy.scoring.scorer import Scorer
 

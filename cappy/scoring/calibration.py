@@ -1,9 +1,9 @@
-"""What is kept beside a scorer: its calibration, and what it answered to stored pairs when it was evaluated.
+"""The files beside a scorer that an evaluation writes: its calibration, and a probe of scored pairs.
 
-Calibration (calibration.json) says what the best of n candidates is worth, given its score. The best of many is judged
-otherwise than one alone: a score that a lone candidate earns by being right, the best of eight may have by luck. So the
-expected label depends on the score and on n, the number of distinct candidates that were scored. It never changes a
-pick: for every n it rises with the score, and where it is flat the scores decide. The stored pairs are probe.json.
+The calibration (calibration.json) maps the score of the best of n candidates to its expected label. The map depends on
+n, the number of distinct candidates that were scored, because the highest of several scores is biased upwards. It never
+changes a pick: for every n it is monotone in the score, and where it is flat, the scores decide. The probe is
+probe.json.
 """
 
 import json
@@ -24,7 +24,7 @@ KIND = "picks"
 
 @dataclass(frozen=True)
 class PickMap:
-    """The expected label of the best of `n`: piecewise linear through (`scores[i]`, `expected[i]`), level outside."""
+    """The expected label of the best of `n`: piecewise linear in (`scores`, `expected`), constant outside."""
 
     n: int
     scores: tuple[float, ...]
@@ -33,9 +33,9 @@ class PickMap:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A monotone map for each of some n, in rising order and beginning at 1; between two of them it is interpolated.
+    """Monotone maps for several n, ascending from 1, with interpolation in between.
 
-    `metric` names the label that is expected, `fitted_on` the number of held-out groups that it was fitted on.
+    `metric` names the label, `fitted_on` is the number of held-out groups that the maps were fitted on.
     """
 
     maps: tuple[PickMap, ...]
@@ -43,17 +43,17 @@ class Calibration:
     fitted_on: int
 
     def apply(self, scores: Sequence[float], *, n: int) -> list[float]:
-        """The label, 0 to 1, to expect of a candidate with each of these scores, were it the best of `n`.
+        """The expected label, 0 to 1, for each score if it is the best of `n` candidates.
 
-        A pair that is scored alone is the best of 1. Interpolation is linear in log(n); beyond the largest n that was
-        fitted its map holds. ValueError where n is below 1.
+        A pair that is scored alone is the best of 1. Interpolation is linear in log(n); above the largest fitted n, its
+        map is used. Raises ValueError if n is below 1.
         """
         if n < 1:
-            raise ValueError(f"n: is {n}; the best of 1 or more candidates has an expected label")
-        sizes = np.log([one.n for one in self.maps])
-        place = float(np.interp(np.log(n), sizes, np.arange(len(self.maps))))
-        below = int(place)
-        share = place - below
+            raise ValueError(f"n: must be at least 1, got {n}")
+        sizes = np.log([each.n for each in self.maps])
+        position = float(np.interp(np.log(n), sizes, np.arange(len(self.maps))))
+        below = int(position)
+        share = position - below
         values = _interpolate(self.maps[below], scores)
         if share:
             values = (1 - share) * values + share * _interpolate(self.maps[below + 1], scores)
@@ -66,15 +66,15 @@ class Calibration:
             "kind": KIND,
             "metric": self.metric,
             "fitted_on": self.fitted_on,
-            "maps": [{"n": one.n, "scores": one.scores, "expected": one.expected} for one in self.maps],
+            "maps": [{"n": each.n, "scores": each.scores, "expected": each.expected} for each in self.maps],
         }
         return json.dumps(values, indent=1) + "\n"
 
 
 def read_calibration(folder: str | Path) -> Calibration | None:
-    """The calibration in a scorer's or a report's folder, None if there is none.
+    """Reads the calibration in a scorer's or a report's folder; None if there is none.
 
-    FolderError where it is damaged, or of the older kind that was fitted on all candidates and so overrates picks.
+    Raises FolderError if it is damaged, or of the older kind that was fitted on all candidates and overestimates picks.
     """
     path = Path(folder) / CALIBRATION
     if not path.is_file():
@@ -82,14 +82,14 @@ def read_calibration(folder: str | Path) -> Calibration | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["kind"] == "isotonic":
-            raise ValueError("an older version fitted it on all candidates, so it overrates the best of several")
+            raise ValueError("an older version fitted it on all candidates, so it overestimates the best of several")
         if values["kind"] != KIND:
-            raise ValueError(f"it is of another kind than {KIND!r}")
-        maps = tuple(_read_map(one) for one in values["maps"])
+            raise ValueError(f"expected the kind {KIND!r}, got {values['kind']!r}")
+        maps = tuple(_parse_map(each) for each in values["maps"])
         calibration = Calibration(maps, metric=str(values["metric"]), fitted_on=int(values["fitted_on"]))
-        sizes = [one.n for one in maps]
+        sizes = [each.n for each in maps]
         if sizes[:1] != [1] or any(after <= before for before, after in pairwise(sizes)):
-            raise ValueError("its n do not begin at 1 and rise")
+            raise ValueError("its values of n must start at 1 and increase")
     except (ValueError, TypeError, KeyError) as error:
         raise FolderError(f"{path}: is not a calibration ({error}); evaluate again, or delete it") from error
     return calibration
@@ -101,23 +101,23 @@ class _MapValues(TypedDict):
     expected: Sequence[float]
 
 
-def _read_map(values: _MapValues) -> PickMap:
-    """ValueError, TypeError or KeyError where it is not a monotone map to 0 to 1."""
+def _parse_map(values: _MapValues) -> PickMap:
+    """Raises ValueError, TypeError or KeyError if the values are not a monotone map to 0 to 1."""
     scores, expected = tuple(map(float, values["scores"])), tuple(map(float, values["expected"]))
     if not scores or len(scores) != len(expected):
-        raise ValueError("it has not as many scores as labels")
+        raise ValueError("a map must have as many scores as labels, and at least one")
     if not np.isfinite([*scores, *expected]).all() or min(expected) < 0 or max(expected) > 1:
-        raise ValueError("its points are not finite scores and labels of 0 to 1")
+        raise ValueError("scores must be finite and labels 0 to 1")
     if any(np.diff(row).min(initial=0) < 0 for row in (scores, expected)):
-        raise ValueError("its points do not rise")
+        raise ValueError("scores and labels must not decrease")
     n = values["n"]
     if not isinstance(n, int) or isinstance(n, bool):
-        raise ValueError("its n are not whole numbers")
+        raise ValueError("n must be an integer")
     return PickMap(n, scores, expected)
 
 
-def _interpolate(one: PickMap, scores: Sequence[float]) -> NDArray[np.float64]:
-    return np.interp(scores, one.scores, one.expected)
+def _interpolate(pick_map: PickMap, scores: Sequence[float]) -> NDArray[np.float64]:
+    return np.interp(scores, pick_map.scores, pick_map.expected)
 
 
 PROBE = "probe.json"
@@ -126,7 +126,7 @@ Triple = tuple[str, str, float]
 
 
 def read_probe(folder: str | Path) -> list[Triple]:
-    """The (instruction, response, score) triples of a folder; [] where it has none, FolderError if damaged."""
+    """Reads the scored pairs of a folder; [] if it has none. Raises FolderError if they are damaged."""
     path = Path(folder) / PROBE
     if not path.is_file():
         return []
@@ -134,7 +134,7 @@ def read_probe(folder: str | Path) -> list[Triple]:
         triples = json.loads(path.read_text(encoding="utf-8"))
         stored = [(instruction, response, float(score)) for instruction, response, score in triples]
         if not all(isinstance(text, str) for triple in stored for text in triple[:2]):
-            raise ValueError("a text is none")
+            raise ValueError("instruction and response must be texts")
     except (ValueError, TypeError) as error:
-        raise FolderError(f"{path}: holds no stored pairs ({error}); evaluate again, or delete it") from error
+        raise FolderError(f"{path}: is not a list of scored pairs ({error}); evaluate again, or delete it") from error
     return stored

@@ -1,4 +1,4 @@
-"""What a scorer is beside its weights and its tokenizer; imports nothing heavy."""
+"""The configuration of a scorer; imports nothing heavy."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -6,19 +6,19 @@ from typing import Literal, get_args
 Head = Literal["mse", "bce"]
 HEADS: tuple[Head, ...] = get_args(Head)
 Truncation = Literal["middle", "longest_first"]
-"""Where a pair that is too long is cut: inside the instruction, or at the end of the longer text, as published."""
+"""How too long pairs are truncated: in the middle of the instruction, or the longer text at its end, as published."""
 TRUNCATIONS: tuple[Truncation, ...] = get_args(Truncation)
 Precision = Literal["auto", "fp32", "bf16"]
-"""What the body of a scorer runs in: `auto` is bf16 where the device has instructions for it, else fp32."""
+"""The precision of a scorer's body: `auto` is bf16 if the device has instructions for it, else fp32."""
 ChosenPrecision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorerConfig:
-    """What a folder records that transformers does not ask for.
+    """The settings of a scorer that a folder records besides those of transformers.
 
     The head `bce` gives 0 to 1 (a sigmoid over soft labels); `mse` is the published raw regression, which is never
-    clipped. `max_length` is the number of tokens of a pair.
+    clipped. `max_length` is the maximum number of tokens of a pair.
     """
 
     head: Head

@@ -1,4 +1,4 @@
-"""Pairs as token ids: where a pair is too long, the instruction is cut in its middle and the response not at all."""
+"""Encodes pairs as token ids; too long pairs are truncated in the middle of the instruction, not in the response."""
 
 import logging
 import threading
@@ -20,7 +20,7 @@ _REMEDY = "save the tokenizer that the scorer was trained with beside it"
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """One pair as the model reads it: `cut` where the response lost its end, not `whole` where any text lost tokens."""
+    """Model inputs of one pair. `cut`: the response was truncated; `whole`: neither text was truncated."""
 
     ids: tuple[int, ...]
     types: tuple[int, ...]
@@ -29,7 +29,7 @@ class EncodedPair:
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class _PairFormat:
     """The tokens that a tokenizer puts before, between and after the two texts of a pair, with their type ids."""
 
     before: tuple[int, ...]
@@ -45,67 +45,67 @@ class _Frame:
 
 
 def as_pairs(pairs: Iterable[Sequence[str]]) -> list[Pair]:
-    """Pairs as tuples, whatever sequence of two texts each is; ConfigError for one that is none.
+    """Pairs as tuples, from any sequences of two texts. Raises ConfigError for anything else.
 
-    A text is not a pair, though Python unpacks one of two characters.
+    A string of two characters is not a pair, although Python could unpack it.
     """
     tuples = [pair if type(pair) is tuple else _as_pair(pair) for pair in pairs]
     for pair in tuples:
         if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], str):
-            raise _no_pair(pair)
+            raise _pair_error(pair)
     return tuples  # type: ignore[return-value]
 
 
 def _as_pair(pair: object) -> tuple[str, ...]:
     if isinstance(pair, str | bytes | Mapping):
-        raise _no_pair(pair)
+        raise _pair_error(pair)
     try:
         return tuple(pair)  # type: ignore[arg-type]
     except TypeError:
-        raise _no_pair(pair) from None
+        raise _pair_error(pair) from None
 
 
-def _no_pair(pair: object) -> ConfigError:
-    return ConfigError(f"score: a pair is [instruction, response], two texts, got {quote(repr(pair), 80)}")
+def _pair_error(pair: object) -> ConfigError:
+    return ConfigError(f"score: a pair must be [instruction, response], two texts, got {quote(repr(pair), 80)}")
 
 
 class PairEncoder:
-    """Encodes pairs as `tokenizer(instruction, response)` does, byte for byte, where they fit into `max_length`.
+    """Encodes pairs exactly as `tokenizer(instruction, response)` does if they fit into `max_length`.
 
-    Where they do not, the instruction keeps both its ends (the task often stands first, the question last) and the
-    response stays whole; a response that alone is too long loses its end. With `longest_first` it is `truncation=True`
-    of transformers instead, as CrossEncoder and the published run cut: the longer text loses its end, then both do.
-    Token types are those that the tokenizer gives unasked; where it gives none, as `typed` says, they are zeros.
+    If they do not fit, the instruction is truncated in the middle (the task often comes first, the question last); a
+    response that is too long alone is truncated at its end. `longest_first` is instead `truncation=True` of
+    transformers, as used by CrossEncoder and the published run: the longer text is truncated at its end, then both.
+    Token types are those that the tokenizer returns by default; without any (see `typed`) they are zeros.
     """
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", max_length: int, truncation: Truncation = "middle"
     ) -> None:
         self._tokenizer = tokenizer
-        self._frame = _frame(tokenizer)
-        self._backend = _backend(tokenizer)
+        self._frame = _find_pair_format(tokenizer)
+        self._backend = _copy_backend(tokenizer)
         self.max_length = max_length
         self.truncation = truncation
         self._from_left = getattr(tokenizer, "truncation_side", "right") == "left"
         self.typed = self._frame.typed
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
-        """The encoded pairs, in order; every distinct text is tokenized once."""
+        """Encodes pairs, in order; every distinct text is tokenized once."""
         tokens = self._tokens(pairs)
         return [self.join(tokens[instruction], tokens[response]) for instruction, response in pairs]
 
     def fit(self, pairs: Sequence[Pair]) -> list[bool]:
-        """Whether each pair is encoded whole."""
+        """Whether each pair fits without truncation."""
         tokens, available = self._tokens(pairs), self.max_length - self._frame.length
         return [len(tokens[instruction]) + len(tokens[response]) <= available for instruction, response in pairs]
 
     @property
     def num_special_tokens(self) -> int:
-        """Tokens that a pair has beside those of its two texts."""
+        """Number of tokens of a pair besides those of its two texts."""
         return self._frame.length
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of each text alone, nothing added."""
+        """The token ids of each text, without special tokens."""
         if not texts:
             return []
         try:
@@ -113,12 +113,10 @@ class PairEncoder:
                 return [encoded.ids for encoded in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
             ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         except BaseException as error:
-            # The tokenizers library, which is Rust, panics where a pattern gives up on a text: no Exception.
+            # The tokenizers library (Rust) panics if a pattern fails on a text; that is not an Exception.
             if type(error).__name__ != "PanicException":
                 raise
-            raise FolderError(
-                f"the scorer's tokenizer gave up on a text ({quote(str(error), 80)}); {_REMEDY}"
-            ) from None
+            raise FolderError(f"the scorer's tokenizer failed on a text ({quote(str(error), 80)}); {_REMEDY}") from None
         return ids
 
     def _tokens(self, pairs: Sequence[Pair]) -> dict[str, list[int]]:
@@ -126,11 +124,11 @@ class PairEncoder:
         return dict(zip(texts, self.tokens(texts), strict=True))
 
     def join(self, instruction: list[int], response: list[int]) -> EncodedPair:
-        """The pair of two texts given as `tokens`."""
+        """The encoded pair of two tokenized texts."""
         frame, available = self._frame, self.max_length - self._frame.length
-        asked, whole = len(response), len(instruction) + len(response) <= available
+        num_response, whole = len(response), len(instruction) + len(response) <= available
         if self.truncation == "longest_first":
-            lengths = _longest_first(len(instruction), len(response), available)
+            lengths = _longest_first_lengths(len(instruction), len(response), available)
             instruction, response = self._truncate(instruction, lengths[0]), self._truncate(response, lengths[1])
         else:
             response = response[:available]
@@ -140,23 +138,23 @@ class PairEncoder:
         return EncodedPair(
             ids=(*frame.before, *instruction, *frame.between, *response, *frame.after),
             types=(*before, *(first,) * len(instruction), *between, *(second,) * len(response), *after),
-            cut=len(response) < asked,
+            cut=len(response) < num_response,
             whole=whole,
         )
 
     def _truncate(self, tokens: list[int], count: int) -> list[int]:
-        """So many tokens of a text, which loses its end, or its beginning where the tokenizer's folder says so."""
+        """The first `count` tokens of a text, or the last ones if the tokenizer truncates on the left."""
         return tokens[len(tokens) - count :] if self._from_left else tokens[:count]
 
 
-def _backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
-    """A copy of what is under a fast tokenizer: one that cuts nothing, and whose options no other thread can set."""
+def _copy_backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
+    """A copy of a fast tokenizer's backend without truncation, whose options no other thread can change."""
     if not getattr(tokenizer, "is_fast", False):
         return None
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    # Not part of the text that a tokenizer is copied by: whether special tokens in a text are read as plain characters.
+    # The serialised tokenizer does not include whether special tokens in a text are read as plain characters.
     backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
     return backend
 
@@ -168,11 +166,11 @@ def _cut_middle(tokens: list[int], available: int) -> list[int]:
     return tokens[:head] + tokens[len(tokens) - (available - head) :]
 
 
-def _longest_first(instruction: int, response: int, available: int) -> tuple[int, int]:
-    """How many tokens of each are kept, as the tokenizers library has it (`longest_first`).
+def _longest_first_lengths(instruction: int, response: int, available: int) -> tuple[int, int]:
+    """How many tokens of each text are kept, as in the tokenizers library (`longest_first`).
 
-    The shorter text is whole as long as it takes at most half of `available`; of two long ones each has half, the
-    longer one, or the response of equally long ones, the odd token.
+    The shorter text is kept whole if it takes at most half of `available`; else each text gets half, and the longer one
+    (or the response, if equal) the odd token.
     """
     shorter, longer = sorted((instruction, response))
     if shorter + longer > available:
@@ -181,8 +179,8 @@ def _longest_first(instruction: int, response: int, available: int) -> tuple[int
     return (longer, shorter) if instruction > response else (shorter, longer)
 
 
-def _frame(tokenizer: "PreTrainedTokenizerBase") -> _Frame:
-    """Read off the tokenizer's own encoding of a pair of two known texts."""
+def _find_pair_format(tokenizer: "PreTrainedTokenizerBase") -> _PairFormat:
+    """Derives the pair format from the tokenizer's encoding of a known pair."""
     first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
     probe = tokenizer("a", "b")
     ids = list(probe["input_ids"])
@@ -191,7 +189,7 @@ def _frame(tokenizer: "PreTrainedTokenizerBase") -> _Frame:
     middle = start + len(first)
     end = _find(ids, second, middle)
     after = end + len(second)
-    return _Frame(
+    return _PairFormat(
         before=tuple(ids[:start]),
         between=tuple(ids[middle:end]),
         after=tuple(ids[after:]),
@@ -202,19 +200,20 @@ def _frame(tokenizer: "PreTrainedTokenizerBase") -> _Frame:
 
 
 def _find(ids: list[int], part: list[int], start: int) -> int:
-    for place in range(start, len(ids)):
-        if ids[place : place + len(part)] == part:
-            return place
-    raise FolderError(f"the scorer's tokenizer encodes a pair unlike its two texts; {_REMEDY}")
+    for index in range(start, len(ids)):
+        if ids[index : index + len(part)] == part:
+            return index
+    raise FolderError(f"the scorer's tokenizer encodes the texts of a pair differently than alone; {_REMEDY}")
 
 
 LOGGER = logging.getLogger(__name__)
 
 
-class Cuts:
-    """Counts of one scorer: `pairs` it was given, `cut` of these that lost tokens, `responses` that lost their end.
+class TruncationCounts:
+    """Counts the `pairs` of a scorer, how many were truncated (`cut`), and how many `responses` were truncated.
 
-    Equal pairs of a call count once. The first cut is logged, unless `logs` is false because the caller says the count.
+    Equal pairs of a call count once. The first truncation is logged, unless `logs` is false because the caller reports
+    the counts.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -224,7 +223,7 @@ class Cuts:
         self._lock = threading.Lock()
 
     def count(self, encoded: Sequence[EncodedPair]) -> None:
-        """Adds pairs as they were encoded."""
+        """Counts encoded pairs."""
         cut = sum(not pair.whole for pair in encoded)
         with self._lock:
             first = cut > 0 and self.cut == 0
@@ -232,11 +231,15 @@ class Cuts:
             self.cut += cut
             self.responses += sum(pair.cut for pair in encoded)
         if first and self.logs:
-            LOGGER.warning("a pair is longer than the scorer's %d tokens and is cut; further ones too", self.max_length)
+            LOGGER.warning(
+                "a pair is longer than the scorer's %d tokens and is truncated; this is logged only once",
+                self.max_length,
+            )
 
     def text(self) -> str:
-        """The counts in a sentence; empty where nothing was cut."""
+        """The counts as a sentence; empty if nothing was truncated."""
         if not self.cut:
             return ""
-        ends = f", {self.responses:,} responses lost their end" if self.responses else ""
-        return f"{self.cut:,} of {self.pairs:,} pairs are longer than the scorer's {self.max_length} tokens: cut{ends}"
+        responses = f", {self.responses:,} responses truncated" if self.responses else ""
+        limit = f"the scorer's {self.max_length} tokens"
+        return f"{self.cut:,} of {self.pairs:,} pairs are longer than {limit} and were truncated{responses}"

@@ -1,8 +1,8 @@
-"""What a scorer folder says of itself: head, length, truncation, and the tokenizer's part of it.
+"""Reads and writes the configuration of a scorer folder: head, length, truncation, and the tokenizer's files.
 
-What the CrossEncoder of sentence-transformers reads of a folder is read too, in the places and the order of its version
-6.2, which reads what versions 2 to 5 wrote. What it would apply and we do not is refused, so that one folder gives one
-number.
+The settings of sentence-transformers' CrossEncoder are read too, from the same files and in the same order as its
+version 6.2, which reads the files of versions 2 to 5. A setting that it would apply and that is not supported here is
+an error, so that a folder gives the same scores everywhere.
 """
 
 import json
@@ -28,16 +28,16 @@ MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 TRANSFORMER_FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 TRANSFORMER_FILES = tuple(f"sentence_{family}_config.json" for family in TRANSFORMER_FAMILIES)
-"""The first of these that is there says how the folder's Transformer module reads texts."""
+"""The first of these files that exists configures the folder's Transformer module."""
 CHAT_TEMPLATE = "chat_template.jinja"
 FILES = (MODULES, SETTINGS, *TRANSFORMER_FILES, CHAT_TEMPLATE)
-"""Files that change the CrossEncoder's number; a folder that we write has none of them."""
+"""Files that change the CrossEncoder's scores; folders written here have none of them."""
 
 ACTIVATIONS: Mapping[Head, str] = {
     "mse": "torch.nn.modules.linear.Identity",
     "bce": "torch.nn.modules.activation.Sigmoid",
 }
-"""The activation of each head, as sentence-transformers writes it."""
+"""The activation of each head, in the notation of sentence-transformers."""
 _HEADS: Mapping[str, Head] = {"Identity": "mse", "Sigmoid": "bce"}
 _OLD_KEY = "sbert_ce_default_activation_function"
 _WITHOUT_EFFECT = {"modality_config", "module_output_name", "unpad_inputs", "query_length", "document_length"}
@@ -58,37 +58,37 @@ _WARNED: set[tuple[Path, str]] = set()
 
 @dataclass(frozen=True, kw_only=True)
 class StatedConfig:
-    """What a folder states: its head, None where it states no activation, and the tokens of a pair, None likewise.
+    """What a folder states: its head (None without an activation) and the maximum tokens of a pair (None if not set).
 
-    `renders` says whether pairs would be written into the tokenizer's chat template, if it has one.
+    `uses_chat_template`: whether CrossEncoder would render pairs with the tokenizer's chat template, if it has one.
     """
 
     head: Head | None
     max_length: int | None = None
-    renders: bool = True
+    uses_chat_template: bool = True
 
 
 def _read_stated(folder: Path, config: "PreTrainedConfig") -> StatedConfig:
-    """What the folder with this configuration states; FolderError for modules, prompts and activations unknown here."""
-    settings = _object(folder / SETTINGS)
+    """Reads what the folder states. Raises FolderError for unsupported modules, prompts and activations."""
+    settings = _read_object(folder / SETTINGS)
     if not (folder / MODULES).is_file() or settings.get("model_type", "SentenceTransformer") != "CrossEncoder":
         return StatedConfig(head=_head_of_config(folder, config))
     _check_modules(folder / MODULES)
     _check_prompt(folder / SETTINGS, settings)
     transformer = next((path for name in TRANSFORMER_FILES if (path := folder / name).is_file()), None)
-    values = _object(transformer) if transformer else {}
+    values = _read_object(transformer) if transformer else {}
     length = _transformer_length(transformer, values) if transformer else None
     modalities = values.get("modality_config")
-    head = _head(settings.get("activation_fn"), f"{folder / SETTINGS}: activation_fn")
+    head = _parse_head(settings.get("activation_fn"), f"{folder / SETTINGS}: activation_fn")
     return StatedConfig(
         head=head or _head_of_config(folder, config),
         max_length=length,
-        renders=isinstance(modalities, Mapping | Sequence) and "message" in modalities,
+        uses_chat_template=isinstance(modalities, Mapping | Sequence) and "message" in modalities,
     )
 
 
 def _check_template(folder: Path, template: object) -> None:
-    """FolderError where a chat template would write pairs; where it cannot, a warning: it is not applied here."""
+    """Raises FolderError if the chat template renders pairs, which is not supported; logs a warning for any other."""
     if not template:
         return
     if all(role in json.dumps(template) for role in ("query", "document")):
@@ -96,11 +96,11 @@ def _check_template(folder: Path, template: object) -> None:
         raise FolderError(
             f"{folder}: has a chat template for pairs (query, document), which is not applied here; {remedy}"
         )
-    warn_once(folder, "has a chat template; pairs are encoded without it, as transformers does")
+    warn_once(folder, "has a chat template; pairs are encoded without it, as in transformers")
 
 
 def warn_once(folder: Path, text: str) -> None:
-    """Logs a warning about a folder, once per process."""
+    """Logs a warning about a folder once per process."""
     if (folder, text) not in _WARNED:
         _WARNED.add((folder, text))
         LOGGER.warning("%s: %s", folder, text)
@@ -111,11 +111,11 @@ def _head_of_config(folder: Path, config: "PreTrainedConfig") -> Head | None:
     if stated is not None and not isinstance(stated, Mapping):
         raise FolderError(f"{where}: sentence_transformers must be an object, got {quote(json.dumps(stated))}")
     if stated is not None and "activation_fn" in stated:
-        return _head(stated["activation_fn"], f"{where}: sentence_transformers.activation_fn")
-    return _head(getattr(config, _OLD_KEY, None), f"{where}: {_OLD_KEY}")
+        return _parse_head(stated["activation_fn"], f"{where}: sentence_transformers.activation_fn")
+    return _parse_head(getattr(config, _OLD_KEY, None), f"{where}: {_OLD_KEY}")
 
 
-def _head(path: object, where: str) -> Head | None:
+def _parse_head(path: object, where: str) -> Head | None:
     if path is None:
         return None
     head = _HEADS.get(path.rpartition(".")[2]) if isinstance(path, str) and path.startswith("torch.nn.") else None
@@ -126,13 +126,13 @@ def _head(path: object, where: str) -> Head | None:
 
 
 def _check_modules(path: Path) -> None:
-    values = _json(path)
+    values = _read_json(path)
     listed = values if isinstance(values, list) else []
     modules = [module for module in listed if isinstance(module, Mapping)]
     names = [str(module.get("type", "")).rpartition(".")[2] for module in modules] if modules == listed else []
     if names != ["Transformer"] or modules[0].get("path"):
         named = quote(", ".join(names), 80)
-        raise FolderError(f"{path}: names the modules {named}; a scorer is one Transformer in the folder itself")
+        raise FolderError(f"{path}: names the modules {named}; a scorer must have one Transformer in the folder itself")
 
 
 def _check_prompt(path: Path, settings: Mapping[str, JSON]) -> None:
@@ -140,22 +140,22 @@ def _check_prompt(path: Path, settings: Mapping[str, JSON]) -> None:
     prompts = settings.get("prompts") or {}
     if name is None or (isinstance(name, str) and isinstance(prompts, Mapping) and prompts.get(name) == ""):
         return
-    remedy = "set it to null and give instructions that begin with the prompt"
+    remedy = "set it to null and start instructions with the prompt"
     raise FolderError(f"{path}: default_prompt_name {quote(str(name))} is not applied here; {remedy}")
 
 
 def _transformer_length(path: Path, values: Mapping[str, JSON]) -> int | None:
-    """Tokens of a pair, None where none are stated; FolderError for a setting that is not applied here."""
+    """Maximum tokens of a pair, None if not set. Raises FolderError for settings that are not supported here."""
     if (task := values.get("transformer_task", "sequence-classification")) != "sequence-classification":
         raise FolderError(
-            f"{path}: transformer_task is {quote(json.dumps(task))}; a scorer's is sequence-classification"
+            f"{path}: transformer_task is {quote(json.dumps(task))}; a scorer needs sequence-classification"
         )
     for name in values.keys() - _WITHOUT_EFFECT - {"transformer_task", "max_seq_length"}:
         if name not in _UNSUPPORTED:
-            raise FolderError(f"{path}: {quote(name)} is unknown here; remove it if it does not change scores")
+            raise FolderError(f"{path}: unknown setting {quote(name)}; remove it if it does not change scores")
         if values[name]:
             raise FolderError(
-                f"{path}: {name} {_UNSUPPORTED[name]}, which is not done here; save the scorer without it"
+                f"{path}: {name} {_UNSUPPORTED[name]}, which is not supported here; save the scorer without it"
             )
     length = values.get("max_seq_length")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
@@ -163,33 +163,33 @@ def _transformer_length(path: Path, values: Mapping[str, JSON]) -> int | None:
     return length
 
 
-def _object(path: Path) -> Mapping[str, JSON]:
-    values = _json(path) if path.is_file() else {}
+def _read_object(path: Path) -> Mapping[str, JSON]:
+    values = _read_json(path) if path.is_file() else {}
     if not isinstance(values, Mapping):
-        raise FolderError(f"{path}: must be an object, got {quote(json.dumps(values), 40)}; get the folder again")
+        raise FolderError(f"{path}: must be an object, got {quote(json.dumps(values), 40)}; download the folder again")
     return values
 
 
-def _json(path: Path) -> JSON:
+def _read_json(path: Path) -> JSON:
     try:
         values: JSON = json.loads(path.read_bytes())
     except ValueError as error:
-        raise FolderError(f"{path}: is not JSON ({quote(str(error), 80)}); get the folder again") from error
+        raise FolderError(f"{path}: is not JSON ({quote(str(error), 80)}); download the folder again") from error
     return values
 
 
-USUAL_LENGTH = 512
-"""Tokens of a pair where neither positions nor tokenizer have a limit."""
-SHORTEST = 8
+DEFAULT_MAX_LENGTH = 512
+"""Maximum tokens of a pair if neither positions nor tokenizer have a limit."""
+MIN_MAX_LENGTH = 8
 UNLIMITED = 10**6
-"""From here on a tokenizer's `model_max_length` is not a limit; transformers writes 1e30 where nobody set one."""
+"""A tokenizer's `model_max_length` from here on is not a limit; transformers writes 1e30 if it is not set."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 INPUTS = "model_input_names"
 TYPES = "token_type_ids"
-_GENERAL_TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-"""Names that transformers 5 gave to classes, and those under which every version knows them."""
-_PASSING = ("is_local", "local_files_only")
-"""What transformers writes of the call that loaded a tokenizer."""
+_COMPATIBLE_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+"""Class names of transformers 5 -> names that every version knows."""
+_LOAD_ARGUMENTS = ("is_local", "local_files_only")
+"""Arguments of the loading call that transformers writes into the tokenizer's file."""
 
 
 def read_config(
@@ -198,70 +198,70 @@ def read_config(
     tokenizer: "PreTrainedTokenizerBase",
     model: "PreTrainedModel",
     *,
-    unstated: Head = "bce",
+    default_head: Head = "bce",
 ) -> ScorerConfig:
-    """Head, length and truncation of a folder, as every other loader reads them; FolderError for what we do not apply.
+    """Reads head, length and truncation of a folder as other loaders do. Raises FolderError for unsupported settings.
 
-    A folder that states no activation has the head `unstated`; the CrossEncoder's default is `bce`.
+    A folder that states no activation has the head `default_head`; the CrossEncoder's default is `bce`.
     """
     stated = _read_stated(folder.path, config)
-    own = _own(config)
-    if stated.renders and not (own and folder.listed):
+    own = _read_recorded(config)
+    if stated.uses_chat_template and not (own and folder.listed):
         _check_template(folder.path, getattr(tokenizer, "chat_template", None))
     return ScorerConfig(
-        head=stated.head or _own_head(own) or _default_activation(folder.path, unstated),
-        max_length=_max_length_of(folder, config, tokenizer, model, stated),
-        truncation=_truncation_of(config),
+        head=stated.head or _recorded_head(own) or _warn_default_head(folder.path, default_head),
+        max_length=_find_max_length(folder, config, tokenizer, model, stated),
+        truncation=_read_truncation(config),
     )
 
 
-def mark_head(config: "PreTrainedConfig", own: ScorerConfig) -> None:
-    """Records head, activation, length and, unless it is the usual one, truncation in a configuration."""
+def record_config(config: "PreTrainedConfig", own: ScorerConfig) -> None:
+    """Records head, activation, length and, unless it is the default, truncation in a model configuration."""
     config.cappy = {"head": own.head, "max_length": own.max_length}
     if own.truncation != "middle":
         config.cappy["truncation"] = own.truncation
-    # Where sentence-transformers 4 and later, vLLM and we read the activation, and where versions 2 and 3 do.
+    # The first key is read by sentence-transformers 4 and later, vLLM and cappy, the second by versions 2 and 3.
     config.sentence_transformers = {"activation_fn": ACTIVATIONS[own.head]}
     config.sbert_ce_default_activation_function = ACTIVATIONS[own.head]
-    # What makes transformers' own text-classification pipeline apply the identity, or the sigmoid.
+    # Makes the text-classification pipeline of transformers apply the identity, or the sigmoid.
     config.problem_type = "regression" if own.head == "mse" else "multi_label_classification"
 
 
 def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, max_length: int, *, types: bool) -> None:
-    """Writes a tokenizer so that whoever loads it gives the model what we give it: inputs, length, no chat template.
+    """Writes a tokenizer so that other loaders make the same inputs: token types, length, no chat template.
 
-    `types` says whether the model is given token types.
+    `types`: whether the model takes token types.
     """
     tokenizer.save_pretrained(folder)
     for path in folder.glob("chat_template*"):
         path.unlink()
     path = folder / TOKENIZER_CONFIG
     values = json.loads(path.read_text(encoding="utf-8"))
-    for passing in ("chat_template", *_PASSING):
-        values.pop(passing, None)
+    for key in ("chat_template", *_LOAD_ARGUMENTS):
+        values.pop(key, None)
     name = str(values.get("tokenizer_class"))
     values |= {
-        "tokenizer_class": _GENERAL_TOKENIZERS.get(name, values.get("tokenizer_class")),
+        "tokenizer_class": _COMPATIBLE_CLASSES.get(name, values.get("tokenizer_class")),
         "model_max_length": max_length,
         INPUTS: [name for name in tokenizer.model_input_names if types or name != TYPES],
     }
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def mend_token_types(folder: ModelFolder, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Lets a tokenizer that an earlier release wrote say that it makes token types, which its scorer was trained with.
+def restore_token_types(folder: ModelFolder, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Makes a tokenizer from an earlier release return token types, which its scorer was trained with.
 
-    That release gave token types to every model that has them, and left out of the file that the tokenizer makes them.
+    That release used token types for every model that has them, but did not record it in the tokenizer's file.
     """
     path = folder.path / TOKENIZER_CONFIG
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if folder.listed and _own(config) and INPUTS not in values and use_token_types(tokenizer, config):
-        remedy = "other loaders score it without them until it is saved again: Scorer.load(...).save(...)"
+    if folder.listed and _read_recorded(config) and INPUTS not in values and use_token_types(tokenizer, config):
+        remedy = "other loaders do not use them until it is saved again: Scorer.load(...).save(...)"
         warn_once(folder.path, f"its tokenizer's file does not name token types, which are used here; {remedy}")
 
 
 def use_token_types(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> bool:
-    """Makes a tokenizer give the token types that its model has to whoever calls it; whether it did not before."""
+    """Makes a tokenizer return the token types that its model has; returns whether this changed it."""
     if (getattr(config, "type_vocab_size", 0) or 0) < 2 or TYPES in tokenizer.model_input_names:
         return False
     if not any(tokenizer("a", "b", return_token_type_ids=True)[TYPES]):
@@ -270,18 +270,18 @@ def use_token_types(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedCon
     return True
 
 
-def refuse_labels(folder: Path, config: "PreTrainedConfig") -> None:
-    """FolderError where a configuration has another number of labels than one."""
+def check_single_label(folder: Path, config: "PreTrainedConfig") -> None:
+    """Raises FolderError if a configuration does not have exactly one label."""
     if config.num_labels != 1:
-        raise FolderError(f"{folder}: has {config.num_labels} labels; a scorer has one")
+        raise FolderError(f"{folder}: has {config.num_labels} labels; a scorer must have one")
 
 
-def _truncation_of(config: "PreTrainedConfig") -> Truncation:
-    """The recorded truncation, else `middle`; in a folder of others that of CrossEncoder, `longest_first`.
+def _read_truncation(config: "PreTrainedConfig") -> Truncation:
+    """The recorded truncation, else `middle`; in folders of other tools that of CrossEncoder, `longest_first`.
 
-    FolderError where the recorded one is none that is known.
+    Raises FolderError if the recorded one is unknown.
     """
-    own = _own(config)
+    own = _read_recorded(config)
     recorded = own.get("truncation", "middle" if own else "longest_first")
     for truncation in TRUNCATIONS:
         if truncation == recorded:
@@ -290,33 +290,33 @@ def _truncation_of(config: "PreTrainedConfig") -> Truncation:
     raise FolderError(f"config.json: cappy.truncation must be {known}, got {quote(json.dumps(recorded))}")
 
 
-def _max_length_of(
+def _find_max_length(
     folder: ModelFolder,
     config: "PreTrainedConfig",
     tokenizer: "PreTrainedTokenizerBase",
     model: "PreTrainedModel",
     stated: StatedConfig,
 ) -> int:
-    """Tokens of a pair: what we recorded, else what the CrossEncoder reads; never more than the model has positions."""
-    stated_here = _own(config).get("max_length")
-    recorded = None if stated_here is None else _check_length(stated_here, "config.json: cappy.max_length")
-    of_tokenizer = stated.max_length
-    if of_tokenizer is None:
+    """Maximum tokens of a pair: as recorded, else as CrossEncoder reads it; at most the model's positions."""
+    recorded_length = _read_recorded(config).get("max_length")
+    recorded = None if recorded_length is None else _check_length(recorded_length, "config.json: cappy.max_length")
+    tokenizer_length = stated.max_length
+    if tokenizer_length is None:
         limit = getattr(tokenizer, "model_max_length", None)
-        of_tokenizer = int(limit) if isinstance(limit, int | float) and limit < UNLIMITED else None
-    if of_tokenizer is not None:
-        _check_length(of_tokenizer, f"{TOKENIZER_CONFIG}: model_max_length")
+        tokenizer_length = int(limit) if isinstance(limit, int | float) and limit < UNLIMITED else None
+    if tokenizer_length is not None:
+        _check_length(tokenizer_length, f"{TOKENIZER_CONFIG}: model_max_length")
     if recorded is not None and folder.listed:
         # Earlier releases did not write the length into the tokenizer's file.
-        of_tokenizer = None
-    limits = [limit for limit in (recorded, of_tokenizer, positions_of(model)) if limit is not None]
-    return min(limits, default=USUAL_LENGTH)
+        tokenizer_length = None
+    limits = [limit for limit in (recorded, tokenizer_length, max_positions(model)) if limit is not None]
+    return min(limits, default=DEFAULT_MAX_LENGTH)
 
 
-def positions_of(model: "PreTrainedModel") -> int | None:
-    """How many tokens a model has positions for, None where their number has no bound.
+def max_positions(model: "PreTrainedModel") -> int | None:
+    """Number of positions of a model, None if unlimited.
 
-    RoBERTa and its relatives count positions from behind the padding's number, so they have fewer than their table.
+    RoBERTa and related models count positions from the padding id on, so they have fewer than their table.
     """
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -330,29 +330,29 @@ def positions_of(model: "PreTrainedModel") -> int | None:
 
 
 def _check_length(length: object, where: str) -> int:
-    if not isinstance(length, int) or isinstance(length, bool) or length < SHORTEST:
-        raise FolderError(f"{where} must be at least {SHORTEST} tokens, got {quote(json.dumps(length))}")
+    if not isinstance(length, int) or isinstance(length, bool) or length < MIN_MAX_LENGTH:
+        raise FolderError(f"{where} must be at least {MIN_MAX_LENGTH} tokens, got {quote(json.dumps(length))}")
     return length
 
 
-def _own(config: "PreTrainedConfig") -> Mapping[str, JSON]:
-    """What this project recorded in a configuration."""
+def _read_recorded(config: "PreTrainedConfig") -> Mapping[str, JSON]:
+    """The settings that this project recorded in a model configuration."""
     own = getattr(config, "cappy", None) or {}
     if not isinstance(own, Mapping):
         raise FolderError(f"config.json: cappy must be an object, got {quote(json.dumps(own))}")
     return own
 
 
-def _own_head(own: Mapping[str, JSON]) -> Head | None:
+def _recorded_head(own: Mapping[str, JSON]) -> Head | None:
     return next((head for head in HEADS if head == own.get("head")), None)
 
 
-def _default_activation(folder: Path, head: Head) -> Head:
+def _warn_default_head(folder: Path, head: Head) -> Head:
     if head == "bce":
-        remedy = "for raw numbers write sentence_transformers.activation_fn into its config.json"
-        warn_once(folder, f"states no activation; scores are the sigmoid, as CrossEncoder's are; {remedy}")
+        remedy = "for raw scores, set sentence_transformers.activation_fn in its config.json"
+        warn_once(folder, f"states no activation; scores have a sigmoid, as in CrossEncoder; {remedy}")
     else:
         warn_once(
-            folder, "states no activation; scores are raw, as the published scorer's; CrossEncoder's are a sigmoid"
+            folder, "states no activation; scores are raw, as in the published scorer; CrossEncoder applies a sigmoid"
         )
     return head

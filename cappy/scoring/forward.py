@@ -1,14 +1,13 @@
-"""How a batch of pairs passes through the model: padded for transformers or packed end to end, in fp32 or in bf16.
+"""Forward passes of a batch of pairs: padded, or packed without padding; in fp32 or in bf16.
 
-Encoders of BERT's build run over the tokens alone (`packed_logits`), and nothing is multiplied for padding. The modules
-are those of transformers, called one by one, so weights and numbers are the same as in its own forward. Two things
-differ. Attention runs over stretches of pairs of equal length, without a mask (on a GPU in bf16: one kernel for any
-lengths). And the last layer works for the first token of each pair, which is all that the head reads.
+Encoders with BERT's architecture run packed (`packed_logits`), without computing padding. The modules of transformers
+are called one by one, so weights and results are the same as in its own forward, with two differences: attention runs
+over segments of pairs of equal length without a mask (on a GPU in bf16: one kernel for any lengths), and the last layer
+computes only the first token of each pair, which is all that the head reads.
 
-Head and activation run in fp32 whatever the body runs in. In bf16 on a CPU, torch puts the weights of a linear map into
-the order that the matrix instructions read at every call. `PrepackedLinear` does it once, by the operators that torch's
-own compiler calls for the same purpose; they have no public name, so `has_prepacking` tries them, and scoring does
-without where they are missing.
+Head and activation run in fp32 whatever the precision of the body. In bf16 on a CPU, torch reorders the weights of a
+linear layer for the matrix instructions at every call. `PrepackedLinear` does it once, with the operators that torch's
+compiler uses. They are not public, so `has_prepacking` tries them, and without them scoring is only slower.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def by_length(encoded: Sequence[EncodedPair], budget: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, padded tokens within `budget` (or a single pair)."""
+def batch_by_length(encoded: Sequence[EncodedPair], budget: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, with at most `budget` padded tokens (or a single pair)."""
     batch: list[int] = []
     for index in sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids)):
         if batch and (len(batch) + 1) * len(encoded[batch[0]].ids) > budget:
@@ -42,11 +41,11 @@ def by_length(encoded: Sequence[EncodedPair], budget: int) -> Iterator[list[int]
         yield batch
 
 
-def padding_token(config: "PreTrainedConfig") -> int | None:
-    """What pads pairs of different lengths: the model's own padding, by which it finds its last token or positions.
+def padding_token_id(config: "PreTrainedConfig") -> int | None:
+    """The id of the model's padding token, from which it derives its last token or positions.
 
-    None where it has none, or one that is not a token, or where its head reads the last place, padding or not (XLNet):
-    its pairs are computed one at a time.
+    None if it has no valid one, or if its head reads the last position including padding (XLNet): then pairs are
+    computed one at a time.
     """
     text = config.get_text_config()
     pad = None if getattr(text, "summary_type", "") == "last" else getattr(text, "pad_token_id", None)
@@ -54,44 +53,44 @@ def padding_token(config: "PreTrainedConfig") -> int | None:
 
 
 def collate(batch: Sequence[EncodedPair], *, pad: int, types: bool, device: torch.device) -> dict[str, Tensor]:
-    """Right-padded inputs (pairs, longest): ids, mask and, where the model knows them, token types."""
+    """Right-padded inputs (pairs, longest): ids, mask and, if the model has them, token types."""
     longest = max(len(pair.ids) for pair in batch)
     padding = [longest - len(pair.ids) for pair in batch]
     inputs = {
-        "input_ids": torch.tensor([[*pair.ids, *(pad,) * short] for pair, short in zip(batch, padding, strict=True)]),
+        "input_ids": torch.tensor([[*pair.ids, *(pad,) * count] for pair, count in zip(batch, padding, strict=True)]),
         "attention_mask": torch.tensor(
-            [[1] * len(pair.ids) + [0] * short for pair, short in zip(batch, padding, strict=True)]
+            [[1] * len(pair.ids) + [0] * count for pair, count in zip(batch, padding, strict=True)]
         ),
     }
     if types:
         inputs["token_type_ids"] = torch.tensor(
-            [[*pair.types, *(0,) * short] for pair, short in zip(batch, padding, strict=True)]
+            [[*pair.types, *(0,) * count] for pair, count in zip(batch, padding, strict=True)]
         )
     return {name: value.to(device) for name, value in inputs.items()}
 
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
-_COUNTED = ("roberta", "xlm-roberta", "camembert")
-"""Families whose positions count the tokens that are not padding, from the padding's own number on."""
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+"""Families whose positions count the non-padding tokens, starting after the padding id."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where pairs lie: the row of each one's first token, and (pairs, tokens of each) for stretches of equal length."""
+    """Positions of packed pairs: the row of each first token, and (pairs, length) of segments of equal length."""
 
     lengths: tuple[int, ...]
     starts: Tensor
-    stretches: tuple[tuple[int, int], ...]
+    segments: tuple[tuple[int, int], ...]
     ends: Tensor
     """(pairs + 1,) int32: 0 and the row after each pair."""
 
 
 class _OutputLayer(Protocol):
-    """What follows attention, or the wide map: a linear map, dropout, and the norm of the sum with what went in."""
+    """The output layer of attention or feed-forward: linear, dropout, residual and layer norm."""
 
     dense: nn.Linear
 
-    def __call__(self, hidden: Tensor, kept: Tensor, /) -> Tensor: ...
+    def __call__(self, hidden: Tensor, residual: Tensor, /) -> Tensor: ...
 
 
 class _IntermediateLayer(Protocol):
@@ -106,8 +105,8 @@ class _Projections(Protocol):
     query: nn.Linear
     key: nn.Linear
     value: nn.Linear
-    together: nn.Linear
-    """In the place of the three, where `_prepack` joined them."""
+    qkv: nn.Linear
+    """Replaces the three layers after `_prepack`."""
 
 
 class _Attention(Protocol):
@@ -116,7 +115,7 @@ class _Attention(Protocol):
 
 
 class _Layer(Protocol):
-    """What is used of a layer of BERT's build."""
+    """The parts of a BERT layer that are used here."""
 
     attention: _Attention
     intermediate: _IntermediateLayer
@@ -137,107 +136,109 @@ class _Layers(Protocol):
 
 
 class _Body(Protocol):
-    """What is used of an encoder of BERT's build."""
+    """The parts of a BERT encoder that are used here."""
 
     embeddings: _Embeddings
     encoder: _Layers
     pooler: Callable[[Tensor], Tensor] | None
 
 
-def packs(model: "PreTrainedModel") -> bool:
-    """Whether this module knows the model's build."""
+def can_pack(model: "PreTrainedModel") -> bool:
+    """Whether `packed_logits` supports the model's architecture."""
     config = model.config
     return config.model_type in FAMILIES and not config.is_decoder and hasattr(model, "classifier")
 
 
 def packed_logits(model: "PreTrainedModel", batch: Sequence[EncodedPair], device: torch.device) -> Tensor:
-    """Logits (pairs,) in fp32; linear maps run in the precision of their weights, dropout where the model trains."""
-    order = sorted(range(len(batch)), key=lambda number: -len(batch[number].ids))
-    batch = [batch[number] for number in order]
+    """Logits (pairs,) in fp32; linear layers run in the precision of their weights, dropout only in training."""
+    order = sorted(range(len(batch)), key=lambda index: -len(batch[index].ids))
+    batch = [batch[index] for index in order]
     body: _Body = model.base_model
-    layout = _layout(batch, device)
+    layout = _build_layout(batch, device)
     hidden = _embed(body, model.config, batch, layout)
     layers = body.encoder.layer
     for layer in layers:
-        hidden = _layer(layer, hidden, layout, last=layer is layers[-1])
+        hidden = _run_layer(layer, hidden, layout, last=layer is layers[-1])
     first = hidden.float()[:, None]
     logits: Tensor = model.classifier(first if body.pooler is None else model.dropout(body.pooler(first))).squeeze(-1)
     return logits[torch.tensor(order, device=device).argsort()]
 
 
-def _layout(batch: Sequence[EncodedPair], device: torch.device) -> _Layout:
+def _build_layout(batch: Sequence[EncodedPair], device: torch.device) -> _Layout:
     lengths = tuple(len(pair.ids) for pair in batch)
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    stretches = tuple((len(list(equal)), length) for length, equal in groupby(lengths))
-    return _Layout(lengths=lengths, starts=ends[:-1].long(), stretches=stretches, ends=ends)
+    segments = tuple((len(list(equal)), length) for length, equal in groupby(lengths))
+    return _Layout(lengths=lengths, starts=ends[:-1].long(), segments=segments, ends=ends)
 
 
 def _embed(body: _Body, config: "PreTrainedConfig", batch: Sequence[EncodedPair], layout: _Layout) -> Tensor:
-    """(tokens, hidden): what the encoder's first layer reads."""
+    """(tokens, hidden): the input of the encoder's first layer."""
     device = layout.starts.device
     ids = torch.tensor([token for pair in batch for token in pair.ids], device=device)
-    known = (config.type_vocab_size or 0) > 1
-    types = torch.tensor([t for pair in batch for t in pair.types], device=device) if known else torch.zeros_like(ids)
-    before = layout.starts.repeat_interleave(layout.ends.diff())
-    if config.model_type in _COUNTED:
-        counted = (ids != config.pad_token_id).long()
-        total = torch.cat([counted.new_zeros(1), counted.cumsum(0)])
-        positions = (total[1:] - total[before]) * counted + config.pad_token_id
+    typed = (config.type_vocab_size or 0) > 1
+    types = torch.tensor([t for pair in batch for t in pair.types], device=device) if typed else torch.zeros_like(ids)
+    start = layout.starts.repeat_interleave(layout.ends.diff())
+    if config.model_type in _OFFSET_POSITIONS:
+        mask = (ids != config.pad_token_id).long()
+        total = torch.cat([mask.new_zeros(1), mask.cumsum(0)])
+        positions = (total[1:] - total[start]) * mask + config.pad_token_id
     else:
-        positions = torch.arange(len(ids), device=device) - before
+        positions = torch.arange(len(ids), device=device) - start
     return body.embeddings(input_ids=ids[None], token_type_ids=types[None], position_ids=positions[None])[0]
 
 
-def _layer(layer: _Layer, hidden: Tensor, layout: _Layout, *, last: bool) -> Tensor:
-    """(tokens, hidden), or (pairs, hidden) of the last layer."""
+def _run_layer(layer: _Layer, hidden: Tensor, layout: _Layout, *, last: bool) -> Tensor:
+    """(tokens, hidden), or (pairs, hidden) for the last layer."""
     projections = layer.attention.self
     dtype = layer.attention.output.dense.weight.dtype
-    narrow = hidden.to(dtype)
-    asking, kept = (narrow[layout.starts], hidden[layout.starts]) if last else (narrow, hidden)
-    query, key, value = _project(projections, asking, narrow)
+    rows = hidden.to(dtype)
+    query_rows, residual = (rows[layout.starts], hidden[layout.starts]) if last else (rows, hidden)
+    query, key, value = _project(projections, query_rows, rows)
     dropout = projections.dropout.p if layer.training else 0.0
-    mixed = _attention(query, key, value, layout, single=last, dropout=dropout)
-    attended = layer.attention.output(mixed.flatten(1), kept)
+    mixed = _attend(query, key, value, layout, single=last, dropout=dropout)
+    attended = layer.attention.output(mixed.flatten(1), residual)
     return layer.output(layer.intermediate(attended.to(dtype)), attended)
 
 
-def _project(projections: _Projections, asking: Tensor, narrow: Tensor) -> Sequence[Tensor]:
-    """Queries of the rows `asking`, keys and values of all, (rows, heads, size) each."""
+def _project(projections: _Projections, query_rows: Tensor, rows: Tensor) -> Sequence[Tensor]:
+    """Queries of `query_rows`, keys and values of `rows`, (rows, heads, size) each."""
     heads = projections.num_attention_heads
-    if hasattr(projections, "together"):
-        joined: Tensor = projections.together(narrow)
-        return joined.view(len(narrow), 3, heads, -1).unbind(1)
-    maps = ((projections.query, asking), (projections.key, narrow), (projections.value, narrow))
-    return [project(rows).view(len(rows), heads, -1) for project, rows in maps]
+    if hasattr(projections, "qkv"):
+        joined: Tensor = projections.qkv(rows)
+        return joined.view(len(rows), 3, heads, -1).unbind(1)
+    inputs = ((projections.query, query_rows), (projections.key, rows), (projections.value, rows))
+    return [project(x).view(len(x), heads, -1) for project, x in inputs]
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, single: bool, dropout: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, single: bool, dropout: float) -> Tensor:
     """(rows, heads, size) from queries, keys and values of that shape; `single`: one query per pair."""
     if query.is_cuda and query.dtype is torch.bfloat16 and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
         longest = max(layout.lengths)
-        asked = torch.arange(len(layout.lengths) + 1, dtype=torch.int32, device=query.device) if single else layout.ends
-        # A pair only where `return_aux` is asked for.
-        return cast(Tensor, varlen_attn(query, key, value, asked, layout.ends, 1 if single else longest, longest))
-    shape, attended, row, asked_row = query.shape[1:], [], 0, 0
-    for pairs, length in layout.stretches:
+        query_ends = (
+            torch.arange(len(layout.lengths) + 1, dtype=torch.int32, device=query.device) if single else layout.ends
+        )
+        # varlen_attn returns a tuple only with `return_aux`.
+        return cast(Tensor, varlen_attn(query, key, value, query_ends, layout.ends, 1 if single else longest, longest))
+    shape, attended, row, query_row = query.shape[1:], [], 0, 0
+    for pairs, length in layout.segments:
         rows, queries = pairs * length, pairs if single else pairs * length
-        q = query[asked_row : asked_row + queries].view(pairs, -1, *shape).transpose(1, 2)
+        q = query[query_row : query_row + queries].view(pairs, -1, *shape).transpose(1, 2)
         k, v = (whole[row : row + rows].view(pairs, length, *shape).transpose(1, 2) for whole in (key, value))
         attended.append(scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1))
-        row, asked_row = row + rows, asked_row + queries
+        row, query_row = row + rows, query_row + queries
     return torch.cat(attended) if len(attended) > 1 else attended[0]
 
 
-ROWS = 8192
-"""Tokens of a pass that the order is best for; any number may come."""
-After = Literal["none", "gelu"]
+PREPACKED_ROWS = 8192
+"""Number of rows that the weight order is optimised for; any number is allowed."""
+Activation = Literal["none", "gelu"]
 
 
 @cache
 def has_prepacking() -> bool:
-    """Whether this torch has the operators and this processor the instructions; found out by trying."""
+    """Whether torch has the operators and the processor the instructions, determined by trying."""
     try:
         with torch.inference_mode():
             PrepackedLinear(nn.Linear(2, 2))(torch.zeros(1, 2, dtype=torch.bfloat16))
@@ -247,30 +248,31 @@ def has_prepacking() -> bool:
 
 
 class PrepackedLinear(nn.Module):
-    """Computes what a `Linear` in bf16 computes, and an exact GELU after it where `after` says so; no gradients."""
+    """Equivalent to a `Linear` in bf16, optionally with an exact GELU after it; without gradients."""
 
-    def __init__(self, linear: nn.Linear, after: After = "none") -> None:
+    def __init__(self, linear: nn.Linear, activation: Activation = "none") -> None:
         super().__init__()
-        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(torch.bfloat16), ROWS)
+        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(torch.bfloat16), PREPACKED_ROWS)
         self.register_buffer("weight", weight, persistent=False)
         self.bias = None if linear.bias is None else linear.bias.detach().to(torch.bfloat16)
-        self.after = after
+        self.activation = activation
 
     def forward(self, rows: Tensor) -> Tensor:
         """(rows, out) in bf16 from (rows, in) in bf16."""
-        mapped: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, self.after, [], "none")
-        return mapped
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, self.activation, [], "none")
+        return output
 
 
 def _prepack(layers: Sequence[_Layer], *, gelu: bool) -> None:
-    """Puts a `PrepackedLinear` in the place of every linear map in layers of BERT's build; `gelu`: theirs is exact.
+    """Replaces every linear layer in BERT layers by a `PrepackedLinear`; `gelu`: their activation is an exact GELU.
 
-    Queries, keys and values of all layers but the last, which asks for the first token alone, are one map, `together`.
+    Queries, keys and values are joined to one layer, `qkv`, except in the last layer, which needs only the first query
+    of each pair.
     """
     for layer in layers:
         projections = layer.attention.self
         if layer is not layers[-1]:
-            projections.together = _compose(projections.query, projections.key, projections.value)
+            projections.qkv = _concatenate(projections.query, projections.key, projections.value)
             for name in ("query", "key", "value"):
                 setattr(projections, name, None)
         if gelu:
@@ -281,16 +283,16 @@ def _prepack(layers: Sequence[_Layer], *, gelu: bool) -> None:
                     setattr(module, name, PrepackedLinear(child))
 
 
-def _compose(*maps: nn.Linear) -> nn.Linear:
-    """One map that gives what these give, one after the other."""
-    joined = nn.Linear(maps[0].in_features, sum(one.out_features for one in maps))
-    joined.weight.data = torch.cat([one.weight.detach() for one in maps])
-    joined.bias.data = torch.cat([one.bias.detach() for one in maps])
+def _concatenate(*layers: nn.Linear) -> nn.Linear:
+    """One linear layer whose output is the concatenation of the outputs of these."""
+    joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers))
+    joined.weight.data = torch.cat([layer.weight.detach() for layer in layers])
+    joined.bias.data = torch.cat([layer.bias.detach() for layer in layers])
     return joined
 
 
-def choose(precision: Precision, device: torch.device) -> ChosenPrecision:
-    """`auto` is bf16 where the device has instructions for it, else fp32; ConfigError for any other word."""
+def choose_precision(precision: Precision, device: torch.device) -> ChosenPrecision:
+    """`auto` is bf16 if the device has instructions for it, else fp32. Raises ConfigError for unknown values."""
     if precision not in get_args(Precision):
         raise ConfigError(f"precision: must be one of {', '.join(get_args(Precision))}, got {quote(precision)}")
     if precision == "auto":
@@ -299,7 +301,7 @@ def choose(precision: Precision, device: torch.device) -> ChosenPrecision:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices of bf16 by instructions of its own (AMX or AVX512-BF16 of a CPU)."""
+    """Whether the device has instructions for matrix products in bf16 (on a CPU: AMX or AVX512-BF16)."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
@@ -308,8 +310,8 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
-def lower_matrices(model: "PreTrainedModel") -> None:
-    """Weights of an encoder's linear maps in bf16; norms and embeddings stay fp32, and so does what is added up."""
+def convert_matrices_to_bf16(model: "PreTrainedModel") -> None:
+    """Converts an encoder's linear layers to bf16; norms, embeddings and residuals stay in fp32."""
     encoder = model.base_model.encoder
     if next(model.parameters()).device.type == "cpu" and has_prepacking():
         _prepack(encoder.layer, gelu=model.config.hidden_act == "gelu")
@@ -319,41 +321,41 @@ def lower_matrices(model: "PreTrainedModel") -> None:
             module.to(torch.bfloat16)
 
 
-def lower_body(model: "PreTrainedModel") -> None:
-    """The whole body in bf16, for encoders of which nothing more is known; what follows it reads and runs in fp32."""
+def convert_body_to_bf16(model: "PreTrainedModel") -> None:
+    """Converts the whole body to bf16, for encoders of unknown architecture; the head runs in fp32."""
     model.base_model.to(torch.bfloat16)
     for head in _heads(model):
-        head.float().register_forward_pre_hook(_widen)
+        head.float().register_forward_pre_hook(_to_fp32)
 
 
-def keep_heads_exact(model: "PreTrainedModel") -> None:
-    """Lets what follows the body run in fp32 even where a pass runs under autocast."""
+def keep_heads_in_fp32(model: "PreTrainedModel") -> None:
+    """Makes the modules after the body run in fp32 even under autocast."""
     for head in _heads(model):
-        entered: list[AbstractContextManager[object]] = []
-        head.register_forward_pre_hook(partial(_enter_exact, entered))
-        head.register_forward_hook(partial(_leave_exact, entered), always_call=True)
+        contexts: list[AbstractContextManager[object]] = []
+        head.register_forward_pre_hook(partial(_disable_autocast, contexts))
+        head.register_forward_hook(partial(_restore_autocast, contexts), always_call=True)
 
 
 def _heads(model: "PreTrainedModel") -> list[nn.Module]:
-    """What follows the body, its own pooler included."""
+    """The modules after the body, including its own pooler."""
     body = model.base_model
     after = [child for child in model.children() if child is not body]
     return after + [child for name, child in body.named_children() if name == "pooler"]
 
 
-def _enter_exact(
-    entered: list[AbstractContextManager[object]], module: nn.Module, inputs: tuple[object, ...]
+def _disable_autocast(
+    contexts: list[AbstractContextManager[object]], module: nn.Module, inputs: tuple[object, ...]
 ) -> tuple[object, ...]:
-    entered.append(torch.autocast(next(module.parameters(), torch.empty(0)).device.type, enabled=False))
-    entered[-1].__enter__()
-    return _widen(module, inputs)
+    contexts.append(torch.autocast(next(module.parameters(), torch.empty(0)).device.type, enabled=False))
+    contexts[-1].__enter__()
+    return _to_fp32(module, inputs)
 
 
-def _leave_exact(entered: list[AbstractContextManager[object]], *_: object) -> None:
-    entered.pop().__exit__(None, None, None)
+def _restore_autocast(contexts: list[AbstractContextManager[object]], *_: object) -> None:
+    contexts.pop().__exit__(None, None, None)
 
 
-def _widen(_: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
+def _to_fp32(_: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(
         value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
     )

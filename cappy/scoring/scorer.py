@@ -16,35 +16,35 @@ from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records.folder import Manifest, describe_files, write_manifest
 from cappy.scorers import open_scorer
 from cappy.scoring.config import ChosenPrecision, Precision, ScorerConfig
-from cappy.scoring.encoding import Cuts, EncodedPair, PairEncoder, as_pairs
+from cappy.scoring.encoding import EncodedPair, PairEncoder, TruncationCounts, as_pairs
 from cappy.scoring.folder import (
     FILES,
-    mark_head,
-    mend_token_types,
+    check_single_label,
     read_config,
-    refuse_labels,
+    record_config,
+    restore_token_types,
     write_tokenizer,
 )
 from cappy.scoring.forward import (
-    by_length,
-    choose,
+    batch_by_length,
+    can_pack,
+    choose_precision,
     collate,
-    lower_body,
-    lower_matrices,
+    convert_body_to_bf16,
+    convert_matrices_to_bf16,
     packed_logits,
-    packs,
-    padding_token,
+    padding_token_id,
 )
 
-Through = Callable[[Callable[[PreTrainedModel], Tensor]], Tensor]
-"""Lets a pass through the model happen; where weights are sharded, they are gathered for it."""
+ForwardWrapper = Callable[[Callable[[PreTrainedModel], Tensor]], Tensor]
+"""Runs a forward pass through the model; if weights are sharded, it gathers them first."""
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 CHUNK_PAIRS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """The pick among responses: its index, its text, and the scores and logits of all in their order."""
+class SelectedResponse:
+    """The best of several responses: its index and text, and the scores and logits of all responses in order."""
 
     index: int
     response: str
@@ -55,11 +55,11 @@ class Selection:
 class Scorer:
     """Scores how correct a response is for an instruction.
 
-    The head `bce` gives 0 to 1 (a sigmoid over soft labels); `mse` is the published raw regression, never clipped,
-    because clipping makes ties: it may leave 0 to 1 a little. Head and activation run in fp32, whatever the body runs
-    in. A score does not depend on the other pairs of the call, nor on the thread (1e-4 in fp32, 5e-3 in bf16). A pair's
-    response is never truncated as long as it fits alone, unless the scorer's truncation is `longest_first`. Responses
-    are ranked by their logits: far from 0 a sigmoid gives equal scores to logits that differ.
+    The head `bce` gives 0 to 1 (a sigmoid over soft labels); `mse` is the published raw regression, not clipped,
+    because clipping makes ties: it may be slightly outside 0 to 1. Head and activation run in fp32 whatever the
+    precision of the body. A score does not depend on the other pairs of the call, nor on the thread (tolerance 1e-4 in
+    fp32, 5e-3 in bf16). A response that fits alone is not truncated, unless the scorer's truncation is `longest_first`.
+    Responses are ranked by logits, because far from 0 the sigmoid gives equal scores to different logits.
     """
 
     def __init__(
@@ -78,44 +78,44 @@ class Scorer:
         self.version = version
         self.precision = precision
         self.encoder = PairEncoder(tokenizer, config.max_length, config.truncation)
-        self.cuts = Cuts(config.max_length)
-        """How many pairs were too long, of those that `score` and its relatives were given."""
+        self.cuts = TruncationCounts(config.max_length)
+        """Counts of the pairs that `score` and related methods truncated."""
         self._source = source
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
         self.device = next(model.parameters()).device
-        self.through: Through | None = None
+        self.through: ForwardWrapper | None = None
         self.autocast = False
-        """Whether passes run under bf16 autocast, as training on a GPU does; see `keep_heads_exact`."""
+        """Whether forward passes run under bf16 autocast, as in training on a GPU; see `keep_heads_exact`."""
         if precision == "bf16" and self._packs:
-            lower_matrices(model)
+            convert_matrices_to_bf16(model)
         elif precision == "bf16":
-            lower_body(model)
+            convert_body_to_bf16(model)
 
     @classmethod
     def load(cls, spec: str, *, device: str | None = None, precision: Precision = "auto") -> "Scorer":
-        """The scorer that a spec names, its files verified; FolderError where a pickle lies among them.
+        """Loads the scorer of a spec and verifies its files. Raises FolderError if there is a pickle among them.
 
-        `auto` runs the body in bf16 where the device has instructions for it, else in fp32. Training needs `fp32`.
+        `auto` runs the body in bf16 if the device has instructions for it, else in fp32. Training needs `fp32`.
         """
         chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        chosen = choose(precision, chosen_device)
+        chosen_precision = choose_precision(precision, chosen_device)
         folder = open_scorer(spec)
         disable_progress_bar()
         config = folder.config()
-        refuse_labels(folder.path, config)
+        check_single_label(folder.path, config)
         model, missing = folder.model(AutoModelForSequenceClassification, config)
         if missing:
-            what = "is an encoder, not a scorer: its weights have no" if "classifier" in missing[0] else "lacks"
+            problem = "is an encoder, not a scorer: its weights have no" if "classifier" in missing[0] else "lacks"
             remedy = "make a scorer of it first (cappy pretraining --encoder)"
-            raise FolderError(f"{folder.path}: {what} {missing[0]}; {remedy}")
+            raise FolderError(f"{folder.path}: {problem} {missing[0]}; {remedy}")
         tokenizer = folder.tokenizer()
         if (highest := max(tokenizer.get_vocab().values(), default=0)) >= model.get_input_embeddings().num_embeddings:
             remedy = "save the tokenizer that it was trained with beside it"
-            raise FolderError(f"{folder.path}: its tokenizer has token {highest}, the model has none such; {remedy}")
-        mend_token_types(folder, config, tokenizer)
+            raise FolderError(f"{folder.path}: its tokenizer has token {highest}, which the model lacks; {remedy}")
+        restore_token_types(folder, config, tokenizer)
         own = read_config(folder, config, tokenizer, model)
         model.to(chosen_device).eval()
-        return cls(model, tokenizer, own, version=folder.hash[:12], precision=chosen, source=folder)
+        return cls(model, tokenizer, own, version=folder.hash[:12], precision=chosen_precision, source=folder)
 
     def score(self, pairs: Sequence[Sequence[str]]) -> list[float]:
         """One score per pair, in their order; equal pairs are scored once.
@@ -125,83 +125,85 @@ class Scorer:
         return self.scores_of(self.logits_of(pairs))
 
     def logits_of(self, pairs: Sequence[Sequence[str]]) -> list[float]:
-        """What `score` gives before the activation: the order of these is that of quality, without ties of rounding."""
+        """The logits of pairs, which `score` passes to the activation; unlike scores, they have no ties by rounding."""
         pairs = as_pairs(pairs)
         if not pairs:
             return []
         distinct = list(dict.fromkeys(pairs))
         encoded = self.encoder.encode(distinct)
         self.cuts.count(encoded)
-        batches = list(by_length(encoded, self.batch_tokens))
+        batches = list(batch_by_length(encoded, self.batch_tokens))
         logits = torch.cat([self.forward([encoded[index] for index in batch]) for batch in batches])
         order = [index for batch in batches for index in batch]
         by_pair = {distinct[index]: value for index, value in zip(order, logits.float().tolist(), strict=True)}
         return [by_pair[pair] for pair in pairs]
 
     def scores_of(self, logits: Sequence[float]) -> list[float]:
-        """The scores that belong to logits, in order."""
+        """The scores of logits, in order."""
         return self.decode(torch.tensor(logits, dtype=torch.float64))
 
     def score_stream(self, pairs: Iterable[Sequence[str]]) -> Iterator[float]:
-        """Scores of a stream of any length, in order, with constant memory.
+        """Scores a stream of any length, in order, with constant memory.
 
-        Pairs are taken 4,096 at a time, and among these equal ones are scored once.
+        Pairs are scored 4,096 at a time; equal pairs among these are scored once.
         """
         iterator = iter(pairs)
         while chunk := list(islice(iterator, CHUNK_PAIRS)):
             yield from self.score(chunk)
 
     def rank(self, instruction: str, responses: Sequence[str]) -> list[tuple[int, float]]:
-        """(index, score) of the responses, best first; of equally good ones the earlier response stands first."""
+        """(index, score) of the responses, best first; equally good ones in their given order."""
         logits = self.logits_of([(instruction, response) for response in responses])
         scores = self.scores_of(logits)
         return [(index, scores[index]) for index in sorted(range(len(logits)), key=lambda index: -logits[index])]
 
-    def select(self, instruction: str, responses: Sequence[str]) -> Selection:
-        """The best response; the first of equally good ones. ConfigError if there is none to choose from."""
+    def select(self, instruction: str, responses: Sequence[str]) -> SelectedResponse:
+        """The best response, the first of equally good ones. Raises ConfigError if there are no responses."""
         return next(self.select_stream([(instruction, responses)]))
 
-    def select_stream(self, pools: Iterable[tuple[str, Sequence[str]]]) -> Iterator[Selection]:
+    def select_stream(self, pools: Iterable[tuple[str, Sequence[str]]]) -> Iterator[SelectedResponse]:
         """`select` for a stream of (instruction, responses) of any length, in order, scored 4,096 pairs at a time."""
         chunk: list[tuple[str, Sequence[str]]] = []
-        held = 0
+        num_pairs = 0
         for instruction, responses in pools:
             if not responses:
-                raise ConfigError("select: no response to choose from; give at least one")
+                raise ConfigError("select: there are no responses to choose from; pass at least one")
             chunk.append((instruction, responses))
-            held += len(responses)
-            if held >= CHUNK_PAIRS:
+            num_pairs += len(responses)
+            if num_pairs >= CHUNK_PAIRS:
                 yield from self._select(chunk)
-                chunk, held = [], 0
+                chunk, num_pairs = [], 0
         yield from self._select(chunk)
 
-    def _select(self, pools: Sequence[tuple[str, Sequence[str]]]) -> Iterator[Selection]:
+    def _select(self, pools: Sequence[tuple[str, Sequence[str]]]) -> Iterator[SelectedResponse]:
         logits = iter(self.logits_of([(instruction, response) for instruction, pool in pools for response in pool]))
         for _, responses in pools:
             own = tuple(islice(logits, len(responses)))
             index = own.index(max(own))
-            yield Selection(index=index, response=responses[index], scores=tuple(self.scores_of(own)), logits=own)
+            yield SelectedResponse(
+                index=index, response=responses[index], scores=tuple(self.scores_of(own)), logits=own
+            )
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[EncodedPair]) -> Tensor:
-        """Logits (pairs,) in fp32, on the model's device; without padding where the encoder's build allows it."""
+        """Logits (pairs,) in fp32, on the model's device; without padding if the architecture allows it."""
         return self._logits(batch)
 
     def logits(self, batch: Sequence[EncodedPair]) -> Tensor:
-        """As `forward`, with gradients: training sees what scoring sees. ConfigError of a scorer loaded in bf16."""
+        """As `forward`, with gradients, for training. Raises ConfigError if the scorer was loaded in bf16."""
         if self.precision == "bf16":
-            raise ConfigError("a scorer loaded in bf16 only scores; load it with precision fp32 to train it")
+            raise ConfigError("a scorer loaded in bf16 cannot be trained; load it with precision fp32")
         return self._logits(batch)
 
     @property
     def pads(self) -> bool:
-        """Whether pairs of a batch are padded to its longest: on a GPU in fp32, and where the build is not known."""
+        """Whether the pairs of a batch are padded: on a GPU in fp32, and for unknown architectures."""
         return not self._packs or not (self.device.type == "cpu" or self.precision == "bf16")
 
     def _logits(self, batch: Sequence[EncodedPair]) -> Tensor:
         if not self.pads:
             return self._run_model(lambda model: packed_logits(model, batch, self.device))
-        pad = padding_token(self.model.config)
+        pad = padding_token_id(self.model.config)
         if pad is None and not self._packs:
             return self._run_model(lambda model: torch.cat([self._padded_logits(model, [pair], 0) for pair in batch]))
         return self._run_model(lambda model: self._padded_logits(model, batch, pad or 0))
@@ -223,19 +225,19 @@ class Scorer:
         return logits.sigmoid() if self.head == "bce" else logits
 
     def decode(self, logits: Tensor) -> list[float]:
-        """Scores as floats, in order; a sigmoid in fp64, which tells logits up to 36 apart, where fp32 ends at 17."""
+        """Scores as floats, in order. The sigmoid is in fp64, which distinguishes logits up to 36 (fp32: up to 17)."""
         values: list[float] = self.activate(logits.cpu().double()).tolist()
         return values
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a batch that suit the device."""
+        """Number of tokens per batch for the device."""
         return BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
 
     @property
     def _packs(self) -> bool:
-        """Asked each time: training may put another model in this one's place."""
-        return packs(self.model)
+        """Computed at each access, because training may replace the model."""
+        return can_pack(self.model)
 
     @property
     def _has_types(self) -> bool:
@@ -245,27 +247,27 @@ class Scorer:
     def write(self, folder: Path) -> None:
         """Writes weights in fp32 (safetensors), configuration and tokenizer, without a manifest.
 
-        Of a scorer loaded in bf16 the weights are read again from its folder, since those in memory have lost digits;
-        ConfigError or FolderError where it has none or another content now.
+        If the scorer was loaded in bf16, the fp32 weights are read again from its folder. Raises ConfigError or
+        FolderError if it has no folder, or if its content has changed.
         """
         for name in FILES:
             if (folder / name).exists():
                 remedy = "choose a new folder"
-                raise FolderError(f"{folder / name}: would change the scores of what is saved beside it; {remedy}")
-        model = self.model if self.precision == "fp32" else self._read_again()
+                raise FolderError(f"{folder / name}: would change the scores of the scorer saved beside it; {remedy}")
+        model = self.model if self.precision == "fp32" else self._reload_fp32()
         folder.mkdir(parents=True, exist_ok=True)
         encoder = self.encoder
         own = ScorerConfig(head=self.head, max_length=encoder.max_length, truncation=encoder.truncation)
-        mark_head(model.config, own)
+        record_config(model.config, own)
         disable_progress_bar()
         model.save_pretrained(folder)
         write_tokenizer(self.tokenizer, folder, self.encoder.max_length, types=self._has_types)
 
-    def _read_again(self) -> PreTrainedModel:
-        """The model of the folder that this scorer was loaded from, in fp32 on the CPU."""
+    def _reload_fp32(self) -> PreTrainedModel:
+        """Loads the model again from the folder of this scorer, in fp32 on the CPU."""
         if self._source is None:
             raise ConfigError(
-                f"a scorer in {self.precision} that no folder was loaded for is not saved; make it with precision fp32"
+                f"a scorer in {self.precision} that was not loaded from a folder cannot be saved; use precision fp32"
             )
         folder = open_model_folder(self._source.path, pinned=True)
         if folder.hash != self._source.hash:
@@ -273,7 +275,7 @@ class Scorer:
         return folder.model(AutoModelForSequenceClassification, folder.config())[0]
 
     def save(self, folder: str | Path) -> Manifest:
-        """Writes a finished scorer folder."""
+        """Writes a scorer folder with its manifest."""
         self.write(Path(folder))
         manifest = Manifest(step="save", files=describe_files(Path(folder)))
         write_manifest(Path(folder), manifest)

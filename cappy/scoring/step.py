@@ -1,4 +1,4 @@
-"""The scoring step: every candidate of a dataset gets its score, kept in the record under the scorer's version."""
+"""The scoring step: scores every candidate of a dataset and stores the scores under the scorer's version."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +21,12 @@ __all__ = ["ScoringConfig", "run"]
 
 LOGGER = logging.getLogger(__name__)
 UNVERSIONED = "unversioned"
-"""What scores of a folder without a manifest stand under."""
+"""The key of scores from a scorer without a version."""
 
 
 @settings
 class ScoringConfig:
-    """A scorer's scores for the candidates of a folder."""
+    """Score the candidates of a folder."""
 
     source: Annotated[Location, Field(description="Folder of instances with candidates")]
     target: Annotated[Location, Field(description="Folder to write")]
@@ -39,11 +39,10 @@ class ScoringConfig:
         ),
     ] = "builtin"
     precision: Annotated[
-        Precision, Field(description="What the encoder runs in; auto is bf16 where the device has instructions for it")
+        Precision,
+        Field(description="Precision of the encoder; auto is bf16 if the device supports it, else fp32"),
     ] = "auto"
-    part_rows: Annotated[
-        int, ADVANCED, Field(ge=1, description="Instances per part; a killed run continues at a part")
-    ] = 512
+    part_rows: Annotated[int, ADVANCED, Field(ge=1, description="Instances per part; runs resume at a part")] = 512
     shard: ShardOf = ""
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
@@ -53,10 +52,10 @@ class ScoringConfig:
 
 
 def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
-    """Scores the candidates of `source` into `target`; a killed run continues at the first unfinished part.
+    """Scores the candidates of `source` into `target`; an interrupted run resumes at the first unfinished part.
 
-    Each candidate's `scores` gets one more entry, under the first twelve digits of the scorer's manifest hash; what
-    was scored before keeps its entry. An empty response is not scored.
+    The scores are added to the `scores` of each candidate under the first twelve digits of the scorer's manifest hash.
+    Empty responses are not scored.
     """
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
@@ -67,18 +66,18 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
     parent = read_manifest(config.source)
     scorer = Scorer.load(str(scorer_folder(config.scorer)), precision=config.precision)
     scorer.cuts.logs = False
-    # `auto` is recorded as what it became: another machine may compute other numbers.
-    stated = identity(config) | {"precision": scorer.precision, "version": scorer.version}
+    # The chosen precision is recorded instead of `auto`, because scores depend on it.
+    work_config = identity(config) | {"precision": scorer.precision, "version": scorer.version}
 
     def transform(part: list[Instance]) -> Iterator[Instance]:
         return _score_part(part, scorer)
 
     def count(_: Sequence[Instance]) -> Mapping[str, int]:
-        # Kept with each part, so that a run that continues knows the cuts of the parts before.
+        # Stored with each part, so that a resumed run knows the counts of earlier parts.
         cut, scorer.cuts.cut = scorer.cuts.cut, 0
         return {"cut_pairs": cut}
 
-    with claim(config.work, "scoring", stated, [parent.hash, scorer.version], fresh=config.fresh) as folder:
+    with claim(config.work, "scoring", work_config, [parent.hash, scorer.version], fresh=config.fresh) as folder:
         parts = process_folder(
             config.source,
             folder,
@@ -90,11 +89,13 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
         )
         cut = parts.counts.get("cut_pairs", 0)
         if cut:
-            LOGGER.warning("%d pairs are longer than the scorer's %d tokens: cut", cut, scorer.encoder.max_length)
+            LOGGER.warning(
+                "%d pairs are longer than the scorer's %d tokens and were truncated", cut, scorer.encoder.max_length
+            )
         manifest = Manifest(
             step="scoring",
             files=parts.files,
-            config=stated,
+            config=work_config,
             step_version=step_version("scoring"),
             generators=parent.generators,
             parents=(parent.hash,),
@@ -105,7 +106,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
 
 
 def _score_part(part: list[Instance], scorer: "Scorer") -> Iterator[Instance]:
-    """The instances with their scores; all pairs of a part go to the scorer at once."""
+    """Adds scores to the instances; all pairs of a part are scored in one call."""
     pairs = [
         (instance.instruction, candidate.response)
         for instance in part

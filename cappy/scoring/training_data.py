@@ -1,4 +1,4 @@
-"""What a scorer was trained on, kept with its folder; and which instances it has seen: by prompt, group or row text."""
+"""Records what a scorer was trained on in its folder, and finds instances that it has seen: by prompt, group or row."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +24,12 @@ from cappy.records.overlap import (
 from cappy.scoring import training_prompts
 
 GROUPS, ROWS = "trained_on_groups.u64", "trained_on_rows.u64"
-"""Sorted hashes of groups; rows as `cappy.records.overlap.Rows` has them, the number they were drawn from first."""
+"""Sorted hashes of groups; and rows (`cappy.records.overlap.Rows`), preceded by the number they were drawn from."""
 _COLUMNS = ["instruction", "task", "group_id", "split"]
 
 
 def training_data(folder: str | Path) -> TrainingData:
-    """What the scorer in a folder keeps; no rows where it was made before they were kept."""
+    """Reads what the scorer in a folder was trained on; older scorers have no rows."""
     folder = Path(folder)
     groups = np.fromfile(folder / GROUPS, dtype="<u8") if (folder / GROUPS).is_file() else np.empty(0, dtype="<u8")
     rows = None
@@ -40,61 +40,61 @@ def training_data(folder: str | Path) -> TrainingData:
 
 
 def write_training_data(folder: Path, source: str | Path, start: Path | None = None) -> None:
-    """Keeps groups and rows of what is not test in `source`, with those of the scorer that training `start`ed from."""
+    """Records the groups and rows of `source` except its test split, and those of the scorer in `start`."""
     groups: set[int] = set()
-    rows = sketch_rows(_note_groups(_prompts(source), groups))
+    rows = sketch_rows(_collect_groups(_read_prompts(source), groups))
     before = training_data(start) if start is not None else None
-    kept = np.array(sorted(groups), dtype="<u8")
+    hashes = np.array(sorted(groups), dtype="<u8")
     if before is not None:
-        kept = np.union1d(before.groups, kept).astype("<u8")
+        hashes = np.union1d(before.groups, hashes).astype("<u8")
         rows = merge_rows(before.rows, rows) if before.rows is not None else rows
-    kept.tofile(folder / GROUPS)
+    hashes.tofile(folder / GROUPS)
     np.concatenate((np.array([rows.seen], dtype="<u8"), rows.table.astype("<u8").ravel())).tofile(folder / ROWS)
 
 
-def _prompts(source: str | Path) -> Iterator[Prompt]:
+def _read_prompts(source: str | Path) -> Iterator[Prompt]:
     for batch in read_batches(source, columns=_COLUMNS):
         columns = [batch[name].to_pylist() for name in _COLUMNS]
         yield from (Prompt(*row[:3]) for row in zip(*columns, strict=True) if row[3] != "test")
 
 
-def _note_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[Prompted]:
+def _collect_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[Prompted]:
     for prompt in prompts:
         if is_content(prompt.group_id):
             groups.add(group_hash(prompt))
         yield prompt
 
 
-def _content_groups(prompts: Iterable[Prompted]) -> Hashes:
-    """For each prompt the hash of its group, or zero where the group's id is not made of content."""
-    return np.array([group_hash(one) if is_content(one.group_id) else 0 for one in prompts], dtype=np.uint64)
+def _hash_content_groups(prompts: Iterable[Prompted]) -> Hashes:
+    """The hash of each prompt's group, or zero if the group's id is not derived from content."""
+    return np.array([group_hash(prompt) if is_content(prompt.group_id) else 0 for prompt in prompts], dtype=np.uint64)
 
 
 Known = TrainingData | npt.NDArray[np.uint64]
-"""What is known of a scorer's training: all that its folder keeps, or the sorted hashes of its prompts alone."""
+"""What is known of a scorer's training data: all that its folder records, or the sorted hashes of its prompts."""
 TrainedOn = Callable[[Path], Known]
-"""What the scorer in a folder was trained on."""
+"""Reads what the scorer in a folder was trained on."""
 
 
-def seen_in_training(instances: Sequence[Instance], trained_on: Known) -> int:
-    """How many of the instances were trained on: the same prompt, group, or row (see `by_kind`)."""
+def count_seen(instances: Sequence[Instance], trained_on: Known) -> int:
+    """How many of the instances share a prompt, group or row with the training data (see `count_seen_by_kind`)."""
     return int(np.any(list(_find_overlap(instances, trained_on).values()), axis=0).sum()) if instances else 0
 
 
-def by_kind(instances: Sequence[Instance], trained_on: Known) -> dict[str, int]:
-    """How many have a prompt that was trained on, a group whose id is made of a trained row, or a trained row's text.
+def count_seen_by_kind(instances: Sequence[Instance], trained_on: Known) -> dict[str, int]:
+    """How many instances share a prompt, a group (if its id is derived from the row) or a row's text with training.
 
-    An instance may count under several. A row's text is found by `cappy.records.overlap`: rows of fewer than about ten
-    words of their own are not, nor are rows that were not drawn where there were more than 32,768.
+    An instance may count under several kinds. Row texts are compared by `cappy.records.overlap`, which does not find
+    rows with fewer than about ten distinctive words, nor rows that were not sampled if there were more than 32,768.
     """
     return {kind: int(flags.sum()) for kind, flags in _find_overlap(instances, trained_on).items()}
 
 
-def describe_check(instances: Sequence[Instance], known: Mapping[str, Known]) -> dict[str, dict[str, int | str]]:
-    """For the manifest, by scorer: what was found under each kind, how much its folder keeps, and what that can see."""
+def describe_leak_check(instances: Sequence[Instance], known: Mapping[str, Known]) -> dict[str, dict[str, int | str]]:
+    """By scorer, for the manifest: how many instances of each kind were found, and what its folder records."""
     return {
         name: {
-            **{f"found_by_{kind}": count for kind, count in by_kind(instances, data).items()},
+            **{f"found_by_{kind}": count for kind, count in count_seen_by_kind(instances, data).items()},
             **(data.describe() if isinstance(data, TrainingData) else {"prompts": len(data)}),
         }
         for name, data in known.items()
@@ -106,7 +106,7 @@ def _find_overlap(instances: Sequence[Instance], trained_on: Known) -> dict[str,
     prompts = np.array([prompt_hash(instance.instruction) for instance in instances], dtype=np.uint64)
     by_kind = {"prompts": np.isin(prompts, known.prompts if known else np.asarray(trained_on))}
     if known is not None and known.rows is not None:
-        groups = _content_groups(instances)
+        groups = _hash_content_groups(instances)
         index, frequent = RowIndex(known.rows), frequent_shingles(instances)
         by_kind["groups"] = np.isin(groups, known.groups) & (groups > 0)
         by_kind["rows"] = np.array([index.holds(instance, frequent) for instance in instances], dtype=bool)

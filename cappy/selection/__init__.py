@@ -1,4 +1,4 @@
-"""Selection: the rules that pick one response of several; evaluation, report and gate read one list.
+"""Selection: rules that pick one response of several.
 
-`cappy.selection.selectors.SELECTORS` has them all. To add one: an entry there, and a test.
+All selectors are in `cappy.selection.selectors.SELECTORS`. To add one, add an entry there and a test.
 """

@@ -1,7 +1,7 @@
-"""Pools: the candidates of an instance that a selector may pick, with what is known of each.
+"""Pools: the candidates of an instance that a selector may pick, with labels, scores, MBR values and best-of-n curves.
 
-MBR (minimum Bayes risk; Kumar and Byrne, 2004) takes the response that is nearest to all others of its pool. Best of n
-is the label that a selector's pick is expected to have when n candidates of the pool had been sampled.
+MBR (minimum Bayes risk; Kumar and Byrne, 2004) picks the response that is most similar to all others of its pool. Best
+of n is the expected label of a selector's pick when n candidates of the pool are sampled.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,9 +16,9 @@ from cappy.records import Candidate, Instance, Split
 
 Vector = npt.NDArray[np.float64]
 Values = Sequence[Vector]
-"""What a selector gives the candidates of some pools: one vector per pool, one value per candidate."""
+"""A selector's values: one vector per pool, one value per candidate."""
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
-"""Scores of (instruction, response) pairs, in their order: the type of `Scorer.score`."""
+"""Scores (instruction, response) pairs, in order: the type of `Scorer.score`."""
 
 CHUNK_PAIRS = 2048
 
@@ -27,7 +27,7 @@ CHUNK_PAIRS = 2048
 class Pool:
     """The selectable candidates of an instance, their labels, and the scores of each scorer, all in the same order.
 
-    Labels are for fitting and for reports; a selector that users have picks by the rest.
+    Labels are for fitting and reports only; a selector picks by the other fields.
     """
 
     instance: Instance
@@ -37,7 +37,7 @@ class Pool:
 
     @cached_property
     def responses(self) -> tuple[str, ...]:
-        """The texts, in order."""
+        """The response texts, in order."""
         return tuple(candidate.response for candidate in self.candidates)
 
     @cached_property
@@ -47,13 +47,13 @@ class Pool:
 
     @property
     def likelihood_sum(self) -> Vector | None:
-        """Log-likelihood under the generator; None where a candidate has none."""
-        return _complete([candidate.logprob_sum for candidate in self.candidates])
+        """Log-likelihood under the generator; None if a candidate has none."""
+        return _vector_if_complete([candidate.logprob_sum for candidate in self.candidates])
 
     @property
     def likelihood_mean(self) -> Vector | None:
-        """Log-likelihood under the generator per token; None where a candidate has none."""
-        return _complete([candidate.logprob_mean for candidate in self.candidates])
+        """Log-likelihood per token under the generator; None if a candidate has none."""
+        return _vector_if_complete([candidate.logprob_mean for candidate in self.candidates])
 
     @property
     def is_choice(self) -> bool:
@@ -61,74 +61,77 @@ class Pool:
         return bool(self.instance.choices) and all(candidate.source == "choice" for candidate in self.candidates)
 
 
-def collect(instances: Iterable[Instance], *, metric: str, splits: Collection[Split]) -> list[Pool]:
-    """The pools of these splits, empty ones included; RecordError where a candidate has no label of this metric."""
-    return [_pool(instance, metric) for instance in instances if instance.split in splits]
+def collect_pools(instances: Iterable[Instance], *, metric: str, splits: Collection[Split]) -> list[Pool]:
+    """The pools of these splits, also empty ones. Raises RecordError if a candidate has no label of this metric."""
+    return [_build_pool(instance, metric) for instance in instances if instance.split in splits]
 
 
-def score_pools(pools: Sequence[Pool], score: Score, scored: Callable[[int], None]) -> list[Vector]:
-    """The scores of every pool's candidates; a text that stands in a pool twice is scored once.
+def score_pools(pools: Sequence[Pool], score: Score, on_scored: Callable[[int], None]) -> list[Vector]:
+    """The scores of the candidates of every pool; a text that is in a pool twice is scored once.
 
-    `scored` is called with the number of pairs of each call. ConfigError where a score is missing or not finite.
+    `on_scored` is called with the number of pairs after each call of `score`. Raises ConfigError if a score is missing
+    or not finite.
     """
     texts = [tuple(dict.fromkeys(pool.responses)) for pool in pools]
     pairs = [(pool.instance.instruction, text) for pool, unique in zip(pools, texts, strict=True) for text in unique]
-    scores = iter(list(_scores(pairs, score, scored)))
+    scores = iter(list(_score_chunks(pairs, score, on_scored)))
     by_pool = []
     for pool, unique in zip(pools, texts, strict=True):
-        of = {text: next(scores) for text in unique}
-        by_pool.append(np.array([of[text] for text in pool.responses]))
+        score_of = {text: next(scores) for text in unique}
+        by_pool.append(np.array([score_of[text] for text in pool.responses]))
     return by_pool
 
 
 def with_scores(pools: Sequence[Pool], name: str, scores: Values) -> list[Pool]:
-    """The pools with these scores beside those that they have."""
+    """The pools with these scores added under `name`."""
     return [replace(pool, scores={**pool.scores, name: own}) for pool, own in zip(pools, scores, strict=True)]
 
 
-def num_pairs(pools: Sequence[Pool]) -> int:
-    """How many pairs `score_pools` scores."""
+def count_pairs(pools: Sequence[Pool]) -> int:
+    """How many pairs `score_pools` scores: the distinct texts of every pool."""
     return sum(len(set(pool.responses)) for pool in pools)
 
 
 def pick(values: Vector) -> int:
-    """The index of the highest value, the first of equal ones."""
+    """The index of the highest value, the first one if several are equal."""
     return int(np.argmax(values))
 
 
 def pick_labels(pools: Sequence[Pool], values: Values) -> Vector:
-    """The label to expect of the pick in every pool, shape (pools,): of equal values the mean of their labels."""
+    """The expected label of the pick of every pool, shape (pools,); for equal values, the mean of their labels."""
     return np.array([pick_label(own, pool.labels) for pool, own in zip(pools, values, strict=True)])
 
 
 def pick_label(values: Vector, labels: Vector) -> float:
-    """The mean label of the candidates with the highest value: what a pick among them at random is worth."""
+    """The mean label of the candidates with the highest value."""
     return float(labels[values == values.max()].mean())
 
 
 def is_tied(values: Vector, labels: Vector) -> bool:
-    """Whether candidates with different labels share the highest value, so that order alone decides between them."""
+    """Whether candidates with different labels share the highest value, so that their order decides the pick."""
     top = labels[values == values.max()]
     return bool((top != top[0]).any())
 
 
-def _scores(pairs: Sequence[tuple[str, str]], score: Score, scored: Callable[[int], None]) -> Iterator[float]:
+def _score_chunks(pairs: Sequence[tuple[str, str]], score: Score, on_scored: Callable[[int], None]) -> Iterator[float]:
     for start in range(0, len(pairs), CHUNK_PAIRS):
         chunk = pairs[start : start + CHUNK_PAIRS]
         scores = score(chunk)
         if len(scores) != len(chunk):
-            raise ConfigError(f"the scorer gave {len(scores)} scores for {len(chunk)} pairs; it must give one for each")
+            raise ConfigError(
+                f"the scorer returned {len(scores)} scores for {len(chunk)} pairs; it must return one per pair"
+            )
         for (instruction, _), value in zip(chunk, scores, strict=True):
             if not np.isfinite(value):
                 raise ConfigError(
-                    f"the scorer gave {value} for the instruction {quote(instruction)}; its weights are damaged, "
+                    f"the scorer returned {value} for the instruction {quote(instruction)}; its weights are damaged, "
                     "train it again"
                 )
         yield from scores
-        scored(len(chunk))
+        on_scored(len(chunk))
 
 
-def _pool(instance: Instance, metric: str) -> Pool:
+def _build_pool(instance: Instance, metric: str) -> Pool:
     candidates = instance.selectable
     for index, candidate in enumerate(instance.candidates):
         if candidate.selectable and metric not in candidate.labels:
@@ -139,15 +142,15 @@ def _pool(instance: Instance, metric: str) -> Pool:
     return Pool(instance, candidates, np.array([candidate.labels[metric] for candidate in candidates]))
 
 
-def _complete(values: Sequence[float | None]) -> Vector | None:
+def _vector_if_complete(values: Sequence[float | None]) -> Vector | None:
     known = [value for value in values if value is not None and value == value]
     return np.array(known, dtype=np.float64) if len(known) == len(values) else None
 
 
 def mbr(responses: Sequence[str]) -> Vector:
-    """Mean Rouge-L of each response against the others of the pool; a lone response has 0.
+    """Mean Rouge-L of each response against the others of the pool, shape (responses,); a single response has 0.
 
-    Rounded, so that means that are equal but for the order of adding count as equal.
+    Rounded, so that equal means do not differ by the order of summation.
     """
     similarity = mutual_rouge_l(responses)
     sums = similarity.sum(axis=1) - similarity.diagonal()
@@ -158,9 +161,9 @@ def mbr(responses: Sequence[str]) -> Vector:
 def mutual_rouge_l(responses: Sequence[str]) -> npt.NDArray[np.float64]:
     """Rouge-L F1 (stemmed) of every response against every other, shape (responses, responses), symmetric.
 
-    It is 2c / (m + n) for a common subsequence of c tokens: `rouge_score`'s value up to its last bits.
+    Computed as 2c / (m + n) for a common subsequence of c tokens, which equals `rouge_score` up to rounding.
     """
-    # Imported here: whoever reads a report needs the names of the selectors, and neither of these two.
+    # Imported here because reading a report needs the names of the selectors, but not these libraries.
     from rapidfuzz import process
     from rapidfuzz.distance import LCSseq
 
@@ -172,22 +175,22 @@ def mutual_rouge_l(responses: Sequence[str]) -> npt.NDArray[np.float64]:
     common = process.cdist(texts, texts, scorer=LCSseq.similarity, dtype=np.int32)
     sizes = np.array([len(text) for text in texts])
     f_measure = 2.0 * common / np.maximum(sizes[:, None] + sizes[None, :], 1)
-    where = [unique[text] for text in tokens]
-    mutual: npt.NDArray[np.float64] = f_measure[np.ix_(where, where)]
+    indices = [unique[text] for text in tokens]
+    mutual: npt.NDArray[np.float64] = f_measure[np.ix_(indices, indices)]
     return mutual
 
 
-MBR_DRAWS = 32
-"""Orders of the pool that the MBR curve is averaged over, for each instance."""
-WORTH = 0.001
-"""What one more candidate must add to pay: 0.1 on the scale of 0 to 100, which is what a report prints."""
+NUM_MBR_ORDERS = 32
+"""Random orders of each pool that the MBR curve is averaged over."""
+MIN_GAIN = 0.001
+"""Minimum gain that makes one more candidate worth sampling: 0.1 on the scale of 0 to 100 of a report."""
 
 
 def best_of_n_curve(values: Vector, labels: Vector) -> Vector:
-    """Expected label of the pick among n random candidates, for n from 1 to all; exact.
+    """Exact expected label of the pick among n random candidates, shape (candidates,), for n from 1 to all.
 
-    For a selector whose value of a candidate does not depend on the other candidates. Of equal values each is picked as
-    often.
+    Only for selectors whose value of a candidate does not depend on the other candidates. Candidates with equal values
+    are picked with equal probability.
     """
     order = np.argsort(-values, kind="stable")
     expected: Vector = best_probabilities(len(values)) @ average_ties(values[order], labels[order])
@@ -195,9 +198,9 @@ def best_of_n_curve(values: Vector, labels: Vector) -> Vector:
 
 
 def average_ties(ranked: Vector, labels: Vector) -> Vector:
-    """The labels in the order of `ranked` values, those of equal values replaced by their mean.
+    """The labels in the order of the `ranked` values, with labels of equal values replaced by their mean.
 
-    Which of equal values are drawn is by chance alone, so a pick among them is worth their mean, whatever n is.
+    Which of several equal values is drawn is random, so the expected label of their pick is the mean for every n.
     """
     tied = np.concatenate([[0], np.cumsum(np.diff(ranked) != 0)])
     means: Vector = (np.bincount(tied, weights=labels) / np.bincount(tied))[tied]
@@ -206,56 +209,60 @@ def average_ties(ranked: Vector, labels: Vector) -> Vector:
 
 @lru_cache(maxsize=256)
 def best_probabilities(size: int) -> npt.NDArray[np.float64]:
-    """Row n - 1, column k: probability that the k-th best (from 0) of `size` is the best of n drawn ones.
+    """Row n - 1, column k: the probability that the k-th best (from 0) of `size` is the best of n drawn ones.
 
-    Drawn without replacement: C(size - 1 - k, n - 1) / C(size, n), by logarithms so that no binomial overflows.
+    Drawn without replacement: C(size - 1 - k, n - 1) / C(size, n), computed by logarithms to avoid overflow.
     """
     n = np.arange(1, size + 1)[:, None]
     worse = size - 1 - np.arange(size)[None, :]
     possible = worse >= n - 1
-    chosen = _log_binomial(np.where(possible, worse, n - 1), n - 1)
-    table: npt.NDArray[np.float64] = np.where(possible, np.exp(chosen - _log_binomial(np.full_like(n, size), n)), 0.0)
+    log_count = _log_binomial(np.where(possible, worse, n - 1), n - 1)
+    table: npt.NDArray[np.float64] = np.where(
+        possible, np.exp(log_count - _log_binomial(np.full_like(n, size), n)), 0.0
+    )
     table.setflags(write=False)
     return table
 
 
-def mbr_curve(responses: tuple[str, ...], labels: Vector, rng: np.random.Generator, draws: int = MBR_DRAWS) -> Vector:
-    """Expected label of MBR's pick among n random candidates, for n from 1 to all, averaged over `draws` orders.
+def mbr_curve(
+    responses: tuple[str, ...], labels: Vector, rng: np.random.Generator, num_orders: int = NUM_MBR_ORDERS
+) -> Vector:
+    """Expected label of MBR's pick among n random candidates, for n from 1 to all, averaged over random orders.
 
-    MBR's values depend on which candidates are there, so each n is simulated: the first n of a random order. Of equal
-    sums each candidate is picked as often. Of two candidates each is as near to the other, so that up to 2 the label is
-    exactly that of a random one.
+    MBR's values depend on the other candidates, so each n is simulated with the first n of a random order. Candidates
+    with equal sums are picked with equal probability. Two candidates are equally similar to each other, so for n up to
+    2 the value is exactly the mean label.
     """
     size = len(responses)
     similarity = mutual_rouge_l(responses)
     np.fill_diagonal(similarity, 0.0)
     absent = np.tril(np.full((size, size), -np.inf), -1)
     total = np.zeros(size)
-    for _ in range(draws):
+    for _ in range(num_orders):
         order = rng.permutation(size)
         sums = np.cumsum(similarity[np.ix_(order, order)], axis=1) + absent
-        # Sums that are equal but for their last bits count as equal.
+        # Sums that differ only by rounding count as equal.
         tied = sums >= sums.max(axis=0) - 1e-9
         total += labels[order] @ tied / tied.sum(axis=0)
-    mean: Vector = total / draws
+    mean: Vector = total / num_orders
     mean[:2] = labels.mean()
     return mean
 
 
 def pays_until(curve: Sequence[float]) -> int:
-    """The number of candidates beyond which no further one adds `WORTH` or more; the curve's length if all pay."""
+    """The number of candidates beyond which none adds `MIN_GAIN` or more; the curve's length if all do."""
     gains = np.diff(np.asarray(curve))
-    paying = np.flatnonzero(gains >= WORTH)
-    return int(paying[-1]) + 2 if len(paying) else 1
+    worthwhile = np.flatnonzero(gains >= MIN_GAIN)
+    return int(worthwhile[-1]) + 2 if len(worthwhile) else 1
 
 
 def extend_curve(curve: Vector, size: int) -> Vector:
-    """The curve up to `size`: an instance with fewer candidates keeps the result of all it has."""
+    """Extends the curve to `size` with its last value."""
     return np.concatenate([curve, np.full(size - len(curve), curve[-1])])
 
 
 def _log_binomial(n: npt.NDArray[np.int64], k: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    # Imported here: only an evaluation needs it, and every reader of a report imports this module.
+    # Imported here because reading a report imports this module, but only an evaluation needs scipy.
     from scipy.special import gammaln
 
     logarithm: npt.NDArray[np.float64] = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)

@@ -1,11 +1,10 @@
-"""The selectors: every rule that picks one candidate of a pool, in the order of a report.
+"""The selectors: rules that pick one candidate of a pool, in the order of a report.
 
-Each gives every candidate a value, from what a user would have and never from references; the highest value is picked.
-Of equal values a user gets the first, but which one stands first says nothing of the selector: its result is their mean
-label.
+Each assigns a value to every candidate, without references or labels (except the oracle), and the highest value is
+picked. Of equal values, the first is picked, but a selector is evaluated by the mean of their labels, because their
+order is arbitrary.
 
-To add one: an entry of `SELECTORS`, and a test. The evaluation, the report with its tables, page and plots, and the
-gate go by the properties that stand there.
+To add one, add an entry to `SELECTORS` and a test. Evaluation, report and gate use the properties of the entry.
 """
 
 import re
@@ -19,22 +18,22 @@ from cappy.records import Candidate
 from cappy.selection.pools import Pool, Values, Vector, best_of_n_curve, mbr_curve, pick_label, pick_labels
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""The weights that a combined selector may give the other value: 0 is the scorer alone."""
+"""The weights of the other value in a combined selector; with 0 it is the scorer alone."""
 _GREEDY = re.compile(r"\b(greedy|temperature0)(?![\w.])", re.IGNORECASE)
-"""An endpoint draws the most probable token at temperature 0.0, in a decoding of that name."""
+"""Names of greedy decodings; an endpoint decodes greedily at temperature 0.0, in a decoding of that name."""
 
 Curve = Callable[[Pool, Vector, np.random.Generator], Vector]
-"""(pool, values, generator) -> the label to expect of the pick among n candidates of the pool, by n from 1."""
-Place = Literal["table", "tasks", "examples", "verdict"]
+"""(pool, values, random generator) -> expected label of the pick among n candidates of the pool, for n from 1."""
+ReportSection = Literal["table", "tasks", "examples", "verdict"]
 
 
 class UnavailableError(Exception):
-    """A selector cannot be had on these pools; the text says why."""
+    """A selector is not available on these pools; the message says why."""
 
 
 @dataclass(frozen=True)
 class FittedSelector:
-    """A selector that is ready to pick: the values of a pool's candidates, and what was chosen for it, in a word."""
+    """A fitted selector: a function for the values of a pool's candidates, and what was fitted, as text."""
 
     values: Callable[[Pool], Vector]
     detail: str = ""
@@ -47,18 +46,18 @@ Fit = Callable[[Sequence[Pool], Sequence[Pool]], FittedSelector]
 class Selector:
     """A rule that picks one candidate of a pool.
 
-    `fit(held_out, pools)` chooses what there is to choose by the labels of the held-out pools; of the pools that it is
-    for it sees what a user would have. UnavailableError where it cannot be had.
+    `fit(held_out, pools)` fits on the labels of the held-out pools; of `pools` it must not use the labels. It raises
+    UnavailableError if the selector is not available on these pools.
 
-    `name` stands in report.json, `title` in tables; `words`, where given, in sentences, with `remark` behind it where
-    the selector is introduced. Of selectors that are each a `variant_of` the same thing the better one on the reported
-    pools stands for it. `scorer` names whose scores it uses, `bound` says that it is a bound of what selection can do,
-    `single_decoding` that a user has it without selection.
+    `name` is used in report.json, `title` in tables and `words` (or else `title`) in sentences, followed by `remark` at
+    the first mention. Of the selectors with the same `variant_of`, the better one on the reported pools represents it.
+    `scorer` is the scorer whose scores it uses, `bound` marks a bound of what selection can reach, `single_decoding` a
+    response that a user can get without selection.
 
-    `shown_in` are the places beside the list of all: the terminal's table, the table by task, the examples, and the
-    verdict's comparisons with the scorer. `curve` is for the plot of best-of-n. The scorer is compared with it where
-    `compared`, and it with each of `against`. `must_beat` says whether a first version has to be proven better:
-    always, where the report compares with it, or where the person who promotes asks for it.
+    `shown_in` are the report sections that show it besides the list of all selectors: the terminal's table, the table
+    by task, the examples, and the verdict's comparisons with the scorer. `curve` computes its best-of-n curve. If
+    `compared`, the scorer is compared with it; it is itself compared with each of `against`. `must_beat` says whether a
+    first version must be shown to beat it: always, if the report compares with it, or on request.
     """
 
     name: str
@@ -70,7 +69,7 @@ class Selector:
     scorer: Literal["", "scorer", "champion"] = ""
     bound: Literal["", "lower", "upper"] = ""
     single_decoding: bool = False
-    shown_in: tuple[Place, ...] = ("table",)
+    shown_in: tuple[ReportSection, ...] = ("table",)
     curve: Curve | None = None
     compared: bool = True
     against: tuple[str, ...] = ()
@@ -78,18 +77,18 @@ class Selector:
 
     @property
     def key(self) -> str:
-        """Its name in a comparison."""
+        """Its key in comparisons."""
         return self.variant_of or self.name
 
     @property
-    def in_words(self) -> str:
-        """How a sentence names it."""
+    def phrase(self) -> str:
+        """Its name in sentences."""
         return self.words or self.title
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Selector -> its values on some pools; what was chosen for it; selector -> why it is missing."""
+    """By selector: its values on some pools, what was fitted for it, or why it is unavailable."""
 
     values: Mapping[str, Values]
     details: Mapping[str, str]
@@ -97,7 +96,7 @@ class Selection:
 
 
 def select(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Selection:
-    """The values of every selector that can be had on `pools`, fitted on the held-out ones."""
+    """Fits every available selector on the held-out pools and computes its values on `pools`."""
     values, details, unavailable = {}, {}, {}
     for name, selector in SELECTORS.items():
         try:
@@ -112,27 +111,27 @@ def select(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Selection:
 
 
 def title(name: str) -> str:
-    """How a table names the selector, or the comparison's side, with this name."""
+    """The title of the selector, or of the side of a comparison, with this name."""
     if name in SELECTORS:
         return SELECTORS[name].title
     return f"better {name}" if any(selector.variant_of == name for selector in SELECTORS.values()) else name
 
 
-def selectors_at(names: Iterable[str], place: Place, better: str = "") -> list[Selector]:
-    """Those of the named selectors that are shown at the place, in their order; of variants the `better` one alone."""
+def selectors_shown_in(names: Iterable[str], section: ReportSection, better: str = "") -> list[Selector]:
+    """The named selectors that a section of the report shows, in order; of variants, only the `better` one."""
     known = [SELECTORS[name] for name in names if name in SELECTORS]
-    return [one for one in known if place in one.shown_in and (not one.variant_of or one.name == better)]
+    return [each for each in known if section in each.shown_in and (not each.variant_of or each.name == better)]
 
 
 def compared_pairs() -> list[tuple[str, str]]:
-    """The comparisons of a report, by their sides' keys: of the scorer with others, then of those with `against`."""
+    """The comparisons of a report as pairs of keys: the scorer with others, then the selectors with `against`."""
     keys = dict.fromkeys(selector.key for selector in SELECTORS.values() if selector.compared)
-    others = [(selector.name, other) for selector in reversed([*SELECTORS.values()]) for other in selector.against]
-    return [*(("scorer", key) for key in keys), *others]
+    more = [(selector.name, rival) for selector in reversed([*SELECTORS.values()]) for rival in selector.against]
+    return [*(("scorer", key) for key in keys), *more]
 
 
 def choose_weight(scores: Values, others: Values, labels: Values) -> float:
-    """The weight of `WEIGHTS` with which picks by score + weight * other have the best mean label, the smallest one."""
+    """The smallest weight of `WEIGHTS` for which picks by score + weight * other have the best mean label."""
 
     def mean_label(weight: float) -> float:
         rows = zip(scores, others, labels, strict=True)
@@ -142,41 +141,41 @@ def choose_weight(scores: Values, others: Values, labels: Values) -> float:
 
 
 def choose_system(pools: Sequence[Pool], among: Collection[str] | None = None) -> str | None:
-    """The generator and decoding whose first candidate has the best mean label; None where no candidate names one.
+    """The generator and decoding whose first candidate has the best mean label; None if no candidate names one.
 
-    `among` are the only ones to choose from, where given.
+    `among` restricts the choice to these systems.
     """
-    names = dict.fromkeys(_system_of(candidate) for pool in pools for candidate in pool.candidates)
+    names = dict.fromkeys(_system_name(candidate) for pool in pools for candidate in pool.candidates)
     names.pop("", None)
     if among is not None:
         names = {name: None for name in names if name in among}
 
     def mean_label(name: str) -> float:
-        return float(pick_labels(pools, [of_system(pool, name) for pool in pools]).mean())
+        return float(pick_labels(pools, [prefer_system(pool, name) for pool in pools]).mean())
 
     return max(names, key=mean_label, default=None)
 
 
-def _system_of(candidate: Candidate) -> str:
-    """The generator and decoding that a candidate came from; empty where neither is known."""
+def _system_name(candidate: Candidate) -> str:
+    """The generator and decoding that a candidate came from; empty if neither is known."""
     return f"{candidate.generator} {candidate.decoding}".strip()
 
 
-def of_system(pool: Pool, name: str) -> Vector:
-    """The first candidate of the system, or of the pool where the system has none in it."""
-    other = np.array([_system_of(candidate) != name for candidate in pool.candidates])
-    values: Vector = _in_order(pool) - len(pool.candidates) * other
+def prefer_system(pool: Pool, name: str) -> Vector:
+    """Values that pick the first candidate of the system, or of the pool if the system has none in it."""
+    is_other = np.array([_system_name(candidate) != name for candidate in pool.candidates])
+    values: Vector = _first_values(pool) - len(pool.candidates) * is_other
     return values
 
 
-def _in_order(pool: Pool) -> Vector:
-    """The order of the candidates: what a user without a selector takes."""
+def _first_values(pool: Pool) -> Vector:
+    """Values that pick the first candidate."""
     order: Vector = -np.arange(len(pool.candidates), dtype=np.float64)
     return order
 
 
-def length(pool: Pool) -> Vector:
-    """Length in characters."""
+def response_lengths(pool: Pool) -> Vector:
+    """Length of every response in characters."""
     return np.array([len(response) for response in pool.responses], dtype=np.float64)
 
 
@@ -184,7 +183,7 @@ def _without_fitting(values: Callable[[Pool], Vector]) -> Fit:
     return lambda held_out, pools: FittedSelector(values)
 
 
-def _by_scores(name: str) -> Fit:
+def _fit_scores(name: str) -> Fit:
     def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
         if any(name not in pool.scores for pool in pools):
             raise UnavailableError("none was given")
@@ -194,7 +193,7 @@ def _by_scores(name: str) -> Fit:
 
 
 def _known_likelihoods(likelihood: Callable[[Pool], Vector | None], pools: Sequence[Pool]) -> list[Vector]:
-    """The likelihoods of all candidates; UnavailableError where one has none."""
+    """The likelihoods of all candidates. Raises UnavailableError if one has none."""
     likelihoods = [likelihood(pool) for pool in pools]
     known = [values for values in likelihoods if values is not None]
     if len(known) < len(likelihoods):
@@ -203,7 +202,7 @@ def _known_likelihoods(likelihood: Callable[[Pool], Vector | None], pools: Seque
     return known
 
 
-def _by_likelihood(likelihood: Callable[[Pool], Vector | None]) -> Fit:
+def _fit_likelihood(likelihood: Callable[[Pool], Vector | None]) -> Fit:
     def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
         _known_likelihoods(likelihood, pools)
         return FittedSelector(lambda pool: _known_likelihoods(likelihood, [pool])[0])
@@ -211,47 +210,47 @@ def _by_likelihood(likelihood: Callable[[Pool], Vector | None]) -> Fit:
     return fit
 
 
-def _by_mbr(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
+def _fit_mbr(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
     if all(pool.is_choice for pool in pools):
         raise UnavailableError("a closed set of choices has no consensus")
     return FittedSelector(lambda pool: pool.mbr)
 
 
-def _by_best_system(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
+def _fit_best_system(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
     if not held_out:
-        raise UnavailableError("no held-out instances to choose it on")
+        raise UnavailableError("there are no held-out instances to choose it on")
     name = choose_system(held_out)
     if name is None:
         raise UnavailableError("no candidate names its generator")
-    return FittedSelector(lambda pool: of_system(pool, name), name)
+    return FittedSelector(lambda pool: prefer_system(pool, name), name)
 
 
-def _by_greedy(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
-    """Of several generators' greedy responses the best one on held-out pools."""
-    everywhere = set.intersection(
-        *({_system_of(one) for one in pool.candidates if _GREEDY.search(_system_of(one))} for pool in pools)
+def _fit_greedy(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
+    """Picks the greedy response, of several generators the one that is best on held-out pools."""
+    systems = set.intersection(
+        *({name for name in map(_system_name, pool.candidates) if _GREEDY.search(name)} for pool in pools)
     )
-    if not everywhere:
+    if not systems:
         raise UnavailableError("not every instance has a greedy response")
-    name = choose_system(held_out, among=everywhere) or min(everywhere)
-    return FittedSelector(lambda pool: of_system(pool, name), name)
+    name = choose_system(held_out, among=systems) or min(systems)
+    return FittedSelector(lambda pool: prefer_system(pool, name), name)
 
 
 def _combine_with_scorer(other: str, fit_other: Fit, values_of: Callable[[Sequence[Pool]], list[Vector]]) -> Fit:
-    """The scorer's score plus a weight times another selector's value, both as they are; the weight is fitted."""
+    """The scorer's score plus a fitted weight times another selector's value, both unscaled."""
 
     def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
-        for name, part in (("scorer", _by_scores("scorer")), (other, fit_other)):
+        for name, part in (("scorer", _fit_scores("scorer")), (other, fit_other)):
             try:
                 part(held_out, pools)
             except UnavailableError as error:
                 raise UnavailableError(f"needs {name}, which is missing") from error
         if not held_out:
-            raise UnavailableError("no held-out instances to choose its weight on")
+            raise UnavailableError("there are no held-out instances to fit its weight on")
         try:
             others = values_of(held_out)
         except UnavailableError as error:
-            raise UnavailableError(f"of the held-out, {error}") from error
+            raise UnavailableError(f"on the held-out split, {error}") from error
         scores = [pool.scores["scorer"] for pool in held_out]
         weight = choose_weight(scores, others, [pool.labels for pool in held_out])
         return FittedSelector(lambda pool: pool.scores["scorer"] + weight * values_of([pool])[0], f"weight {weight:g}")
@@ -275,20 +274,20 @@ SELECTORS: Mapping[str, Selector] = {
             curve=lambda pool, values, generator: np.full(1, pool.labels.mean()),
             must_beat="always",
         ),
-        Selector(name="first", title="first response", fit=_without_fitting(_in_order), shown_in=("examples",)),
+        Selector(name="first", title="first response", fit=_without_fitting(_first_values), shown_in=("examples",)),
         Selector(
             name="shortest",
             title="shortest",
-            fit=_without_fitting(lambda pool: -length(pool)),
+            fit=_without_fitting(lambda pool: -response_lengths(pool)),
             shown_in=(),
             compared=False,
         ),
-        Selector(name="longest", title="longest", fit=_without_fitting(length)),
+        Selector(name="longest", title="longest", fit=_without_fitting(response_lengths)),
         Selector(
             name="best_system",
             title="best single system",
             words="the best single system",
-            fit=_by_best_system,
+            fit=_fit_best_system,
             single_decoding=True,
         ),
         Selector(
@@ -296,7 +295,7 @@ SELECTORS: Mapping[str, Selector] = {
             title="greedy response",
             words="the greedy response",
             remark=", which needs no samples",
-            fit=_by_greedy,
+            fit=_fit_greedy,
             single_decoding=True,
             shown_in=("table", "verdict"),
         ),
@@ -306,7 +305,7 @@ SELECTORS: Mapping[str, Selector] = {
                 title=title,
                 words="the better likelihood selector",
                 variant_of="likelihood",
-                fit=_by_likelihood(likelihood),
+                fit=_fit_likelihood(likelihood),
                 shown_in=("table", "tasks", "verdict"),
                 curve=_rank_in_pool,
                 must_beat="where_compared",
@@ -320,7 +319,7 @@ SELECTORS: Mapping[str, Selector] = {
             name="mbr",
             title="MBR",
             remark=", the consensus of the pool, which needs no training",
-            fit=_by_mbr,
+            fit=_fit_mbr,
             shown_in=("table", "tasks", "examples", "verdict"),
             curve=lambda pool, values, generator: mbr_curve(pool.responses, pool.labels, generator),
             against=("random", "likelihood"),
@@ -330,7 +329,7 @@ SELECTORS: Mapping[str, Selector] = {
             name="champion",
             title="champion",
             words="the champion",
-            fit=_by_scores("champion"),
+            fit=_fit_scores("champion"),
             scorer="champion",
             shown_in=("table", "tasks", "verdict"),
             curve=_rank_in_pool,
@@ -338,7 +337,7 @@ SELECTORS: Mapping[str, Selector] = {
         Selector(
             name="scorer",
             title="scorer",
-            fit=_by_scores("scorer"),
+            fit=_fit_scores("scorer"),
             scorer="scorer",
             shown_in=("table", "tasks", "examples"),
             curve=_rank_in_pool,
@@ -349,7 +348,7 @@ SELECTORS: Mapping[str, Selector] = {
             title="scorer + likelihood",
             fit=_combine_with_scorer(
                 "likelihood_mean",
-                _by_likelihood(lambda pool: pool.likelihood_mean),
+                _fit_likelihood(lambda pool: pool.likelihood_mean),
                 lambda pools: _known_likelihoods(lambda pool: pool.likelihood_mean, pools),
             ),
             scorer="scorer",
@@ -359,7 +358,7 @@ SELECTORS: Mapping[str, Selector] = {
         Selector(
             name="hybrid_mbr",
             title="scorer + MBR",
-            fit=_combine_with_scorer("mbr", _by_mbr, lambda pools: [pool.mbr for pool in pools]),
+            fit=_combine_with_scorer("mbr", _fit_mbr, lambda pools: [pool.mbr for pool in pools]),
             scorer="scorer",
             shown_in=("table", "tasks"),
             compared=False,

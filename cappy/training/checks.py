@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cappy.scoring.forward import by_length
+from cappy.scoring.forward import batch_by_length
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
@@ -128,7 +128,7 @@ def _label_pools(scorer: Scorer, validation: Corpus, pools: Sequence[Draw]) -> l
     """The label of the pick and the expected label, for each pool."""
     encoded = [pair for draw in pools for pair in validation.pairs(draw.index, draw.responses)]
     scores = [0.0] * len(encoded)
-    for batch in by_length(encoded, scorer.batch_tokens):
+    for batch in batch_by_length(encoded, scorer.batch_tokens):
         logits = scorer.logits([encoded[index] for index in batch]).tolist()
         for index, value in zip(batch, logits, strict=True):
             scores[index] = value

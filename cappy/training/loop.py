@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cappy.errors import ConfigError, TrainingError
 from cappy.progress import Progress
-from cappy.scoring.forward import has_bf16, keep_heads_exact
+from cappy.scoring.forward import has_bf16, keep_heads_in_fp32
 from cappy.scoring.scorer import Scorer
 from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUE_REMEDY, Checkpoint, CheckpointClock, Shutdown, State
@@ -107,7 +107,7 @@ class Run:
         self.layer_weights = count_layer_weights(scorer.model)
         scorer.autocast = _uses_bf16(config, scorer.device)
         if scorer.autocast:
-            keep_heads_exact(scorer.model)
+            keep_heads_in_fp32(scorer.model)
         self.meter = Meter(peak_flops(scorer.device, ranks.count, bf16=scorer.autocast))
         self.strategy = _start_strategy(scorer, config, ranks)
         self.clock = CheckpointClock(config.checkpoint_seconds, config.checkpoint_updates)

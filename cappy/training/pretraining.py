@@ -81,7 +81,7 @@ def _make_scorer(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
 
     from cappy.scoring import Scorer
     from cappy.scoring.config import ScorerConfig
-    from cappy.scoring.folder import positions_of, use_token_types, warn_once
+    from cappy.scoring.folder import max_positions, use_token_types, warn_once
 
     _refuse_without_tokenizer(folder.path)
     torch.manual_seed(config.seed)
@@ -96,7 +96,7 @@ def _make_scorer(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
         encoder_config.num_labels = 1
         model, _ = folder.model(AutoModelForSequenceClassification, encoder_config)
         use_token_types(tokenizer, encoder_config)
-    max_length = min(config.max_length, positions_of(model) or config.max_length)
+    max_length = min(config.max_length, max_positions(model) or config.max_length)
     if max_length < config.max_length:
         warn_once(
             folder.path, f"has {max_length} positions, so pairs are cut to {max_length} tokens, not {config.max_length}"

@@ -8,9 +8,9 @@ import pytest
 from wording import assert_names, raises_naming
 
 from cappy.annotation import rouge_l
-from cappy.annotation.labels import NEARLY_RIGHT, Labelling, Row, annotate, regression_rows
-from cappy.annotation.metrics import load
-from cappy.annotation.rouge import partly_visible
+from cappy.annotation.labels import MAX_MISMATCH_ROUGE, Labelling, Row, annotate, regression_rows
+from cappy.annotation.metrics import load_metric
+from cappy.annotation.rouge import is_partly_visible
 from cappy.annotation.step import AnnotationConfig, run
 from cappy.cli.steps import summary
 from cappy.config import build
@@ -26,7 +26,7 @@ def generation(name: str, reference: str, *responses: str) -> Instance:
 
 
 def labelled(instances: list[Instance], **known: Any) -> dict[str, list[tuple[str, str, float]]]:
-    done = annotate(instances, Labelling(name="rougeL", metric=load("rougeL"), **known))
+    done = annotate(instances, Labelling(name="rougeL", metric=load_metric("rougeL"), **known))
     return {i.instance_id: [(c.response, c.source, c.labels["rougeL"]) for c in i.candidates] for i in done}
 
 
@@ -65,7 +65,7 @@ def test_annotating_twice_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_an_unknown_metric_is_named_with_the_ones_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"annotation: --metric: 'meteor' .*rougeL, "):
+    with pytest.raises(ConfigError, match=r"annotation: --metric: unknown metric 'meteor'.*rougeL, "):
         build(AnnotationConfig, {"source": tmp_path, "target": tmp_path, "metric": "meteor"})
 
 
@@ -75,7 +75,7 @@ def test_a_nearly_right_reference_of_another_is_no_mismatch() -> None:
         own = next(instance.references for instance in instances if instance.instance_id == name)
         wrong = [text for text, source, _ in candidates if source == "mismatch"]
         assert wrong
-        assert all(rouge_l(own, text) < NEARLY_RIGHT for text in wrong)
+        assert all(rouge_l(own, text) < MAX_MISMATCH_ROUGE for text in wrong)
 
 
 def test_a_mismatch_comes_from_the_same_task_and_template() -> None:
@@ -108,7 +108,7 @@ def test_the_paper_preset_repeats_the_published_set_with_its_quirks() -> None:
     for seed in range(20):
         instance = generation("u", "other", "same", "other", "")
         (_, done) = annotate(
-            [twice, instance], Labelling(name="rougeL", metric=load("rougeL"), preset="paper", seed=seed)
+            [twice, instance], Labelling(name="rougeL", metric=load_metric("rougeL"), preset="paper", seed=seed)
         )
         rows = [(row.response, row.source, row.label) for row in regression_rows(done, "rougeL")]
         wins[tuple(rows)] = seed
@@ -158,7 +158,7 @@ def test_given_labels_need_no_reference_and_none_may_miss(tmp_path: Path) -> Non
         ("llm", {"given": 1.0}),
     ]
     with raises_naming(RecordError, "instance 'i': ", "response 'r1'", "label", "--metric"):
-        list(annotate([rated(0.5, None)], Labelling(name="given", metric=load("given"))))
+        list(annotate([rated(0.5, None)], Labelling(name="given", metric=load_metric("given"))))
 
 
 def test_shards_and_workers_change_nothing_of_what_is_written(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_what_rouge_l_cannot_see_and_mismatches_not_found_are_counted(tmp_path: 
 )  # fmt: skip
 def test_what_rouge_l_sees_only_a_part_of_is_counted_and_said(tmp_path: Path, text: str, partly: bool) -> None:
     """C11: whether it stands in a reference or in a response; the label stays rouge_score's."""
-    assert partly_visible(text) == partly
+    assert is_partly_visible(text) == partly
     others = [generation(str(n), f"cat {n}", f"cats {n}") for n in range(3)]
     for name, own in (("reference", generation("x", text or "cat", "dog")), ("response", generation("x", "dog", text))):
         write(tmp_path / name, [*others, own])

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from wording import raises_naming
 
 from cappy.annotation import rouge_l
-from cappy.annotation.metrics import METRICS, Pool, exact_match, load, numeric_match, parse, token_f1
+from cappy.annotation.metrics import (
+    METRICS,
+    InstanceResponses,
+    exact_match,
+    load_metric,
+    numeric_match,
+    parse_metric,
+    token_f1,
+)
 from cappy.annotation.rouge import rouge_l_unicode
 from cappy.annotation.step import AnnotationConfig, run
 from cappy.config import build
@@ -29,7 +37,7 @@ COMPUTED = [name for name in METRICS if name != GIVEN]
 def value(name: str, references: list[str], response: str) -> float:
     instance = Instance(instance_id="i", instruction="go", references=("x",))
     object.__setattr__(instance, "references", tuple(references))  # a metric must cope with what no instance may hold
-    (found,) = load(name)([Pool(instance, [Candidate(response=response)])])
+    (found,) = load_metric(name)([InstanceResponses(instance, [Candidate(response=response)])])
     return float(found)
 
 
@@ -163,7 +171,7 @@ def test_a_mixture_is_the_weighted_sum() -> None:
     metric = partial(value, "0.25*rougeL + 0.75*numeric_match")
     assert metric(["it is 5"], "it is -5") == pytest.approx(0.25)
     assert metric(["it is 5"], "5") == pytest.approx(0.25 * 0.5 + 0.75)
-    assert parse("rougeL") == {"rougeL": 1.0}
+    assert parse_metric("rougeL") == {"rougeL": 1.0}
 
 
 @pytest.mark.parametrize(

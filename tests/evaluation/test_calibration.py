@@ -22,14 +22,14 @@ SCORES = RNG.random(4000)
 
 
 def test_exact_scores_have_no_error_and_shifted_ones_theirs() -> None:
-    assert calibration.reliability(SCORES, SCORES).ece == pytest.approx(0.0, abs=1e-12)
-    shifted = calibration.reliability(SCORES + 0.25, SCORES)
+    assert calibration.measure_reliability(SCORES, SCORES).ece == pytest.approx(0.0, abs=1e-12)
+    shifted = calibration.measure_reliability(SCORES + 0.25, SCORES)
     assert shifted.ece == pytest.approx(0.25)
     assert shifted.brier == pytest.approx(0.0625)
 
 
 def test_bins_hold_every_pair_once_and_rise() -> None:
-    bins = calibration.reliability(SCORES, SCORES**2).bins
+    bins = calibration.measure_reliability(SCORES, SCORES**2).bins
     assert sum(one.count for one in bins) == len(SCORES)
     assert len(bins) == calibration.NUM_BINS
     assert [one.score for one in bins] == sorted(one.score for one in bins)
@@ -39,7 +39,11 @@ def test_the_order_of_rows_changes_nothing_where_scores_are_equal() -> None:
     labels = np.repeat([0.0, 1.0], 100)
     shuffled = RNG.permutation(labels)
     level = np.full(200, 0.5)
-    assert calibration.reliability(level, labels).ece == calibration.reliability(level, shuffled).ece == 0.0
+    assert (
+        calibration.measure_reliability(level, labels).ece
+        == calibration.measure_reliability(level, shuffled).ece
+        == 0.0
+    )
 
 
 def pools_of(labels: Sequence[np.ndarray], texts: Sequence[Sequence[str]] | None = None) -> list[Pool]:
@@ -75,7 +79,7 @@ def drawn(pools: Sequence[Pool], scores: Sequence[np.ndarray], n: int, seed: int
         candidates = tuple(pool.candidates[index] for index in of)
         found.append(Pool(instance=pool.instance, candidates=candidates, labels=pool.labels[of]))
         values.append(own[of])
-    return calibration.picks(found, values)
+    return calibration.collect_picks(found, values)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
@@ -87,7 +91,7 @@ def test_what_is_expected_of_the_best_of_n_is_on_the_mean_what_it_is_worth(n: in
     picks = drawn(*tested, n, seed=3)
     assert picks.sizes == (n,) * 600
     assert picks.expected_labels(fitted).mean() == pytest.approx(picks.labels.mean(), abs=0.02)
-    assert calibration.reliability(picks.expected_labels(fitted), picks.labels).ece < 0.04
+    assert calibration.measure_reliability(picks.expected_labels(fitted), picks.labels).ece < 0.04
     alone = np.array(fitted.apply(picks.scores.tolist(), n=1))
     assert n < 8 or alone.mean() > picks.labels.mean() + 0.05
 
@@ -98,7 +102,7 @@ def test_on_the_picks_that_a_map_was_fitted_on_the_mean_is_exact() -> None:
     assert fitted is not None
     assert [one.n for one in fitted.maps] == [1, 2, 4, 6]
     assert fitted.fitted_on == 100
-    picks = calibration.picks(pools, scores)
+    picks = calibration.collect_picks(pools, scores)
     assert picks.expected_labels(fitted).mean() == pytest.approx(picks.labels.mean())
     single = np.concatenate([fitted.apply(own.tolist(), n=1) for own in scores])
     assert single.mean() == pytest.approx(np.mean([pool.labels.mean() for pool in pools]))
@@ -125,7 +129,7 @@ def test_between_two_n_that_were_fitted_the_map_lies_between_theirs_and_beyond_t
     assert fitted.apply([1.0], n=2) == [pytest.approx(0.75)]
     assert 0.5 < fitted.apply([1.0], n=3)[0] < 0.75
     assert fitted.apply([1.0], n=4) == fitted.apply([1.0], n=400) == [0.5]
-    with pytest.raises(ValueError, match="n: is 0"):
+    with pytest.raises(ValueError, match="n: must be at least 1, got 0"):
         fitted.apply([1.0], n=0)
 
 
@@ -141,13 +145,15 @@ def test_a_pool_weighs_as_much_as_another_however_many_candidates_it_has() -> No
 
 
 def test_a_text_that_stands_twice_is_one_candidate_of_a_pick() -> None:
-    picks = calibration.picks(pools_of([np.array([0.5, 0.5, 0.1])], [["a", "a", "b"]]), [np.array([0.9, 0.9, 0.2])])
+    picks = calibration.collect_picks(
+        pools_of([np.array([0.5, 0.5, 0.1])], [["a", "a", "b"]]), [np.array([0.9, 0.9, 0.2])]
+    )
     assert (picks.sizes, picks.labels.tolist(), picks.scores.tolist()) == ((2,), [0.5], [0.9])
 
 
 def test_a_pick_of_equal_scores_has_their_mean_label() -> None:
     pools, scores = pools_of([np.array([1.0, 0.0])] * 30), [np.array([0.5, 0.5])] * 30
-    assert calibration.picks(pools, scores).labels.tolist() == [0.5] * 30
+    assert calibration.collect_picks(pools, scores).labels.tolist() == [0.5] * 30
     fitted = calibration.fit(pools, scores, "rougeL")
     assert fitted is not None
     assert fitted.apply([0.5], n=2) == [0.5]
@@ -188,12 +194,12 @@ def test_an_n_that_few_groups_reach_has_no_map_of_its_own() -> None:
 
 def test_the_report_calibrates_each_parts_picks_by_its_own_map() -> None:
     parts = [uneven(50, 4, seed=seed) for seed in (6, 7)]
-    picks = [calibration.picks(*part) for part in parts]
+    picks = [calibration.collect_picks(*part) for part in parts]
     maps = [straight({1: 0.2}), straight({1: 0.8})]
     found = calibration.measure_calibration(list(zip(picks, maps, strict=True)))
     both = np.concatenate([own.expected_labels(fitted) for own, fitted in zip(picks, maps, strict=True)])
     labels = np.concatenate([own.labels for own in picks])
-    assert found.calibrated == calibration.reliability(both, labels)
+    assert found.calibrated == calibration.measure_reliability(both, labels)
     assert found.fitted_on == 160
     lacking = calibration.measure_calibration([(picks[0], maps[0]), (picks[1], None)])
     assert (lacking.calibrated, lacking.fitted_on) == (None, 0)
@@ -248,7 +254,7 @@ def test_a_map_of_all_candidates_by_an_older_version_is_refused_as_it_overrates_
 
 
 def test_answering_the_surest_half_is_better_than_answering_all() -> None:
-    found = calibration.coverage(SCORES.tolist(), SCORES)
+    found = calibration.measure_coverage(SCORES.tolist(), SCORES)
     assert found.quality[-1] == pytest.approx(found.random) == pytest.approx(SCORES.mean())
     assert list(found.quality) == sorted(found.quality, reverse=True)
     assert found.quality[4] == pytest.approx(np.sort(SCORES)[2000:].mean())

@@ -15,7 +15,7 @@ from cappy.config import build
 from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import crossfit, read_report
 from cappy.evaluation.findings import OUT_OF_FOLD
-from cappy.evaluation.protocol import EvaluatedSplit, report_of
+from cappy.evaluation.protocol import EvaluatedSplit, build_report
 from cappy.evaluation.step import EvaluationConfig, run
 from cappy.progress import silent
 from cappy.records import Instance, Manifest, prompt_hash, read, write
@@ -23,8 +23,8 @@ from cappy.records.folder import describe_files, write_manifest
 from cappy.registry.gate import decide
 from cappy.scoring import TRAINED_ON, Scorer
 from cappy.scoring.calibration import read_calibration
-from cappy.scoring.training_data import seen_in_training, training_data, write_training_data
-from cappy.selection.pools import Pool, collect, pick_labels, with_scores
+from cappy.scoring.training_data import count_seen, training_data, write_training_data
+from cappy.selection.pools import Pool, collect_pools, pick_labels, with_scores
 from cappy.selection.selectors import select
 from cappy.training.loop import Run
 
@@ -43,14 +43,14 @@ def test_every_instance_is_tested_once_held_out_once_and_trained_on_otherwise(
     grouped: list[Instance], count: int
 ) -> None:
     seen: dict[str, Counter[str]] = {one.instance_id: Counter() for one in grouped}
-    for fold in crossfit.folds(grouped, count, seed=0):
+    for fold in crossfit.split_folds(grouped, count, seed=0):
         for one in fold:
             seen[one.instance_id][one.split] += 1
     assert all(dict(found) == {"test": 1, "validation": 1, "train": count - 2} for found in seen.values())
 
 
 def test_groups_stay_together_and_tasks_are_spread(grouped: list[Instance]) -> None:
-    for fold in crossfit.folds(grouped, 5, seed=0):
+    for fold in crossfit.split_folds(grouped, 5, seed=0):
         splits: dict[str, set[str]] = {}
         for one in fold:
             splits.setdefault(one.group_id, set()).add(one.split)
@@ -75,7 +75,7 @@ def test_near_duplicates_of_what_a_fold_tests_do_not_train_it(
         for question in range(2)
         for number, passage in enumerate(passages)
     ]
-    for number, fold in enumerate(crossfit.folds(instances, 5, seed=0)):
+    for number, fold in enumerate(crossfit.split_folds(instances, 5, seed=0)):
         tested = [one for one in fold if one.split == "test"]
         kept = {one.instance_id for one in tested}
         everything = [*tested, *(replace(one, split="train") for one in instances if one.instance_id not in kept)]
@@ -90,17 +90,19 @@ def leaked(folder: Path, instances: Sequence[Instance], tested: Sequence[Instanc
     prompts = {prompt_hash(one.instruction) for one in instances if one.split != "test"}
     np.array(sorted(prompts), dtype="<u8").tofile(folder / TRAINED_ON)
     write_training_data(folder, folder / "instances")
-    return seen_in_training(tested, training_data(folder))
+    return count_seen(tested, training_data(folder))
 
 
 def test_the_seed_decides_the_folds(grouped: list[Instance]) -> None:
-    first, again, other = ([one.split for one in next(crossfit.folds(grouped, 5, seed=seed))] for seed in (0, 0, 1))
+    first, again, other = (
+        [one.split for one in next(crossfit.split_folds(grouped, 5, seed=seed))] for seed in (0, 0, 1)
+    )
     assert first == again != other
 
 
 def test_fewer_groups_than_folds_are_refused(grouped: list[Instance]) -> None:
     with raises_naming(ConfigError, "--folds 5", "3 groups"):
-        list(crossfit.folds(grouped[:6], 5, seed=0))
+        list(crossfit.split_folds(grouped[:6], 5, seed=0))
 
 
 class Fold:
@@ -155,14 +157,14 @@ def test_no_instance_is_tested_or_held_out_by_a_scorer_that_saw_it(
             [prompt_hash(text) for text in json.loads((folder / "trained.json").read_text())], dtype=np.uint64
         )
 
-    assert crossfit.leaks(evaluated, tmp_path, trained_on) == 0
+    assert crossfit.count_leaks(evaluated, tmp_path, trained_on) == 0
     of_first = trained_on(tmp_path / ".fold-1-scorer")
-    assert crossfit.leaks(evaluated, tmp_path, lambda folder: of_first) == len(of_first) > 20
+    assert crossfit.count_leaks(evaluated, tmp_path, lambda folder: of_first) == len(of_first) > 20
 
 
 @pytest.mark.parametrize("folds", [1, 2])
 def test_folds_that_make_no_sense_are_refused(tmp_path: Path, folds: int) -> None:
-    with raises_naming(ConfigError, "--folds", "3 or more", str(folds)):
+    with raises_naming(ConfigError, "--folds", "at least 3", str(folds)):
         build(EvaluationConfig, {"source": tmp_path, "scorer": tmp_path, "target": tmp_path, "folds": folds})
 
 
@@ -179,19 +181,19 @@ def evaluated_split(pools: Sequence[Pool], seed: int) -> EvaluatedSplit:
 @pytest.fixture
 def champion(tmp_path: Path, grouped: list[Instance]) -> Path:
     """The folder of a champion with out-of-fold scores of all instances."""
-    pools = collect(grouped, metric="rougeL", splits={one.split for one in grouped})
+    pools = collect_pools(grouped, metric="rougeL", splits={one.split for one in grouped})
     text = crossfit.out_of_fold_json([evaluated_split(pools, seed=7)], metric="rougeL", leaks=0)
     (tmp_path / OUT_OF_FOLD).write_text(text)
     return tmp_path
 
 
 def test_two_recipes_are_compared_on_their_picks_of_the_same_instances(grouped: list[Instance], champion: Path) -> None:
-    pools = collect(grouped, metric="rougeL", splits={one.split for one in grouped})
+    pools = collect_pools(grouped, metric="rougeL", splits={one.split for one in grouped})
     shuffled = [pools[index] for index in np.random.default_rng(0).permutation(len(pools))]
     splits = [evaluated_split(shuffled[:20], 1), evaluated_split(shuffled[20:], 2)]
-    joined, leaks = crossfit.with_champion(splits, champion, "rougeL")
+    joined, leaks = crossfit.add_champion_scores(splits, champion, "rougeL")
     assert leaks == {"champion": 0}
-    report = report_of(joined, metric="rougeL", split="cross-fitted", seed=0, folds=5)
+    report = build_report(joined, metric="rougeL", split="cross-fitted", seed=0, folds=5)
     expected = pick_labels(pools, scored(pools, seed=7)).mean()
     assert report.selectors["champion"].estimate.mean == pytest.approx(expected)
     assert report.comparisons["scorer-champion"].groups == 30
@@ -215,20 +217,20 @@ def test_picks_of_other_instances_compare_nothing_and_the_gate_holds(
     grouped: list[Instance], champion: Path, changed: Callable[[list[Instance]], list[Instance]]
 ) -> None:
     instances = changed(grouped)
-    pools = collect(instances, metric="rougeL", splits={one.split for one in instances})
-    splits, leaks = crossfit.with_champion([evaluated_split(pools, 1)], champion, "rougeL")
-    report = report_of(splits, metric="rougeL", split="cross-fitted", seed=0, folds=5)
+    pools = collect_pools(instances, metric="rougeL", splits={one.split for one in instances})
+    splits, leaks = crossfit.add_champion_scores([evaluated_split(pools, 1)], champion, "rougeL")
+    report = build_report(splits, metric="rougeL", split="cross-fitted", seed=0, folds=5)
     assert leaks == {}
     assert "scorer-champion" not in report.comparisons
-    assert_names(report.unavailable["champion"], "60 instances", f"on {len(pools)}", "59 of them")
+    assert_names(report.unavailable["champion"], "60 instances", f"this report {len(pools)}", "59 of them")
     decision = decide(report.to_dict(), has_champion=True)
     assert decision.decision == "hold"
     assert report.unavailable["champion"] in decision.reasons[0]
 
 
 def test_a_champion_without_out_of_fold_picks_says_what_to_do(grouped: list[Instance], tmp_path: Path) -> None:
-    pools = collect(grouped, metric="rougeL", splits={one.split for one in grouped})
-    (part,), _ = crossfit.with_champion([evaluated_split(pools, 1)], tmp_path, "rougeL")
+    pools = collect_pools(grouped, metric="rougeL", splits={one.split for one in grouped})
+    (part,), _ = crossfit.add_champion_scores([evaluated_split(pools, 1)], tmp_path, "rougeL")
     assert_names(part.selection.unavailable["champion"], "no out-of-fold picks", "--folds", "register")
 
 

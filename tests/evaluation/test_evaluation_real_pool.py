@@ -10,8 +10,8 @@ import pytest
 from cappy.annotation import rouge_l
 from cappy.evaluation import evaluate
 from cappy.records import Candidate, Instance
-from cappy.selection.pools import collect, pick
-from cappy.selection.selectors import choose_system, of_system
+from cappy.selection.pools import collect_pools, pick
+from cappy.selection.selectors import choose_system, prefer_system
 
 POOL = Path(__file__).parents[2].parent / "shared/data/candidates/e2e_nlg.jsonl.gz"
 
@@ -20,10 +20,10 @@ POOL = Path(__file__).parents[2].parent / "shared/data/candidates/e2e_nlg.jsonl.
 def test_the_baselines_of_the_e2e_pool_are_the_known_ones() -> None:
     with gzip.open(POOL, "rt") as file:
         instances = [_instance(json.loads(line)) for line in file]
-    pools = collect(instances, metric="rougeL", splits={"test"})
+    pools = collect_pools(instances, metric="rougeL", splits={"test"})
     best = choose_system(pools)
     assert best is not None
-    picks = [pool.labels[pick(of_system(pool, best))] for pool in pools]
+    picks = [pool.labels[pick(prefer_system(pool, best))] for pool in pools]
     report = evaluate(instances, score=None)
     found = {name: round(100 * report.selectors[name].estimate.mean, 1) for name in ("random", "mbr", "oracle")}
     assert len(instances) == 630

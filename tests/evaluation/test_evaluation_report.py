@@ -13,7 +13,7 @@ from wording import assert_names
 from cappy.errors import RecordError
 from cappy.evaluation import Difference, Report, evaluate, page
 from cappy.evaluation.findings import SCHEMA
-from cappy.evaluation.statistics import holm
+from cappy.evaluation.statistics import adjust_p_values
 from cappy.evaluation.verdict import verdict
 from cappy.records import Instance
 
@@ -86,7 +86,7 @@ def test_comparisons_that_do_not_survive_holms_correction_are_named_as_a_person_
         key: replace(value, difference=0.02, low=0.01, high=0.03, p_value=0.03 if key in weak else 1e-6)
         for key, value in report.comparisons.items()
     }
-    adjusted = holm({key: value.p_value for key, value in made.items()})
+    adjusted = adjust_p_values({key: value.p_value for key, value in made.items()})
     sentences = [one for one in verdict(replace(report, comparisons=made, adjusted=adjusted)) if "Holm" in one]
     (sentence,) = sentences
     assert_names(sentence, f"{len(made)} comparisons", "scorer against better likelihood", "scorer + MBR against MBR")
@@ -156,7 +156,7 @@ def test_equal_reports_make_equal_pages(report: Report) -> None:
 
 def test_the_page_says_what_was_not_available(instances: list[Instance]) -> None:
     html = page.render(evaluate(instances, score=None))
-    assert re.search(r"without scorer \+ MBR.*needs scorer", html)
+    assert re.search(r"no scorer \+ MBR.*needs scorer", html)
 
 
 def test_labels_that_users_brought_need_no_reference(instances: list[Instance], score: Score) -> None:
@@ -170,4 +170,4 @@ def test_labels_that_users_brought_need_no_reference(instances: list[Instance], 
     ]
     report = evaluate(rated, score=score, metric="given")
     assert report.selectors["oracle"].estimate == evaluate(instances, score=score).selectors["oracle"].estimate
-    assert "labels came with" in page.render(report)
+    assert "labels were given with" in page.render(report)

@@ -15,7 +15,7 @@ from cappy.config import build
 from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import read_report
 from cappy.evaluation.step import EvaluationConfig, evaluate_folder
-from cappy.evaluation.threshold import threshold
+from cappy.evaluation.threshold import find_threshold
 from cappy.progress import silent
 from cappy.records import Candidate, Instance, Manifest, prompt_hash, write
 from cappy.records.folder import describe_files, verify, write_manifest
@@ -97,7 +97,7 @@ def test_a_threshold_is_found_in_the_picks_and_knows_their_groups(
     nothing = trained_on_first_three(instances, "")
     own = config(folders, source=folders / "paired")
     evaluate_folder(own, silent, load=lambda path: FakeScorer(score), trained_on=nothing)
-    found = threshold(folders / "report", precision=0.0, good=0.5)
+    found = find_threshold(folders / "report", precision=0.0, good=0.5)
     assert found is not None
     assert found.reported == 40
     assert found.coverage > 0.9
@@ -140,7 +140,7 @@ def test_another_scorer_does_not_get_the_kept_scores(folders: Path, instances: l
 
 
 def test_a_folder_without_a_report_says_what_to_give(folders: Path) -> None:
-    with raises_naming(FolderError, "scorer/report.json", "evaluation wrote"):
+    with raises_naming(FolderError, f"{folders / 'scorer'}: ", "report.json", "evaluation wrote"):
         read_report(folders / "scorer")
 
 
@@ -185,7 +185,7 @@ def test_what_sampling_could_not_get_leaves_a_report_that_says_so(
         there = known == "reported" and name != "hybrid_likelihood"
         assert (name in values["selectors"]) is there
         assert (name in values["unavailable"]) is not there
-    without = {"reported": "of the held-out, 16 of 16"}.get(known, "36 of 36")
+    without = {"reported": "on the held-out split, 16 of 16"}.get(known, "36 of 36")
     assert re.search(f"{without} .*log-likelihood", page)
     assert ("scorer-likelihood" in values["comparisons"]) is (known == "reported")
     assert "hybrid_mbr" in values["selectors"]

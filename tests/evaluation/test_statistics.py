@@ -7,7 +7,14 @@ import pytest
 from scipy.stats import binomtest, ttest_1samp
 
 from cappy.evaluation.findings import Difference
-from cappy.evaluation.statistics import compare, estimates, holm, lower_bound, power, share
+from cappy.evaluation.statistics import (
+    adjust_p_values,
+    compare,
+    compute_power,
+    estimate_means,
+    estimate_share,
+    lower_bound,
+)
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
@@ -62,7 +69,7 @@ def test_intervals_of_grouped_data_hold_the_true_mean_as_often_as_they_say() -> 
     held = 0
     for _ in range(400):
         values = 0.5 + (rng.normal(size=60).repeat(4) + rng.normal(size=240) / 2) / 20
-        (found,) = estimates(values[:, None], groups)
+        (found,) = estimate_means(values[:, None], groups)
         held += found.low <= 0.5 <= found.high
     assert 0.92 <= held / 400 <= 0.98
 
@@ -81,7 +88,7 @@ def test_a_few_large_groups_do_not_pass_for_many() -> None:
 def test_instances_of_one_group_are_no_evidence_however_many() -> None:
     found = against_nothing(np.random.default_rng(0).random(200), ["one"] * 200)
     assert (found.low, found.high, found.p_value, found.standard_error) == (-1.0, 1.0, 1.0, None)
-    assert power(found).groups_needed is None
+    assert compute_power(found).groups_needed is None
 
 
 def test_groups_of_one_value_make_wider_intervals_than_the_same_instances_drawn_alone() -> None:
@@ -117,9 +124,9 @@ def test_another_level_gives_another_bound() -> None:
 
 
 def test_intervals_stay_where_labels_are() -> None:
-    (high,) = estimates(np.array([[1.0]] * 39 + [[0.5]]), alone(40))
+    (high,) = estimate_means(np.array([[1.0]] * 39 + [[0.5]]), alone(40))
     assert high.high == 1.0
-    (single,) = estimates(np.array([[0.4]]), ["a"])
+    (single,) = estimate_means(np.array([[0.4]]), ["a"])
     assert (single.low, single.high) == (0.0, 1.0)
 
 
@@ -135,28 +142,28 @@ def test_the_interval_of_a_share_holds_the_truth_however_alike_the_picks_of_a_gr
     for _ in range(200):
         chances = rng.beta((1 / alike - 1) * truth, (1 / alike - 1) * (1 - truth), size=20).repeat(4)
         good = (rng.random(80) < chances).astype(np.float64)
-        found = share(good, groups)
+        found = estimate_share(good, groups)
         held += found.low <= truth <= found.high
     assert held / 200 >= 0.92
 
 
 def test_a_share_of_instances_on_their_own_has_the_exact_interval() -> None:
     good = np.array([1.0] * 70 + [0.0] * 30)
-    found = share(good, [str(index) for index in range(100)])
+    found = estimate_share(good, [str(index) for index in range(100)])
     exact = binomtest(70, 100).proportion_ci(method="exact")
     assert (found.mean, found.low, found.high) == pytest.approx((0.7, exact.low, exact.high), abs=0.005)
 
 
 def test_instances_of_a_group_that_are_not_alike_count_each() -> None:
     good = (np.random.default_rng(0).random(400) < 0.7).astype(np.float64)
-    found = share(good, [str(index // 4) for index in range(400)])
+    found = estimate_share(good, [str(index // 4) for index in range(400)])
     exact = binomtest(int(good.sum()), 400).proportion_ci(method="exact")
     assert found.high - found.low == pytest.approx(exact.high - exact.low, rel=0.15)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_where_all_are_alike_each_group_counts_once(value: float) -> None:
-    found = share(np.full(40, value), [str(index // 4) for index in range(40)])
+    found = estimate_share(np.full(40, value), [str(index // 4) for index in range(40)])
     exact = binomtest(int(10 * value), 10).proportion_ci(method="exact")
     assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
 
@@ -172,7 +179,7 @@ def test_a_difference_of_the_smallest_size_is_shown_in_four_of_five_tries() -> N
     rng = np.random.default_rng(0)
     smallest = 2.83 * np.sqrt(2) / np.sqrt(200) / 10
     tries = [compare(values[:, 0], values[:, 1], alone(200)) for values in _pairs(rng, smallest, 400)]
-    assert np.mean([power(one).smallest for one in tries]) == pytest.approx(smallest, rel=0.03)
+    assert np.mean([compute_power(one).smallest for one in tries]) == pytest.approx(smallest, rel=0.03)
     assert 0.75 < np.mean([one.low > 0 for one in tries]) < 0.85
 
 
@@ -184,14 +191,14 @@ def _pairs(rng: np.random.Generator, difference: float, count: int) -> Iterator[
 def test_a_difference_half_the_smallest_needs_four_times_the_groups() -> None:
     values = np.random.default_rng(0).normal(size=50) / 10
     values -= values.mean()
-    smallest = power(against_nothing(values + 0.01)).smallest
-    assert power(against_nothing(values + smallest / 2)).groups_needed == pytest.approx(200, abs=1)
-    assert power(against_nothing(values)).groups_needed is None
+    smallest = compute_power(against_nothing(values + 0.01)).smallest
+    assert compute_power(against_nothing(values + smallest / 2)).groups_needed == pytest.approx(200, abs=1)
+    assert compute_power(against_nothing(values)).groups_needed is None
 
 
 def test_holm_multiplies_the_smallest_by_all_and_never_turns_the_order() -> None:
     """The example of three hypotheses at 0.01, 0.02 and 0.04: 3 x 0.01, 2 x 0.02, then the highest so far."""
-    found = holm({"c": 0.04, "a": 0.01, "b": 0.02})
+    found = adjust_p_values({"c": 0.04, "a": 0.01, "b": 0.02})
     assert list(found) == ["c", "a", "b"]
     assert found == pytest.approx({"a": 0.03, "b": 0.04, "c": 0.04})
-    assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+    assert adjust_p_values({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}

@@ -12,7 +12,7 @@ from wording import assert_names, raises_naming
 
 from cappy.errors import FolderError
 from cappy.evaluation.findings import SCHEMA
-from cappy.evaluation.threshold import groups_needed, lower_bound, lowest, sentence, threshold
+from cappy.evaluation.threshold import describe_threshold, find_lowest, find_threshold, groups_needed, lower_bound
 from cappy.records import Manifest
 from cappy.records.folder import describe_files, write_manifest
 
@@ -45,7 +45,7 @@ def test_a_promised_precision_is_kept_in_19_of_20_cases_and_the_luckiest_thresho
     for _ in range(400):
         scores = rng.random(number)
         good = rng.random(number) < worth + slope * scores
-        found, other = lowest(scores, good, apart(number), wanted), luckiest(scores, good, wanted)
+        found, other = find_lowest(scores, good, apart(number), wanted), luckiest(scores, good, wanted)
         broken += found is not None and kept(found, worth, slope) < wanted
         lucky += other is not None and kept(other, worth, slope) < wanted
     assert broken <= 400 * 0.05 + 13, "three standard errors"
@@ -59,7 +59,7 @@ def test_groups_whose_picks_are_alike_break_no_promise() -> None:
     for _ in range(200):
         scores = rng.random(300)
         good = np.repeat(rng.random(60) < 0.7, 5)
-        broken += lowest(scores, good, groups, 0.75) is not None
+        broken += find_lowest(scores, good, groups, 0.75) is not None
     assert broken <= 200 * 0.05 + 9
 
 
@@ -69,7 +69,7 @@ def test_more_picks_promise_more() -> None:
         found = []
         for _ in range(50):
             scores = rng.random(number)
-            least = lowest(scores, rng.random(number) < 0.4 + 0.6 * scores, apart(number), 0.75)
+            least = find_lowest(scores, rng.random(number) < 0.4 + 0.6 * scores, apart(number), 0.75)
             found.append(0.0 if least is None else float((scores >= least).mean()))
         return float(np.mean(found))
 
@@ -79,11 +79,11 @@ def test_more_picks_promise_more() -> None:
 def test_the_threshold_is_the_last_that_passes_before_one_fails() -> None:
     scores = np.arange(200, dtype=float)
     good = scores >= 100
-    assert lowest(scores, good, apart(200), 0.9) is not None
-    assert 85 <= (lowest(scores, good, apart(200), 0.9) or 0) <= 105
-    assert lowest(scores, good, apart(200), 0.0) == 0.0
-    assert lowest(scores, ~good, apart(200), 0.1) is None
-    assert lowest(scores, np.ones(200, dtype=bool), apart(200), 1.0) is None, (
+    assert find_lowest(scores, good, apart(200), 0.9) is not None
+    assert 85 <= (find_lowest(scores, good, apart(200), 0.9) or 0) <= 105
+    assert find_lowest(scores, good, apart(200), 0.0) == 0.0
+    assert find_lowest(scores, ~good, apart(200), 0.1) is None
+    assert find_lowest(scores, np.ones(200, dtype=bool), apart(200), 1.0) is None, (
         "no number of picks shows that all are good"
     )
 
@@ -93,11 +93,11 @@ def test_which_scores_are_tested_does_not_depend_on_which_picks_are_good() -> No
     rng = np.random.default_rng(3)
     scores = rng.random(120)
     good = rng.random(120) < 0.4 + 0.6 * scores
-    before = lowest(scores, good, apart(120), 0.7)
+    before = find_lowest(scores, good, apart(120), 0.7)
     for index in np.flatnonzero(~good)[:20]:
         better = good.copy()
         better[index] = True
-        after = lowest(scores, better, apart(120), 0.7)
+        after = find_lowest(scores, better, apart(120), 0.7)
         assert after is not None
         assert before is None or after <= before
 
@@ -105,9 +105,9 @@ def test_which_scores_are_tested_does_not_depend_on_which_picks_are_good() -> No
 def test_picks_of_equal_score_are_kept_together() -> None:
     scores = np.repeat([0.9, 0.5, 0.1], 60)
     good = np.repeat([True, True, False], 60)
-    assert lowest(scores, good, apart(180), 0.9) == 0.5
+    assert find_lowest(scores, good, apart(180), 0.9) == 0.5
     good[90:120] = False
-    assert lowest(scores, good, apart(180), 0.9) == 0.9
+    assert find_lowest(scores, good, apart(180), 0.9) == 0.9
 
 
 def test_the_bound_is_clopper_and_pearsons_where_every_pick_is_a_group() -> None:
@@ -152,7 +152,7 @@ def report(tmp_path: Path) -> Path:
 
 
 def test_the_threshold_is_chosen_held_out_and_tried_on_what_is_reported(report: Path) -> None:
-    found = threshold(report, precision=0.8, good=0.5)
+    found = find_threshold(report, precision=0.8, good=0.5)
     assert found is not None
     assert 0.45 <= found.threshold <= 0.52
     own = [label for score, label, *_ in HELD if score >= found.threshold]
@@ -162,7 +162,7 @@ def test_the_threshold_is_chosen_held_out_and_tried_on_what_is_reported(report: 
     assert found.precision == pytest.approx(4 / 5)
     expected = binomtest(4, 5).proportion_ci(method="exact")
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
-    text = sentence(found, precision=0.8, good=0.5)
+    text = describe_threshold(found, precision=0.8, good=0.5)
     assert_names(text, f"at least {100 * found.held_out_low:.1f}%", "95% confidence", "5 groups", "do not prove")
     assert found.floor is None
     assert "--floor" not in text
@@ -170,14 +170,14 @@ def test_the_threshold_is_chosen_held_out_and_tried_on_what_is_reported(report: 
 
 def test_a_calibrated_report_says_which_floor_a_gateway_needs(report: Path) -> None:
     (report / "calibration.json").write_text(straight({1: 1.0, 4: 0.5}).to_json())
-    found = threshold(report, precision=0.8, good=0.5)
+    found = find_threshold(report, precision=0.8, good=0.5)
     assert found is not None
     assert found.floor == pytest.approx(found.threshold / 2)
-    assert f"--floor {found.floor:.6g}" in sentence(found, precision=0.8, good=0.5)
+    assert f"--floor {found.floor:.6g}" in describe_threshold(found, precision=0.8, good=0.5)
 
 
 def test_more_confidence_asks_for_a_higher_threshold(report: Path) -> None:
-    least = [threshold(report, precision=0.8, good=0.5, confidence=value) for value in (0.6, 0.95, 0.999)]
+    least = [find_threshold(report, precision=0.8, good=0.5, confidence=value) for value in (0.6, 0.95, 0.999)]
     values = [found.threshold for found in least if found is not None]
     assert len(values) == 3
     assert values == sorted(values)
@@ -187,7 +187,7 @@ def test_more_confidence_asks_for_a_higher_threshold(report: Path) -> None:
 def test_reported_picks_of_one_group_prove_as_much_as_one_of_them(report: Path) -> None:
     def proven(copies: int) -> tuple[float | None, float | None]:
         write(report, {"held_out": HELD, "reported": [pick for pick in REPORTED for _ in range(copies)]})
-        found = threshold(report, precision=0.8, good=0.5)
+        found = find_threshold(report, precision=0.8, good=0.5)
         assert found is not None
         assert (found.groups, found.precision) == (5, pytest.approx(4 / 5))
         return found.low, found.high
@@ -196,10 +196,10 @@ def test_reported_picks_of_one_group_prove_as_much_as_one_of_them(report: Path) 
 
 
 def test_a_precision_that_no_score_has_is_said_with_what_it_takes(report: Path) -> None:
-    assert threshold(report, precision=0.9, good=1.1) is None
-    text = sentence(None, precision=0.9, good=1.1)
-    assert_names(text, "No score", "95%", "90%", "29 groups")
-    assert_names(sentence(None, precision=1.0, good=0.5), "No score", "100%", "no number")
+    assert find_threshold(report, precision=0.9, good=1.1) is None
+    text = describe_threshold(None, precision=0.9, good=1.1)
+    assert_names(text, "No threshold", "95%", "90%", "29 groups")
+    assert_names(describe_threshold(None, precision=1.0, good=0.5), "No threshold", "100%", "no number")
 
 
 def folded(shift: float) -> list[tuple[float, float, str, int, int]]:
@@ -212,18 +212,18 @@ def folded(shift: float) -> list[tuple[float, float, str, int, int]]:
 
 
 def test_a_cross_fitted_threshold_is_kept_by_picks_of_folds_that_did_not_choose_it(tmp_path: Path) -> None:
-    found = threshold(write(tmp_path, {"out_of_fold": folded(0.0)}, folds=4), precision=0.8, good=0.5)
+    found = find_threshold(write(tmp_path, {"out_of_fold": folded(0.0)}, folds=4), precision=0.8, good=0.5)
     assert found is not None
     assert (found.folds, found.held_out, found.reported) == (4, 200, 200)
     assert 0.4 < found.threshold <= 0.52
     assert found.precision is not None
     assert found.precision >= 0.8
-    assert_names(sentence(found, precision=0.8, good=0.5), "other folds", "each of 4", "scale")
+    assert_names(describe_threshold(found, precision=0.8, good=0.5), "other folds", "each of 4", "scale")
 
 
 def test_folds_on_other_scales_are_seen_in_what_is_kept(tmp_path: Path) -> None:
-    alike = threshold(write(tmp_path, {"out_of_fold": folded(0.0)}, folds=4), precision=0.8, good=0.5)
-    shifted = threshold(write(tmp_path, {"out_of_fold": folded(0.5)}, folds=4), precision=0.8, good=0.5)
+    alike = find_threshold(write(tmp_path, {"out_of_fold": folded(0.0)}, folds=4), precision=0.8, good=0.5)
+    shifted = find_threshold(write(tmp_path, {"out_of_fold": folded(0.5)}, folds=4), precision=0.8, good=0.5)
     assert alike is not None
     assert shifted is not None
     assert alike.precision is not None
@@ -252,4 +252,4 @@ def test_picks_that_say_too_little_are_refused(
     tmp_path: Path, values: dict[str, Any], folds: int, named: tuple[str, ...]
 ) -> None:
     with raises_naming(FolderError, "picks.json", *named):
-        threshold(write(tmp_path, values, folds=folds), precision=0.8, good=0.5)
+        find_threshold(write(tmp_path, values, folds=folds), precision=0.8, good=0.5)

@@ -12,8 +12,7 @@ import pytest
 from chromium import launched, needs_chromium
 from local_server import handled_by
 
-from cappy.annotation.report import page as data_page
-from cappy.annotation.report import summarize
+from cappy.annotation.report import data_report_page, summarize
 from cappy.evaluation import Report, evaluate
 from cappy.evaluation import page as scorer_page
 from cappy.records import Candidate, Instance
@@ -55,7 +54,7 @@ def scorer_report() -> str:
 
 @cache
 def data_report() -> str:
-    return data_page.render(summarize(to_table(INSTANCES).to_batches(), "m"))
+    return data_report_page.render(summarize(to_table(INSTANCES).to_batches(), "m"))
 
 
 PAGES = {"scorer report": scorer_report, "data report": data_report}

@@ -15,7 +15,7 @@ from cappy.errors import RecordError
 from cappy.preparation import prompted
 from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.scoring import TRAINED_ON
-from cappy.scoring.training_data import seen_in_training, training_data, write_training_data
+from cappy.scoring.training_data import count_seen, training_data, write_training_data
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]
 JsonLines = Callable[..., Path]
@@ -59,7 +59,7 @@ def leaks(folder: Path, work: Path) -> int:
     prompts = {prompt_hash(one.instruction) for one in instances if one.split != "test"}
     np.array(sorted(prompts), dtype="<u8").tofile(work / TRAINED_ON)
     write_training_data(work, folder)
-    return seen_in_training([one for one in instances if one.split == "test"], training_data(work))
+    return count_seen([one for one in instances if one.split == "test"], training_data(work))
 
 
 @pytest.mark.parametrize("seed", range(3))

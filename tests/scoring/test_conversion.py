@@ -87,7 +87,7 @@ def test_weights_in_half_precision_are_written_in_fp32(published: Path, tmp_path
 
 def test_a_file_with_another_hash_is_not_read_and_the_found_hash_is_told(published: Path, tmp_path: Path) -> None:
     (published / "pytorch_model.bin").write_bytes(b"never parsed")
-    with pytest.raises(FolderError, match=f"{hash_of(published)}.*--sha256.*{'0' * 64}"):
+    with pytest.raises(FolderError, match=f"{hash_of(published)}.*{'0' * 64}.*--sha256"):
         convert(str(published), tmp_path / "scorer", sha256="0" * 64)
     with pytest.raises(ConfigError, match="--sha256: .*64.*'main'"):
         convert(str(published), tmp_path / "scorer", sha256="main")
@@ -110,7 +110,7 @@ def test_a_key_missing_too_many_or_of_another_shape_is_refused(published: Path) 
     refused(published, r"has lm_head\.bias.*config\.json")
     (published / "pytorch_model.bin").write_bytes(original)
     rewrite(published, lambda state: {**state, "classifier.out_proj.bias": torch.zeros(3)})
-    refused(published, r"classifier\.out_proj\.bias .*\(3,\).*config\.json.*\(1,\)")
+    refused(published, r"classifier\.out_proj\.bias .*\(3,\).*\(1,\).*config\.json")
 
 
 def test_an_encoder_without_a_scoring_head_is_refused(published: Path) -> None:
@@ -149,7 +149,7 @@ def test_without_tokenizer_or_with_a_foreign_one_it_is_refused(published: Path) 
 @pytest.mark.parametrize("content", [b"", b"text, no checkpoint", b"PK\x03\x04 torn"])
 def test_a_file_that_is_no_checkpoint_is_refused(published: Path, content: bytes) -> None:
     (published / "pytorch_model.bin").write_bytes(content)
-    refused(published, "pytorch_model.bin: .*tensors alone")
+    refused(published, "pytorch_model.bin: .*tensors only")
 
 
 class Evil:
@@ -164,7 +164,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rewrite(published, lambda state: {**state, "evil": Evil()})
-    refused(published, "pytorch_model.bin: .*tensors alone")
+    refused(published, "pytorch_model.bin: .*tensors only")
     assert not (tmp_path / "ran").exists()
 
 

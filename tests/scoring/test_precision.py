@@ -21,7 +21,7 @@ from cappy.errors import ConfigError
 from cappy.scoring import Scorer
 from cappy.scoring.config import ChosenPrecision, ScorerConfig
 from cappy.scoring.encoding import EncodedPair
-from cappy.scoring.forward import choose, collate, has_bf16, has_prepacking
+from cappy.scoring.forward import choose_precision, collate, has_bf16, has_prepacking
 
 CPU = torch.device("cpu")
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
@@ -224,10 +224,10 @@ def test_auto_is_bf16_only_where_the_processor_has_it(scorer_folder: Path, monke
         ({"amx_bf16": True}, "bf16"),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert choose("auto", CPU) == expected
+        assert choose_precision("auto", CPU) == expected
         assert Scorer.load(str(scorer_folder), device="cpu").precision == expected
-        assert choose("fp32", CPU) == "fp32"
-        assert choose("bf16", CPU) == "bf16"
+        assert choose_precision("fp32", CPU) == "fp32"
+        assert choose_precision("bf16", CPU) == "bf16"
     assert not has_bf16(torch.device("meta"))
     with pytest.raises(ConfigError, match="precision: .*auto, fp32, bf16.*'fp16'"):
         Scorer.load(str(scorer_folder), precision="fp16")  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from cappy.records import Instance, write
 from cappy.scoring import Scorer
 from cappy.scoring.config import ChosenPrecision, ScorerConfig
 from cappy.scoring.encoding import EncodedPair, PairEncoder
-from cappy.scoring.forward import by_length
+from cappy.scoring.forward import batch_by_length
 
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
 
@@ -151,7 +151,7 @@ def test_a_pair_fits_exactly_where_none_of_its_tokens_is_cut(scorer: Scorer) -> 
 
 def test_batches_hold_every_pair_once_within_the_budget() -> None:
     encoded = [EncodedPair(ids=(1,) * length, types=(0,) * length) for length in (5, 90, 3, 40, 41, 7, 300)]
-    batches = list(by_length(encoded, budget=100))
+    batches = list(batch_by_length(encoded, budget=100))
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(len(encoded[i].ids) for i in batch) <= 100

@@ -51,7 +51,7 @@ TEXTS = ("a b c d", "a b c e", "a b x y", "q r s t", "a c d e f", "b c d")
 
 def test_the_mbr_curve_comes_near_the_mean_over_all_subsets_and_ends_at_its_pick() -> None:
     labels = RNG.random(len(TEXTS))
-    curve = mbr_curve(TEXTS, labels, np.random.default_rng(0), draws=4000)
+    curve = mbr_curve(TEXTS, labels, np.random.default_rng(0), num_orders=4000)
     for n in range(1, len(TEXTS) + 1):
         subsets = itertools.combinations(range(len(TEXTS)), n)
         brute = np.mean([pick_label(mbr([TEXTS[i] for i in s]), labels[list(s)]) for s in subsets])
@@ -64,7 +64,7 @@ def test_of_two_candidates_mbr_is_worth_exactly_a_random_one(size: int) -> None:
     """Two texts are as near to each other as to one another: the first of a pool must not win by standing first."""
     texts = [f"a b {' c' * index}" for index in range(size)]
     labels = np.linspace(1.0, 0.0, size) if size > 1 else np.array([1.0])
-    curve = mbr_curve(tuple(texts), labels, np.random.default_rng(0), draws=2)
+    curve = mbr_curve(tuple(texts), labels, np.random.default_rng(0), num_orders=2)
     assert curve[: min(2, size)].tolist() == [labels.mean()] * min(2, size)
 
 
@@ -78,7 +78,8 @@ def test_the_order_of_a_pool_says_nothing_of_a_selector_that_ties() -> None:
         assert forth[-1] == pytest.approx(pick_label(values, labels))
     assert best_of_n_curve(np.zeros(5), labels) == pytest.approx(np.full(5, labels.mean()))
     curves = [
-        mbr_curve(texts[turn], labels[turn], np.random.default_rng(0), draws=4000) for turn in (slice(None), turned)
+        mbr_curve(texts[turn], labels[turn], np.random.default_rng(0), num_orders=4000)
+        for turn in (slice(None), turned)
     ]
     assert curves[0] == pytest.approx(curves[1], abs=0.02)
 

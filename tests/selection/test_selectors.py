@@ -8,8 +8,8 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from cappy.records import Candidate, Instance
-from cappy.selection.pools import Pool, collect, is_tied, mbr, pick
-from cappy.selection.selectors import SELECTORS, choose_system, choose_weight, of_system
+from cappy.selection.pools import Pool, collect_pools, is_tied, mbr, pick
+from cappy.selection.selectors import SELECTORS, choose_system, choose_weight, prefer_system
 
 TEXTS = (
     "Blue Spice is a coffee shop in the city centre.",
@@ -73,8 +73,8 @@ def test_likelihood_needs_every_candidates_logprob() -> None:
 
 def test_a_system_is_its_first_candidate_or_the_pools_first() -> None:
     candidates = [Candidate(response=str(i), generator="g", decoding=d) for i, d in enumerate(("x", "y", "y"))]
-    assert pick(of_system(pool_of(candidates), "g y")) == 1
-    assert pick(of_system(pool_of(candidates), "g z")) == 0
+    assert pick(prefer_system(pool_of(candidates), "g y")) == 1
+    assert pick(prefer_system(pool_of(candidates), "g z")) == 0
 
 
 def test_the_best_system_has_the_best_mean_label_and_not_one_lucky_one() -> None:
@@ -83,7 +83,7 @@ def test_the_best_system_has_the_best_mean_label_and_not_one_lucky_one() -> None
         return Instance(instance_id=str(index), instruction="i", references=("r",), candidates=candidates)
 
     rows = [{"weak": 0.1, "good": 0.6}, {"weak": 0.2, "good": 0.7}, {"weak": 0.1, "good": 0.5, "lucky": 0.9}]
-    pools = collect([instance(i, row) for i, row in enumerate(rows)], metric="rougeL", splits={"train"})
+    pools = collect_pools([instance(i, row) for i, row in enumerate(rows)], metric="rougeL", splits={"train"})
     assert choose_system(pools) == "good"
 
 
@@ -100,5 +100,5 @@ def test_references_and_planted_candidates_are_never_in_a_pool() -> None:
     candidates = [Candidate(response=s, source=s, labels={"rougeL": 1.0}) for s in sources]  # type: ignore[arg-type]
     candidates[-1] = replace(candidates[-1], status="failed")
     instance = Instance(instance_id="i", instruction="i", references=("r",), candidates=tuple(candidates))
-    (pool,) = collect([instance], metric="rougeL", splits={"train"})
+    (pool,) = collect_pools([instance], metric="rougeL", splits={"train"})
     assert pool.responses == ("llm", "choice")

@@ -14,7 +14,7 @@ from wording import assert_names
 from cappy.cli import main
 from cappy.config import to_values
 from cappy.records import Instance, write
-from cappy.scoring.forward import keep_heads_exact
+from cappy.scoring.forward import keep_heads_in_fp32
 from cappy.scoring.scorer import Scorer
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.meter import Meter, count_layer_weights, describe_progress, pair_flops, peak_flops, read_curves
@@ -134,7 +134,7 @@ def test_in_bf16_the_head_and_what_follows_stay_in_fp32(scorer_folder: Path) -> 
     batch = scorer.encoder.encode([("one two three", "cat"), ("four", "dog bird")])
     exact = scorer.logits(batch)
     scorer.autocast = True
-    keep_heads_exact(scorer.model)
+    keep_heads_in_fp32(scorer.model)
     for pads in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Scorer, "pads", pads)

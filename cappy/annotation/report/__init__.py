@@ -1,9 +1,9 @@
-"""The data report: what a folder of annotated instances holds, and whether it lets selection matter.
+"""The data report: statistics of a folder of annotated instances, and how much selection can gain on it.
 
 `write_report(folder, target)` reads the folder once, in bounded memory, and writes report.html and report.json.
 """
 
-from cappy.annotation.report.page import write_page, write_report
+from cappy.annotation.report.data_report_page import write_page, write_report
 from cappy.annotation.report.record import DataReport
 from cappy.annotation.report.summary import summarize
 from cappy.annotation.report.text import to_text

@@ -1,6 +1,6 @@
-"""The candidates of an Arrow batch side by side, as arrays, and what a selector finds in each instance of it.
+"""Reads the candidates of an Arrow batch as arrays, and computes statistics of every instance.
 
-There is no loop over candidates. `measure` gives one row of whole numbers per instance, ready to be added up.
+Everything is vectorised. `measure_instances` returns one row of integers per instance, which can be summed.
 """
 
 from collections.abc import Iterable
@@ -25,29 +25,29 @@ COLUMNS = (
     *("instance_id", "group_id", "task", "split", "instruction", "references"),
     *(f"candidates.list.element.{name}" for name in _OF_CANDIDATES),
 )
-"""What of a folder the report reads, as `read_batches` wants it."""
-_MOST_NAMES = 8
+"""The columns of a folder that the report reads, as `read_batches` takes them."""
+_MAX_NAMES = 8
 SCALE = 2**40
-"""Fractions are added as whole multiples of 1 / SCALE, so that sums do not depend on how rows came in batches."""
+"""Fractions are summed as integer multiples of 1 / SCALE, so that sums do not depend on the batches."""
 _COUNTS = ("instances", "candidates", "selectable", "distinct", "pools", "comparable")
 _OVER_POOLS = ("random", "oracle", "no_signal", "best_shared", "effective")
 NUM_COLUMNS = len(_COUNTS) + len(_OVER_POOLS) + 1
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
-    """A column of texts: the distinct ones, and which of them each entry is. A null is the default."""
+class TextColumn:
+    """A dictionary-encoded column: the distinct texts, and the index of the text of each entry."""
 
     values: pa.StringArray
     index: Ints
 
-    def names(self) -> list[str]:
+    def texts(self) -> list[str]:
         """The distinct texts."""
-        texts: list[str] = self.values.to_pylist()
-        return texts
+        distinct: list[str] = self.values.to_pylist()
+        return distinct
 
-    def among(self, *texts: str) -> Flags:
-        """Which entries are one of these texts."""
+    def is_in(self, *texts: str) -> Flags:
+        """Whether each entry is one of these texts."""
         flags: Flags = np.asarray(pc.is_in(self.values, pa.array(texts, self.values.type)))[self.index]
         return flags
 
@@ -59,175 +59,178 @@ class Candidates:
     rows: int
     owner: Ints
     labels: Floats
-    response: Codes
-    source: Codes
-    generator: Codes
-    decoding: Codes
-    status: Codes
+    response: TextColumn
+    source: TextColumn
+    generator: TextColumn
+    decoding: TextColumn
+    status: TextColumn
 
     @property
     def selectable(self) -> Flags:
-        """As `Candidate.selectable`."""
-        flags: Flags = self.proposals & self.status.among(*SELECTABLE)
+        """Whether each candidate is selectable, as `Candidate.selectable`."""
+        flags: Flags = self.proposals & self.status.is_in(*SELECTABLE)
         return flags
 
     @property
     def proposals(self) -> Flags:
-        """Whether it is an LLM's response or a choice, whatever its status."""
-        return self.source.among("llm", "choice")
+        """Whether each candidate is an LLM's response or a choice, whatever its status."""
+        return self.source.is_in("llm", "choice")
 
 
-def codes(column: pa.Array, default: str = "") -> Codes:
-    """The distinct texts of a column and where they stand."""
+def encode_texts(column: pa.Array, default: str = "") -> TextColumn:
+    """Dictionary-encodes a column; nulls become `default`."""
     encoded = column.fill_null(default).dictionary_encode()
-    return Codes(encoded.dictionary, np.asarray(encoded.indices, dtype=np.int64))
+    return TextColumn(encoded.dictionary, np.asarray(encoded.indices, dtype=np.int64))
 
 
-def candidates(batch: pa.RecordBatch, metric: str) -> Candidates:
-    """The candidates with their labels; RecordError for the first that has none of this metric, or none of 0 to 1."""
+def read_candidates(batch: pa.RecordBatch, metric: str) -> Candidates:
+    """Reads the candidates. Raises RecordError if a label of this metric is missing or not in 0 to 1."""
     column = batch["candidates"]
     sizes = np.asarray(pc.list_value_length(column).fill_null(0), dtype=np.int64)
     entries = column.flatten()
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    labels, labelled = _labels(entries.field("labels"), metric)
+    labels, labelled = _read_labels(entries.field("labels"), metric)
     if not labelled.all():
-        at = int(np.argmin(labelled))
-        raise RecordError(f"{_place(batch, owner, at)} has no label {quote(metric)}; {_remedy(entries, at, metric)}")
+        index = int(np.argmin(labelled))
+        remedy = _missing_label_remedy(entries, index, metric)
+        raise RecordError(f"{_describe_candidate(batch, owner, index)} has no label {quote(metric)}; {remedy}")
     wrong = ~((labels >= 0) & (labels <= 1))
     if wrong.any():
-        at = int(np.argmax(wrong))
-        remedy = "labels are 0 to 1: run cappy annotation again"
-        raise RecordError(f"{_place(batch, owner, at)}: label {quote(metric)} is {labels[at]}; {remedy}")
+        index = int(np.argmax(wrong))
+        remedy = "labels must be 0 to 1: run cappy annotation again"
+        raise RecordError(
+            f"{_describe_candidate(batch, owner, index)}: label {quote(metric)} is {labels[index]}; {remedy}"
+        )
     return Candidates(
         rows=len(sizes),
         owner=owner,
         labels=labels,
-        response=codes(entries.field("response")),
-        source=codes(entries.field("source"), "llm"),
-        generator=codes(entries.field("generator")),
-        decoding=codes(entries.field("decoding")),
-        status=codes(entries.field("status"), "ok"),
+        response=encode_texts(entries.field("response")),
+        source=encode_texts(entries.field("source"), "llm"),
+        generator=encode_texts(entries.field("generator")),
+        decoding=encode_texts(entries.field("decoding")),
+        status=encode_texts(entries.field("status"), "ok"),
     )
 
 
 def metrics_of(labels: pa.MapArray) -> list[str]:
-    """The metrics that a column of labels names, sorted."""
+    """The names of the metrics in a column of labels, sorted."""
     first, last = (int(labels.offsets[end].as_py()) for end in (0, len(labels)))
     return sorted(pc.unique(labels.keys.slice(first, last - first)).to_pylist())
 
 
-def _labels(maps: pa.MapArray, metric: str) -> tuple[Floats, Flags]:
+def _read_labels(maps: pa.MapArray, metric: str) -> tuple[Floats, Flags]:
     """The label of each candidate, and whether it has one that is not null."""
     offsets = np.asarray(maps.offsets, dtype=np.int64)
     keys = maps.keys.slice(offsets[0], offsets[-1] - offsets[0])
     values = maps.items.slice(offsets[0], offsets[-1] - offsets[0])
-    at = np.flatnonzero(np.asarray(pc.and_(pc.equal(keys, metric), values.is_valid())))
-    holder = np.searchsorted(offsets, at + offsets[0], side="right") - 1
+    positions = np.flatnonzero(np.asarray(pc.and_(pc.equal(keys, metric), values.is_valid())))
+    candidate = np.searchsorted(offsets, positions + offsets[0], side="right") - 1
     labels, labelled = np.zeros(len(maps)), np.zeros(len(maps), dtype=np.bool_)
-    labels[holder] = np.asarray(values.take(pa.array(at)))
-    labelled[holder] = True
+    labels[candidate] = np.asarray(values.take(pa.array(positions)))
+    labelled[candidate] = True
     return labels, labelled
 
 
-def _place(batch: pa.RecordBatch, owner: Ints, at: int) -> str:
-    row = int(owner[at])
-    return f"instance {quote(batch['instance_id'][row].as_py())}: candidate {at - int(np.searchsorted(owner, row))}"
+def _describe_candidate(batch: pa.RecordBatch, owner: Ints, index: int) -> str:
+    row = int(owner[index])
+    return f"instance {quote(batch['instance_id'][row].as_py())}: candidate {index - int(np.searchsorted(owner, row))}"
 
 
-def _remedy(entries: pa.StructArray, at: int, metric: str) -> str:
-    """What to do about a missing label: to name a metric that this candidate has, or to annotate."""
+def _missing_label_remedy(entries: pa.StructArray, index: int, metric: str) -> str:
+    """The remedy for a missing label: choose a metric that this candidate has, or annotate."""
     labels = entries.field("labels")
-    own, every = ([name for name in metrics_of(part) if name != metric] for part in (labels.slice(at, 1), labels))
+    own, every = ([name for name in metrics_of(part) if name != metric] for part in (labels.slice(index, 1), labels))
     if own:
-        return f"it has {list_names(own)}: name one of them, or run cappy annotation with that metric"
+        return f"it has {list_names(own)}: choose one of them, or run cappy annotation with that metric"
     if metric in metrics_of(labels):
-        return "others have it: run cappy annotation again"
-    others = f"others have {list_names(every)}" if every else "no candidate has one"
-    return f"{others}: run cappy annotation"
+        return "other candidates have it: run cappy annotation again"
+    found = f"other candidates have {list_names(every)}" if every else "no candidate has any label"
+    return f"{found}: run cappy annotation"
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Names for an error's line, at most eight of them."""
+    """At most eight names, for an error message."""
     every = list(names)
-    more = f" and {len(every) - _MOST_NAMES} more" if len(every) > _MOST_NAMES else ""
-    return ", ".join(quote(name) for name in every[:_MOST_NAMES]) + more
+    more = f" and {len(every) - _MAX_NAMES} more" if len(every) > _MAX_NAMES else ""
+    return ", ".join(quote(name) for name in every[:_MAX_NAMES]) + more
 
 
 def to_fixed_point(values: Floats) -> Ints:
-    """Values as whole multiples of 1 / SCALE; each is rounded by itself, by 5e-13 at most."""
+    """Values as integer multiples of 1 / SCALE, each rounded by at most 5e-13."""
     return np.rint(values * SCALE).astype(np.int64)
 
 
-def measure(candidates: Candidates) -> Ints:
-    """A row per instance: the fields of `Pools`, _COUNTS, _OVER_POOLS, then ties; fractions by `to_fixed_point`."""
-    chosen = candidates.selectable
-    owner, labels, rows = candidates.owner[chosen], candidates.labels[chosen], candidates.rows
-    first, times = _distinct(owner, candidates.response.index[chosen], len(candidates.response.values))
-    size, distinct = _count(owner, rows), _count(owner[first], rows)
-    some, comparable = size > 0, distinct >= 2
+def measure_instances(candidates: Candidates) -> Ints:
+    """One row per instance: _COUNTS, _OVER_POOLS and ties (fields of `Pools`); fractions by `to_fixed_point`."""
+    selectable = candidates.selectable
+    owner, labels, rows = candidates.owner[selectable], candidates.labels[selectable], candidates.rows
+    first, times = _find_distinct(owner, candidates.response.index[selectable], len(candidates.response.values))
+    size, distinct = _count_per_row(owner, rows), _count_per_row(owner[first], rows)
+    has_pool, comparable = size > 0, distinct >= 2
     mean = np.bincount(owner, weights=labels, minlength=rows) / np.maximum(size, 1)
-    highest, lowest = _per_row(np.maximum, labels, size), _per_row(np.minimum, labels, size)
-    tied = _tied_pairs(owner[first], labels[first], rows) / np.maximum(distinct * (distinct - 1) // 2, 1)
+    highest, lowest = _reduce_per_row(np.maximum, labels, size), _reduce_per_row(np.minimum, labels, size)
+    tied = _count_tied_pairs(owner[first], labels[first], rows) / np.maximum(distinct * (distinct - 1) // 2, 1)
     return np.column_stack(
         [
             np.ones(rows, dtype=np.int64),
-            _count(candidates.owner, rows),
+            _count_per_row(candidates.owner, rows),
             size,
             distinct,
-            some,
+            has_pool,
             comparable,
             to_fixed_point(mean),
             to_fixed_point(highest),
-            to_fixed_point((some & (highest == lowest)).astype(np.float64)),
-            to_fixed_point(_ties_for_best(owner[first], labels[first], distinct).astype(np.float64)),
-            to_fixed_point(_effective(owner[first], times, size)),
+            to_fixed_point((has_pool & (highest == lowest)).astype(np.float64)),
+            to_fixed_point(_find_ties_for_best(owner[first], labels[first], distinct).astype(np.float64)),
+            to_fixed_point(_effective_sizes(owner[first], times, size)),
             to_fixed_point(np.where(comparable, tied, 0.0)),
         ]
     )
 
 
-def pools(sums: list[int]) -> Pools:
-    """The sums of many rows of `measure` as counts and means."""
+def to_pools(sums: list[int]) -> Pools:
+    """Converts the sum of rows of `measure_instances` to counts and means."""
     counts = dict(zip(_COUNTS, sums, strict=False))
     totals = zip(_OVER_POOLS, sums[len(_COUNTS) :], strict=False)
-    means = {name: ratio(total, counts["pools"]) for name, total in totals}
-    values: dict[str, Any] = {**counts, **means, "ties": ratio(sums[-1], counts["comparable"])}
+    means = {name: mean_of_sum(total, counts["pools"]) for name, total in totals}
+    values: dict[str, Any] = {**counts, **means, "ties": mean_of_sum(sums[-1], counts["comparable"])}
     return Pools(**values)
 
 
-def ratio(total: int, count: int) -> float | None:
-    """The mean of `count` fractions that were added as `to_fixed_point`; None of none."""
+def mean_of_sum(total: int, count: int) -> float | None:
+    """The mean of `count` fractions from their fixed-point sum; None if `count` is 0."""
     return total / (SCALE * count) if count else None
 
 
-def _distinct(owner: Ints, text: Ints, num_texts: int) -> tuple[Ints, Ints]:
-    """Where each text stands first in its instance, ascending, and how often it stands there."""
+def _find_distinct(owner: Ints, text: Ints, num_texts: int) -> tuple[Ints, Ints]:
+    """Index of the first occurrence of each text in its instance, ascending, and its number of occurrences."""
     _, first, times = np.unique(owner * num_texts + text, return_index=True, return_counts=True)
     order = np.argsort(first)
     return first[order], times[order]
 
 
-def _count(owner: Ints, rows: int) -> Ints:
+def _count_per_row(owner: Ints, rows: int) -> Ints:
     return np.bincount(owner, minlength=rows)
 
 
-def _per_row(extreme: np.ufunc, values: Floats, size: Ints) -> Floats:
-    """The extreme of each instance's values; 0 where it has none."""
+def _reduce_per_row(extreme: np.ufunc, values: Floats, size: Ints) -> Floats:
+    """Reduces the values of each instance with `extreme`; 0 for instances without values."""
     result = np.zeros(len(size))
-    some = size > 0
-    if some.any():
-        result[some] = extreme.reduceat(values, (np.cumsum(size) - size)[some])
+    nonempty = size > 0
+    if nonempty.any():
+        result[nonempty] = extreme.reduceat(values, (np.cumsum(size) - size)[nonempty])
     return result
 
 
-def _ties_for_best(owner: Ints, labels: Floats, distinct: Ints) -> Flags:
-    best = _per_row(np.maximum, labels, distinct)
-    flags: Flags = _count(owner[labels == best[owner]], len(distinct)) >= 2
+def _find_ties_for_best(owner: Ints, labels: Floats, distinct: Ints) -> Flags:
+    best = _reduce_per_row(np.maximum, labels, distinct)
+    flags: Flags = _count_per_row(owner[labels == best[owner]], len(distinct)) >= 2
     return flags
 
 
-def _tied_pairs(owner: Ints, labels: Floats, rows: int) -> Floats:
-    """Pairs of an instance's distinct responses with equal labels."""
+def _count_tied_pairs(owner: Ints, labels: Floats, rows: int) -> Floats:
+    """Number of pairs of distinct responses with equal labels, by instance."""
     order = np.lexsort((labels, owner))
     owner, labels = owner[order], labels[order]
     begins = np.flatnonzero(np.append(True, (owner[1:] != owner[:-1]) | (labels[1:] != labels[:-1]))[: len(owner)])
@@ -236,11 +239,11 @@ def _tied_pairs(owner: Ints, labels: Floats, rows: int) -> Floats:
     return pairs
 
 
-def _effective(owner: Ints, times: Ints, size: Ints) -> Floats:
-    """exp of the entropy of an instance's responses: n / exp(mean of log c), c being how often each one stands.
+def _effective_sizes(owner: Ints, times: Ints, size: Ints) -> Floats:
+    """exp of the entropy of an instance's responses: n / exp(mean of log c), where c is the count of each response.
 
-    The sum goes in the order of the instance, so that its last bit does not depend on the batch.
+    Summed in the order of the instance, so that the result does not depend on the batch.
     """
-    known = np.bincount(owner, weights=times * np.log(times), minlength=len(size))
-    effective: Floats = size / np.exp(known / np.maximum(size, 1))
+    log_sums = np.bincount(owner, weights=times * np.log(times), minlength=len(size))
+    effective: Floats = size / np.exp(log_sums / np.maximum(size, 1))
     return effective

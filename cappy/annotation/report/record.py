@@ -1,4 +1,4 @@
-"""The data report: what a folder of annotated instances holds, as a record."""
+"""The dataclasses of the data report."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ QUANTILES = (5, 25, 50, 75, 95, 99)
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """How many candidates have which label: exactly 0, exactly 1, and between them by bin.
+    """Histogram of labels: exactly 0, exactly 1, and 20 bins in between.
 
-    Bin i of the 20 holds labels of at least i / 20 and less than (i + 1) / 20, exact 0 and 1 left out. `mean` is None
-    where there is no candidate.
+    Bin i counts labels of at least i / 20 and less than (i + 1) / 20, without exact 0 and 1. `mean` is None if there is
+    no candidate.
     """
 
     zero: int
@@ -23,7 +23,7 @@ class Labels:
 
     @property
     def count(self) -> int:
-        """Candidates in all."""
+        """Number of candidates."""
         return self.zero + sum(self.bins) + self.one
 
     @property
@@ -34,19 +34,19 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True)
 class Pools:
-    """Instances and what a selector finds in them; the means are over instances and None where there is none.
+    """Counts and means over instances that describe what a selector can gain; means are None without instances.
 
     A pool is the selectable candidates of an instance (`llm` or `choice`, status ok or truncated). `pools` counts the
-    instances that have one, and all means but `ties` are over those. Where different responses are counted, equal ones
-    are one response, with the label that it has first.
+    instances with a pool, and all means except `ties` are over those. Equal responses count as one distinct response,
+    with the label of the first.
 
-    random       mean label of the pool: what a random pick is worth
-    oracle       highest label of the pool: what the best pick is worth
+    random       mean label of the pool: the expected label of a random pick
+    oracle       highest label of the pool: the label of the best pick
     no_signal    share of pools whose labels are all equal
-    best_shared  share of pools whose highest label several different responses have
-    ties         share of the pairs of different responses that have equal labels, by pool, and its mean over the
-                 `comparable` pools, which have two different responses or more
-    effective    exp of the entropy of the pool's responses: it varies as much as this many equally frequent ones
+    best_shared  share of pools in which several distinct responses have the highest label
+    ties         share of the pairs of distinct responses of a pool that have equal labels, mean over the `comparable`
+                 pools, which have at least two distinct responses
+    effective    exp of the entropy of the pool's responses: the effective number of distinct responses
     """
 
     instances: int
@@ -65,7 +65,7 @@ class Pools:
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """An LLM with one way of decoding: its responses, how many of them are blank, their labels."""
+    """An LLM with one decoding: the labels of its responses, and how many of them are blank (`empty`)."""
 
     generator: str
     decoding: str
@@ -74,15 +74,15 @@ class Generator:
 
     @property
     def name(self) -> str:
-        """Both, for a person."""
+        """Generator and decoding, for display."""
         return ", ".join(filter(None, (self.generator or "(unnamed)", self.decoding)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Lengths of texts: the quantile "5" is the least length that at least 5% of the texts do not exceed.
+    """Quantiles of lengths: "5" is the smallest length that at least 5% of the texts do not exceed.
 
-    Exact up to 2,047; above it a quantile may be up to 0.1% too small. "max" is exact.
+    Exact up to 2,047; above, a quantile may be up to 0.1% too small. "max" is exact.
     """
 
     texts: int
@@ -91,9 +91,9 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Repetition:
-    """Values, how many different ones there are, and how many of those stand in more than one split.
+    """Number of values, of distinct values, and of distinct values that are in more than one split.
 
-    Compared by 64 bits of a hash: among a million the chance of any false match is 1 in 37 million.
+    Compared by 64-bit hashes: among a million values, the probability of any false match is 1 in 37 million.
     """
 
     values: int
@@ -102,20 +102,20 @@ class Repetition:
 
     @property
     def repeats(self) -> int:
-        """Values that an earlier one equals."""
+        """Number of values that equal an earlier one."""
         return self.values - self.distinct
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """Everything that a folder of annotated instances tells about itself; labels are 0 to 1.
+    """Statistics of a folder of annotated instances; labels are 0 to 1.
 
-    `splits` and `tasks` go by size, largest first; `sources` maps `reference`, `choice`, `mismatch` and `llm` to their
-    labels; `statuses` counts LLM responses. `characters` and `words` (runs between white space) map "instruction",
-    "reference" and "response" (of an LLM, or a choice) to lengths. `empty` counts responses without a word.
-    `instructions` are equal where `prompt_hash` is. `invisible_to_rouge_l` counts the instances none of whose
-    references has a character of [a-z0-9]: Rouge-L gives them 0 throughout; `partly_invisible_to_rouge_l` counts those
-    with a reference or LLM response of whose letters and digits it sees only some.
+    `splits` and `tasks` are sorted by size, largest first. `sources` maps `reference`, `choice`, `mismatch` and `llm`
+    to their labels; `statuses` counts LLM responses. `characters` and `words` (separated by white space) map
+    "instruction", "reference" and "response" (of an LLM, or a choice) to lengths. `empty` counts blank responses.
+    `instructions` are equal if their `prompt_hash` is. `invisible_to_rouge_l` counts the instances whose references
+    have no character of [a-z0-9], for which Rouge-L is always 0; `partly_invisible_to_rouge_l` counts those with a
+    reference or LLM response of which Rouge-L sees only some letters and digits.
     """
 
     metric: str

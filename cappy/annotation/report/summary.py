@@ -1,6 +1,6 @@
-"""One pass over the record batches of an annotated folder, to its data report.
+"""Summarises the record batches of an annotated folder in one pass.
 
-What adds up are whole numbers of any size, so that the order of the rows and how they are batched do not matter.
+All sums are of integers, so the result does not depend on the order of the rows or on the batches.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ import pyarrow.compute as pc
 from cappy.annotation.report.candidates import (
     NUM_COLUMNS,
     Candidates,
-    Codes,
     Flags,
     Floats,
     Ints,
-    candidates,
-    codes,
-    measure,
-    pools,
-    ratio,
+    TextColumn,
+    encode_texts,
+    mean_of_sum,
+    measure_instances,
+    read_candidates,
     to_fixed_point,
+    to_pools,
 )
 from cappy.annotation.report.record import (
     NUM_BINS,
@@ -37,7 +37,7 @@ from cappy.annotation.report.record import (
     Pools,
     Repetition,
 )
-from cappy.annotation.rouge import partly_visible, visible
+from cappy.annotation.rouge import is_partly_visible, is_visible
 from cappy.records import prompt_hash
 from cappy.records.folder import PART_ROWS
 from cappy.records.instance import SOURCES
@@ -49,20 +49,20 @@ _CELLS = NUM_BINS + 2
 
 _NO_LABELS = Labels(zero=0, bins=(0,) * NUM_BINS, one=0, mean=None)
 _TEXTS = ("instruction", "reference", "response")
-_FEWEST_PENDING = 2**12
+_MIN_PENDING = 2**12
 _BITS = 11
-"""Leading bits of a length that are kept: up to 2,047 that is all of them."""
+"""Leading bits of a length that are kept: all of them up to 2,047."""
 _IS_SPACE = np.zeros(256, dtype=np.bool_)
 _IS_SPACE[[*b" \t\n\v\f\r\x1c\x1d\x1e\x1f"]] = True
 
 
 def summarize(batches: Iterable[pa.RecordBatch], metric: str) -> DataReport:
-    """The data report of annotated instances, from record batches that have at least `candidates.COLUMNS`.
+    """The data report of annotated instances, from record batches with at least the columns `candidates.COLUMNS`.
 
-    Memory grows with the number of tasks, of splits and of generators, and by 8 bytes per distinct instruction and
-    group (three times that while hashes are merged); else it is that of 512 instances. Everything is exact but what
-    `Lengths` and `Repetition` say of themselves, and the same however the rows are batched. RecordError where a
-    candidate has no label of this metric, or a label outside 0 to 1; it names the instance.
+    Memory grows with the number of tasks, splits and generators, and by 8 bytes per distinct instruction and group
+    (three times that while hashes are merged); otherwise it is that of 512 instances. The result does not depend on the
+    batches and is exact, except as documented in `Lengths` and `Repetition`. Raises RecordError, naming the instance,
+    if a candidate has no label of this metric, or a label outside 0 to 1.
     """
     summary = _Summary(metric)
     for batch in batches:
@@ -72,7 +72,7 @@ def summarize(batches: Iterable[pa.RecordBatch], metric: str) -> DataReport:
 
 
 class _Summary:
-    """What the rows so far add up to."""
+    """Accumulates the statistics of batches."""
 
     def __init__(self, metric: str) -> None:
         self._metric = metric
@@ -85,24 +85,24 @@ class _Summary:
         self._empty = self._invisible = self._partly_invisible = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Takes a batch of a bounded number of rows in."""
-        columns = candidates(batch, self._metric)
-        splits = codes(batch["split"], "train")
-        self._add_pools(columns, splits, codes(batch["task"]))
+        """Adds a batch of a bounded number of rows."""
+        columns = read_candidates(batch, self._metric)
+        splits = encode_texts(batch["split"], "train")
+        self._add_pools(columns, splits, encode_texts(batch["task"]))
         self._add_responses(columns)
-        instructions = codes(batch["instruction"])
+        instructions = encode_texts(batch["instruction"])
         self._add_texts("instruction", instructions)
-        self._add_texts("reference", codes(batch["references"].flatten()))
-        self._instructions.add(_hashes(instructions, prompt_hash), splits)
-        self._groups.add(_hashes(_groups(batch), _text_hash), splits)
+        self._add_texts("reference", encode_texts(batch["references"].flatten()))
+        self._instructions.add(_hash_texts(instructions, prompt_hash), splits)
+        self._groups.add(_hash_texts(_read_groups(batch), _hash_text), splits)
         self._add_visibility(batch["references"].to_pylist(), columns)
 
     def report(self) -> DataReport:
         """The report of the rows so far."""
-        kinds = {name: sorted(sizes, key=_size) for name, sizes in self._named_pools().items()}
+        kinds = {name: sorted(sizes, key=_largest_first) for name, sizes in self._named_pools().items()}
         return DataReport(
             metric=self._metric,
-            total=dict(kinds["total"]).get("", pools([0] * NUM_COLUMNS)),
+            total=dict(kinds["total"]).get("", to_pools([0] * NUM_COLUMNS)),
             splits=dict(kinds["split"]),
             tasks=dict(kinds["task"]),
             labels=self._every_label(),
@@ -119,38 +119,40 @@ class _Summary:
             partly_invisible_to_rouge_l=self._partly_invisible,
         )
 
-    def _add_pools(self, columns: Candidates, splits: Codes, tasks: Codes) -> None:
-        rows = measure(columns)
+    def _add_pools(self, columns: Candidates, splits: TextColumn, tasks: TextColumn) -> None:
+        rows = measure_instances(columns)
         self._pools["total"].add([""], np.zeros(len(rows), dtype=np.int64), rows)
         for name, column in (("split", splits), ("task", tasks)):
-            self._pools[name].add(column.names(), column.index, rows)
+            self._pools[name].add(column.texts(), column.index, rows)
 
     def _add_responses(self, columns: Candidates) -> None:
-        proposed, llm = columns.proposals, columns.source.among("llm")
-        words = num_words(columns.response.values)
+        is_proposal, is_llm = columns.proposals, columns.source.is_in("llm")
+        words = count_words(columns.response.values)
         blank = words[columns.response.index] == 0
         self._labels.add(columns, blank)
-        self._empty += int((blank & proposed).sum())
-        times = _times(columns.response, proposed)
+        self._empty += int((blank & is_proposal).sum())
+        times = _count_occurrences(columns.response, is_proposal)
         self._words["response"].add(words, times)
-        self._characters["response"].add(num_characters(columns.response.values), times)
-        self._statuses.update(dict(zip(columns.status.names(), _times(columns.status, llm).tolist(), strict=True)))
+        self._characters["response"].add(count_characters(columns.response.values), times)
+        self._statuses.update(
+            dict(zip(columns.status.texts(), _count_occurrences(columns.status, is_llm).tolist(), strict=True))
+        )
 
     def _add_visibility(self, references: list[list[str] | None], columns: Candidates) -> None:
-        self._invisible += sum(not any(map(visible, texts or ())) for texts in references)
-        partly = np.fromiter((any(map(partly_visible, texts or ())) for texts in references), dtype=np.bool_)
-        texts = columns.response.names()
-        responses = np.fromiter(map(partly_visible, texts), dtype=np.bool_, count=len(texts))
-        partly[columns.owner[responses[columns.response.index] & columns.source.among("llm")]] = True
+        self._invisible += sum(not any(map(is_visible, texts or ())) for texts in references)
+        partly = np.fromiter((any(map(is_partly_visible, texts or ())) for texts in references), dtype=np.bool_)
+        texts = columns.response.texts()
+        responses = np.fromiter(map(is_partly_visible, texts), dtype=np.bool_, count=len(texts))
+        partly[columns.owner[responses[columns.response.index] & columns.source.is_in("llm")]] = True
         self._partly_invisible += int(partly.sum())
 
-    def _add_texts(self, name: str, texts: Codes) -> None:
-        times = _times(texts)
-        self._words[name].add(num_words(texts.values), times)
-        self._characters[name].add(num_characters(texts.values), times)
+    def _add_texts(self, name: str, texts: TextColumn) -> None:
+        times = _count_occurrences(texts)
+        self._words[name].add(count_words(texts.values), times)
+        self._characters[name].add(count_characters(texts.values), times)
 
     def _named_pools(self) -> dict[str, list[tuple[str, Pools]]]:
-        return {kind: [(name, pools(sums)) for name, sums in t.items()] for kind, t in self._pools.items()}
+        return {kind: [(name, to_pools(sums)) for name, sums in t.items()] for kind, t in self._pools.items()}
 
     def _every_label(self) -> Labels:
         return self._labels.group_by(lambda key: "").get("", (_NO_LABELS, 0))[0]
@@ -168,36 +170,36 @@ class _Summary:
         return tuple(sorted(generators, key=lambda generator: -generator.labels.count))
 
 
-def _times(texts: Codes, wanted: Flags | None = None) -> Ints:
-    """How often each distinct text stands there, or among the wanted entries."""
-    index = texts.index if wanted is None else texts.index[wanted]
+def _count_occurrences(texts: TextColumn, selected: Flags | None = None) -> Ints:
+    """Number of occurrences of each distinct text, in all entries or in the selected ones."""
+    index = texts.index if selected is None else texts.index[selected]
     return np.bincount(index, minlength=len(texts.values))
 
 
-def _hashes(texts: Codes, hashed: Callable[[str], int]) -> Hashes:
+def _hash_texts(texts: TextColumn, hash_text: Callable[[str], int]) -> Hashes:
     """The hash of each entry."""
-    hashes = np.fromiter(map(hashed, texts.names()), dtype=np.uint64, count=len(texts.values))
+    hashes = np.fromiter(map(hash_text, texts.texts()), dtype=np.uint64, count=len(texts.values))
     return hashes[texts.index]
 
 
-def _groups(batch: pa.RecordBatch) -> Codes:
-    """The group of each instance; one without is a group by itself, as `Instance` has it."""
+def _read_groups(batch: pa.RecordBatch) -> TextColumn:
+    """The group of each instance; an instance without one is its own group, as in `Instance`."""
     group = batch["group_id"].fill_null("")
-    return codes(pc.if_else(pc.equal(group, ""), batch["instance_id"], group))
+    return encode_texts(pc.if_else(pc.equal(group, ""), batch["instance_id"], group))
 
 
-def _size(item: tuple[str, Pools]) -> tuple[int, str]:
+def _largest_first(item: tuple[str, Pools]) -> tuple[int, str]:
     return -item[1].instances, item[0]
 
 
 class Totals(Generic[K]):
-    """Sums of rows of `width` whole numbers, by name."""
+    """Sums of rows of `width` integers, by name."""
 
     def __init__(self, width: int) -> None:
         self._sums: defaultdict[K, list[int]] = defaultdict(lambda: [0] * width)
 
     def add(self, names: list[K], index: Ints, rows: Ints) -> None:
-        """Adds each row to the name that `index` says."""
+        """Adds each row to the sums of the name at its index."""
         if not len(rows):
             return
         order = np.argsort(index, kind="stable")
@@ -205,74 +207,74 @@ class Totals(Generic[K]):
         for name, sums in zip(
             index[order][begins].tolist(), np.add.reduceat(rows[order], begins).tolist(), strict=True
         ):
-            self.include(names[name], sums)
+            self.add_row(names[name], sums)
 
-    def include(self, name: K, sums: list[int]) -> None:
-        """Adds one row to a name."""
-        held = self._sums[name]
-        held[:] = map(int.__add__, held, sums)
+    def add_row(self, name: K, sums: list[int]) -> None:
+        """Adds one row to the sums of a name."""
+        total = self._sums[name]
+        total[:] = map(int.__add__, total, sums)
 
     def items(self) -> list[tuple[K, list[int]]]:
-        """Names with their sums, in order of the names."""
+        """Names with their sums, sorted by name."""
         return sorted(self._sums.items())
 
 
 class LabelTotals:
-    """Labels and blank responses by (source, generator, decoding)."""
+    """Sums of labels and counts of blank responses by (source, generator, decoding)."""
 
     def __init__(self) -> None:
         self._totals: Totals[_Key] = Totals(_CELLS + 2)
 
     def add(self, candidates: Candidates, blank: Flags) -> None:
-        """Counts the candidates; `blank` says which responses are without a word."""
+        """Adds the candidates; `blank` marks responses without words."""
         columns = (candidates.source, candidates.generator, candidates.decoding)
         shape = tuple(max(len(column.values), 1) for column in columns)
         combined = np.ravel_multi_index(tuple(column.index for column in columns), shape)
         distinct, index = np.unique(combined, return_inverse=True)
-        names = [column.names() for column in columns]
+        names = [column.texts() for column in columns]
         keys = [
             (names[0][source], names[1][generator], names[2][decoding])
             for source, generator, decoding in zip(*np.unravel_index(distinct, shape), strict=True)
         ]
-        cells = np.bincount(index * _CELLS + _cell(candidates.labels), minlength=len(keys) * _CELLS)
+        cells = np.bincount(index * _CELLS + _cell_indices(candidates.labels), minlength=len(keys) * _CELLS)
         sums = np.zeros((len(keys), 2), dtype=np.int64)
         np.add.at(sums[:, 0], index, to_fixed_point(candidates.labels))
         np.add.at(sums[:, 1], index, blank)
         self._totals.add(keys, np.arange(len(keys)), np.hstack([cells.reshape(-1, _CELLS), sums]))
 
     def group_by(self, group: Callable[[_Key], K]) -> dict[K, tuple[Labels, int]]:
-        """By what `group` makes of their keys: the labels of the candidates, and how many of them are blank."""
+        """Labels of the candidates and number of blank ones, by the value of `group` for their keys."""
         sums: Totals[K] = Totals(_CELLS + 2)
-        for key, held in self._totals.items():
-            sums.include(group(key), held)
-        return {name: (_labels(held), held[-1]) for name, held in sums.items()}
+        for key, row in self._totals.items():
+            sums.add_row(group(key), row)
+        return {name: (_to_labels(row), row[-1]) for name, row in sums.items()}
 
 
-def _labels(sums: list[int]) -> Labels:
+def _to_labels(sums: list[int]) -> Labels:
     zero, *bins, one = sums[:_CELLS]
-    return Labels(zero=zero, bins=tuple(bins), one=one, mean=ratio(sums[-2], sum(sums[:_CELLS])))
+    return Labels(zero=zero, bins=tuple(bins), one=one, mean=mean_of_sum(sums[-2], sum(sums[:_CELLS])))
 
 
-def _cell(labels: Floats) -> Ints:
-    """Where each label is counted: 0 for exact 0, _CELLS - 1 for exact 1, else 1 + its bin."""
+def _cell_indices(labels: Floats) -> Ints:
+    """The cell of each label: 0 for exact 0, _CELLS - 1 for exact 1, else 1 + its bin."""
     inside = 1 + np.minimum((labels * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     return np.where(labels == 0, 0, np.where(labels == 1, _CELLS - 1, inside))
 
 
 class LengthTotals:
-    """A histogram of lengths whose cells widen from 2,048 on, with the longest beside it."""
+    """A histogram of lengths, exact up to 2,047 with wider cells above, and the maximum length."""
 
     def __init__(self) -> None:
         self._cells = np.zeros(2 << _BITS, dtype=np.int64)
         self._longest = 0
 
     def add(self, lengths: Ints, times: Ints) -> None:
-        """Counts each length as often as `times` says."""
+        """Counts each length `times` times."""
         lengths, times = lengths[times > 0], times[times > 0]
         if not len(lengths):
             return
         self._longest = max(self._longest, int(lengths.max()))
-        # How many of the last bits fall away: none where the length has 11 or fewer.
+        # The number of trailing bits that are dropped: none if the length has at most 11 bits.
         dropped = np.maximum(np.frexp(lengths)[1] - _BITS, 0)
         index = (dropped << (_BITS - 1)) + (lengths >> dropped)
         if index.max() >= len(self._cells):
@@ -280,42 +282,42 @@ class LengthTotals:
         np.add.at(self._cells, index, times)
 
     def lengths(self) -> Lengths:
-        """The quantiles so far; no quantiles where there is no text."""
+        """The quantiles so far; empty if there is no text."""
         ranks = np.cumsum(self._cells)
         texts = int(ranks[-1])
         if not texts:
             return Lengths(texts=0, quantiles={})
-        wanted = [-(-texts * quantile // 100) for quantile in QUANTILES]
-        lengths = map(_least, np.searchsorted(ranks, wanted).tolist())
+        target_ranks = [-(-texts * quantile // 100) for quantile in QUANTILES]
+        lengths = map(_shortest_in_cell, np.searchsorted(ranks, target_ranks).tolist())
         quantiles = {str(quantile): length for quantile, length in zip(QUANTILES, lengths, strict=True)}
         return Lengths(texts=texts, quantiles={**quantiles, "max": self._longest})
 
 
-def _least(index: int) -> int:
-    """The least length that is counted in a cell."""
+def _shortest_in_cell(index: int) -> int:
+    """The shortest length that is counted in a cell."""
     dropped = max((index >> (_BITS - 1)) - 1, 0)
     return (index - (dropped << (_BITS - 1))) << dropped
 
 
-def num_characters(texts: pa.StringArray) -> Ints:
-    """Unicode characters of each text."""
+def count_characters(texts: pa.StringArray) -> Ints:
+    """Number of Unicode characters of each text."""
     return np.asarray(pc.utf8_length(texts), dtype=np.int64)
 
 
-def num_words(texts: pa.StringArray) -> Ints:
-    """Runs between white space of each text, as `str.split` has them; `texts` has no nulls."""
+def count_words(texts: pa.StringArray) -> Ints:
+    """Number of words of each text, as split by `str.split`; `texts` must not have nulls."""
     counts = np.zeros(len(texts), dtype=np.int64)
-    plain = pc.string_is_ascii(texts)
-    here = np.asarray(plain)
-    counts[here] = _ascii_words(texts.filter(plain))
-    rest = pc.utf8_trim_whitespace(texts.filter(pc.invert(plain)))
+    ascii_mask = pc.string_is_ascii(texts)
+    is_ascii = np.asarray(ascii_mask)
+    counts[is_ascii] = _count_ascii_words(texts.filter(ascii_mask))
+    rest = pc.utf8_trim_whitespace(texts.filter(pc.invert(ascii_mask)))
     split = np.asarray(pc.list_value_length(pc.utf8_split_whitespace(rest)), dtype=np.int64)
-    counts[~here] = np.where(np.asarray(pc.equal(rest, "")), 0, split)
+    counts[~is_ascii] = np.where(np.asarray(pc.equal(rest, "")), 0, split)
     return counts
 
 
-def _ascii_words(texts: pa.StringArray) -> Ints:
-    """Words of ASCII texts, counted over their bytes: ten times as fast as splitting."""
+def _count_ascii_words(texts: pa.StringArray) -> Ints:
+    """Number of words of ASCII texts, counted on their bytes: ten times as fast as splitting."""
     _, offset_bytes, data = texts.buffers()
     offsets: npt.NDArray[np.int32] = np.frombuffer(offset_bytes, dtype=np.int32)[texts.offset :][: len(texts) + 1]
     if data is None or not len(texts):
@@ -328,13 +330,13 @@ def _ascii_words(texts: pa.StringArray) -> Ints:
     return np.diff(np.searchsorted(np.flatnonzero(begins), offsets))
 
 
-def _text_hash(text: str) -> int:
-    """64 bits of a text as it stands."""
+def _hash_text(text: str) -> int:
+    """A 64-bit hash of a text, without normalisation."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
-class Distinct:
-    """The distinct hashes among those added, sorted; merging waits until there is enough to merge."""
+class DistinctHashes:
+    """The sorted distinct hashes of those added; they are merged when enough are pending."""
 
     def __init__(self) -> None:
         self._merged: Hashes = np.zeros(0, dtype=np.uint64)
@@ -342,14 +344,14 @@ class Distinct:
         self._num_pending = 0
 
     def add(self, hashes: Hashes) -> None:
-        """Takes hashes in, repeated ones too."""
+        """Adds hashes, which may repeat."""
         self._pending.append(np.unique(hashes))
         self._num_pending += len(self._pending[-1])
-        if self._num_pending > max(len(self._merged), _FEWEST_PENDING):
+        if self._num_pending > max(len(self._merged), _MIN_PENDING):
             self.hashes()
 
     def hashes(self) -> Hashes:
-        """Every distinct hash."""
+        """All distinct hashes."""
         if self._pending:
             self._merged = np.unique(np.concatenate([self._merged, *self._pending]))
             self._pending, self._num_pending = [], 0
@@ -357,17 +359,17 @@ class Distinct:
 
 
 class RepetitionTotals:
-    """Values by split."""
+    """Counts values by split."""
 
     def __init__(self) -> None:
         self._values = 0
-        self._splits: dict[str, Distinct] = {}
+        self._splits: dict[str, DistinctHashes] = {}
 
-    def add(self, hashes: Hashes, splits: Codes) -> None:
-        """Takes the hash of each instance's value in, with the split that it stands in."""
+    def add(self, hashes: Hashes, splits: TextColumn) -> None:
+        """Adds the hash of each instance's value, with its split."""
         self._values += len(hashes)
-        for code, name in enumerate(splits.names()):
-            self._splits.setdefault(name, Distinct()).add(hashes[splits.index == code])
+        for code, name in enumerate(splits.texts()):
+            self._splits.setdefault(name, DistinctHashes()).add(hashes[splits.index == code])
 
     def repetition(self) -> Repetition:
         """The counts so far."""

@@ -1,6 +1,6 @@
-"""The data report in words and tables: the findings, and the text for a terminal.
+"""The findings and tables of the data report, and its text for a terminal.
 
-The text has at most 100 columns and no colours, the same when piped. The page shows the same findings and tables.
+The text has at most 100 columns and no colours, also when piped. The page shows the same findings and tables.
 """
 
 import textwrap
@@ -19,40 +19,45 @@ Row = tuple[str, ...]
 Rows = list[Row]
 
 WIDTH = 100
-MOST_ROWS = 40
-"""Rows of tasks and of generators; the rest is counted in a line."""
-_NARROWEST_NAME = 8
-_BAR = 30
-_NOTHING = "–"
-"""A number that there is not."""
+MAX_ROWS = 40
+"""Maximum rows of the tables of tasks and generators; the rest is counted in one line."""
+_MIN_NAME_WIDTH = 8
+_BAR_WIDTH = 30
+_NO_VALUE = "–"
 DEFINITIONS: Mapping[str, str] = {
     "selectable": "an LLM's response or a choice, with status ok or truncated: what a selector may pick",
     "random, oracle, headroom": "mean label ×100 of a random and of the best selectable response, and their difference",
-    "no signal": "instances whose selectable responses all have equal labels: whichever is picked, nothing changes",
-    "ties": "pairs of different selectable responses of an instance with equal labels, mean over instances",
-    "tied best": "instances whose best label several different selectable responses have",
-    "effective": "as many equally frequent responses would vary as much (exp of the entropy), mean over instances",
-    "blank": "responses without a word, whatever their status",
-    "length": "characters of Unicode, and words between white space; a response is an LLM's or a choice",
+    "no signal": "instances whose selectable responses all have equal labels, so that the pick does not matter",
+    "ties": "pairs of distinct selectable responses of an instance that have equal labels, mean over instances",
+    "tied best": "instances in which several distinct selectable responses have the best label",
+    "effective": "effective number of distinct responses (exp of the entropy), mean over instances",
+    "blank": "responses without words, whatever their status",
+    "length": "Unicode characters, or words separated by white space; responses of LLMs and choices",
 }
-"""What the columns mean. Shares and means are over the instances that have a selectable response."""
+"""The meaning of the columns. Shares and means are over the instances with a selectable response."""
 
 
 def to_text(report: DataReport) -> str:
-    """The findings and the tables; names are cut where they are too long, and made harmless where they are odd."""
-    parts = ["\n".join(_words(report)), *(_tables(report) if report.total.instances else ())]
+    """The findings and tables as text; long names are shortened, and control characters are replaced."""
+    parts = ["\n".join(_wrap_findings(report)), *(_format_tables(report) if report.total.instances else ())]
     return "\n\n".join(parts) + "\n"
 
 
 def to_values(report: DataReport) -> dict[str, JSON]:
-    """JSON values, with the findings in words beside the numbers."""
+    """JSON values: the numbers, with the findings as text."""
     values: dict[str, JSON] = TypeAdapter(DataReport).dump_python(report, mode="json")
-    return {"findings": list(findings(report)), **values}
+    return {"findings": list(describe_findings(report)), **values}
 
 
-def findings(report: DataReport) -> tuple[str, ...]:
-    """Sentences, the headline first; what a person should mend begins with "Caution"."""
-    return (_headline(report), *_size(report), *_signal(report), *_variety(report), *_cautions(report))
+def describe_findings(report: DataReport) -> tuple[str, ...]:
+    """Sentences, headline first; those about problems begin with "Caution"."""
+    return (
+        _headline(report),
+        *_size_sentence(report),
+        *_signal_sentences(report),
+        *_variety_sentence(report),
+        *_cautions(report),
+    )
 
 
 def _headline(report: DataReport) -> str:
@@ -60,103 +65,105 @@ def _headline(report: DataReport) -> str:
     if not total.instances:
         return "There are no instances."
     if total.random is None or total.oracle is None:
-        return "There is nothing to select from: no instance has an LLM's response or a choice."
+        return "There is nothing to select from: no instance has an LLM response or a choice."
     if report.all_tied:
-        return "Selection cannot matter here: all responses of an instance have the same label."
+        return "Selection cannot gain anything: all responses of an instance have the same label."
     return (
-        f"A random response is worth {_label(total.random)} {metric_name(report.metric)} ×100, the best of its "
-        f"instance {_label(total.oracle)}: selection can gain up to {_label(total.oracle - total.random)}."
+        f"A random response has a mean {metric_name(report.metric)} ×100 of {_format_label(total.random)}, the best of "
+        f"its instance {_format_label(total.oracle)}: selection can gain up to "
+        f"{_format_label(total.oracle - total.random)}."
     )
 
 
-def _size(report: DataReport) -> Iterator[str]:
+def _size_sentence(report: DataReport) -> Iterator[str]:
     total, groups = report.total, report.groups
     if total.instances:
         yield (
-            f"{_some(total.instances, 'instance')} of {_some(groups.distinct, 'group')} in "
-            f"{_some(len(report.splits), 'split')} and {_some(len(report.tasks), 'task')}, with "
-            f"{_some(total.candidates, 'candidate')}, {_count(total.selectable)} of them selectable."
+            f"{_format_noun(total.instances, 'instance')} of {_format_noun(groups.distinct, 'group')} in "
+            f"{_format_noun(len(report.splits), 'split')} and {_format_noun(len(report.tasks), 'task')}, with "
+            f"{_format_noun(total.candidates, 'candidate')}, {_format_count(total.selectable)} of them selectable."
         )
 
 
-def _signal(report: DataReport) -> Iterator[str]:
+def _signal_sentences(report: DataReport) -> Iterator[str]:
     total = report.total
     if not total.pools:
         return
     pools = "instances" if total.pools == total.instances else "instances with a selectable response"
     if total.no_signal:
-        silent = _share(total.no_signal)
-        yield f"{silent} of the {pools} carry no signal: all their selectable responses have equal labels."
+        share = _format_share(total.no_signal)
+        yield f"{share} of the {pools} have no signal: all their selectable responses have equal labels."
     else:
-        yield f"All {pools} carry a signal: their selectable responses have different labels."
+        yield f"All {pools} have a signal: their selectable responses have different labels."
     if total.comparable:
         yield (
-            f"Two different responses of an instance have equal labels in {_share(total.ties)} of the pairs; in "
-            f"{_share(total.best_shared)} of the instances several different responses share the best label."
+            f"Distinct responses of an instance have equal labels in {_format_share(total.ties)} of the pairs; in "
+            f"{_format_share(total.best_shared)} of the instances, several distinct responses share the best label."
         )
 
 
-def _variety(report: DataReport) -> Iterator[str]:
+def _variety_sentence(report: DataReport) -> Iterator[str]:
     total = report.total
     if total.pools:
         yield (
-            f"An instance has {_number(total.selectable / total.pools)} selectable responses, "
-            f"{_number(total.distinct / total.pools)} of them different; they vary as much as "
-            f"{_number(total.effective)} equally frequent ones would."
+            f"An instance has {_format_mean(total.selectable / total.pools)} selectable responses, "
+            f"{_format_mean(total.distinct / total.pools)} of them distinct; the effective number is "
+            f"{_format_mean(total.effective)}."
         )
 
 
 def _cautions(report: DataReport) -> Iterator[str]:
     total, instructions, groups = report.total, report.instructions, report.groups
     if total.pools and total.pools < total.instances:
-        empty_handed = _out_of(total.instances - total.pools, total.instances, "instance", "has", "have")
-        yield f"Caution: {empty_handed} no selectable response."
+        without_pool = _format_ratio(total.instances - total.pools, total.instances, "instance", "has", "have")
+        yield f"Caution: {without_pool} no selectable response."
     if report.empty:
-        yield f"Caution: {_out_of(report.empty, report.responses, 'response', 'is', 'are')} blank."
-    for status, some in report.statuses.items():
-        # What has the status empty is blank, and that has been said.
+        yield f"Caution: {_format_ratio(report.empty, report.responses, 'response', 'is', 'are')} blank."
+    for status, count in report.statuses.items():
+        # Responses with the status empty are blank and counted above.
         if status not in ("ok", "empty"):
-            responses = _out_of(some, sum(report.statuses.values()), "LLM response", "has", "have")
-            verdict = "which a selector may pick" if status in SELECTABLE else "so that no selector may pick it"
-            yield f"Caution: {responses} the status {status}, {verdict}."
+            responses = _format_ratio(count, sum(report.statuses.values()), "LLM response", "has", "have")
+            consequence = "selectors may pick them" if status in SELECTABLE else "selectors may not pick them"
+            yield f"Caution: {responses} the status {status}; {consequence}."
     if instructions.in_several_splits:
-        shared = _out_of(instructions.in_several_splits, instructions.distinct, "instruction", "stands", "stand")
-        yield f"Caution: {shared} in more than one split: what is trained on one is tested on the other."
+        shared = _format_ratio(instructions.in_several_splits, instructions.distinct, "instruction", "is", "are")
+        yield f"Caution: {shared} in more than one split: the scorer would be tested on what it was trained on."
     if groups.in_several_splits:
-        shared = _out_of(groups.in_several_splits, groups.distinct, "group", "stands", "stand")
-        yield f"Caution: {shared} in more than one split: splits must go by group."
-    remedy = "annotate with rougeL_unicode or chrf"
+        shared = _format_ratio(groups.in_several_splits, groups.distinct, "group", "is", "are")
+        yield f"Caution: {shared} in more than one split: a group must not be split."
+    remedy = "annotate with --metric rougeL_unicode or chrf"
     if report.invisible_to_rouge_l and report.by_rouge_l:
-        unseen = _out_of(report.invisible_to_rouge_l, total.instances, "instance", "has", "have")
-        yield f"Caution: {unseen} no reference that Rouge-L can see, which is [a-z0-9] alone; {remedy}."
+        invisible = _format_ratio(report.invisible_to_rouge_l, total.instances, "instance", "has", "have")
+        yield f"Caution: {invisible} no reference that Rouge-L, which sees only [a-z0-9], can see; {remedy}."
     if report.partly_invisible_to_rouge_l and report.by_rouge_l:
-        partly = _out_of(report.partly_invisible_to_rouge_l, total.instances, "instance", "has", "have")
-        yield f"Caution: {partly} a reference or response of which Rouge-L sees only a part; {remedy}."
+        partly = _format_ratio(report.partly_invisible_to_rouge_l, total.instances, "instance", "has", "have")
+        yield f"Caution: {partly} a reference or response that Rouge-L sees only in part; {remedy}."
 
 
-def _out_of(some: int, of: int, noun: str, singular: str, plural: str) -> str:
+def _format_ratio(count: int, total: int, noun: str, singular: str, plural: str) -> str:
     """Such as "1 of 20 responses (5.0%) is"."""
-    return f"{_count(some)} of {_some(of, noun)} ({_part(some, of)}) {singular if some == 1 else plural}"
+    share = f"{_format_count(count)} of {_format_noun(total, noun)} ({_format_part(count, total)})"
+    return f"{share} {singular if count == 1 else plural}"
 
 
-def _some(some: int, noun: str) -> str:
-    return f"{_count(some)} {noun if some == 1 else f'{noun}s'}"
+def _format_noun(count: int, noun: str) -> str:
+    return f"{_format_count(count)} {noun if count == 1 else f'{noun}s'}"
 
 
-def tables(report: DataReport) -> dict[str, Rows]:
-    """Rows of texts by the name of the table, the header first."""
+def build_tables(report: DataReport) -> dict[str, Rows]:
+    """The tables by name: rows of cells, header first."""
     return {
-        "splits": _splits(report),
-        "tasks": _tasks(report),
-        "sources": _sources(report),
-        "generators": _generators(report),
-        "lengths": _lengths(report),
-        "repetition": _repetition(report),
+        "splits": _split_table(report),
+        "tasks": _task_table(report),
+        "sources": _source_table(report),
+        "generators": _generator_table(report),
+        "lengths": _length_table(report),
+        "repetition": _repetition_table(report),
     }
 
 
-def _splits(report: DataReport) -> Rows:
-    """Each split and all of them: sizes, what selection can gain."""
+def _split_table(report: DataReport) -> Rows:
+    """By split and in total: sizes, and what selection can gain."""
     header = (
         "split",
         "instances",
@@ -173,152 +180,158 @@ def _splits(report: DataReport) -> Rows:
         headroom = None if pools.oracle is None or pools.random is None else pools.oracle - pools.random
         return (
             name,
-            *map(_count, (pools.instances, pools.candidates, pools.selectable)),
-            *map(_label, (pools.random, pools.oracle, headroom)),
-            _share(pools.no_signal),
-            _number(pools.effective),
+            *map(_format_count, (pools.instances, pools.candidates, pools.selectable)),
+            *map(_format_label, (pools.random, pools.oracle, headroom)),
+            _format_share(pools.no_signal),
+            _format_mean(pools.effective),
         )
 
     return [header, *(row(name, pools) for name, pools in report.splits.items()), row("all", report.total)]
 
 
-def _tasks(report: DataReport) -> Rows:
-    """Each task: its size, its labels, its ties."""
+def _task_table(report: DataReport) -> Rows:
+    """By task: size, labels and ties."""
     header = ("task", "instances", "candidates", "random", "oracle", "no\nsignal", "ties", "tied\nbest", "effective")
 
     def row(name: str, pools: Pools) -> Row:
         return (
             name or "(no task)",
-            *map(_count, (pools.instances, pools.candidates)),
-            *map(_label, (pools.random, pools.oracle)),
-            *map(_share, (pools.no_signal, pools.ties, pools.best_shared)),
-            _number(pools.effective),
+            *map(_format_count, (pools.instances, pools.candidates)),
+            *map(_format_label, (pools.random, pools.oracle)),
+            *map(_format_share, (pools.no_signal, pools.ties, pools.best_shared)),
+            _format_mean(pools.effective),
         )
 
     return [header, *(row(name, pools) for name, pools in report.tasks.items())]
 
 
-def _sources(report: DataReport) -> Rows:
-    """Where candidates come from, and their labels."""
+def _source_table(report: DataReport) -> Rows:
+    """By source of the candidates: counts and labels."""
     return [
         ("source", "candidates", "mean", "exactly\n0", "exactly\n1"),
         *((name, *_label_cells(labels)) for name, labels in report.sources.items()),
     ]
 
 
-def _generators(report: DataReport) -> Rows:
-    """Each LLM with each of its ways of decoding, and the labels of its responses."""
+def _generator_table(report: DataReport) -> Rows:
+    """By LLM and decoding: counts, labels and blank responses."""
     return [
         ("generator and decoding", "responses", "mean", "exactly\n0", "exactly\n1", "blank"),
-        *((g.name, *_label_cells(g.labels), _part(g.empty, g.labels.count)) for g in report.generators),
+        *((g.name, *_label_cells(g.labels), _format_part(g.empty, g.labels.count)) for g in report.generators),
     ]
 
 
-def _lengths(report: DataReport) -> Rows:
-    """How long instructions, references and responses are."""
+def _length_table(report: DataReport) -> Rows:
+    """Lengths of instructions, references and responses."""
 
     def row(name: str, lengths: Lengths) -> Row:
         return (
             name,
-            _count(lengths.texts),
-            *(_count(lengths.quantiles.get(key)) for key in (*map(str, QUANTILES), "max")),
+            _format_count(lengths.texts),
+            *(_format_count(lengths.quantiles.get(key)) for key in (*map(str, QUANTILES), "max")),
         )
 
     return [
         ("length", "texts", "5%", "25%", "median", "75%", "95%", "99%", "longest"),
-        *(row(f"{name}, words", held) for name, held in report.words.items()),
-        *(row(f"{name}, characters", held) for name, held in report.characters.items()),
+        *(row(f"{name}, words", lengths) for name, lengths in report.words.items()),
+        *(row(f"{name}, characters", lengths) for name, lengths in report.characters.items()),
     ]
 
 
-def _repetition(report: DataReport) -> Rows:
-    """What stands there more than once."""
-    total, instructions = report.total, report.instructions
+def _repetition_table(report: DataReport) -> Rows:
+    """Repeated responses and instructions."""
+    pools, instructions = report.total, report.instructions
 
-    def row(name: str, some: int, of: int) -> Row:
-        return (name, _count(some), _part(some, of))
+    def row(name: str, count: int, total: int) -> Row:
+        return (name, _format_count(count), _format_part(count, total))
 
     return [
         ("repetition", "count", "share"),
-        row("responses that repeat one of their instance", total.selectable - total.distinct, total.selectable),
+        row("responses that repeat one of their instance", pools.selectable - pools.distinct, pools.selectable),
         row("instructions that repeat another one", instructions.repeats, instructions.values),
         row("instructions in more than one split", instructions.in_several_splits, instructions.distinct),
     ]
 
 
-def _histogram(report: DataReport, bar: Callable[[float], str]) -> Rows:
-    """Labels by source, and bars over what a selector chooses among; `bar` draws a fraction of the longest.
+def _histogram_table(report: DataReport, bar: Callable[[float], str]) -> Rows:
+    """Histogram of labels by source, with bars for the selectable sources; `bar` draws a fraction of the longest.
 
-    Where no label lies between 0 and 1, all bins are one row.
+    If no label lies between 0 and 1, all bins are one row.
     """
     names, columns = _cell_names(), [labels.cells for labels in report.sources.values()]
     if not any(report.labels.bins):
         names, columns = [names[0], "between", names[-1]], [(cells[0], 0, cells[-1]) for cells in columns]
-    chosen = selectable_sources(report)
-    sums = [sum(c[at] for c, s in zip(columns, report.sources, strict=True) if s in chosen) for at in range(len(names))]
-    most = max(sums) or 1
+    selectable = selectable_sources(report)
+    sums = [
+        sum(c[index] for c, s in zip(columns, report.sources, strict=True) if s in selectable)
+        for index in range(len(names))
+    ]
+    highest = max(sums) or 1
     return [
-        ("label", *report.sources, " and ".join(chosen) or "nothing selectable"),
-        *((name, *(_count(cells[at]) for cells in columns), bar(sums[at] / most)) for at, name in enumerate(names)),
+        ("label", *report.sources, " and ".join(selectable) or "nothing selectable"),
+        *(
+            (name, *(_format_count(cells[index]) for cells in columns), bar(sums[index] / highest))
+            for index, name in enumerate(names)
+        ),
     ]
 
 
 def selectable_sources(report: DataReport) -> list[str]:
-    """The sources, of those that there are, whose candidates a selector may pick."""
+    """The sources of the report whose candidates a selector may pick."""
     return [source for source in report.sources if source in ("choice", "llm")]
 
 
 def _cell_names() -> list[str]:
-    """What each of `Labels.cells` counts."""
+    """The names of `Labels.cells`."""
     edges = [f"{index / NUM_BINS:.2f}" for index in range(NUM_BINS + 1)]
     return ["exactly 0", *(f"{low} to {high}" for low, high in pairwise(edges)), "exactly 1"]
 
 
 def _label_cells(labels: Labels) -> Row:
-    zero, one = (_part(some, labels.count) for some in (labels.zero, labels.one))
-    return (_count(labels.count), _label(labels.mean), zero, one)
+    zero, one = (_format_part(count, labels.count) for count in (labels.zero, labels.one))
+    return (_format_count(labels.count), _format_label(labels.mean), zero, one)
 
 
-def _label(value: float | None) -> str:
+def _format_label(value: float | None) -> str:
     """A label of 0 to 1, x 100."""
-    return _NOTHING if value is None else percent(value)
+    return _NO_VALUE if value is None else percent(value)
 
 
-def _share(value: float | None) -> str:
-    """A share of 0 to 1 in percent, its sign beside it; what is not quite none or all does not read as such."""
+def _format_share(value: float | None) -> str:
+    """A share of 0 to 1 in percent; shares near 0 or 1 are not rounded to them."""
     if value is None:
-        return _NOTHING
+        return _NO_VALUE
     if 0 < value < 0.0005:
         return "<0.1%"
     return ">99.9%" if 0.9995 < value < 1 else f"{100 * value:.1f}%"
 
 
-def _part(some: int, of: int) -> str:
-    """`share` of two counts."""
-    return _share(some / of if of else None)
+def _format_part(count: int, total: int) -> str:
+    """The share of `count` in `total` in percent."""
+    return _format_share(count / total if total else None)
 
 
-def _number(value: float | None) -> str:
-    """A mean that is not a share, such as responses per instance."""
-    return _NOTHING if value is None else f"{value:,.1f}"
+def _format_mean(value: float | None) -> str:
+    """A mean, such as responses per instance."""
+    return _NO_VALUE if value is None else f"{value:,.1f}"
 
 
-def _count(value: int | None) -> str:
-    """A count, by thousands."""
-    return _NOTHING if value is None else f"{value:,}"
+def _format_count(value: int | None) -> str:
+    """A count with thousands separators."""
+    return _NO_VALUE if value is None else f"{value:,}"
 
 
-def _table(rows: Sequence[Row]) -> str:
-    """Rows under one another, the header first: names to the left, numbers to the right, within `WIDTH` cells.
+def _format_table(rows: Sequence[Row]) -> str:
+    """Formats rows as a table of at most `WIDTH` columns: header first, names to the left, numbers to the right.
 
-    Lines of a header's cell stand under one another.
+    Header cells may have several lines.
     """
     header = [cell.split("\n") for cell in rows[0]]
     height = max(map(len, header))
     stacked = [tuple(([""] * (height - len(cell)) + cell)[line] for cell in header) for line in range(height)]
     every = [*stacked, *rows[1:]]
     widths = [max(cell_len(row[column]) for row in every) for column in range(1, len(header))]
-    width = max(WIDTH - sum(widths) - 2 * len(widths), _NARROWEST_NAME)
+    width = max(WIDTH - sum(widths) - 2 * len(widths), _MIN_NAME_WIDTH)
     names = [_shorten(row[0], width) for row in every]
     first = max(map(cell_len, names))
     lines = (
@@ -329,8 +342,8 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _shorten(name: str, width: int) -> str:
-    """A name in one line, its middle left out where it is wider than `width` cells."""
-    line = _plain(name)
+    """A name on one line, shortened in the middle to `width` columns."""
+    line = _printable(name)
     if cell_len(line) <= width:
         return line
     tail = (width - 1) // 2
@@ -340,42 +353,42 @@ def _shorten(name: str, width: int) -> str:
     return f"{set_cell_size(line, width - 1 - cell_len(end)).rstrip()}…{end}"
 
 
-def _plain(text: str) -> str:
-    """A text with nothing in it that a terminal would obey."""
+def _printable(text: str) -> str:
+    """The text without control characters."""
     return "".join(" " if c.isspace() else c if c.isprintable() else "�" for c in text)
 
 
-def _words(report: DataReport) -> Iterable[str]:
-    headline, *rest = map(_plain, findings(report))
+def _wrap_findings(report: DataReport) -> Iterable[str]:
+    headline, *rest = map(_printable, describe_findings(report))
     yield from textwrap.wrap(headline, WIDTH)
     for sentence in rest:
         yield from textwrap.wrap(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ")
 
 
-def _tables(report: DataReport) -> Iterable[str]:
-    yield _table(_splits(report))
-    header, *rows = _histogram(report, _bar)
-    yield _table([(*header[:-1], header[-1].ljust(_BAR)), *rows])
-    yield _table(_sources(report))
+def _format_tables(report: DataReport) -> Iterable[str]:
+    yield _format_table(_split_table(report))
+    header, *rows = _histogram_table(report, _draw_bar)
+    yield _format_table([(*header[:-1], header[-1].ljust(_BAR_WIDTH)), *rows])
+    yield _format_table(_source_table(report))
     if report.generators:
-        yield _fold(_generators(report), "generators")
+        yield _format_long_table(_generator_table(report), "generators")
     if report.tasks:
-        yield _fold(_tasks(report), "tasks")
-    yield _table(_lengths(report))
-    yield _table(_repetition(report))
-    yield "\n".join(_definitions())
+        yield _format_long_table(_task_table(report), "tasks")
+    yield _format_table(_length_table(report))
+    yield _format_table(_repetition_table(report))
+    yield "\n".join(_wrap_definitions())
 
 
-def _definitions() -> Iterable[str]:
+def _wrap_definitions() -> Iterable[str]:
     for name, meaning in DEFINITIONS.items():
         yield from textwrap.wrap(f"{name}: {meaning}", WIDTH, subsequent_indent="  ")
 
 
-def _fold(rows: Sequence[Row], noun: str) -> str:
-    more = len(rows) - 1 - MOST_ROWS
-    return _table(rows) if more <= 0 else f"{_table(rows[: MOST_ROWS + 1])}\nand {more:,} more {noun}"
+def _format_long_table(rows: Sequence[Row], noun: str) -> str:
+    more = len(rows) - 1 - MAX_ROWS
+    return _format_table(rows) if more <= 0 else f"{_format_table(rows[: MAX_ROWS + 1])}\nand {more:,} more {noun}"
 
 
-def _bar(fraction: float) -> str:
-    """A bar of a fraction of the width; what is not nothing shows."""
-    return ("#" * max(round(fraction * _BAR), fraction > 0)).ljust(_BAR)
+def _draw_bar(fraction: float) -> str:
+    """A bar for a fraction of the width, at least one character unless the fraction is 0."""
+    return ("#" * max(round(fraction * _BAR_WIDTH), fraction > 0)).ljust(_BAR_WIDTH)

@@ -1,4 +1,4 @@
-"""The data report as one self-contained HTML page with its plots, and the files that it is written to."""
+"""Renders the data report as one self-contained HTML page with plots, and writes its files."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +13,14 @@ from matplotlib.ticker import NullLocator
 from cappy.annotation.report.candidates import COLUMNS, list_names, metrics_of
 from cappy.annotation.report.record import NUM_BINS, DataReport, Labels, Lengths, Pools
 from cappy.annotation.report.summary import summarize
-from cappy.annotation.report.text import DEFINITIONS, MOST_ROWS, findings, selectable_sources, tables, to_values
+from cappy.annotation.report.text import (
+    DEFINITIONS,
+    MAX_ROWS,
+    build_tables,
+    describe_findings,
+    selectable_sources,
+    to_values,
+)
 from cappy.errors import ConfigError, RecordError
 from cappy.pages.page import INK, QUIET, draw_figure, plain_axes, render_template, to_svg
 from cappy.pages.words import metric_name
@@ -27,23 +34,23 @@ _EXTRA = frozenset(
         *("exactly\n0", "blank", "texts", "25%", "75%", "99%"),
     }
 )
-"""Columns that a narrow screen leaves out."""
+"""Columns that narrow screens hide."""
 _COLOURS: Mapping[str, str] = {"llm": "#1d5fd0", "choice": "#c2500a"}
 _VARIABLES: Mapping[str, str] = {colour: f"var(--{source})" for source, colour in _COLOURS.items()}
 _NAMES = {"llm": "LLM responses", "choice": "choices"}
-_APART = 0.05
+_BAR_GAP = 0.05
 """Distance of the bars for exact 0 and exact 1 from the bins."""
 
 
 def write_report(folder: Path, target: Path, metric: str | None = None, progress: Progress = silent) -> DataReport:
     """The data report of a finished folder, written to `target` as report.html and report.json.
 
-    The folder is read once, in bounded memory. The metric is the one that it was annotated with, if none is named.
-    FolderError where the folder is unfinished or damaged, ConfigError where no metric is known, RecordError as
-    `summarize`.
+    The folder is read once, in bounded memory. The default metric is the one that the folder was annotated with. Raises
+    FolderError if the folder is unfinished or damaged, ConfigError if no metric is known, and RecordError as
+    `summarize` does.
     """
     manifest = read_manifest(folder)
-    name = metric or _metric(folder, manifest)
+    name = metric or _find_metric(folder, manifest)
     batches = _count_rows(read_batches(folder, columns=COLUMNS), progress, manifest.rows)
     try:
         report = summarize(batches, name)
@@ -54,70 +61,70 @@ def write_report(folder: Path, target: Path, metric: str | None = None, progress
 
 
 def write_page(report: DataReport, folder: Path) -> None:
-    """Writes `report.html`, one self-contained file, and `report.json`, all numbers."""
+    """Writes `report.html`, one self-contained file, and `report.json` with all numbers."""
     values = json.dumps(to_values(report), indent=1, ensure_ascii=False, allow_nan=False)
     write_bytes(folder / "report.json", f"{values}\n".encode())
     write_bytes(folder / "report.html", render(report).encode())
 
 
 def render(report: DataReport) -> str:
-    """The page; every text of the data in it is escaped."""
+    """Renders the page; all text from the data is escaped."""
     return render_template(
-        "annotation/report",
+        "annotation/report/data_report_page.jinja",
         {},
         report=report,
-        findings=findings(report),
+        findings=describe_findings(report),
         metric=metric_name(report.metric),
-        tables=tables(report),
+        tables=build_tables(report),
         definitions=DEFINITIONS,
         extra=_EXTRA,
-        most_rows=MOST_ROWS,
-        split_bars=_bars([*report.splits.values(), report.total]),
-        task_bars=_bars(list(report.tasks.values())),
-        source_sparks=[_spark(labels) for labels in report.sources.values()],
-        generator_sparks=[_spark(generator.labels) for generator in report.generators],
-        plots=_plots(report),
+        max_rows=MAX_ROWS,
+        split_bars=_bar_positions([*report.splits.values(), report.total]),
+        task_bars=_bar_positions(list(report.tasks.values())),
+        source_sparks=[_spark_heights(labels) for labels in report.sources.values()],
+        generator_sparks=[_spark_heights(generator.labels) for generator in report.generators],
+        plots=_render_plots(report),
     )
 
 
-def _plots(report: DataReport) -> dict[str, tuple[Markup, Markup]]:
-    """Name -> the plot for wide screens and the one for narrow ones; what has nothing to show is left out."""
-    drawn = {}
-    # Made by matplotlib from numbers and fixed names alone.
+def _render_plots(report: DataReport) -> dict[str, tuple[Markup, Markup]]:
+    """Name -> the plot for wide and for narrow screens; plots without data are left out."""
+    plots = {}
+    # matplotlib makes them from numbers and fixed names only, so they need no escaping.
     if any(report.sources[source].count for source in selectable_sources(report)):
         sizes = ((10.2, 3.6), (3.7, 3.0))
-        drawn["labels"] = [Markup(_labels_svg(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
+        plots["labels"] = [Markup(_draw_labels(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
     if any(lengths.texts for lengths in report.words.values()):
         sizes = ((10.2, 2.2), (3.7, 2.2))
-        drawn["lengths"] = [Markup(_lengths_svg(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
-    return {name: (wide, narrow) for name, (wide, narrow) in drawn.items()}
+        plots["lengths"] = [Markup(_draw_lengths(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
+    return {name: (wide, narrow) for name, (wide, narrow) in plots.items()}
 
 
-def _bars(pools: Sequence[Pools]) -> list[tuple[float, float] | None]:
-    """Where the bar from random to oracle begins and how wide it is, in percent of labels from 0 to 1."""
+def _bar_positions(pools: Sequence[Pools]) -> list[tuple[float, float] | None]:
+    """Start and width of the bar from random to oracle, in percent of the scale of labels."""
     return [
         None if each.random is None or each.oracle is None else (100 * each.random, 100 * (each.oracle - each.random))
         for each in pools
     ]
 
 
-def _spark(labels: Labels) -> list[float]:
+def _spark_heights(labels: Labels) -> list[float]:
     """Heights of a histogram's bars in percent of the highest."""
-    most = max(labels.cells) or 1
-    return [100 * cell / most for cell in labels.cells]
+    highest = max(labels.cells) or 1
+    return [100 * cell / highest for cell in labels.cells]
 
 
-def _labels_svg(report: DataReport, *, width: float, height: float) -> str:
-    """Share of the LLM responses and choices by label, exact 0 and exact 1 apart, as an SVG element."""
+def _draw_labels(report: DataReport, *, width: float, height: float) -> str:
+    """Histogram of the labels of LLM responses and choices, with separate bars for exact 0 and 1, as an SVG element."""
     edges = np.arange(NUM_BINS + 1) / NUM_BINS
-    lefts = np.array([-_APART - 1 / NUM_BINS, *edges[:-1], 1 + _APART])
+    lefts = np.array([-_BAR_GAP - 1 / NUM_BINS, *edges[:-1], 1 + _BAR_GAP])
     sources = selectable_sources(report)
-    every = sum(report.sources[source].count for source in sources)
+    total = sum(report.sources[source].count for source in sources)
     with draw_figure(width, height) as figure:
         axes = plain_axes(figure, "label", "% of responses and choices")
         below = np.zeros(len(lefts))
         for source in sources:
-            shares = 100 * np.array(report.sources[source].cells) / every
+            shares = 100 * np.array(report.sources[source].cells) / total
             axes.bar(
                 lefts, shares, 0.92 / NUM_BINS, bottom=below, align="edge", color=_COLOURS[source], label=_NAMES[source]
             )
@@ -130,37 +137,37 @@ def _labels_svg(report: DataReport, *, width: float, height: float) -> str:
         return to_svg(figure, salt=f"cappy labels {width}", variables=_VARIABLES)
 
 
-def _lengths_svg(report: DataReport, *, width: float, height: float) -> str:
-    """The spread of the texts' words on a logarithmic scale, as an SVG element."""
-    held = {name: lengths for name, lengths in report.words.items() if lengths.texts}
+def _draw_lengths(report: DataReport, *, width: float, height: float) -> str:
+    """Box plots of the lengths of texts in words on a logarithmic scale, as an SVG element."""
+    nonempty = {name: lengths for name, lengths in report.words.items() if lengths.texts}
     with draw_figure(width, height) as figure:
         axes = plain_axes(figure, "words (logarithmic; line 5% to 95%, box 25% to 75%, dot median)", "")
         if width < 5:
             axes.set_xlabel("words (logarithmic)", color=QUIET)
-        for row, lengths in enumerate(held.values()):
-            _box(axes, -row, lengths)
-        axes.set_yticks([-row for row in range(len(held))], list(held))
-        axes.set_ylim(0.6 - len(held), 0.6)
+        for row, lengths in enumerate(nonempty.values()):
+            _draw_box(axes, -row, lengths)
+        axes.set_yticks([-row for row in range(len(nonempty))], list(nonempty))
+        axes.set_ylim(0.6 - len(nonempty), 0.6)
         axes.grid(visible=False, axis="y")
-        ends = [[lengths.quantiles[key] for lengths in held.values()] for key in ("5", "95")]
-        _logarithmic(axes, min(ends[0]), max(ends[1]), 6 if width < 5 else 12)
+        ends = [[lengths.quantiles[key] for lengths in nonempty.values()] for key in ("5", "95")]
+        _scale_axis(axes, min(ends[0]), max(ends[1]), 6 if width < 5 else 12)
         return to_svg(figure, salt=f"cappy lengths {width}", variables=_VARIABLES)
 
 
-def _box(axes: Axes, y: float, lengths: Lengths) -> None:
+def _draw_box(axes: Axes, y: float, lengths: Lengths) -> None:
     low, quarter, median, three_quarters, high = (lengths.quantiles[key] for key in ("5", "25", "50", "75", "95"))
     axes.plot([low, high], [y, y], color=QUIET, linewidth=1.4, solid_capstyle="butt")
     axes.plot([quarter, three_quarters], [y, y], color=_COLOURS["llm"], linewidth=9, solid_capstyle="butt", alpha=0.45)
     axes.plot([median], [y], color=_COLOURS["llm"], marker="o", markersize=6)
 
 
-def _logarithmic(axes: Axes, shortest: int, longest: int, most: int) -> None:
-    """At most `most` ticks, so that none overlap; where there are blank texts the scale begins at 0, linear up to 1."""
+def _scale_axis(axes: Axes, shortest: int, longest: int, max_ticks: int) -> None:
+    """Sets a logarithmic scale with at most `max_ticks` ticks; with blank texts it is linear from 0 to 1."""
     low, high = 0.7 * shortest if shortest else -0.15, 1.4 * max(longest, 1)
     for steps in (range(1, 10), (1, 2, 5), (1, 3), (1,)):
-        every = [0, *(step * 10**power for power in range(len(str(longest)) + 1) for step in steps)]
-        ticks = [tick for tick in every if low <= tick <= high]
-        if len(ticks) <= most:
+        values = [0, *(step * 10**power for power in range(len(str(longest)) + 1) for step in steps)]
+        ticks = [tick for tick in values if low <= tick <= high]
+        if len(ticks) <= max_ticks:
             break
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
     axes.xaxis.set_minor_locator(NullLocator())
@@ -168,14 +175,14 @@ def _logarithmic(axes: Axes, shortest: int, longest: int, most: int) -> None:
     axes.set_xlim(low, high)
 
 
-def _metric(folder: Path, manifest: Manifest) -> str:
+def _find_metric(folder: Path, manifest: Manifest) -> str:
     """The metric that the folder was annotated with."""
-    named = manifest.config.get("metric") if manifest.step == "annotation" else None
-    if isinstance(named, str):
-        return named
+    metric = manifest.config.get("metric") if manifest.step == "annotation" else None
+    if isinstance(metric, str):
+        return metric
     batch = next(read_batches(folder, columns=["candidates.list.element.labels"]), None)
     names = metrics_of(batch["candidates"].flatten().field("labels")) if batch is not None else []
-    remedy = f"name one of {list_names(names)}" if names else "it has no labels: run cappy annotation first"
+    remedy = f"choose one of {list_names(names)}" if names else "it has no labels: run cappy annotation first"
     raise ConfigError(f"{folder}: its manifest names no metric (step {manifest.step or 'unknown'}); {remedy}")
 
 
