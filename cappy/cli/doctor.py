@@ -197,13 +197,13 @@ def _verify_scorer() -> Path:
 def _check_tracking(uri: str) -> Finding:
     """Whether MLflow's database or server answers; a database that the first run will make is not made here."""
     from cappy.redaction import redact_address
-    from cappy.registry.models import check, no_database_yet, tracking_address
+    from cappy.registry.models import check_reachable, no_database_yet, tracking_address
 
     address = redact_address(tracking_address(uri))
     if no_database_yet(uri):
         return Finding(name="mlflow", status="ok", detail=f"{address} will be made by the first run")
     try:
-        check(uri)
+        check_reachable(uri)
     except CappyError as error:
         return Finding(name="mlflow", status="failure", detail=str(error))
     return Finding(name="mlflow", status="ok", detail=f"{address} answers")

@@ -11,7 +11,7 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from cappy.config import ADVANCED, FRESH, flag, groups
+from cappy.config import ADVANCED, FRESH, flag, nested_settings
 
 SettingFlag = Annotated[
     list[str],
@@ -50,7 +50,7 @@ def parameters(config_class: type[Any]) -> list[inspect.Parameter]:
 
 def _fields(config_class: type[Any]) -> Iterator[tuple[str, FieldInfo, bool]]:
     """The fields with their path and whether they are ADVANCED, those of a group in the group's place."""
-    grouped = groups(config_class)
+    grouped = nested_settings(config_class)
     for name, field in config_class.__pydantic_fields__.items():
         advanced = ADVANCED in field.metadata
         if name not in grouped:

@@ -11,7 +11,7 @@ import typer
 
 from cappy.cli.flags import JsonFlag
 from cappy.config import DEFAULT_WORK
-from cappy.errors import ConfigError, FolderError, near
+from cappy.errors import ConfigError, FolderError, suggest
 from cappy.steps import STEP_SPECS
 
 if TYPE_CHECKING:
@@ -47,11 +47,11 @@ def explain(
 
     A run continues or reuses work of the same version, settings and inputs; anything else is new work.
     """
-    from cappy.records.work import pieces
+    from cappy.records.work import list_pieces
 
     if step not in STEP_SPECS:
-        raise ConfigError(f"{step}: no such step{near(step, STEP_SPECS)}")
-    keyed = [piece for piece in pieces(work, step) if piece.key is not None]
+        raise ConfigError(f"{step}: no such step{suggest(step, STEP_SPECS)}")
+    keyed = [piece for piece in list_pieces(work, step) if piece.key is not None]
     rows: list[Row] = []
     for number, piece in enumerate(keyed):
         before = keyed[number + 1].key if number + 1 < len(keyed) else None
@@ -82,14 +82,14 @@ def clean(
 
     Published outputs, registered versions and the record of what was spent are not touched.
     """
-    from cappy.records.work import pieces, remove_piece
+    from cappy.records.work import list_pieces, remove_piece
     from cappy.sampling import store
 
     limit = None if older_than is None else time.time() - older_than * DAY_SECONDS
     rows: list[Row] = []
     removals: list[Callable[[], None]] = []
     fresh: set[str] = set()
-    for piece in pieces(work):
+    for piece in list_pieces(work):
         if piece.key is not None:
             fresh.add(piece.key.fresh)
         if reason := piece.unreachable or _idle_time(piece.last_used, limit):

@@ -141,7 +141,7 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "deployment", identity(config), parents, fresh=config.fresh) as folder:
         version = registry.resolve(uri, tracking_uri=config.tracking_uri)
-        _refuse_other(config.report, version)
+        _check_report_version(config.report, version)
         local = registry.download(uri, tracking_uri=config.tracking_uri, cache=config.models)
         worst = largest_difference(local, probes, uri)
         progress(len(probes), len(probes), unit="pairs")
@@ -167,7 +167,7 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
-def _refuse_other(report: Path, version: Version) -> None:
+def _check_report_version(report: Path, version: Version) -> None:
     """FolderError where a report is about another scorer than this version."""
     about = read_values(report).get("versions", {}).get("challenger", "")
     if about and not version.manifest_hash.startswith(about):

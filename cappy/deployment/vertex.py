@@ -45,7 +45,7 @@ def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[s
         )
         model = _upload_model(config, version, scorer)
         endpoint = _endpoint(config)
-        own = next((one.id for one in endpoint.list_models() if _same(one, model)), None)
+        own = next((one.id for one in endpoint.list_models() if _is_deployed(one, model)), None)
         present = _traffic(endpoint)
         if own is None:
             _deploy(config, version, endpoint, model, split_traffic(present, config.traffic))
@@ -137,13 +137,13 @@ def _traffic(endpoint: aiplatform.Endpoint) -> dict[str, int]:
     return {str(name): int(percent) for name, percent in (endpoint.traffic_split or {}).items()}
 
 
-def _same(deployed: _DeployedModel, model: aiplatform.Model) -> bool:
+def _is_deployed(deployed: _DeployedModel, model: aiplatform.Model) -> bool:
     return bool(deployed.model == model.resource_name and deployed.model_version_id == model.version_id)
 
 
 def _undeploy(endpoint: aiplatform.Endpoint, model: aiplatform.Model) -> list[str]:
     """Takes down what no longer answers; the names of what went."""
-    gone = [one for one in endpoint.list_models() if not _same(one, model)]
+    gone = [one for one in endpoint.list_models() if not _is_deployed(one, model)]
     for one in gone:
         endpoint.undeploy(deployed_model_id=one.id)
     return [one.display_name for one in gone]

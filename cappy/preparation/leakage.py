@@ -24,21 +24,21 @@ from cappy.errors import RecordError, quote
 from cappy.records import Instance, prompt_hash, read_batches
 from cappy.records.overlap import (
     MAX_ROWS,
-    Draw,
-    Drawn,
+    RowSample,
+    SampledRow,
     Hashes,
     Prompt,
-    Prompted,
+    PromptLike,
     RowIndex,
     Rows,
-    distinct,
-    frequent_of,
+    sorted_unique,
+    frequent_hashes,
     group_hash,
-    is_content,
+    is_content_id,
     own_shingles,
     shingles,
     sketch_rows,
-    without,
+    exclude,
 )
 
 MOST_DROPPED = 0.2
@@ -64,10 +64,10 @@ class SplitRows:
     """
 
     def __init__(self) -> None:
-        self._fitted = {split: Draw(most=MAX_ROWS + MAX_ROWS // 4) for split in ("train", "validation")}
-        self._held = {split: Draw(most=MAX_ROWS, whole=True) for split in ("validation", "test")}
+        self._fitted = {split: RowSample(most=MAX_ROWS + MAX_ROWS // 4) for split in ("train", "validation")}
+        self._held = {split: RowSample(most=MAX_ROWS, whole=True) for split in ("validation", "test")}
 
-    def add(self, prompted: Prompted, split: str) -> None:
+    def add(self, prompted: PromptLike, split: str) -> None:
         """Takes a row of a split."""
         for draws in (self._fitted, self._held):
             if split in draws:
@@ -90,7 +90,7 @@ class SplitRows:
         return _find_leaks(sorted(fitted, key=lambda row: row.prompt), validation, test)
 
 
-def _find_leaks(fitted: list[Drawn], validation: list[Drawn], test: list[Drawn]) -> set[int]:
+def _find_leaks(fitted: list[SampledRow], validation: list[SampledRow], test: list[SampledRow]) -> set[int]:
     dropped: set[int] = set()
     test = _own(test)
     while True:
@@ -98,7 +98,7 @@ def _find_leaks(fitted: list[Drawn], validation: list[Drawn], test: list[Drawn])
         held = [*test, *_own(validation)]
         if not held:
             return dropped
-        numbers, table = own_shingles(fitted[:MAX_ROWS], distinct(np.concatenate([row.shingles for row in held])))
+        numbers, table = own_shingles(fitted[:MAX_ROWS], sorted_unique(np.concatenate([row.shingles for row in held])))
         index = RowIndex(Rows(table))
         prompts = np.array([fitted[number].prompt for number in numbers], dtype=np.uint64)
         beside: set[int] = set()
@@ -112,25 +112,25 @@ def _find_leaks(fitted: list[Drawn], validation: list[Drawn], test: list[Drawn])
         validation = [row for row in validation if row.prompt not in beside]
 
 
-def _own(rows: list[Drawn]) -> list[Drawn]:
+def _own(rows: list[SampledRow]) -> list[SampledRow]:
     """The rows of a split without the shingles of its templates."""
-    frequent = frequent_of((row.group, row.shingles) for row in rows)
-    return [row._replace(shingles=without(row.shingles, frequent)) for row in rows]
+    frequent = frequent_hashes((row.group, row.shingles) for row in rows)
+    return [row._replace(shingles=exclude(row.shingles, frequent)) for row in rows]
 
 
-def tied_prompts(prompts: Hashes, rows: Callable[[], Iterable[Prompted]]) -> Hashes:
+def tied_prompts(prompts: Hashes, rows: Callable[[], Iterable[PromptLike]]) -> Hashes:
     """In place of each row's hash of its prompt one of those of its near-duplicates, equal for all of them.
 
     `rows` is read twice. Of more than 32,768 rows those that are like no drawn row are like none.
     """
-    draw = Draw(most=MAX_ROWS)
+    draw = RowSample(most=MAX_ROWS)
     for prompted in rows():
         draw.add(prompted)
     draw.cut()
     numbers, table = own_shingles(draw.held)
     index = RowIndex(Rows(table))
     drawn = np.array([draw.held[number].prompt for number in numbers], dtype=np.uint64)
-    frequent = frequent_of((row.group, distinct(row.shingles)) for row in draw.held)
+    frequent = frequent_hashes((row.group, sorted_unique(row.shingles)) for row in draw.held)
     parents: dict[int, int] = {}
 
     for prompt, prompted in zip(prompts.tolist(), rows(), strict=False):
@@ -156,9 +156,9 @@ class HeldOut:
     """
 
     def __init__(self) -> None:
-        self._draws = {split: Draw(most=MAX_ROWS) for split in ("train", "validation", "test")}
+        self._draws = {split: RowSample(most=MAX_ROWS) for split in ("train", "validation", "test")}
 
-    def add(self, prompted: Prompted, split: str) -> None:
+    def add(self, prompted: PromptLike, split: str) -> None:
         """Takes a row of a split."""
         self._draws[split].add(prompted)
 
@@ -169,7 +169,7 @@ class HeldOut:
         numbers, table = own_shingles([*held, *others])
         return RowIndex(Rows(table[: sum(number < len(held) for number in numbers)]))
 
-    def _bounded_rows(self, split: str) -> list[Drawn]:
+    def _bounded_rows(self, split: str) -> list[SampledRow]:
         self._draws[split].cut()
         return self._draws[split].held
 
@@ -241,7 +241,7 @@ def _read_evaluation_sets(folders: Sequence[Path]) -> tuple[Exclusions, RowIndex
                 for row in zip(*(batch[name].to_pylist() for name in _COLUMNS), strict=True):
                     prompt = Prompt(*row)
                     prompts.append(prompt_hash(prompt.instruction))
-                    if is_content(prompt.group_id):
+                    if is_content_id(prompt.group_id):
                         groups.append(group_hash(prompt))
                     yield prompt
 
@@ -253,6 +253,6 @@ def _describe_leak(instance: Instance, held: Exclusions, rows: RowIndex) -> str:
     """What of an instance stands in an evaluation set, in words; empty if nothing does."""
     if held.has_prompt(instance.instruction):
         return "has a prompt"
-    if is_content(instance.group_id) and _has(held.groups, group_hash(instance)):
+    if is_content_id(instance.group_id) and _has(held.groups, group_hash(instance)):
         return "is of a group"
     return "has the text of a row" if rows.holds(instance) else ""

@@ -92,11 +92,11 @@ class Manifest:
             values.pop(derived, None)
         files = tuple(File(**file) for file in values.pop("files"))
         manifest = Manifest(**{**values, "files": files, "parents": tuple(values.pop("parents"))})
-        _refuse_odd(manifest)
+        _check_fields(manifest)
         return manifest
 
 
-def _refuse_odd(manifest: Manifest) -> None:
+def _check_fields(manifest: Manifest) -> None:
     """ValueError where a field is of another type than `to_json` writes, or its hash cannot be made."""
     for file in manifest.files:
         _refuse_outside(file.name)
@@ -269,11 +269,11 @@ def publish(work: Path, target: Path, manifest: Manifest) -> None:
             stale.unlink()
         for file in manifest.files:
             refuse_links(target, file.name)
-            put(work / file.name, target / file.name)
+            link_or_copy(work / file.name, target / file.name)
     write_manifest(target, manifest)
 
 
-def put(source: Path, path: Path) -> None:
+def link_or_copy(source: Path, path: Path) -> None:
     """The same file under another path, in place of what was there: a hard link where that can be, else a copy."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pydantic import Field
 from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
-from cappy.records.folder import File, Manifest, put, read_manifest, verify_file
+from cappy.records.folder import File, Manifest, link_or_copy, read_manifest, verify_file
 from cappy.records.work import claim, finish, refuse_same
 
 __all__ = ["GatheringConfig", "run"]
@@ -55,7 +55,7 @@ def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
         manifest = Manifest(
             step=sources[0].step,
             files=tuple(files),
-            config=_common([source.config for source in sources]),
+            config=_common_settings([source.config for source in sources]),
             step_version=sources[0].step_version,
             seed=sources[0].seed,
             generators={name: each for source in sources for name, each in source.generators.items()},
@@ -68,11 +68,11 @@ def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
 def _link_part(path: Path, file: File, folder: Path, number: int) -> File:
     """The part under the number that it has among all, by hard link where the file system allows it."""
     name = f"part-{number:05d}.parquet"
-    put(path, folder / name)
+    link_or_copy(path, folder / name)
     return replace(file, name=name)
 
 
-def _common(configs: Sequence[Mapping[str, object]]) -> dict[str, object]:
+def _common_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """The settings that all shards had: all but which shard it was."""
     first, *others = configs
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}

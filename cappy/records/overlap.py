@@ -44,7 +44,7 @@ _WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}
 _FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 
 
-class Prompted(Protocol):
+class PromptLike(Protocol):
     """What is looked at of an instance."""
 
     @property
@@ -68,23 +68,23 @@ class Prompt(NamedTuple):
     group_id: str = ""
 
 
-def group_hash(prompted: Prompted) -> int:
+def group_hash(prompted: PromptLike) -> int:
     """64 bits of the task and the group; equal by chance for row numbers, so they prove nothing alone."""
     text = f"{prompted.task}\0{prompted.group_id}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def is_content(group_id: str) -> bool:
+def is_content_id(group_id: str) -> bool:
     """Whether a group's id is made of the row's content, as that of a row under templates: NAME:HASH."""
     return regex.search(r":[0-9a-f]{16}$", group_id) is not None
 
 
 def shingles(text: str) -> Hashes:
     """The sorted, distinct shingles of a text; equal for texts that differ in case, marks and white space alone."""
-    return distinct(_in_order(text))
+    return sorted_unique(_ordered_shingles(text))
 
 
-def distinct(values: Hashes) -> Hashes:
+def sorted_unique(values: Hashes) -> Hashes:
     """The values sorted, each once; by sorting, which is several times faster here than the hashing of `np.unique`."""
     ordered = np.sort(values)
     new = np.ones(len(ordered), dtype=np.bool_)
@@ -92,11 +92,11 @@ def distinct(values: Hashes) -> Hashes:
     return ordered[new]
 
 
-def _in_order(text: str) -> Hashes:
+def _ordered_shingles(text: str) -> Hashes:
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     if len(words) < WORDS:
         return np.empty(0, dtype=np.uint64)
-    hashes = np.fromiter(map(_hash, words), dtype=np.uint64, count=len(words))
+    hashes = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
     mixed = np.zeros(len(words) - WORDS + 1, dtype=np.uint64)
     for index in range(WORDS):
         mixed = (mixed ^ hashes[index : len(words) - WORDS + 1 + index]) * _FACTORS[index]
@@ -105,7 +105,7 @@ def _in_order(text: str) -> Hashes:
 
 
 @functools.lru_cache(maxsize=2**18)
-def _hash(word: str) -> int:
+def _word_hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
@@ -125,7 +125,7 @@ class Rows:
         return Rows(np.empty((0, 1 + KEPT), dtype=np.uint64))
 
 
-class Drawn(NamedTuple):
+class SampledRow(NamedTuple):
     """A row as it is held: hashes of its prompt and of its group, and its shingles."""
 
     prompt: int
@@ -134,7 +134,7 @@ class Drawn(NamedTuple):
 
 
 @dataclass(slots=True)
-class Draw:
+class RowSample:
     """Rows as they come, the `most` with the smallest hashes of prompts; a fourth more are held at most.
 
     Of each the first `MAX_SHINGLES` shingles are kept in order, or all of them, sorted and distinct, where it is
@@ -143,19 +143,19 @@ class Draw:
 
     most: int
     whole: bool = False
-    held: list[Drawn] = field(default_factory=list)
+    held: list[SampledRow] = field(default_factory=list)
     seen: int = 0
     highest: int = 2**64
     size: int = 0
 
-    def add(self, prompted: Prompted) -> None:
+    def add(self, prompted: PromptLike) -> None:
         """Takes a row, unless those that are held have smaller hashes."""
         self.seen += 1
         prompt = prompt_hash(prompted.instruction)
         if prompt >= self.highest:
             return
-        hashes = shingles(prompted.instruction) if self.whole else _in_order(prompted.instruction)[:MAX_SHINGLES]
-        self.held.append(Drawn(prompt, group_hash(prompted), hashes))
+        hashes = shingles(prompted.instruction) if self.whole else _ordered_shingles(prompted.instruction)[:MAX_SHINGLES]
+        self.held.append(SampledRow(prompt, group_hash(prompted), hashes))
         self.size += len(hashes)
         if len(self.held) >= self.most + self.most // 4 or self.size > self.most * MAX_SHINGLES * 5 // 4:
             self.cut()
@@ -171,9 +171,9 @@ class Draw:
         self.size = int(ends[count - 1]) if self.held else 0
 
 
-def sketch_rows(prompts: Iterable[Prompted]) -> Rows:
+def sketch_rows(prompts: Iterable[PromptLike]) -> Rows:
     """What is kept of the rows of these prompts: the work is bounded where there are millions."""
-    draw = Draw(most=MAX_ROWS)
+    draw = RowSample(most=MAX_ROWS)
     for prompted in prompts:
         draw.add(prompted)
     draw.cut()
@@ -181,7 +181,7 @@ def sketch_rows(prompts: Iterable[Prompted]) -> Rows:
     return Rows(np.unique(table, axis=0) if len(table) else table, draw.seen)
 
 
-def own_shingles(drawn: Sequence[Drawn], only: Hashes | None = None) -> tuple[list[int], Hashes]:
+def own_shingles(drawn: Sequence[SampledRow], only: Hashes | None = None) -> tuple[list[int], Hashes]:
     """What is kept of these rows as in `Rows`, a line for each that has enough; and which of `drawn` each line is.
 
     A row with fewer than `MIN_SHARED` shingles among those of `only` is passed over.
@@ -194,21 +194,21 @@ def own_shingles(drawn: Sequence[Drawn], only: Hashes | None = None) -> tuple[li
     ends = np.append(0, np.cumsum(lengths))
     wanted = lengths >= MIN_SHARED
     if only is not None:
-        hits = np.append(0, np.cumsum(_among(flat, only)))
+        hits = np.append(0, np.cumsum(_is_in_sorted(flat, only)))
         wanted = hits[ends[1:]] - hits[ends[:-1]] >= MIN_SHARED
     if not wanted.any():
         return [], Rows.none().table
-    rare = _rare(flat, np.repeat(groups, lengths))
+    rare = _zero_frequent(flat, np.repeat(groups, lengths))
     numbers, rows = [], []
     for number in np.flatnonzero(wanted).tolist():
-        kept = distinct(_inside(rare[ends[number] : ends[number + 1]]))[:KEPT]
+        kept = sorted_unique(_drop_template_neighbours(rare[ends[number] : ends[number + 1]]))[:KEPT]
         if len(kept) >= MIN_SHARED:
             numbers.append(number)
             rows.append(np.concatenate((groups[number : number + 1], kept, np.zeros(KEPT - len(kept), np.uint64))))
     return numbers, np.array(rows, dtype=np.uint64) if rows else Rows.none().table
 
 
-def _among(values: Hashes, ordered: Hashes) -> npt.NDArray[np.bool_]:
+def _is_in_sorted(values: Hashes, ordered: Hashes) -> npt.NDArray[np.bool_]:
     """Which values are among sorted ones; quicker than `np.isin`, which sorts both anew."""
     if not len(ordered):
         return np.zeros(len(values), dtype=np.bool_)
@@ -216,21 +216,21 @@ def _among(values: Hashes, ordered: Hashes) -> npt.NDArray[np.bool_]:
     return is_in
 
 
-def without(values: Hashes, ordered: Hashes) -> Hashes:
+def exclude(values: Hashes, ordered: Hashes) -> Hashes:
     """The values that are not among sorted ones."""
-    return values[~_among(values, ordered)]
+    return values[~_is_in_sorted(values, ordered)]
 
 
-def _rare(flat: Hashes, groups: Hashes) -> Hashes:
+def _zero_frequent(flat: Hashes, groups: Hashes) -> Hashes:
     """The shingles with zeros in place of those that too many groups share."""
     known, codes = np.unique(flat, return_inverse=True)
     _, group_codes = np.unique(groups, return_inverse=True)
-    pairs = distinct(codes.astype(np.uint64) << np.uint64(32) | group_codes.astype(np.uint64))
+    pairs = sorted_unique(codes.astype(np.uint64) << np.uint64(32) | group_codes.astype(np.uint64))
     counts = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(known))
-    return np.where(counts[codes] <= _most_prompts(int(group_codes.max(initial=0)) + 1), flat, 0).astype(np.uint64)
+    return np.where(counts[codes] <= _max_prompts(int(group_codes.max(initial=0)) + 1), flat, 0).astype(np.uint64)
 
 
-def _inside(hashes: Hashes) -> Hashes:
+def _drop_template_neighbours(hashes: Hashes) -> Hashes:
     """The shingles of a prompt that are not zero, without those that are half the template's.
 
     Those stand beside two zeros in a row, or one at an end: under another template they would be others.
@@ -250,7 +250,7 @@ def _inside(hashes: Hashes) -> Hashes:
     return own
 
 
-def _most_prompts(groups: int) -> int:
+def _max_prompts(groups: int) -> int:
     """In how many of so many groups a shingle may stand and still be a row's own."""
     return max(1, min(MOST_PROMPTS, groups // 4))
 
@@ -275,7 +275,7 @@ class RowIndex:
         order = np.argsort(values, kind="stable")
         self._values, self._numbers = values[order], numbers[order]
 
-    def holds(self, prompted: Prompted, frequent: Hashes | None = None) -> bool:
+    def holds(self, prompted: PromptLike, frequent: Hashes | None = None) -> bool:
         """Whether a prompt holds a row, or a part of one of its own group; `frequent` shingles count for nothing."""
         return len(self.match(shingles(prompted.instruction), group_hash(prompted), frequent)) > 0
 
@@ -284,7 +284,7 @@ class RowIndex:
     ) -> npt.NDArray[np.intp]:
         """The numbers of the rows that a prompt of these shingles and this group's hash holds; see `holds`."""
         if frequent is not None:
-            prompt = without(prompt, frequent)
+            prompt = exclude(prompt, frequent)
         starts = np.searchsorted(self._values, prompt, side="left")
         ends = np.searchsorted(self._values, prompt, side="right")
         hit = ends > starts
@@ -298,12 +298,12 @@ class RowIndex:
         return numbers
 
 
-def frequent_shingles(prompts: Sequence[Prompted]) -> Hashes:
+def frequent_shingles(prompts: Sequence[PromptLike]) -> Hashes:
     """The sorted shingles that too many groups of these prompts share: their templates' text."""
-    return frequent_of((group_hash(prompted), shingles(prompted.instruction)) for prompted in prompts)
+    return frequent_hashes((group_hash(prompted), shingles(prompted.instruction)) for prompted in prompts)
 
 
-def frequent_of(prompts: Iterable[tuple[int, Hashes]]) -> Hashes:
+def frequent_hashes(prompts: Iterable[tuple[int, Hashes]]) -> Hashes:
     """`frequent_shingles` of prompts that are given as their groups' hashes and their distinct shingles."""
     own: dict[int, list[Hashes]] = {}
     for group, hashes in prompts:
@@ -311,10 +311,10 @@ def frequent_of(prompts: Iterable[tuple[int, Hashes]]) -> Hashes:
     if not own:
         return np.empty(0, dtype=np.uint64)
     hashes, counts = np.unique(
-        np.concatenate([one[0] if len(one) == 1 else distinct(np.concatenate(one)) for one in own.values()]),
+        np.concatenate([one[0] if len(one) == 1 else sorted_unique(np.concatenate(one)) for one in own.values()]),
         return_counts=True,
     )
-    return hashes[counts > max(2, _most_prompts(len(own)))]
+    return hashes[counts > max(2, _max_prompts(len(own)))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

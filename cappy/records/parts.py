@@ -44,7 +44,7 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
+class _PartResult:
     file: File
     counts: Mapping[str, int]
     taken: int
@@ -56,7 +56,7 @@ def count_nothing(_: Sequence[Instance]) -> Mapping[str, int]:
     return {}
 
 
-def never(_: Mapping[str, int]) -> bool:
+def never_redo(_: Mapping[str, int]) -> bool:
     """What is finished stays finished."""
     return False
 
@@ -77,8 +77,8 @@ def process(
     instances of each part before they are written; its numbers are kept with the part.
     """
 
-    def one(index: int, part: list[Instance]) -> _Done:
-        return _do(folder, index, len(part), lambda: part, transform, count)
+    def one(index: int, part: list[Instance]) -> _PartResult:
+        return _process_part(folder, index, len(part), lambda: part, transform, count)
 
     return _collect(map(one, itertools.count(), batched(instances, part_rows)), total, progress)
 
@@ -92,7 +92,7 @@ def process_folder(
     part_rows: int,
     progress: Progress,
     count: Count = count_nothing,
-    again: Again = never,
+    again: Again = never_redo,
     workers: int = 1,
 ) -> Parts:
     """`process` over these rows of a finished folder, in `workers` processes; each reads the rows of its own parts.
@@ -101,11 +101,11 @@ def process_folder(
     """
     starts = range(rows.start, rows.stop, part_rows)
     spans = [range(start, min(start + part_rows, rows.stop)) for start in starts]
-    one = partial(_do_rows, source, folder, transform, count, again)
+    one = partial(_process_rows, source, folder, transform, count, again)
     if min(workers, len(spans)) <= 1:
         return _collect(map(one, range(len(spans)), spans), len(rows), progress)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(spans)), mp_context=context, initializer=_serve) as pool:
+    with ProcessPoolExecutor(min(workers, len(spans)), mp_context=context, initializer=_init_worker) as pool:
         try:
             return _collect(pool.map(one, range(len(spans)), spans), len(rows), progress)
         except BaseException:
@@ -113,7 +113,7 @@ def process_folder(
             raise
 
 
-def _collect(parts: Iterable[_Done], total: int | None, progress: Progress) -> Parts:
+def _collect(parts: Iterable[_PartResult], total: int | None, progress: Progress) -> Parts:
     files: list[File] = []
     counts: Counter[str] = Counter()
     done = resumed = 0
@@ -127,32 +127,32 @@ def _collect(parts: Iterable[_Done], total: int | None, progress: Progress) -> P
     return Parts(files=tuple(files), counts=dict(counts))
 
 
-def _do_rows(
+def _process_rows(
     source: Path, folder: Path, transform: Transform, count: Count, again: Again, index: int, rows: range
-) -> _Done:
-    return _do(folder, index, len(rows), lambda: list(read(source, rows=rows)), transform, count, again)
+) -> _PartResult:
+    return _process_part(folder, index, len(rows), lambda: list(read(source, rows=rows)), transform, count, again)
 
 
-def _do(
+def _process_part(
     folder: Path,
     index: int,
     taken: int,
     instances: Callable[[], list[Instance]],
     transform: Transform,
     count: Count,
-    again: Again = never,
-) -> _Done:
+    again: Again = never_redo,
+) -> _PartResult:
     if (finished := _read_finished(folder, index)) is not None and not again(finished[1]):
-        return _Done(*finished, taken=taken, resumed=True)
+        return _PartResult(*finished, taken=taken, resumed=True)
     done = list(transform(instances()))
     counts = dict(count(done))
     file = write_part(folder, index, done)
-    write_bytes(_note(folder, index), json.dumps({**asdict(file), "counts": counts}).encode())
-    return _Done(file, counts, taken=taken, resumed=False)
+    write_bytes(_note_path(folder, index), json.dumps({**asdict(file), "counts": counts}).encode())
+    return _PartResult(file, counts, taken=taken, resumed=False)
 
 
 def _read_finished(folder: Path, index: int) -> tuple[File, Mapping[str, int]] | None:
-    note = _note(folder, index)
+    note = _note_path(folder, index)
     if not note.is_file():
         return None
     try:
@@ -165,18 +165,18 @@ def _read_finished(folder: Path, index: int) -> tuple[File, Mapping[str, int]] |
     return (file, counts) if path.is_file() and sha256_of(path) == file.sha256 else None
 
 
-def _note(folder: Path, index: int) -> Path:
+def _note_path(folder: Path, index: int) -> Path:
     return folder / f".part-{index:05d}.json"
 
 
-def _serve() -> None:
+def _init_worker() -> None:
     """A worker leaves Ctrl-C to the parent, and ends when the parent does, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
 
 
-def _end_with(sentinel: int) -> None:
+def _exit_with(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)

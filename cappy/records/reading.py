@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from cappy.errors import FolderError, quote
 from cappy.records.folder import MANIFEST, PART_ROWS, File, read_manifest, verify_file
 from cappy.records.instance import Instance, Split
-from cappy.records.schema import from_batch, odd_column
+from cappy.records.schema import from_batch, find_schema_problem
 
 
 def read(folder: str | Path, *, splits: Sequence[Split] | None = None, rows: range | None = None) -> Iterator[Instance]:
@@ -33,28 +33,28 @@ def read_batches(
     """Streams Arrow record batches, for loops that need a few columns of many rows; each part is verified first."""
     if rows is None:
         for file in _parts(Path(folder)):
-            with _part(verify_file(Path(folder), file)) as parquet:
+            with _open_part(verify_file(Path(folder), file)) as parquet:
                 yield from parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
         return
-    files, ends = _rows_of_files(Path(folder), _stamp(Path(folder) / MANIFEST))
+    files, ends = _rows_of_files(Path(folder), _file_version(Path(folder) / MANIFEST))
     for index in range(bisect.bisect_right(ends, rows.start), len(files)):
         file, end = files[index], ends[index]
         start = end - file.rows
         if start >= rows.stop:
             return
-        path = _verify_once(Path(folder), file, _stamp(Path(folder) / file.name))
-        with _part(path) as parquet:
+        path = _verify_once(Path(folder), file, _file_version(Path(folder) / file.name))
+        with _open_part(path) as parquet:
             batches = parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
-            yield from _within(batches, max(rows.start - start, 0), min(rows.stop - start, file.rows))
+            yield from _slice_batches(batches, max(rows.start - start, 0), min(rows.stop - start, file.rows))
 
 
 @contextlib.contextmanager
-def _part(path: Path) -> Iterator[pq.ParquetFile]:
+def _open_part(path: Path) -> Iterator[pq.ParquetFile]:
     """A part that holds columns of the record's types; FolderError for any other file."""
     remedy = "run the step that wrote the folder again"
     try:
         with pq.ParquetFile(path) as parquet:
-            if odd := odd_column(parquet.schema_arrow):
+            if odd := find_schema_problem(parquet.schema_arrow):
                 raise FolderError(f"{path}: is not a part of the record ({odd}); {remedy}")
             yield parquet
     except pa.ArrowException as error:
@@ -82,7 +82,7 @@ def _verify_once(folder: Path, file: File, stamp: tuple[int, ...]) -> Path:
     return verify_file(folder, file)
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def _file_version(path: Path) -> tuple[int, ...]:
     """What changes when a file does; empty where there is none."""
     try:
         status = path.stat()
@@ -91,7 +91,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _within(batches: Iterable[pa.RecordBatch], first: int, last: int) -> Iterator[pa.RecordBatch]:
+def _slice_batches(batches: Iterable[pa.RecordBatch], first: int, last: int) -> Iterator[pa.RecordBatch]:
     """The batches cut to the rows from `first` to before `last`."""
     end = 0
     for batch in batches:

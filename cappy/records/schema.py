@@ -60,7 +60,7 @@ _INSTANCE_DEFAULTS = _defaults(Instance)
 _CANDIDATE_DEFAULTS = _defaults(Candidate)
 
 
-def odd_column(schema: pa.Schema) -> str:
+def find_schema_problem(schema: pa.Schema) -> str:
     """What is wrong with the columns of a part, in words; empty where they are the record's, or some of them.
 
     Those that a newer writer added are passed over, those that an older one did not know may be missing, except what

@@ -3,7 +3,7 @@
 An orchestrator gives every attempt a fresh output path, so unfinished work lies in a folder of our own, named by what
 is computed (`cappy.keys`) and not by who asked for it.
 
-Several machines share a piece of work by shards: shard i of N does its rows and no other does. `pieces` lists what lies
+Several machines share a piece of work by shards: shard i of N does its rows and no other does. `list_pieces` lists what lies
 in a work folder, and which of it a run can still find.
 """
 
@@ -56,15 +56,15 @@ def begin(folder: Path, key: Key) -> None:
     What lies there is removed first where the run asked for a fresh start, and where no key vouches for it: a run was
     killed while it removed it.
     """
-    if not starts_anew(folder, key):
+    if not must_start_over(folder, key):
         return
-    _empty(folder)
+    _clear(folder)
     if not key.fresh:
-        _log_differences(key, _keys_of(folder.parent))
+        _log_differences(key, _read_keys(folder.parent))
     write_bytes(folder / KEY, key.to_json().encode())
 
 
-def starts_anew(folder: Path, key: Key) -> bool:
+def must_start_over(folder: Path, key: Key) -> bool:
     """Whether `begin` removes what lies in the folder of this work."""
     before = read_key(folder)
     if before is None:
@@ -78,7 +78,7 @@ def fresh_name(work: Path, step: str, settings: Mapping[str, object], inputs: Se
     A run that asks for a fresh start goes on under the name of one that was not finished.
     """
     wanted = Key.from_json(work_key(step, settings, inputs).to_json())
-    for key in _keys_of(work / step):
+    for key in _read_keys(work / step):
         same = (key.version, key.settings, key.inputs[: len(inputs)]) == (
             wanted.version,
             wanted.settings,
@@ -97,7 +97,7 @@ def read_key(folder: Path) -> Key | None:
         return None
 
 
-def _keys_of(step_folder: Path) -> list[Key]:
+def _read_keys(step_folder: Path) -> list[Key]:
     """The keys of all work of a step, but for what another process is just removing."""
     keys = (read_key(path.parent) for path in sorted(step_folder.glob(f"*/{KEY}")))
     return [key for key in keys if key is not None]
@@ -131,7 +131,7 @@ def _log_differences(key: Key, others: Sequence[Key]) -> None:
         LOGGER.warning("%s: new work: %s", key.step, ", ".join(nearest))
 
 
-def _empty(folder: Path) -> None:
+def _clear(folder: Path) -> None:
     """Removes what lies in the folder but its lock, which this process holds; the key first, as it vouches for all."""
     (folder / KEY).unlink(missing_ok=True)
     for path in folder.iterdir():
@@ -146,11 +146,11 @@ def _empty(folder: Path) -> None:
 def finish(folder: Path, target: Path, manifest: Manifest) -> Manifest:
     """Publishes the work under `target`, notes in its key that it is finished, and returns its manifest."""
     publish(folder, target, manifest)
-    note_finished(folder)
+    mark_finished(folder)
     return manifest
 
 
-def note_finished(folder: Path) -> None:
+def mark_finished(folder: Path) -> None:
     """Notes in the key of a folder that its work was published: the next fresh start is a new one."""
     key = read_key(folder)
     if key is not None and not key.finished:
@@ -215,12 +215,12 @@ class Piece:
         return "" if self.key.version == present else f"of version {self.key.version}, the step has {present}"
 
 
-def pieces(work: Path, step: str = "") -> Iterator[Piece]:
+def list_pieces(work: Path, step: str = "") -> Iterator[Piece]:
     """Every piece of work of the steps, or of one step, the newest first within a step."""
     for name in STEP_SPECS:
         if step in ("", name):
             paths = [*(work / name).glob("*"), *(work / JOBS).glob(f"{job_name(name, '')}*")]
-            listed = [_piece(name, path) for path in paths if path.is_dir()]
+            listed = [_describe_piece(name, path) for path in paths if path.is_dir()]
             yield from sorted(listed, key=lambda piece: -piece.last_used)
 
 
@@ -239,7 +239,7 @@ def remove_piece(piece: Piece) -> None:
         remove_folder(piece.path)
 
 
-def _piece(step: str, path: Path) -> Piece:
+def _describe_piece(step: str, path: Path) -> Piece:
     """What is known of a folder, which its run may be writing to meanwhile."""
     sizes, used = [0], [0.0]
     for folder, _, names in os.walk(path):

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from cappy.errors import RegistryError, quote
 from cappy.registry.client import MlflowClient, MlflowException, connect
 from cappy.registry.models import CHALLENGER, CHAMPION, FORMER_TAG, Version
-from cappy.registry.versions import find, list_known
+from cappy.registry.versions import find, describe_available
 
 HISTORY_TAG = "cappy.history."
 LOCK = ".alias-is-moving"
@@ -39,14 +39,14 @@ class Move:
 
 
 @contextlib.contextmanager
-def alone(client: MlflowClient, name: str) -> Iterator[None]:
+def lock_alias(client: MlflowClient, name: str) -> Iterator[None]:
     """One process at a time, on every machine that uses the registry; RegistryError where another does not finish.
 
     MLflow has no lock, but of two that register a model of one name it lets one win: that name is the lock, and a tag
     says whose it is. Whoever took so long that its lock was removed leaves the next one's alone.
     """
     lock, owner, deadline = f"{name}{LOCK}", uuid.uuid4().hex, time.monotonic() + WAIT_SECONDS
-    while not _take_lock(client, lock, owner):
+    while not _acquire_lock(client, lock, owner):
         if time.monotonic() > deadline:
             raise RegistryError(
                 f"models:/{name}@{CHAMPION}: another promotion or rollback is at work; run again when it is done"
@@ -55,7 +55,7 @@ def alone(client: MlflowClient, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _remove(client, lock, owner)
+        _release_lock(client, lock, owner)
 
 
 def promote(client: MlflowClient, version: Version, why: str) -> None:
@@ -76,11 +76,11 @@ def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
 
     The move says which version had the alias when the lock was taken: one read before may have lost it meanwhile.
     """
-    with connect(tracking_uri) as client, alone(client, name):
+    with connect(tracking_uri) as client, lock_alias(client, name):
         present = find(client, name, CHAMPION)
         if present is None:
             raise RegistryError(
-                f"models:/{name}: has no champion, so there is nothing to roll back ({list_known(client, name)})"
+                f"models:/{name}: has no champion, so there is nothing to roll back ({describe_available(client, name)})"
             )
         former = find(client, name, present.former) if present.former else None
         if former is not None and former.number == present.number:
@@ -106,7 +106,7 @@ def _moves(client: MlflowClient, name: str) -> list[Move]:
         tags = client.get_registered_model(name).tags
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise RegistryError(f"models:/{name}: {list_known(client, name)}") from error
+            raise RegistryError(f"models:/{name}: {describe_available(client, name)}") from error
         raise
     return [_read_move(name, key, tags[key]) for key in sorted(tags) if key.startswith(HISTORY_TAG)]
 
@@ -134,7 +134,7 @@ def _move(
         kind=kind,
         version=version.number if version else 0,
         former=former.number if former else 0,
-        by=_who(),
+        by=_current_user(),
         why=why,
     )
     kept = sum(key.startswith(HISTORY_TAG) for key in client.get_registered_model(name).tags)
@@ -147,7 +147,7 @@ def _move(
     return move
 
 
-def _who() -> str:
+def _current_user() -> str:
     """MLflow's user, else the system's; in a container its number may be all there is."""
     try:
         return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
@@ -155,7 +155,7 @@ def _who() -> str:
         return f"uid {os.getuid()}"
 
 
-def _take_lock(client: MlflowClient, lock: str, owner: str) -> bool:
+def _acquire_lock(client: MlflowClient, lock: str, owner: str) -> bool:
     """Whether the lock is ours now; one that a dead process left is removed."""
     description = "A move of an alias is under way; gone in a second."
     try:
@@ -168,11 +168,11 @@ def _take_lock(client: MlflowClient, lock: str, owner: str) -> bool:
     with contextlib.suppress(MlflowException):
         held = client.get_registered_model(lock)
         if time.time() - held.creation_timestamp / 1000 > LOCK_SECONDS:
-            _remove(client, lock, held.tags.get(OWNER_TAG, ""))
+            _release_lock(client, lock, held.tags.get(OWNER_TAG, ""))
     return False
 
 
-def _remove(client: MlflowClient, lock: str, owner: str) -> None:
+def _release_lock(client: MlflowClient, lock: str, owner: str) -> None:
     """Takes the lock of this owner away; another's stays, and one that is gone is not an error."""
     try:
         if client.get_registered_model(lock).tags.get(OWNER_TAG, "") == owner:

@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from cappy.errors import RegistryError, UnreachableError, quote
 from cappy.files import hold_lock
 from cappy.redaction import redact_address
-from cappy.registry.models import artifact_root, check, database, no_database_yet
+from cappy.registry.models import artifact_root, check_reachable, database, no_database_yet
 
 __all__ = ["MlflowClient", "MlflowException", "connect", "experiment_id", "metric_key"]
 
@@ -35,16 +35,16 @@ _REFUSED = re.compile(r"[^\w\-. :/]")
 def connect(tracking_uri: str) -> Iterator[MlflowClient]:
     """An MlflowClient for a block whose MLflow errors become UnreachableError; fails within seconds if unreachable."""
     _strip_credentials()
-    address = check(tracking_uri)
+    address = check_reachable(tracking_uri)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     try:
         path = database(address)
-        with _alone(path), warnings.catch_warnings():
+        with _lock_database(path), warnings.catch_warnings():
             # MLflow 3.17 uses a loader that SQLAlchemy 2.1 warns of, once, when its store is loaded.
             warnings.simplefilter("ignore")
             if path is not None and no_database_yet(address):
-                _make_tables(path)
+                _create_tables(path)
             client = _client(address)
             client.search_experiments(max_results=1)
         yield client
@@ -57,7 +57,7 @@ def connect(tracking_uri: str) -> Iterator[MlflowClient]:
 
 def experiment_id(client: MlflowClient, name: str, tracking_uri: str) -> str:
     """The experiment with this name, made if it is missing."""
-    with _alone(database(tracking_uri)):
+    with _lock_database(database(tracking_uri)):
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
             return str(experiment.experiment_id)
@@ -85,7 +85,7 @@ def _strip_credentials() -> None:
             os.environ[name] = value.strip()
 
 
-def _make_tables(path: Path) -> None:
+def _create_tables(path: Path) -> None:
     """Makes a SQLite file whole or not at all: MLflow refuses for good what a process killed in between leaves."""
     draft = path.absolute().with_name(f".{path.name}.new")
     for leftover in (draft, draft.with_name(f"{draft.name}-journal")):
@@ -98,7 +98,7 @@ def _make_tables(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path | None) -> Iterator[None]:
+def _lock_database(path: Path | None) -> Iterator[None]:
     """One process at a time makes the tables of a SQLite file: two at once would both find them missing."""
     if path is None:
         yield

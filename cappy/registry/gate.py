@@ -52,13 +52,13 @@ def decide(
     comparisons = _comparisons(report)
     tail = FIRST_TAIL if attempt <= 1 else LATER_TAIL
     checks = [
-        *_valid(report, attempt),
-        *_proof(comparisons, has_champion, margin, baseline, tail, report.get("unavailable", {}).get("champion", "")),
+        *_check_validity(report, attempt),
+        *_check_gains(comparisons, has_champion, margin, baseline, tail, report.get("unavailable", {}).get("champion", "")),
         *_check_guards(report, guards or {}, has_champion),
     ]
     reasons = [sentence for _, sentence in checks]
     if not has_champion:
-        reasons += _for_information(comparisons, baseline)
+        reasons += _unrequired_comparisons(comparisons, baseline)
     passed = all(passed for passed, _ in checks)
     return Decision(decision="promote" if passed else "hold", reasons=tuple(reasons))
 
@@ -78,7 +78,7 @@ def parse_guards(texts: Sequence[str]) -> dict[str, float]:
     return guards
 
 
-def interval(comparison: Difference) -> str:
+def format_interval(comparison: Difference) -> str:
     """A difference with its interval, x 100."""
     difference, low, high = (
         f"{100 * value:+.1f}" for value in (comparison.difference, comparison.low, comparison.high)
@@ -96,7 +96,7 @@ def _comparisons(report: ReportValues) -> dict[str, Difference]:
         raise RecordError(f"report: {place}: {first['msg']}, got {quote(first['input'])}; evaluate again") from error
 
 
-def _valid(report: ReportValues, attempt: int) -> Iterator[Check]:
+def _check_validity(report: ReportValues, attempt: int) -> Iterator[Check]:
     for name, count in report.get("leaks", {}).items():
         if count:
             what = f"was trained on {count} of the reported instances or their rows"
@@ -116,7 +116,7 @@ def _valid(report: ReportValues, attempt: int) -> Iterator[Check]:
         yield False, f"This is attempt {attempt} on the same test groups, and {MAX_ATTEMPTS} may be made: {remedy}."
 
 
-def _proof(
+def _check_gains(
     comparisons: Mapping[str, Difference],
     has_champion: bool,
     margin: float,
@@ -128,21 +128,21 @@ def _proof(
         if "scorer-champion" not in comparisons and without_champion:
             yield False, f"The report does not compare with the champion: {without_champion}."
             return
-        yield _beats(comparisons, "champion", "the champion", margin, tail)
+        yield _check_gain(comparisons, "champion", "the champion", margin, tail)
         return
     for selector in first_version_rivals(comparisons, requested=baseline):
-        yield _beats(comparisons, selector.key, selector.in_words, margin, tail)
+        yield _check_gain(comparisons, selector.key, selector.in_words, margin, tail)
 
 
-def _for_information(comparisons: Mapping[str, Difference], requested: str) -> Iterator[str]:
+def _unrequired_comparisons(comparisons: Mapping[str, Difference], requested: str) -> Iterator[str]:
     """The differences to what a first version could have been asked to beat and was not."""
     for one in SELECTORS.values():
         key = f"scorer-{one.key}"
         if one.must_beat == "on_request" and one.key != requested and key in comparisons:
-            yield f"For information: against {one.in_words} the difference is {interval(comparisons[key])}."
+            yield f"For information: against {one.in_words} the difference is {format_interval(comparisons[key])}."
 
 
-def _beats(comparisons: Mapping[str, Difference], other: str, words: str, margin: float, tail: float) -> Check:
+def _check_gain(comparisons: Mapping[str, Difference], other: str, words: str, margin: float, tail: float) -> Check:
     comparison = comparisons.get(f"scorer-{other}")
     if comparison is None:
         return False, f"The report has no comparison with {words}: evaluate again."
@@ -156,7 +156,7 @@ def _beats(comparisons: Mapping[str, Difference], other: str, words: str, margin
     bar = f" by more than {100 * margin:.1f}" if margin else ""
     level = "" if tail == FIRST_TAIL else f", and at least {100 * (1 - tail):.2f}% sure is asked for"
     needed = "" if passed else _groups_needed(comparison, margin, tail)
-    return passed, f"The scorer {verb} {words}{bar}: difference {interval(comparison)}{level}.{needed}"
+    return passed, f"The scorer {verb} {words}{bar}: difference {format_interval(comparison)}{level}.{needed}"
 
 
 def _groups_needed(comparison: Difference, margin: float, tail: float) -> str:
@@ -187,5 +187,5 @@ def _check_guards(report: ReportValues, guards: Mapping[str, float], has_champio
         verb = "does not fall" if passed else "may fall"
         yield (
             passed,
-            f"On {name} the scorer {verb} by {100 * margin:.1f} to {other}: difference {interval(comparison)}.",
+            f"On {name} the scorer {verb} by {100 * margin:.1f} to {other}: difference {format_interval(comparison)}.",
         )

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from cappy.errors import UnreachableError
 from cappy.evaluation.findings import OUT_OF_FOLD, ReportValues
-from cappy.redaction import redact_address, remember_address
+from cappy.redaction import redact_address, register_address
 from cappy.scoring.calibration import CALIBRATION, PROBE
 
 CHAMPION = "champion"
@@ -91,7 +91,7 @@ def tracking_address(uri: str = "") -> str:
     What it holds of secrets stands in no message from now on.
     """
     address = (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).strip() or f"{_SQLITE}{DATABASE.absolute()}"
-    remember_address(address)
+    register_address(address)
     return address
 
 
@@ -113,7 +113,7 @@ def artifact_root(uri: str) -> str | None:
     return None if path is None else (path.absolute().parent / "mlartifacts").as_uri()
 
 
-def check(uri: str) -> str:
+def check_reachable(uri: str) -> str:
     """The address, if it can be reached within seconds; RegistryError with the remedy if not."""
     address = tracking_address(uri)
     parts = urlsplit(address)

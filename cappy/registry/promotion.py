@@ -93,7 +93,7 @@ def basis(config: PromotionConfig, report: ReportValues) -> dict[str, object]:
 
 def read_version(folder: Path) -> str:
     """The spec (models:/name/number) that a registration wrote; FolderError if the folder is none."""
-    uri = _read(folder, "version.json").get("uri")
+    uri = _read_object(folder, "version.json").get("uri")
     if not isinstance(uri, str):
         raise FolderError(f"{folder / 'version.json'}: names no version (uri); give the folder of a registration")
     return uri
@@ -117,10 +117,10 @@ def _decide(
     version = versions.resolve(registered, tracking_uri=config.tracking_uri)
     with connect(config.tracking_uri) as client:
         # Of two promotions at once the second finds the first one's champion, with which its report does not compare.
-        with aliases.alone(client, version.name) if carry_out else contextlib.nullcontext():
+        with aliases.lock_alias(client, version.name) if carry_out else contextlib.nullcontext():
             champion = versions.find(client, version.name, CHAMPION)
-            attempt = versions.attempt_on(client, version, _tested_groups(report)) if config.count_attempts else 0
-            decision = _with_champion(report, version, champion, config, guards, attempt)
+            attempt = versions.count_attempt(client, version, _tested_groups(report)) if config.count_attempts else 0
+            decision = _decide_against(report, version, champion, config, guards, attempt)
             if decision.decision == "promote" and not config.force:
                 decision = _hold_rolled_back(aliases.was_rolled_back(client, version), version) or decision
             if carry_out:
@@ -145,7 +145,7 @@ def _hold_rolled_back(was_rolled_back: bool, version: Version) -> Decision | Non
     return Decision(decision="hold", reasons=(reason,))
 
 
-def _with_champion(
+def _decide_against(
     report: ReportValues,
     version: Version,
     champion: Version | None,
@@ -176,7 +176,7 @@ def _with_champion(
     )
 
 
-def _read(folder: Path, name: str) -> dict[str, object]:
+def _read_object(folder: Path, name: str) -> dict[str, object]:
     read_manifest(folder)
     path = folder / name
     if not path.is_file():

@@ -32,7 +32,7 @@ from cappy.registry.models import (
     evidence_of,
 )
 from cappy.registry.tracking import step_run
-from cappy.registry.versions import SCORER_PATH, find, find_content, intact
+from cappy.registry.versions import SCORER_PATH, find, find_content, is_intact
 from cappy.selection.selectors import selectors_at
 
 MODEL = "model"
@@ -92,11 +92,11 @@ def register(wanted: Registration) -> Version:
             known = _create(client, wanted)
         elif not (
             _is_same_report(known, wanted)
-            and _complete(client, known, wanted)
-            and intact(known, tracking_uri=wanted.tracking_uri)
+            and _has_all_files(client, known, wanted)
+            and is_intact(known, tracking_uri=wanted.tracking_uri)
         ):
             _upload(client, known.tags[MLFLOW_RUN_TAG], wanted)
-            _retag(client, known, wanted)
+            _update_tags(client, known, wanted)
         if not {CHAMPION, CHALLENGER} & set(known.aliases):
             client.set_registered_model_alias(wanted.name, CHALLENGER, str(known.number))
         return find(client, wanted.name, str(known.number)) or known
@@ -119,11 +119,11 @@ def _create(client: MlflowClient, wanted: Registration) -> Version:
             MANIFEST_TAG: wanted.manifest.hash,
             RUN_TAG: wanted.pipeline_run,
             MLFLOW_RUN_TAG: run_id,
-            "cappy.step": _producer(wanted.manifest),
+            "cappy.step": _describe_producer(wanted.manifest),
             TESTED_TAG: wanted.findings.get("tested_groups", ""),
             EVIDENCE_TAG: evidence_of(wanted.findings),
             **wanted.evaluation_hashes,
-            **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _means(wanted.findings).items()},
+            **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _mean_labels(wanted.findings).items()},
         },
         description=wanted.card.partition("# ")[2],
     )
@@ -139,13 +139,13 @@ def _upload(client: MlflowClient, run_id: str, wanted: Registration) -> None:
         plain, model = Path(staged) / "scorer", Path(staged) / MODEL
         _link(wanted.scorer, plain, wanted.scorer_files)
         _link(wanted.report, plain, [name for name, tag in EVALUATED.items() if tag in wanted.evaluation_hashes])
-        _save(plain, model)
+        _save_model(plain, model)
         (model / "MODEL_CARD.md").write_text(wanted.card, encoding="utf-8")
         client.log_artifacts(run_id, str(model), MODEL)
     client.log_artifacts(run_id, str(wanted.report), "report")
 
 
-def _save(scorer: Path, target: Path) -> None:
+def _save_model(scorer: Path, target: Path) -> None:
     """Writes the MLflow model that holds a scorer folder, with the signature instruction, response -> score."""
     with warnings.catch_warnings():
         # MLflow warns of its own type hints when pyfunc is imported.
@@ -182,7 +182,7 @@ def _is_same_report(version: Version, wanted: Registration) -> bool:
     return all(version.tags.get(tag, "") == wanted.evaluation_hashes.get(tag, "") for tag in EVALUATED.values())
 
 
-def _complete(client: MlflowClient, version: Version, wanted: Registration) -> bool:
+def _has_all_files(client: MlflowClient, version: Version, wanted: Registration) -> bool:
     """Whether the artifact store still has every file, with its size.
 
     What the evaluation wrote is read and compared: another file of its size would make every download fail.
@@ -206,7 +206,7 @@ def _stored_sha256(client: MlflowClient, run_id: str, path: str, sizes: Mapping[
         return sha256_of(Path(client.download_artifacts(run_id, path, folder)))
 
 
-def _retag(client: MlflowClient, version: Version, wanted: Registration) -> None:
+def _update_tags(client: MlflowClient, version: Version, wanted: Registration) -> None:
     """The tags of a version whose files were put back: what travels is that of the report at hand, or gone."""
     client.set_model_version_tag(version.name, str(version.number), EVIDENCE_TAG, evidence_of(wanted.findings))
     for tag in EVALUATED.values():
@@ -216,7 +216,7 @@ def _retag(client: MlflowClient, version: Version, wanted: Registration) -> None
             client.delete_model_version_tag(version.name, str(version.number), tag)
 
 
-def _means(report: ReportValues) -> dict[str, float]:
+def _mean_labels(report: ReportValues) -> dict[str, float]:
     """The mean label of what people ask for, by metric and selector: what is shown by task and a user could have."""
     metric = report.get("metric", "label")
     means = {name: row["estimate"]["mean"] for name, row in report.get("selectors", {}).items()}
@@ -312,12 +312,12 @@ def model_card(name: str, scorer: Manifest, report: ReportValues, *, licence: st
         seed="none recorded" if scorer.seed is None else text(str(scorer.seed)),
         hash=scorer.hash,
         parents=", ".join(f"`{code(parent[:12])}`" for parent in scorer.parents) or "nothing recorded",
-        made_by=text(_producer(scorer)),
+        made_by=text(_describe_producer(scorer)),
         recipe=code(json.dumps(scorer.config, sort_keys=True).replace("<", "\\u003c")),
     )
 
 
-def _producer(scorer: Manifest) -> str:
+def _describe_producer(scorer: Manifest) -> str:
     """The step that made a scorer with its version, or the hash of the code in what earlier releases wrote."""
     if scorer.step_version:
         return f"{scorer.step} version {scorer.step_version}"

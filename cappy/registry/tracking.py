@@ -60,7 +60,7 @@ def track(
         parent = pipeline_run(client, where, run)
         for step, fingerprint in fingerprints.items():
             record = read_record(work, fingerprint)
-            if record is not None and _is_about(record, run):
+            if record is not None and _concerns(record, run):
                 nested = step_run(client, where, run, step)
                 _log_step(client, nested, record, cached=record.run != run)
                 if step == "evaluation":
@@ -84,7 +84,7 @@ def attach(texts: Mapping[str, str], *, run: str, tracking_uri: str, facts: Mapp
 
 def pipeline_run(client: MlflowClient, experiment: str, run: str) -> str:
     """The MLflow run of a pipeline run: found by its tag, or the one that MLFLOW_RUN_ID injects, or a new one."""
-    run_id = _find(client, experiment, run, PIPELINE)
+    run_id = _find_run(client, experiment, run, PIPELINE)
     if run_id is not None:
         return run_id
     injected = os.environ.get("MLFLOW_RUN_ID")
@@ -100,7 +100,7 @@ def step_run(client: MlflowClient, experiment: str, run: str, step: str) -> str:
     """The nested MLflow run of a step, made if it is missing; without a pipeline run it stands alone."""
     if not run:
         return str(client.create_run(experiment, tags={STEP_TAG: step}, run_name=step).info.run_id)
-    run_id = _find(client, experiment, run, step)
+    run_id = _find_run(client, experiment, run, step)
     if run_id is not None:
         return run_id
     parent = pipeline_run(client, experiment, run)
@@ -108,13 +108,13 @@ def step_run(client: MlflowClient, experiment: str, run: str, step: str) -> str:
     return str(client.create_run(experiment, tags=tags, run_name=step).info.run_id)
 
 
-def _find(client: MlflowClient, experiment: str, run: str, step: str) -> str | None:
+def _find_run(client: MlflowClient, experiment: str, run: str, step: str) -> str | None:
     wanted = f"tags.`{RUN_TAG}` = '{run}' and tags.`{STEP_TAG}` = '{step}'"
     runs = client.search_runs([experiment], filter_string=wanted, max_results=1)
     return str(runs[0].info.run_id) if runs else None
 
 
-def _is_about(record: StepRecord, run: str) -> bool:
+def _concerns(record: StepRecord, run: str) -> bool:
     """Whether the record says something of this run: a failure of another run does not."""
     return record.run == run or record.status == "done"
 

@@ -43,7 +43,7 @@ def resolve(spec: str, *, tracking_uri: str) -> Version:
     with connect(tracking_uri) as client:
         version = find(client, parsed.name, parsed.revision)
         if version is None:
-            raise RegistryError(f"{spec}: {list_known(client, parsed.name)}")
+            raise RegistryError(f"{spec}: {describe_available(client, parsed.name)}")
         return version
 
 
@@ -73,7 +73,7 @@ def find_content(client: MlflowClient, name: str, manifest_hash: str) -> Version
     return find(client, name, str(newest[0].version)) if newest else None
 
 
-def _others(client: MlflowClient, version: Version) -> list[Version]:
+def _other_versions(client: MlflowClient, version: Version) -> list[Version]:
     """Every other version of the model, without aliases, the oldest first."""
     others: list[Version] = []
     token = None
@@ -98,21 +98,21 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
     if kept.is_dir():
         try:
             verify_exactly(kept)
-            _check_evaluated(kept, version)
+            _check_evaluation_files(kept, version)
         except (FolderError, RegistryError):
             shutil.rmtree(kept)
         else:
             return kept
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
-        _fetch(version, Path(folder), tracking_uri)
+        _download_verified(version, Path(folder), tracking_uri)
         with contextlib.suppress(FileExistsError):
             # Another process may have put the same content there meanwhile.
             _rename(Path(folder) / "scorer", kept)
     return kept
 
 
-def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
+def _download_verified(version: Version, folder: Path, tracking_uri: str) -> None:
     """Downloads the scorer to `folder/scorer` and verifies it against the tag of the version."""
     with connect(tracking_uri) as client:
         location = _location(version, client)
@@ -135,7 +135,7 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     if manifest_hash != version.manifest_hash:
         numbers = f"manifest {manifest_hash[:12]}, registered {version.manifest_hash[:12]}"
         raise RegistryError(f"{version.uri}: is not what was registered ({numbers}); register the scorer again")
-    _check_evaluated(scorer, version)
+    _check_evaluation_files(scorer, version)
 
 
 def _location(version: Version, client: MlflowClient) -> str:
@@ -167,11 +167,11 @@ def _location(version: Version, client: MlflowClient) -> str:
     return location
 
 
-def intact(version: Version, *, tracking_uri: str) -> bool:
+def is_intact(version: Version, *, tracking_uri: str) -> bool:
     """Whether what the artifact store gives is what was registered, every byte read anew; RegistryError without it."""
     with tempfile.TemporaryDirectory(prefix="cappy-") as folder:
         try:
-            _fetch(version, Path(folder), tracking_uri)
+            _download_verified(version, Path(folder), tracking_uri)
         except UnreachableError:
             raise
         except RegistryError:
@@ -179,7 +179,7 @@ def intact(version: Version, *, tracking_uri: str) -> bool:
     return True
 
 
-def _check_evaluated(folder: Path, version: Version) -> None:
+def _check_evaluation_files(folder: Path, version: Version) -> None:
     """What came after the manifest is not a file of it: its sha256 is the version's tag.
 
     RegistryError where such a file is missing, another one, or there though none was registered.
@@ -211,7 +211,7 @@ def _version(registered: ModelVersion) -> Version:
     )
 
 
-def list_known(client: MlflowClient, name: str) -> str:
+def describe_available(client: MlflowClient, name: str) -> str:
     """What there is instead, for the message of a version that is missing."""
     versions = client.search_model_versions(f"name = '{name}'", order_by=[NEWEST], max_results=1)
     if not versions:
@@ -221,7 +221,7 @@ def list_known(client: MlflowClient, name: str) -> str:
     return f"no such version ({known}); name one of these"
 
 
-def attempt_on(client: MlflowClient, version: Version, tested_groups: str) -> int:
+def count_attempt(client: MlflowClient, version: Version, tested_groups: str) -> int:
     """Which attempt on these groups the version is: 1 and what the versions before it used of them.
 
     A version counts by the share of the groups that it was tested on, so that a row that is added resets nothing; the
@@ -230,7 +230,7 @@ def attempt_on(client: MlflowClient, version: Version, tested_groups: str) -> in
     own = sketch_overlap(tested_groups, version.tags.get(TESTED_TAG, ""))
     used = sum(
         sketch_overlap(tested_groups, other.tags.get(TESTED_TAG, ""))
-        for other in _others(client, version)
+        for other in _other_versions(client, version)
         if other.manifest_hash != version.manifest_hash and (other.number < version.number or own < _SAME_TEST)
     )
     return 1 + int(used + 0.5)

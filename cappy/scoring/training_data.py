@@ -11,13 +11,13 @@ from cappy.records.overlap import (
     KEPT,
     Hashes,
     Prompt,
-    Prompted,
+    PromptLike,
     RowIndex,
     Rows,
     TrainingData,
     frequent_shingles,
     group_hash,
-    is_content,
+    is_content_id,
     merge_rows,
     sketch_rows,
 )
@@ -58,16 +58,16 @@ def _prompts(source: str | Path) -> Iterator[Prompt]:
         yield from (Prompt(*row[:3]) for row in zip(*columns, strict=True) if row[3] != "test")
 
 
-def _note_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[Prompted]:
+def _note_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[PromptLike]:
     for prompt in prompts:
-        if is_content(prompt.group_id):
+        if is_content_id(prompt.group_id):
             groups.add(group_hash(prompt))
         yield prompt
 
 
-def _content_groups(prompts: Iterable[Prompted]) -> Hashes:
+def _content_groups(prompts: Iterable[PromptLike]) -> Hashes:
     """For each prompt the hash of its group, or zero where the group's id is not made of content."""
-    return np.array([group_hash(one) if is_content(one.group_id) else 0 for one in prompts], dtype=np.uint64)
+    return np.array([group_hash(one) if is_content_id(one.group_id) else 0 for one in prompts], dtype=np.uint64)
 
 
 Known = TrainingData | npt.NDArray[np.uint64]

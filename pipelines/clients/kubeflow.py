@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cappy.errors import ConfigError, UnreachableError, quote
-from cappy.redaction import redact, redact_address, remember_address
+from cappy.redaction import redact, redact_address, register_address
 from pipelines.clients import RunState, State, TaskState, step_name
 from pipelines.recipe import Kubeflow, refuse_nowhere
 
@@ -154,7 +154,7 @@ class KubeflowClient:
 
     def __init__(self, place: Kubeflow) -> None:
         refuse_nowhere(place)
-        remember_address(place.endpoint)
+        register_address(place.endpoint)
         self._shown = redact_address(place.endpoint)
         if not place.endpoint.startswith(("http://", "https://")):
             raise ConfigError(f"kubeflow: {self._shown} is not an address; it begins with https:// or http://")

@@ -238,7 +238,7 @@ def test_a_rollback_tells_the_champion_that_it_took_the_alias_from(
     two, second = registered("b", 2.0, champion=one)
     room.promote(second)
     _, third = registered("c", 3.0, champion=two)
-    alone, others = aliases.alone, [third]
+    alone, others = aliases.lock_alias, [third]
 
     @contextlib.contextmanager
     def second_at_the_lock(client: Any, name: str) -> Iterator[None]:
@@ -497,11 +497,11 @@ def test_a_lock_that_a_dead_process_left_is_broken_and_a_live_one_waited_for(
         client.create_registered_model(f"cappy{aliases.LOCK}")
         with (
             raises_naming(RegistryError, "models:/cappy@champion", "another promotion"),
-            aliases.alone(client, "cappy"),
+            aliases.lock_alias(client, "cappy"),
         ):
             pytest.fail("two held the lock")
         monkeypatch.setattr(aliases, "LOCK_SECONDS", 0.0)
-        with aliases.alone(client, "cappy"):
+        with aliases.lock_alias(client, "cappy"):
             pass
         assert not client.search_registered_models(f"name LIKE '%{aliases.LOCK}'")
 
@@ -510,7 +510,7 @@ def test_whoever_lost_the_lock_leaves_the_next_ones_alone(room: Any, registered:
     registered("a")
     lock = f"cappy{aliases.LOCK}"
     with connect(room.uri) as client:
-        with aliases.alone(client, "cappy"):
+        with aliases.lock_alias(client, "cappy"):
             client.delete_registered_model(lock)
             client.create_registered_model(lock, tags={aliases.OWNER_TAG: "another"})
         assert client.get_registered_model(lock).tags[aliases.OWNER_TAG] == "another"
@@ -518,7 +518,7 @@ def test_whoever_lost_the_lock_leaves_the_next_ones_alone(room: Any, registered:
 
 def test_a_lock_that_is_gone_when_the_move_is_done_is_no_error(room: Any, registered: Any) -> None:
     registered("a")
-    with connect(room.uri) as client, aliases.alone(client, "cappy"):
+    with connect(room.uri) as client, aliases.lock_alias(client, "cappy"):
         client.delete_registered_model(f"cappy{aliases.LOCK}")
 
 

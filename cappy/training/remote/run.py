@@ -18,7 +18,7 @@ from cappy.keys import work_key
 from cappy.progress import Progress, read_state
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, publish, verify
-from cappy.records.work import JOBS, begin, job_name, lock_folder, note_finished, starts_anew
+from cappy.records.work import JOBS, begin, job_name, lock_folder, mark_finished, must_start_over
 from cappy.redaction import has_secret, redact
 from cappy.runs import PROGRESS_VARIABLE
 from cappy.steps import step_version
@@ -50,7 +50,7 @@ def train_elsewhere(
         def jobs() -> Jobs:
             return jobs_of(step, config, inner, _environment(folder, step))
 
-        if starts_anew(folder, key):  # A job of the work before still reads its input, and would be followed.
+        if must_start_over(folder, key):  # A job of the work before still reads its input, and would be followed.
             end_job(jobs(), name, lambda text: _tell(step, text))
         begin(folder, key)
         if not (written / MANIFEST).is_file():
@@ -58,7 +58,7 @@ def train_elsewhere(
             _follow(jobs(), name, step, config, written, key.name, progress)
         manifest = _verify(written, step, computed, parents, name)
         publish(written, config.target, manifest)
-        note_finished(folder)
+        mark_finished(folder)
         shutil.rmtree(folder / "source", ignore_errors=True)
         return manifest
 
