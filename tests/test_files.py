@@ -13,7 +13,7 @@ from filelock import Timeout
 from cappy.errors import FolderError
 from cappy.files import atomic_write, hold_lock, lock_holder, make_private, open_lock
 from cappy.records import Manifest
-from cappy.records.folder import File, publish, link_or_copy, sha256_of, write_bytes
+from cappy.records.folder import File, link_or_copy, publish, sha256_of, write_bytes
 from cappy.records.work import claim
 from cappy.registry.client import connect
 from cappy.sampling.endpoint.answers import Answer as EndpointAnswer
@@ -131,11 +131,11 @@ def test_a_lock_that_is_held_is_its_owners_alone_and_names_the_process(umask: in
         held = [number for number in range(256) if _is_open(number, path)]
         assert len(held) == 1
         assert not os.get_inheritable(held[0])
-        with pytest.raises(Timeout), hold_lock(path, patience=0):
+        with pytest.raises(Timeout), hold_lock(path, timeout=0):
             pytest.fail("it is held")
         with open_lock(path) as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    with hold_lock(path, patience=0):
+    with hold_lock(path, timeout=0):
         pass
 
 

@@ -24,21 +24,21 @@ from cappy.errors import RecordError, quote
 from cappy.records import Instance, prompt_hash, read_batches
 from cappy.records.overlap import (
     MAX_ROWS,
-    RowSample,
-    SampledRow,
     Hashes,
     Prompt,
     PromptLike,
     RowIndex,
     Rows,
-    sorted_unique,
+    RowSample,
+    SampledRow,
+    exclude,
     frequent_hashes,
     group_hash,
     is_content_id,
     own_shingles,
     shingles,
     sketch_rows,
-    exclude,
+    sorted_unique,
 )
 
 MOST_DROPPED = 0.2
@@ -64,8 +64,8 @@ class SplitRows:
     """
 
     def __init__(self) -> None:
-        self._fitted = {split: RowSample(most=MAX_ROWS + MAX_ROWS // 4) for split in ("train", "validation")}
-        self._held = {split: RowSample(most=MAX_ROWS, whole=True) for split in ("validation", "test")}
+        self._fitted = {split: RowSample(max_rows=MAX_ROWS + MAX_ROWS // 4) for split in ("train", "validation")}
+        self._held = {split: RowSample(max_rows=MAX_ROWS, all_shingles=True) for split in ("validation", "test")}
 
     def add(self, prompted: PromptLike, split: str) -> None:
         """Takes a row of a split."""
@@ -80,13 +80,13 @@ class SplitRows:
         nothing. Rows whose very prompt is held out further are taken as gone already.
         """
         for draw in (*self._fitted.values(), *self._held.values()):
-            draw.cut()
-        test = self._held["test"].held
+            draw.truncate()
+        test = self._held["test"].rows
         in_test = {row.prompt for row in test}
-        validation = [row for row in self._held["validation"].held if row.prompt not in in_test]
+        validation = [row for row in self._held["validation"].rows if row.prompt not in in_test]
         held = in_test | {row.prompt for row in validation}
-        fitted = [row for row in self._fitted["train"].held if row.prompt not in held]
-        fitted += [row for row in self._fitted["validation"].held if row.prompt not in in_test]
+        fitted = [row for row in self._fitted["train"].rows if row.prompt not in held]
+        fitted += [row for row in self._fitted["validation"].rows if row.prompt not in in_test]
         return _find_leaks(sorted(fitted, key=lambda row: row.prompt), validation, test)
 
 
@@ -123,14 +123,14 @@ def tied_prompts(prompts: Hashes, rows: Callable[[], Iterable[PromptLike]]) -> H
 
     `rows` is read twice. Of more than 32,768 rows those that are like no drawn row are like none.
     """
-    draw = RowSample(most=MAX_ROWS)
+    draw = RowSample(max_rows=MAX_ROWS)
     for prompted in rows():
         draw.add(prompted)
-    draw.cut()
-    numbers, table = own_shingles(draw.held)
+    draw.truncate()
+    numbers, table = own_shingles(draw.rows)
     index = RowIndex(Rows(table))
-    drawn = np.array([draw.held[number].prompt for number in numbers], dtype=np.uint64)
-    frequent = frequent_hashes((row.group, sorted_unique(row.shingles)) for row in draw.held)
+    drawn = np.array([draw.rows[number].prompt for number in numbers], dtype=np.uint64)
+    frequent = frequent_hashes((row.group, sorted_unique(row.shingles)) for row in draw.rows)
     parents: dict[int, int] = {}
 
     for prompt, prompted in zip(prompts.tolist(), rows(), strict=False):
@@ -156,7 +156,7 @@ class HeldOut:
     """
 
     def __init__(self) -> None:
-        self._draws = {split: RowSample(most=MAX_ROWS) for split in ("train", "validation", "test")}
+        self._draws = {split: RowSample(max_rows=MAX_ROWS) for split in ("train", "validation", "test")}
 
     def add(self, prompted: PromptLike, split: str) -> None:
         """Takes a row of a split."""
@@ -170,8 +170,8 @@ class HeldOut:
         return RowIndex(Rows(table[: sum(number < len(held) for number in numbers)]))
 
     def _bounded_rows(self, split: str) -> list[SampledRow]:
-        self._draws[split].cut()
-        return self._draws[split].held
+        self._draws[split].truncate()
+        return self._draws[split].rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -275,7 +275,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
             part_rows=config.part_rows,
             progress=sampling_progress,
             count=count,
-            again=lambda counts: counts.get("failed", 0) > 0,
+            redo=lambda counts: counts.get("failed", 0) > 0,
         )
         check_failures(parts.counts, config.max_failed, each)
         metrics, facts = accounts(parts.counts, endpoint_config(config))

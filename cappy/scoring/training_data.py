@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from cappy.records import Instance, prompt_hash, read_batches
 from cappy.records.overlap import (
-    KEPT,
+    ROW_SHINGLES,
     Hashes,
     Prompt,
     PromptLike,
@@ -35,7 +35,7 @@ def training_data(folder: str | Path) -> TrainingData:
     rows = None
     if (folder / ROWS).is_file():
         values = np.fromfile(folder / ROWS, dtype="<u8")
-        rows = Rows(values[1:].reshape(-1, 1 + KEPT), int(values[0])) if len(values) else Rows.none()
+        rows = Rows(values[1:].reshape(-1, 1 + ROW_SHINGLES), int(values[0])) if len(values) else Rows.none()
     return TrainingData(prompts=training_prompts(folder), groups=groups, rows=rows)
 
 

@@ -75,7 +75,7 @@ class AppendableDataset:
             make_private(folder)
             self._lock = contextlib.ExitStack()
             try:
-                self._lock.enter_context(hold_lock(folder / ".lock", patience=0))
+                self._lock.enter_context(hold_lock(folder / ".lock", timeout=0))
             except Timeout:
                 raise FolderError(f"{folder}: another gateway writes there; give each a folder of its own") from None
         self._closed: list[File] = list(read_manifest(folder).files) if (folder / MANIFEST).exists() else []

@@ -24,7 +24,17 @@ from cappy.records import File, Instance, Manifest, read
 from cappy.records import work as work_module
 from cappy.records.folder import describe_files
 from cappy.records.parts import process
-from cappy.records.work import Piece, begin, claim, finish, fresh_name, lock_folder, mark_finished, list_pieces, read_key
+from cappy.records.work import (
+    Piece,
+    begin,
+    claim,
+    finish,
+    fresh_name,
+    list_pieces,
+    lock_folder,
+    mark_finished,
+    read_key,
+)
 from cappy.steps import STEP_SPECS
 
 HOLD = """

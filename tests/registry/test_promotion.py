@@ -247,7 +247,7 @@ def test_a_rollback_tells_the_champion_that_it_took_the_alias_from(
         with alone(client, name):
             yield
 
-    monkeypatch.setattr(aliases, "alone", second_at_the_lock)
+    monkeypatch.setattr(aliases, "lock_alias", second_at_the_lock)
     with pytest.raises(SystemExit):
         main(["promotion", "--rollback", "--json", "--tracking-uri", room.uri])
     assert json.loads(capsys.readouterr().out) == {"champion": "models:/cappy/2", "was": "models:/cappy/3"}
