@@ -122,7 +122,7 @@ STEP_SPECS: Mapping[str, StepSpec] = {
         StepSpec(
             name="promotion",
             module="cappy.registry.promotion",
-            help="Let the gate decide whether the challenger becomes the champion.",
+            help="Let the gate decide whether to promote the challenger.",
             version=1,
             artifacts=("version", "report", "target"),
             parameters={"margin": "margin"},

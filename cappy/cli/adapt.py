@@ -123,7 +123,7 @@ def _adapt_recipe(config: AdaptConfig, pairs: Sequence[str] = ()) -> "Recipe":
     choices = ("strategy", "scorer", "metric", "name", "margin", "seed", "split_seed", "sampling_seed", "training_seed")
     generators = generators_for(config.instances, config.generator, by_step.get("preparation", {}))
     main_parameters = {"source": config.instances, "generator": generators}
-    recipe: Recipe = load("pipelines.recipe").checked(
+    recipe: Recipe = load("pipelines.recipe").check_recipe(
         {
             "pipeline": "adapt",
             "parameters": main_parameters | {name: getattr(config, name) for name in choices},

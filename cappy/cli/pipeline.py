@@ -109,7 +109,7 @@ def load_recipe(
     recipes = load("pipelines.recipe")
     chosen: Recipe
     if text in NAMES:
-        chosen = recipes.checked({"pipeline": text})
+        chosen = recipes.check_recipe({"pipeline": text})
     elif Path(text).suffix in (".yaml", ".yml") or Path(text).is_file():
         chosen = recipes.read_recipe(Path(text))
     else:

@@ -94,7 +94,7 @@ def submit(
     flags = [f"--recipe {recipe}"] if Path(recipe).is_file() else []
     flags += [f"--{flag} {value}" for flag, value in place.items() if value]
     follow = " ".join(["cappy pipeline status", state.run, f"--on {on}", *flags, "--follow"])
-    for image in load("pipelines.customize").moving(chosen):
+    for image in load("pipelines.customize").unpinned_images(chosen):
         remedy = "give it by digest (name@sha256:...) under images:, or change revision: with it"
         typer.echo(
             f"cappy pipeline: {image}: is a tag, so steps of a rebuilt image may come from the cache; {remedy}",

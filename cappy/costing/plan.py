@@ -29,7 +29,7 @@ class Plan:
 
     config: PlanConfig
     volumes: Volumes
-    list_work: tuple[Work, ...]
+    works: tuple[Work, ...]
     machines: tuple[str, ...] = ()
 
     @property
@@ -100,9 +100,10 @@ def assumptions(plan: Plan) -> Iterator[str]:
     volumes, config = plan.volumes, plan.config
     assumed = [work for work in plan.works if not work.measured]
     if assumed:
+        peak = f"{(HARDWARE[config.hardware] or 0) / 1e12:,.0f} TFLOP/s in dense bf16"
         yield (
             f"NOT MEASURED on {config.hardware}: {', '.join(work.name for work in assumed)}. Their speed is assumed to "
-            f"be the given share of the data-sheet peak, {(HARDWARE[config.hardware] or 0) / 1e12:,.0f} TFLOP/s in dense bf16."
+            f"be the given share of the data-sheet peak, {peak}."
         )
     yield f"Measured speeds: one thread, CPU time, on {'; '.join(plan.machines)}."
     if config.hardware != CPU:

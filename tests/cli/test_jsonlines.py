@@ -37,10 +37,10 @@ def test_a_line_that_is_no_object_is_named_in_one_line(raw: bytes, names: tuple[
 @pytest.mark.parametrize(
     ("raw", "names"),
     [
-        (b'{"b": ""}', ("field 'a'", "fields here: 'b'")),
+        (b'{"b": ""}', ("field 'a'", "fields found: 'b'")),
         (b'{"a": 5}', ("a must be", "got 5")),
         (b'{"a": null}', ("a must be", "got None")),
-        (b'{"a": "\\ud800"}', ("a holds", "lone surrogate")),
+        (b'{"a": "\\ud800"}', ("a contains", "unpaired surrogate")),
     ],
 )
 def test_a_field_that_is_no_text_is_named_in_one_line(raw: bytes, names: tuple[str, ...]) -> None:
@@ -102,9 +102,9 @@ def test_a_line_without_an_end_is_not_read_to_its_end(monkeypatch: pytest.Monkey
 
 
 READING = (
-    "import sys\nfrom cappy.cli.scoring import opened, reserve_stdin\nfrom cappy.errors import ConfigError\n"
+    "import sys\nfrom cappy.cli.scoring import open_source, reserve_stdin\nfrom cappy.errors import ConfigError\n"
     "with reserve_stdin():\n"
-    "    try:\n        with opened(sys.argv[1]) as file:\n            sys.stdout.write(file.read().decode())\n"
+    "    try:\n        with open_source(sys.argv[1]) as file:\n            sys.stdout.write(file.read().decode())\n"
     "    except ConfigError as error:\n        sys.exit(str(error))\n"
 )
 

@@ -18,8 +18,8 @@ from cappy.registry.client import connect
 
 CONNECT = """
 import sys
-from cappy.registry.client import connected
-with connected(sys.argv[1]):
+from cappy.registry.client import connect
+with connect(sys.argv[1]):
     pass
 """
 

@@ -99,7 +99,7 @@ def test_differences_that_do_not_vary_prove_nothing(error: float | None) -> None
     found = report()
     found["comparisons"]["scorer-random"] = difference(0.1, 0.1, standard_error=error)
     decision = decide(found, has_champion=False)
-    assert (decision.decision, "no error" in decision.reasons[0]) == ("hold", True)
+    assert (decision.decision, "no standard error" in decision.reasons[0]) == ("hold", True)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_first_champion_can_be_taken_back_and_does_not_return_by_itself(
     with pytest.raises(SystemExit) as ended:
         main(["promotion", "--rollback", "--tracking-uri", room.uri])
     assert ended.value.code == 0
-    expected = "models:/cappy has no champion now: there was none before models:/cappy/1, which keeps its number\n"
+    expected = "models:/cappy has no champion now: there was none before models:/cappy/1, which stays registered\n"
     assert capsys.readouterr().out == expected
     assert registry.champion("cappy", tracking_uri=room.uri) is None
     assert room.promote(first)["decision"] == "hold"
@@ -259,12 +259,12 @@ def test_a_rollback_tells_the_champion_that_it_took_the_alias_from(
         ("--rollback --history", ("--rollback", "--history", "one of them")),
         ("--rollback --dry-run", ("--dry-run", "--rollback", "one of them")),
         ("--history --dry-run", ("--dry-run", "--history", "one of them")),
-        ("--version v --report r --target t --name cappy", ("--name is for --rollback or --history",)),
-        ("--version v --report r --target t --reason why", ("--reason is for --rollback",)),
-        ("--version v --report r --dry-run --name other", ("--name is for --rollback or --history",)),
-        ("--history --reason why", ("--reason is for --rollback",)),
-        ("--rollback --version v", ("--rollback takes no --version", "--name")),
-        ("--history --report r", ("--history takes no --report", "--name")),
+        ("--version v --report r --target t --name cappy", ("--name requires --rollback or --history",)),
+        ("--version v --report r --target t --reason why", ("--reason requires --rollback",)),
+        ("--version v --report r --dry-run --name other", ("--name requires --rollback or --history",)),
+        ("--history --reason why", ("--reason requires --rollback",)),
+        ("--rollback --version v", ("--rollback does not use --version", "--name")),
+        ("--history --report r", ("--history does not use --report", "--name")),
     ],
 )
 def test_flags_that_would_be_passed_over_are_refused_before_anything_is_read_or_moved(

@@ -43,7 +43,7 @@ def train_elsewhere(
     key = work_key(step, computed, parents, fresh=config.fresh)
     name = job_name(step, key.name)
     # One that is being cancelled holds the work until its job has ended.
-    with lock_folder(config.work / JOBS / name, patience=2 * CANCEL_SECONDS) as folder:
+    with lock_folder(config.work / JOBS / name, timeout=2 * CANCEL_SECONDS) as folder:
         written, staged = folder / "target", folder / "source"
         inner = dataclasses.replace(config, **_here(), source=staged, target=written)
 
