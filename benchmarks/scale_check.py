@@ -25,7 +25,7 @@ from machine import machine
 from throughput_texts import round_digits
 
 from cappy.costing import DEFAULT, PlanConfig, read_throughput
-from cappy.costing.costs import END, Work, cost, works
+from cappy.costing.costs import END, Work, cost, list_work
 from cappy.costing.volumes import Volumes
 from cappy.records import read
 
@@ -44,7 +44,7 @@ def main() -> None:
     throughput = read_throughput(DEFAULT)
     volumes = builtin_volumes(arguments.per_family, throughput)
     config = PlanConfig(hardware="cpu", mixture="builtin", scorer="mini", validation=VALIDATION)
-    planned = works(volumes, throughput, config)
+    planned = list_work(volumes, throughput, config)
     predicted = seconds_of(planned, config)
     print(f"{volumes.pairs:,} rows, predicted seconds {predicted}", flush=True)
     if not arguments.compare:

@@ -45,7 +45,7 @@ from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.builtin.scorer import new_encoder
 from cappy.costing import DEFAULT, Measurement, PlanConfig, Throughput, read_throughput
-from cappy.costing.costs import GENERATORS, HARDWARE, SCORERS, cost, works
+from cappy.costing.costs import GENERATORS, HARDWARE, SCORERS, cost, list_work
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import Instance, write
@@ -193,7 +193,7 @@ def measure_starts(bench: Bench) -> None:
     volumes = builtin_volumes(PER_FAMILY, throughput)
     config = PlanConfig(hardware="cpu", mixture="builtin", scorer="mini", validation=0.05)
     expected: dict[str, float] = {}
-    for work in works(volumes, throughput, config):
+    for work in list_work(volumes, throughput, config):
         name = "pretraining" if work.step == "tokenization" else work.step
         expected[name] = expected.get(name, 0.0) + cost(work, 1, config, cores=1).seconds
     for step, run in runs.items():

@@ -1,6 +1,6 @@
-"""Small scorers that make large language models better.
+"""Small scorers that improve large language models.
 
-Importing `cappy` alone is light: torch, transformers and mlflow load where they are needed.
+Importing `cappy` is light: torch, transformers and mlflow are imported where they are needed.
 """
 
 __version__ = "0.1.0"

@@ -1,17 +1,17 @@
-"""What can go wrong in a way that a person can mend.
+"""Errors that a user can fix.
 
     CappyError
     ├── ConfigError       a setting, a flag or a spec has a wrong value
-    ├── RecordError       a line, a row or a field of the input is not what it must be
-    ├── FolderError       a folder of records, a scorer or a report is unfinished, damaged or busy
-    ├── GeneratorError    an LLM could not be reached, or refused
-    ├── TrainingError     training had to stop: the loss is not a number, memory ran out, a rank or the machine went
-    │   └── UnansweredError   the platform that runs a training job did not answer; it may do so later
-    └── RegistryError     MLflow does not know the version, or holds another one than was registered
-        └── UnreachableError  MLflow or its store did not answer; it may do so later
+    ├── RecordError       a line, a row or a field of the input is invalid
+    ├── FolderError       a folder of records, a scorer or a report is unfinished, damaged or locked
+    ├── GeneratorError    an LLM could not be reached, or refused the request
+    ├── TrainingError     training had to stop: the loss is not a number, memory ran out, a rank or the machine was lost
+    │   └── UnansweredError   the platform that runs a training job did not answer; it may answer later
+    └── RegistryError     MLflow has no such version, or its files differ from the registered ones
+        └── UnreachableError  MLflow or its store did not answer; it may answer later
 
-The text of each is one line: what (file, line, field), what was wrong (the value), what to do. The command line
-prints it on stderr and exits with 1. Every other exception is a defect of ours and keeps its traceback.
+Each message is one line: the input (file, line, field), the problem (with the value), the remedy. The command line
+prints it on stderr and exits with 1. Every other exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from cappy.redaction import redact, truncate
 
 
 class CappyError(Exception):
-    """Something that a person can mend; its text says how, and holds no secret that this process knows."""
+    """A problem that a user can fix; the message says how and contains no secret that this process knows."""
 
     def __str__(self) -> str:
         return redact(super().__str__())
@@ -32,43 +32,43 @@ class ConfigError(CappyError):
 
 
 class RecordError(CappyError):
-    """A line, a row or a field of the input is not what it must be."""
+    """A line, a row or a field of the input is invalid."""
 
 
 class FolderError(CappyError):
-    """A folder of records, a scorer or a report is unfinished, damaged or busy."""
+    """A folder of records, a scorer or a report is unfinished, damaged or locked."""
 
 
 class GeneratorError(CappyError):
-    """An LLM could not be reached, or refused."""
+    """An LLM could not be reached, or refused the request."""
 
 
 class TrainingError(CappyError):
-    """Training had to stop: the loss is not a number, memory ran out, a rank or the machine went."""
+    """Training had to stop: the loss is not a number, memory ran out, a rank or the machine was lost."""
 
 
 class UnansweredError(TrainingError):
-    """The platform that runs a training job did not answer; it may do so later."""
+    """The platform that runs a training job did not answer; it may answer later."""
 
 
 class RegistryError(CappyError):
-    """MLflow could not be reached, does not know the version, or holds another one than was registered."""
+    """MLflow has no such version, or its files differ from the registered ones."""
 
 
 class UnreachableError(RegistryError):
-    """MLflow or its store did not answer; it may do so later."""
+    """MLflow or its store did not answer; it may answer later."""
 
 
 def quote(value: object, limit: int = 60, *, keys: Sequence[str] = ()) -> str:
-    """`value` as it may stand in one line of an error: without secrets, quoted by repr, cut to `limit` characters.
+    """`value` for an error message: redacted, quoted by repr, truncated to `limit` characters.
 
-    `keys` are secrets beside those that this process knows.
+    `keys` are secrets in addition to those that this process knows.
     """
     return truncate(repr(redact(value, *keys) if isinstance(value, str) else value), limit, *keys)
 
 
-def near(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The end of a line about an unknown word: the nearest known one, else `otherwise`, else all that there are."""
+def suggest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of an error about an unknown word: the nearest known word, else `otherwise`, else all known words."""
     names = sorted(known)
     nearest = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else otherwise or f"; there are {', '.join(names)}"
+    return f"; did you mean {nearest[0]}?" if nearest else otherwise or f"; choose one of {', '.join(names)}"

@@ -1,7 +1,7 @@
 """Files that other users cannot tamper with: locks, atomically replaced files, private folders.
 
-A folder of work may lie on a volume that several people write to. So nothing here is opened through a symbolic link
-that someone else put there, and no name of a temporary file can be foreseen.
+A work folder may be on a volume that several people write to. So nothing here is opened through a symbolic link that
+someone else created, and names of temporary files are unpredictable.
 """
 
 import contextlib
@@ -23,74 +23,74 @@ PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
 REMOVED = ".removed-"
 _PUBLIC_FILE = 0o666
-"""Less the umask."""
-_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
-_REMEDY = "delete it, and run the same command again"
+"""Before the umask."""
+_SAFE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+_REMEDY = "delete it and run the same command again"
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, patience: float = -1) -> Iterator[None]:
-    """Holds a lock file until the block or the process ends, however that ends; the file says which process holds it.
+def hold_lock(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Holds a lock file until the block or the process ends, even if it is killed; the file contains the process id.
 
-    Waits `patience` seconds, or as long as it takes if negative; filelock.Timeout where another one holds it then. File
-    and folder are made for their owner alone where they are missing; FolderError as for `open_lock`. A
-    disk without locks of the kernel's is an OSError: a lock by a file's being there would not fall with its process.
+    Waits `timeout` seconds, or without limit if negative; filelock.Timeout if another process still holds it then. A
+    missing file or folder is created with access for its owner only; FolderError as for `open_lock`. OSError on a file
+    system without kernel locks: the existence of a file as a lock would outlive a killed process.
     """
     while True:
         make_private(path.parent)
-        taken: list[os.stat_result] = []
-        lock = _file_lock(path, patience, taken)
+        statuses: list[os.stat_result] = []
+        lock = _file_lock(path, timeout, statuses)
         try:
             lock.acquire()
-        except FileNotFoundError:  # Its folder was removed in the meantime.
+        except FileNotFoundError:  # The folder was removed in the meantime.
             continue
         except Timeout:
             raise
         except OSError as error:
-            _refuse_odd(path, error)
+            _refuse_irregular(path, error)
             raise
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(taken[0], path.stat()):
+            if os.path.samestat(statuses[0], path.stat()):
                 break
-        lock.release()  # Another one removed the file while this process waited for it.
+        lock.release()  # Another process removed the file while this one waited for it.
     try:
         yield
     finally:
         lock.release()
 
 
-def _file_lock(path: Path, patience: float, taken: list[os.stat_result]) -> FileLock:
-    """The lock, which puts what it is the lock of into `taken` once it is held."""
+def _file_lock(path: Path, timeout: float, statuses: list[os.stat_result]) -> FileLock:
+    """The lock; once it is acquired, the status of its file is appended to `statuses`."""
 
-    def sign(descriptor: int) -> None:
-        _sign(descriptor, path)
-        taken.append(os.fstat(descriptor))
+    def on_acquired(descriptor: int) -> None:
+        _write_pid(descriptor, path)
+        statuses.append(os.fstat(descriptor))
 
     return FileLock(
-        path, timeout=patience, mode=PRIVATE_FILE, thread_local=False, fallback_to_soft=False, on_acquired=sign
+        path, timeout=timeout, mode=PRIVATE_FILE, thread_local=False, fallback_to_soft=False, on_acquired=on_acquired
     )
 
 
 def lock_holder(path: Path) -> str:
-    """The number of the process that holds a lock file; "unknown" where it says none."""
+    """The id of the process that holds a lock file; "unknown" if the file has none."""
     with open_lock(path) as file:
         return file.read(20).strip() or "unknown"
 
 
 def open_lock(path: Path) -> IO[str]:
-    """Opens a lock file for reading and writing, and makes it, for its owner alone, where it is missing.
+    """Opens a lock file for reading and writing; a missing one is created with access for its owner only.
 
-    FolderError where the path is a symbolic link, no regular file, or one that has another name too: who takes the lock
-    writes to it. It may belong to another user, since a volume's locks are those of all who work there.
+    FolderError if the path is a symbolic link, not a regular file, or has a second hard link: whoever acquires the lock
+    writes to it. The file may belong to another user, because all users of a volume share its locks.
     """
     try:
-        # O_NONBLOCK: opening a pipe would wait for its other end.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | _SAFELY, PRIVATE_FILE)
+        # O_NONBLOCK: opening a pipe would block until its other end is opened.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | _SAFE_FLAGS, PRIVATE_FILE)
     except OSError as error:
-        _refuse_odd(path, error)
+        _refuse_irregular(path, error)
         raise
     try:
-        _check(descriptor, path)
+        _check_regular(descriptor, path)
     except FolderError:
         os.close(descriptor)
         raise
@@ -98,9 +98,9 @@ def open_lock(path: Path) -> IO[str]:
 
 
 def lock_shared(path: Path) -> IO[str]:
-    """A lock file that is held by all who use its folder, and keeps whoever would remove that away until it is closed.
+    """Acquires a shared lock on a folder: nobody removes the folder until the returned file is closed.
 
-    File and folder are made where they are missing. Its time says when the folder was used last.
+    A missing file or folder is created. The file's modification time says when the folder was last used.
     """
     while True:
         make_private(path.parent)
@@ -108,42 +108,42 @@ def lock_shared(path: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_SH)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                with contextlib.suppress(OSError):  # A mounted bucket may keep no such times.
+                with contextlib.suppress(OSError):  # A mounted bucket may not support setting times.
                     os.utime(path)
                 return lock
         lock.close()  # Removed in the meantime.
 
 
-def _sign(descriptor: int, path: Path) -> None:
-    """Writes the process's number into a lock file that it has just taken."""
-    _check(descriptor, path)
+def _write_pid(descriptor: int, path: Path) -> None:
+    """Writes the process id into a lock file that this process has just acquired."""
+    _check_regular(descriptor, path)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, str(os.getpid()).encode(), 0)
 
 
-def _refuse_odd(path: Path, error: OSError) -> None:
-    """FolderError where a lock file could not be opened because it is none."""
+def _refuse_irregular(path: Path, error: OSError) -> None:
+    """FolderError if a lock file could not be opened because it is not a regular file."""
     if path.is_symlink():
-        raise FolderError(f"{path}: is a symbolic link, and a lock file must not be one; {_REMEDY}") from error
+        raise FolderError(f"{path}: a lock file must not be a symbolic link; {_REMEDY}") from error
     if error.errno in (errno.EISDIR, errno.ENXIO):
-        raise FolderError(f"{path}: is not a regular file, and a lock must be one; {_REMEDY}") from error
+        raise FolderError(f"{path}: a lock file must be a regular file; {_REMEDY}") from error
 
 
-def _check(descriptor: int, path: Path) -> None:
+def _check_regular(descriptor: int, path: Path) -> None:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        kind = "has another name too (a hard link)" if stat.S_ISREG(status.st_mode) else "is not a regular file"
-        raise FolderError(f"{path}: {kind}, and a lock file must not; {_REMEDY}")
+        rule = "must not have a second hard link" if stat.S_ISREG(status.st_mode) else "must be a regular file"
+        raise FolderError(f"{path}: a lock file {rule}; {_REMEDY}")
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
-    """A new file under a hidden name, which takes the place of `path` when the block ends well.
+    """Opens a temporary file that replaces `path` if the block ends without an error.
 
-    A private one can be read by its owner alone, whatever the umask.
+    A private file is readable by its owner only, whatever the umask.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE_FLAGS
     descriptor = os.open(temporary, flags, PRIVATE_FILE if private else _PUBLIC_FILE)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -160,19 +160,19 @@ def make_private(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder with all that is in it, under a hidden name first.
+    """Removes a folder and its contents after renaming it, so that other processes can create it again at once.
 
-    Whoever comes meanwhile finds none and makes one of their own; what a killed removal leaves is named `REMOVED...`.
+    A removal that is killed leaves a folder whose name starts with `REMOVED`.
     """
-    gone = folder.with_name(f"{REMOVED}{secrets.token_hex(8)}")
-    folder.rename(gone)
-    shutil.rmtree(gone)
+    temporary = folder.with_name(f"{REMOVED}{secrets.token_hex(8)}")
+    folder.rename(temporary)
+    shutil.rmtree(temporary)
 
 
 def refuse_links(folder: Path, name: str) -> None:
-    """FolderError where a folder between `folder` and the file `name` in it is a symbolic link: it would lead out."""
+    """FolderError if a folder on the way from `folder` to the file `name` in it is a symbolic link."""
     path = folder
     for part in Path(name).parts[:-1]:
         path /= part
         if path.is_symlink():
-            raise FolderError(f"{path}: is a symbolic link, which leads out of the folder; delete it, and run again")
+            raise FolderError(f"{path}: is a symbolic link and may lead outside the folder; delete it and run again")

@@ -1,7 +1,8 @@
-"""Pinned repositories of the hub, by a guarded client of huggingface_hub: HF_ENDPOINT may name any server.
+"""Downloads pinned repositories from the Hugging Face hub, through a client that checks every response.
 
-huggingface_hub names files of its cache by the ETag and the commit that a server sends, and reads lists of files page
-by page without an end. Here an answer whose headers hold a path is refused, and so is one that does not end.
+HF_ENDPOINT may point at any server. huggingface_hub names its cache files by the ETag and the commit that a server
+sends, and follows pages of a file list without limit. This client rejects headers that contain a path, and responses
+that are too long.
 """
 
 import re
@@ -15,16 +16,16 @@ from cappy.errors import ConfigError, quote
 from cappy.specs import Spec
 
 MAX_PAGES = 200
-"""Pages of one list of files, of which the hub sends a thousand each."""
+"""Pages of one list of files; the hub sends a thousand files per page."""
 MAX_LIST_BYTES = 64 * 2**20
-"""Of an answer of the hub's API."""
-ANSWER_SECONDS = 60.0
-"""Without a byte, where a call sets no other time: the client's own is none."""
+"""Size limit of a response of the hub's API."""
+READ_TIMEOUT_SECONDS = 60.0
+"""Longest wait for the next bytes where a call sets no timeout: the client's default has no limit."""
 MAX_UNSIZED_BYTES = 2**30
-"""Of a file whose size the server does not state: those of large files are stated."""
+"""Size limit of a file without a Content-Length: the hub states the size of large files."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_NAMES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")
+_NAME_HEADERS = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")
 
 
 class _Stream(Protocol):
@@ -38,7 +39,7 @@ class _Request(Protocol):
 
 
 class _Response(Protocol):
-    """What is used of an answer of huggingface_hub's HTTP library."""
+    """The part of a response of huggingface_hub's HTTP library that is used here."""
 
     headers: Mapping[str, str]
     links: Mapping[str, object]
@@ -47,14 +48,14 @@ class _Response(Protocol):
 
 
 class _Client(Protocol):
-    """What is used of its client."""
+    """The part of its client that is used here."""
 
     timeout: float
     event_hooks: Mapping[str, Sequence[Callable[[_Response], None]]]
 
 
 def guard_client() -> None:
-    """Gives huggingface_hub a client that raises ValueError for an answer that a hub would not send."""
+    """Makes huggingface_hub use a client that raises ValueError for a response that a real hub would not send."""
     from huggingface_hub import set_client_factory
 
     set_client_factory(_guarded_client)
@@ -67,7 +68,7 @@ def _guarded_client() -> _Client:
     pages = count(1)
 
     def check(response: _Response) -> None:
-        for name in _NAMES:
+        for name in _NAME_HEADERS:
             value = response.headers.get(name, "").removeprefix("W/")
             if "/" in value or "\\" in value or value.strip('"') in (".", ".."):
                 raise ValueError(f"its {name} is a path, not a name")
@@ -79,24 +80,24 @@ def _guarded_client() -> _Client:
         elif "Content-Length" not in response.headers:
             response.stream = _limit_bytes(response.stream, MAX_UNSIZED_BYTES)
 
-    client.timeout = ANSWER_SECONDS
+    client.timeout = READ_TIMEOUT_SECONDS
     hooks = client.event_hooks
     client.event_hooks = {**hooks, "response": [*hooks.get("response", ()), check]}
     return client
 
 
-def _limit_bytes(stream: _Stream, most: int) -> _Stream:
-    """The bytes of a stream, up to so many: then ValueError."""
-    # The class of huggingface_hub's own HTTP library, whichever that is.
+def _limit_bytes(stream: _Stream, max_bytes: int) -> _Stream:
+    """The stream, which raises ValueError after `max_bytes`."""
+    # The class of the HTTP library that huggingface_hub uses.
     base = next(kind for kind in type(stream).__mro__ if kind.__name__ == "SyncByteStream")
 
-    class LimitedStream(base):  # type: ignore[misc, valid-type] # known when it runs
+    class LimitedStream(base):  # type: ignore[misc, valid-type] # known at run time
         def __iter__(self) -> Iterator[bytes]:
-            left = most
+            remaining = max_bytes
             for chunk in stream:
-                left -= len(chunk)
-                if left < 0:
-                    raise ValueError(f"its answer has more than {most:,} bytes")
+                remaining -= len(chunk)
+                if remaining < 0:
+                    raise ValueError(f"its response has more than {max_bytes:,} bytes")
                 yield chunk
 
         def close(self) -> None:
@@ -105,30 +106,33 @@ def _limit_bytes(stream: _Stream, most: int) -> _Stream:
     return LimitedStream()
 
 
-def hub_folder(spec: Spec, *, also: Sequence[str] = ()) -> Path:
-    """Downloads a pinned repository, safetensors, tokenizer and `also` alone; ConfigError if it cannot be had."""
+def hub_folder(spec: Spec, *, extra_patterns: Sequence[str] = ()) -> Path:
+    """Downloads the weights (safetensors), the tokenizer and `extra_patterns` of a pinned repository.
+
+    ConfigError if it cannot be downloaded.
+    """
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *also]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *extra_patterns]
     guard_client()
     try:
-        commit = _commit(spec)
-        folder = Path(snapshot_download(spec.name, revision=commit, allow_patterns=wanted))
+        commit = _resolve_commit(spec)
+        folder = Path(snapshot_download(spec.name, revision=commit, allow_patterns=patterns))
     except ConfigError:
         raise
-    except Exception as error:  # whatever the client raises over an answer: it has a dozen kinds, of three libraries
+    except Exception as error:  # The client raises a dozen types of errors, from three libraries.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{spec.text}: cannot be had from the hub ({quote(reason, 100)}); check name, revision and network"
+            f"{spec.text}: cannot be downloaded from the hub ({quote(reason, 100)}); check name, revision and network"
         ) from error
-    # The hub answers a name of seven or more hexadecimal digits with a branch of that name, which can move.
+    # Seven or more hexadecimal digits may also be the name of a branch, which can move.
     if not folder.name.startswith(spec.revision):
-        raise _no_commit(spec, folder.name)
+        raise _revision_error(spec, folder.name)
     return folder
 
 
-def _commit(spec: Spec) -> str:
-    """The whole hash of a shortened commit; as it stands where the hub is not asked."""
+def _resolve_commit(spec: Spec) -> str:
+    """The full hash of a shortened commit; unchanged when offline."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import is_offline_mode
 
@@ -136,9 +140,11 @@ def _commit(spec: Spec) -> str:
         return spec.revision
     commit = str(HfApi().model_info(spec.name, revision=spec.revision).sha)
     if not _COMMIT.fullmatch(commit) or not commit.startswith(spec.revision):
-        raise _no_commit(spec, commit)
+        raise _revision_error(spec, commit)
     return commit
 
 
-def _no_commit(spec: Spec, commit: str) -> ConfigError:
-    return ConfigError(f"{spec.text}: is not a commit but a name of {quote(commit, 50)}; give the whole commit hash")
+def _revision_error(spec: Spec, commit: str) -> ConfigError:
+    return ConfigError(
+        f"{spec.text}: is a branch or a tag ({quote(commit, 50)}), not a commit; give the whole commit hash"
+    )

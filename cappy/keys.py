@@ -1,8 +1,8 @@
 """The key of a piece of work: step, version of the step, settings, inputs. Equal keys mean equal results.
 
-One function makes the key of a folder under the work folder and the fingerprint that an orchestrator's cache sees, so
-both agree on what is the same work. The code is not in it: a step's `version` (`cappy.steps`) stands for what it
-computes, as orchestrators that cache do it, so that a changed comment leaves finished work where it is.
+One function computes both the name of a folder under the work folder and the fingerprint for an orchestrator's cache,
+so both agree on what is the same work. The key contains the step's `version` (`cappy.steps`) instead of a hash of the
+code, so that an edited comment does not invalidate finished work.
 """
 
 import hashlib
@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass, field
 from cappy.steps import step_version
 
 KEY = "key.json"
-"""The key's file, in the folder of the work."""
-LONGEST_VALUE = 60
+"""File of the key in the folder of the work."""
+MAX_VALUE_CHARACTERS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """What a piece of work is; `inputs` are hashes of what it reads, in the step's own order.
+    """Identifies a piece of work; `inputs` are hashes of what it reads, in an order that the step defines.
 
-    `fresh` names the run that asked for the work to be done again, `finished` says that it was published; neither is
-    compared.
+    `fresh` is the name of the run that asked to redo the work, `finished` whether it was published; neither is part of
+    the digest.
     """
 
     step: str
@@ -34,7 +34,7 @@ class Key:
 
     @property
     def digest(self) -> str:
-        """sha256 in hexadecimal over step, version, settings and inputs."""
+        """Hexadecimal sha256 of step, version, settings and inputs."""
         values = [self.step, self.version, dict(self.settings), list(self.inputs)]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -56,22 +56,22 @@ class Key:
         return key
 
     def differences(self, other: "Key") -> list[str]:
-        """What this key has that `other` has not, for a person: `temperature 0.9 -> 1.0`, other's value first."""
+        """What changed from `other` to this key, as text: `temperature 0.9 -> 1.0`."""
         texts = [] if self.version == other.version else [f"version {other.version} -> {self.version}"]
         for name in sorted({*self.settings, *other.settings}):
-            before, now = other.settings.get(name), self.settings.get(name)
-            if before != now:
-                texts.append(f"{name.replace('_', '-')} {_short(before)} -> {_short(now)}")
+            old, new = other.settings.get(name), self.settings.get(name)
+            if old != new:
+                texts.append(f"{name.replace('_', '-')} {_short(old)} -> {_short(new)}")
         if list(self.inputs) != list(other.inputs):
             texts.append("inputs")
         return texts
 
 
 def work_key(step: str, settings: Mapping[str, object], inputs: Sequence[object] = (), *, fresh: str = "") -> Key:
-    """The key of a piece of work under the step's present version."""
+    """The key of a piece of work with the current version of the step."""
     return Key(step=step, version=step_version(step), settings=dict(settings), inputs=list(inputs), fresh=fresh)
 
 
 def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+    return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[:MAX_VALUE_CHARACTERS]}..."

@@ -1,23 +1,24 @@
-"""A folder that holds a model: what may be loaded from it, and the only calls that load it.
+"""Checks the folder of a model before anything in it is loaded, and loads it.
 
-transformers runs Python that a folder names, takes any tokenizer file that lies beside the weights, and builds whatever
-sizes config.json states. So every loader of the project opens a folder here first:
+transformers can run Python code that a folder names, reads any tokenizer file beside the weights, and builds a model of
+any size that config.json states. So every loader of the project opens the folder here first:
 
-- a folder with a manifest holds exactly the files that the manifest lists, each with its sha256; one without is hashed
-  as it was found, and the hash is logged;
-- no file and no key of a JSON file may name code;
-- no file is larger than its kind needs, and config.json describes no more parameters than the weights hold.
+- a folder with a manifest must contain exactly the listed files, each with its sha256; a folder without one is hashed,
+  and the hash is logged;
+- neither a file nor a key of a JSON file may name code;
+- every file has a size limit, and config.json must not describe a much larger model than the weights contain.
 """
 
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cappy.errors import FolderError, quote
 from cappy.records.folder import MANIFEST, Manifest, describe_files, verify
@@ -31,27 +32,24 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 _LOGGED: set[tuple[Path, str]] = set()
-"""Folders whose hash was logged by this process."""
+"""Folders and hashes that this process has logged."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npy", "*.joblib", "*.msgpack")
 ADAPTER = "adapter_config.json"
 CODE = ("*.py", "*.pyc", "*.pyd", "*.so", "*.dll", "*.dylib")
 BESIDE_MANIFEST = frozenset({MANIFEST, "calibration.json", "probe.json", "out_of_fold.json"})
-"""Files that may lie in a folder although its manifest does not list them: an evaluation writes them after it.
-
-Those of a registered version have a sha256 of their own in its tags.
-"""
+"""Files that an evaluation adds after the manifest was written; a registered version has their sha256 in its tags."""
 
 MAX_CONFIG_BYTES = 4 * 2**20
-"""Of a template, and of a JSON file that is not a vocabulary; the largest seen have a few hundred kilobytes."""
+"""Size limit of templates and of JSON files other than vocabularies; the largest known have a few hundred kB."""
 MAX_TABLE_BYTES = 128 * 2**20
-"""Of tokenizer.json, a vocabulary or merges; Gemma's have 33 MB."""
+"""Size limit of tokenizer.json, a vocabulary or merges; Gemma's have 33 MB."""
 MAX_HEADER_BYTES = 16 * 2**20
-"""Of a safetensors header: about 150,000 tensors."""
+"""Size limit of a safetensors header: about 150,000 tensors."""
 MAX_COUNT = 100_000
-"""Of layers, heads, experts or labels in config.json: transformers builds lists of that length when it reads it."""
+"""Limit of layers, heads, experts and labels in config.json: transformers builds lists of that length on reading."""
 SPARE_ELEMENTS = 2**26
-"""Elements that a model may have beyond twice those of its weights: a new head, tables of positions."""
+"""Elements that a model may have beyond twice those of its weights, for a new head or position tables."""
 SPARE_MODULES = 10_000
 
 _TABLES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "*.model", "*.tiktoken")
@@ -59,21 +57,21 @@ _INDEX = "*.safetensors.index.json"
 _COUNT_KEYS = re.compile(r"^_?num_|(layers?|heads?|experts?|labels|blocks?|stages?|depths?)$")
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
 _FILE_KEYS = frozenset({"configuration_files", "fast_tokenizer_files", "transformers_weights"})
-"""Keys by which transformers reads other files than those with the usual names."""
+"""Keys that make transformers read files with other than the usual names."""
 _TABLE_KEYS = frozenset({"vocab", "merges"})
-"""Keys of tokenizer_config.json that hold tables; transformers reads a string there as the path of any file."""
+"""Keys of tokenizer_config.json that contain tables; transformers reads a string there as a path."""
 _KERNEL_KEYS = frozenset({"attn_implementation", "experts_implementation"})
 _SENTENCE_TRANSFORMERS = "sentence_transformers."
-_NOT_THE_MODELS = "delete it if it is not a file of the model, else get the folder again"
+_JSON_REMEDY = "delete it if it does not belong to the model, else download the folder again"
 _REMOVED_TOKENIZERS = frozenset({"BloomTokenizer"})
-"""Classes that transformers 5 no longer has, and still loads as its general tokenizer (`tokenizer_class_from_name`)."""
+"""Classes that transformers 5 removed but still loads as its generic tokenizer (`tokenizer_class_from_name`)."""
 
 
 class Module(Protocol):
-    """What is used here of a model, which is a module of torch."""
+    """The part of a torch module that is used here."""
 
     def parameters(self) -> "Iterator[torch.nn.Parameter]":
-        """All parameters, a shared one once."""
+        """All parameters, shared ones once."""
 
     def buffers(self) -> "Iterator[torch.Tensor]":
         """Tensors that are not parameters."""
@@ -83,65 +81,55 @@ Model_co = TypeVar("Model_co", bound=Module, covariant=True)
 
 
 class AutoModel(Protocol[Model_co]):
-    """What is used of transformers' AutoModelFor... classes, which all make models of one kind."""
+    """The part of transformers' AutoModelFor... classes that is used here."""
 
     def from_config(self, config: "PreTrainedConfig", *, trust_remote_code: bool) -> Model_co:
         """A model with random weights."""
 
-    def from_pretrained(
-        self,
-        folder: Path,
-        *,
-        config: "PreTrainedConfig",
-        dtype: "torch.dtype",
-        use_safetensors: bool,
-        output_loading_info: bool,
-        trust_remote_code: bool,
-        local_files_only: bool,
-    ) -> tuple[Model_co, Mapping[str, Iterable[str]]]:
-        """The model of a folder, and names of parameters by what became of them."""
+    def from_pretrained(self, folder: Path, **options: Any) -> tuple[Model_co, Mapping[str, Iterable[str]]]:
+        """The model of a folder, and its loading info: names of missing and unexpected parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """A checked folder. `hash` (64 hexadecimal digits) changes with every file, `listed` says whether a manifest lists
-    them.
-    """
+    """A checked folder: `hash` is a sha256 of all files, `listed` says whether a manifest lists them."""
 
     path: Path
     hash: str
     listed: bool
 
     def config(self) -> "PreTrainedConfig":
-        """The configuration as transformers reads it; FolderError where it is not that of a model."""
+        """The configuration as transformers reads it; FolderError if it does not describe a model."""
         from transformers import AutoConfig
 
         if not (self.path / "config.json").is_file():
             raise FolderError(f"{self.path}: has no config.json; give a folder that transformers saved")
         remedy = "give a folder that transformers saved (config.json with its model_type)"
-        with _one_line(f"{self.path}: its config.json is not that of a model", remedy):
+        with _folder_errors(f"{self.path}: config.json does not describe a model", remedy):
             return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer; FolderError where there is none that transformers can read."""
+        """The tokenizer; FolderError if transformers cannot read it."""
         from transformers import AutoTokenizer
 
-        with _one_line(f"{self.path}: its tokenizer cannot be read", "save the tokenizer beside the weights again"):
+        with _folder_errors(
+            f"{self.path}: its tokenizer cannot be read", "save the tokenizer again, next to the weights"
+        ):
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
             refuse_growth(tokenizer)
             return tokenizer
 
     def model(self, auto_class: AutoModel[Model_co], config: "PreTrainedConfig") -> tuple[Model_co, list[str]]:
-        """The model in fp32 on the CPU, and the names of parameters that the weights lack, which are random.
+        """The model in fp32 on the CPU, and the names of parameters that are missing in the weights and thus random.
 
-        `auto_class` is one of transformers' AutoModelFor... classes. FolderError where config.json describes a larger
-        model than the weights hold, or where transformers cannot load it.
+        `auto_class` is one of transformers' AutoModelFor... classes. FolderError if config.json describes a larger
+        model than the weights contain, or if transformers cannot load it.
         """
         import torch
 
-        check_size(self.path, auto_class, config, _elements(self.path))
-        remedy = "it must be a model with its weights as safetensors, without code of its own"
-        with _one_line(f"{self.path}: transformers cannot load it", remedy):
+        check_size(self.path, auto_class, config, _tensor_sizes(self.path))
+        remedy = "give a model with safetensors weights and without custom code"
+        with _folder_errors(f"{self.path}: transformers cannot load it", remedy):
             model, report = auto_class.from_pretrained(
                 self.path,
                 config=config,
@@ -155,10 +143,10 @@ class ModelFolder:
 
 
 def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "") -> ModelFolder:
-    """Checks a folder before anything is loaded from it; FolderError names the file that must not be there.
+    """Checks a folder before anything is loaded from it; FolderError names the offending file.
 
-    `pinned` says that the content is known by other means (a commit, a seal), so the hash is not logged; `checkpoint`
-    is the one pickle that may lie there, because it is converted and not loaded.
+    `pinned` says that the content is verified otherwise (a commit, a signature), so its hash is not logged;
+    `checkpoint` is the name of a pickle that is allowed because it is converted, not loaded.
     """
     if not folder.is_dir():
         raise FolderError(f"{folder}: no such folder; give a folder that transformers saved")
@@ -166,101 +154,100 @@ def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "
     _refuse_code(folder)
     _refuse_large(folder)
     if (folder / ADAPTER).exists():
-        remedy = "merge it into the weights (merge_and_unload)"
-        raise FolderError(f"{folder / ADAPTER}: is an adapter, which counts only where peft is installed; {remedy}")
+        remedy = "merge it into the weights with merge_and_unload"
+        raise FolderError(f"{folder / ADAPTER}: is an adapter, which transformers ignores without peft; {remedy}")
     if (folder / MANIFEST).exists():
         return ModelFolder(path=folder, hash=verify_exactly(folder).hash, listed=True)
     files = describe_files(folder)
     digest = hashlib.sha256("".join(f"{file.sha256}  {file.name}\n" for file in files).encode()).hexdigest()
     if not pinned and (folder, digest) not in _LOGGED:
         _LOGGED.add((folder, digest))
-        LOGGER.warning("%s: has no manifest; its %d files are loaded as found, sha256 %s", folder, len(files), digest)
+        LOGGER.warning("%s: has no manifest; loading its %d files unverified, sha256 %s", folder, len(files), digest)
     return ModelFolder(path=folder, hash=digest, listed=False)
 
 
 def check_size(
     folder: Path, auto_class: AutoModel[Module], config: "PreTrainedConfig", elements: Sequence[int]
 ) -> None:
-    """FolderError where a configuration describes a larger model than weights whose tensors have so many `elements`.
+    """FolderError if `config` describes a larger model than the weights, whose tensors have these `elements`.
 
-    The model is built without memory for its tensors (on the device "meta"), and no further than that takes. Parameters
-    that it shares (embeddings and head, encoder and decoder) are made once each and tied at the end, so the limit
-    holds for the finished model; while it is built it is four times as large.
+    The model is built on the device "meta", without memory for its tensors. transformers creates shared parameters
+    (embeddings and head, encoder and decoder) separately and ties them at the end, so the limit is four times as high
+    during construction.
     """
     import torch
 
-    text, remedy = f"{folder}: its config.json is not that of a model", "give a folder that transformers saved"
-    with _one_line(text, remedy):
+    problem, remedy = f"{folder}: config.json does not describe a model", "give a folder that transformers saved"
+    with _folder_errors(problem, remedy):
         with _limit_model_size(folder, elements), torch.device("meta"):
             model = auto_class.from_config(config, trust_remote_code=False)
         size = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-        if size > _most_elements(elements):
-            raise _too_large(folder, size, elements)
+        if size > _max_elements(elements):
+            raise _size_error(folder, size, elements)
 
 
 def verify_exactly(folder: Path) -> Manifest:
-    """The manifest of a folder that holds exactly the files that it lists, each with its sha256, else FolderError.
+    """The manifest of a folder that contains exactly the listed files, each with its sha256, else FolderError.
 
-    What is hidden at its top (.gitattributes, .cache) is left out of this, and `BESIDE_MANIFEST`. A record's folder may
-    hold other files, a model's may not: transformers would read them.
+    Hidden files at the top (.gitattributes, .cache) and `BESIDE_MANIFEST` are ignored. Unlike a folder of records, the
+    folder of a model must not contain other files, because transformers would read them.
     """
     manifest = verify(folder)
     listed = {file.name for file in manifest.files} | BESIDE_MANIFEST
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if (not path.is_dir() or path.is_symlink()) and name not in listed and not name.startswith("."):
-            remedy = "delete it, or delete the folder and get it again"
+            remedy = "delete it, or delete the folder and download it again"
             raise FolderError(f"{path}: is not in the folder's {MANIFEST}; {remedy}")
     return manifest
 
 
 def _refuse_pickles(folder: Path, *, allowed: str = "") -> None:
-    """FolderError where a file of the folder is of a format that can run code when it is loaded."""
+    """FolderError if a file has a format that can run code when it is loaded."""
     for path in _match_files(folder, PICKLES):
         if path.name != allowed or path.parent != folder:
             remedy = "convert it to safetensors if it holds the weights, then delete it"
-            raise FolderError(f"{path}: is of a format that can run code when loaded; {remedy}")
+            raise FolderError(f"{path}: can run code when loaded; {remedy}")
 
 
 def _refuse_code(folder: Path) -> None:
-    """FolderError where a file is code, or where a JSON file names code to run or files elsewhere to read."""
+    """FolderError if a file is code, or if a JSON file names code or files outside the folder."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir() and path.is_symlink():
-            raise FolderError(f"{path}: is a link to a folder elsewhere; copy its files here, or delete it")
+            raise FolderError(f"{path}: is a link to another folder; copy its files here, or delete it")
         if not path.is_dir() and not path.is_file():
             raise FolderError(f"{path}: is not a file (a pipe, a socket or a broken link); delete it")
     for path in _match_files(folder, CODE):
-        raise FolderError(f"{path}: is code, which is never run from a model's folder; delete it")
+        raise FolderError(f"{path}: is code, which is never run from the folder of a model; delete it")
     for path in _match_files(folder, ("*.json",)):
-        if not _is_any(path, (*_TABLES, _INDEX)) and not (path.parent == folder and path.name in BESIDE_MANIFEST):
-            _refuse_named_code(path, _json(path, MAX_CONFIG_BYTES))
+        if not _matches(path, (*_TABLES, _INDEX)) and not (path.parent == folder and path.name in BESIDE_MANIFEST):
+            _refuse_named_code(path, _read_json(path, MAX_CONFIG_BYTES))
     for path in _match_files(folder, (_INDEX,)):
-        _refuse_outside(path, _json(path, MAX_HEADER_BYTES))
+        _refuse_outside(path, _read_json(path, MAX_HEADER_BYTES))
 
 
 def _refuse_named_code(path: Path, values: "JSON") -> None:
-    for key, value in _items(values):
+    for key, value in _walk_items(values):
         if key in _CODE_KEYS or (key == "trust_remote_code" and value):
-            raise FolderError(f"{path}: asks for code of its own ({key}), which is never run; remove the entry")
-        texts = path.name.startswith("tokenizer_config") and isinstance(value, str)
-        if key in _FILE_KEYS or (texts and key in _TABLE_KEYS):
+            raise FolderError(f"{path}: names custom code ({key}), which is never run; remove the entry")
+        is_path = path.name.startswith("tokenizer_config") and isinstance(value, str)
+        if key in _FILE_KEYS or (is_path and key in _TABLE_KEYS):
             raise FolderError(f"{path}: names other files to load ({key}); remove the entry")
         if key.removeprefix("_") in _KERNEL_KEYS and "/" in str(value):
             raise FolderError(f"{path}: {key} is {quote(value)}, code from a hub; remove the entry")
         if path.name == "modules.json" and key == "type" and not str(value).startswith(_SENTENCE_TRANSFORMERS):
-            raise FolderError(f"{path}: names the class {quote(value)}, which is code of its own; remove the entry")
+            raise FolderError(f"{path}: names the class {quote(value)}, which is custom code; remove the entry")
         if key in ("tokenizer_class", "architectures"):
             _refuse_unknown_class(path, key, value)
         count = value if isinstance(value, int) and not isinstance(value, bool) else 0
         if path.name.startswith("config") and count > MAX_COUNT and _COUNT_KEYS.search(key):
-            raise FolderError(f"{path}: {key} is {quote(value, 20)}, above {MAX_COUNT:,}; get the folder again")
+            raise FolderError(f"{path}: {key} is {quote(value, 20)}, above {MAX_COUNT:,}; download the folder again")
 
 
 def _refuse_unknown_class(path: Path, key: str, value: "JSON") -> None:
-    """FolderError for a class that transformers does not have: it would silently load another one."""
+    """FolderError for a class that transformers does not have, because it would silently load another one."""
     for name in value if isinstance(value, list) else [value] if value is not None else []:
-        bare = re.sub(r"^(TF|Flax)|Fast$", "", str(name))
-        spellings = (str(name), bare, f"{name}Fast")
+        spellings = (str(name), re.sub(r"^(TF|Flax)|Fast$", "", str(name)), f"{name}Fast")
         if not isinstance(name, str) or not any(map(_is_known_class, spellings)):
             remedy = "save it with a class that transformers has"
             raise FolderError(f"{path}: {key} {quote(name)} is not a class of transformers; {remedy}")
@@ -271,7 +258,7 @@ def _is_known_class(name: str) -> bool:
 
     try:
         return name in _REMOVED_TOKENIZERS or hasattr(transformers, name)
-    except Exception:  # noqa: BLE001 (it is there; loading it will say which package it misses)
+    except Exception:  # noqa: BLE001 (it exists; loading it will name the missing package)
         return True
 
 
@@ -280,23 +267,20 @@ def _refuse_outside(path: Path, values: "JSON") -> None:
     if not isinstance(names, Mapping):
         raise FolderError(f"{path}: is not an index of weights; save the model again")
     for name in set(map(str, names.values())):
-        # A hidden file is not hashed.
-        if Path(name).name != name or name.startswith("."):
-            raise FolderError(
-                f"{path}: names weights outside the folder, or hidden ones ({quote(name)}); save the model again"
-            )
+        if Path(name).name != name or name.startswith("."):  # Hidden files are not hashed.
+            raise FolderError(f"{path}: names a hidden file or one elsewhere ({quote(name)}); save the model again")
 
 
 def _refuse_large(folder: Path) -> None:
     for path in _match_files(folder, ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")):
-        most = MAX_TABLE_BYTES if _is_any(path, (*_TABLES, "*.txt")) else MAX_CONFIG_BYTES
-        most = MAX_HEADER_BYTES if _is_any(path, (_INDEX, *BESIDE_MANIFEST)) else most
-        if (size := path.stat().st_size) > most:
-            raise FolderError(f"{path}: has {size:,} bytes, above {most:,} for such a file; get the folder again")
+        limit = MAX_TABLE_BYTES if _matches(path, (*_TABLES, "*.txt")) else MAX_CONFIG_BYTES
+        limit = MAX_HEADER_BYTES if _matches(path, (_INDEX, *BESIDE_MANIFEST)) else limit
+        if (size := path.stat().st_size) > limit:
+            raise FolderError(f"{path}: has {size:,} bytes, above the limit of {limit:,}; download the folder again")
 
 
-def _elements(folder: Path) -> list[int]:
-    """How many elements each tensor of the weights has, from the headers of the safetensors files."""
+def _tensor_sizes(folder: Path) -> list[int]:
+    """Number of elements of each tensor of the weights, from the headers of the safetensors files."""
     counts: list[int] = []
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
@@ -304,63 +288,60 @@ def _elements(folder: Path) -> list[int]:
             length = int.from_bytes(file.read(8), "little")
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise FolderError(
-                    f"{path}: is not safetensors, or damaged (a header of {length:,} bytes); get it again"
+                    f"{path}: is damaged or not safetensors (header of {length:,} bytes); download it again"
                 )
             header = file.read(length)
         try:
-            tensors = [tensor for name, tensor in json.loads(header).items() if name != "__metadata__"]
-            sizes = [_product(tensor["shape"]) for tensor in tensors]
+            tensors = json.loads(header)
+            sizes = [_num_elements(tensors[name]["shape"]) for name in tensors if name != "__metadata__"]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise FolderError(f"{path}: is damaged, or not safetensors (its header); get it again") from error
+            raise FolderError(f"{path}: is damaged or not safetensors (bad header); download it again") from error
         if sum(sizes) > 8 * size:
-            raise FolderError(f"{path}: its header describes more than the file holds; get it again")
+            raise FolderError(f"{path}: its header describes more data than the file contains; download it again")
         counts += sizes
     if not counts:
-        raise FolderError(f"{folder}: holds no model.safetensors; save the model with safe_serialization=True")
+        raise FolderError(f"{folder}: contains no model.safetensors; save the model with safe_serialization=True")
     return counts
 
 
-def _product(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        if not isinstance(size, int) or not 0 <= size < 2**48:
-            raise ValueError(f"a size of {quote(size)}")
-        total *= size
-    return total
+def _num_elements(shape: list[int]) -> int:
+    if not all(isinstance(size, int) and 0 <= size < 2**48 for size in shape):
+        raise ValueError(f"a shape of {quote(shape)}")
+    return math.prod(shape)
 
 
-def _most_elements(elements: Sequence[int]) -> int:
+def _max_elements(elements: Sequence[int]) -> int:
     return 2 * sum(elements) + SPARE_ELEMENTS
 
 
-def _too_large(folder: Path, size: int, elements: Sequence[int]) -> FolderError:
-    held = f"the weights hold {sum(elements):,}"
-    return FolderError(f"{folder}: config.json describes over {size:,} parameters, {held}; get it again")
+def _size_error(folder: Path, size: int, elements: Sequence[int]) -> FolderError:
+    sizes = f"{size:,} parameters or more, but the weights contain {sum(elements):,}"
+    return FolderError(f"{folder}: config.json describes {sizes}; download it again")
 
 
 @contextmanager
 def _limit_model_size(folder: Path, elements: Sequence[int]) -> Iterator[None]:
-    """Inside, a model that is built may be a few times larger than the weights: FolderError as soon as it grows beyond.
+    """FolderError as soon as a model that is built in this block is several times larger than the weights.
 
-    Modules are counted too: each takes memory, even where its tensors take none.
+    Modules are counted too, because each takes memory even if its tensors are on the device "meta".
     """
     from torch.nn.modules import module as torch_module
 
-    most = 4 * _most_elements(elements)
-    most_modules = 10 * len(elements) + SPARE_MODULES
+    max_size = 4 * _max_elements(elements)
+    max_modules = 10 * len(elements) + SPARE_MODULES
     size, modules = 0, 0
 
     def count_module(*_: object) -> None:
         nonlocal modules
         modules += 1
-        if modules > most_modules:
-            raise FolderError(f"{folder}: config.json describes more layers than the weights hold; get it again")
+        if modules > max_modules:
+            raise FolderError(f"{folder}: config.json describes more layers than the weights have; download it again")
 
     def count_tensor(_module: object, _name: str, tensor: "torch.Tensor | None") -> None:
         nonlocal size
         size += 0 if tensor is None else tensor.numel()
-        if size > most:
-            raise _too_large(folder, size, elements)
+        if size > max_size:
+            raise _size_error(folder, size, elements)
 
     with ExitStack() as hooks:
         for handle in (
@@ -373,47 +354,46 @@ def _limit_model_size(folder: Path, elements: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(text: str, remedy: str) -> Iterator[None]:
-    """Turns whatever transformers raises about a foreign folder into a FolderError of one line."""
+def _folder_errors(problem: str, remedy: str) -> Iterator[None]:
+    """Turns any exception of transformers into a FolderError of one line."""
     try:
         yield
     except FolderError:
         raise
-    except BaseException as error:
-        # A panic of the tokenizers library (Rust) is a BaseException.
+    except BaseException as error:  # A panic of the tokenizers library (Rust) is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = (" ".join(str(error).split())) or type(error).__name__
-        raise FolderError(f"{text} ({quote(reason, 160)}); {remedy}") from error
+        raise FolderError(f"{problem} ({quote(reason, 160)}); {remedy}") from error
 
 
-def _items(values: "JSON") -> Iterator[tuple[str, "JSON"]]:
-    """Every key of an object with its value, however deep; an item of a list has the key of the list."""
-    left: list[tuple[str, JSON]] = [("", values)]
-    while left:
-        key, value = left.pop()
+def _walk_items(values: "JSON") -> Iterator[tuple[str, "JSON"]]:
+    """Every key of nested objects with its value; an item of a list has the key of the list."""
+    pending: list[tuple[str, JSON]] = [("", values)]
+    while pending:
+        key, value = pending.pop()
         if key:
             yield key, value
         if isinstance(value, Mapping):
-            left += [(str(name), inner) for name, inner in value.items()]
+            pending += [(str(name), inner) for name, inner in value.items()]
         elif isinstance(value, list):
-            left += [(key, inner) for inner in value]
+            pending += [(key, inner) for inner in value]
 
 
-def _json(path: Path, most: int) -> "JSON":
-    if path.stat().st_size > most:
-        raise FolderError(f"{path}: has more than {most:,} bytes; {_NOT_THE_MODELS}")
+def _read_json(path: Path, max_bytes: int) -> "JSON":
+    if path.stat().st_size > max_bytes:
+        raise FolderError(f"{path}: has more than {max_bytes:,} bytes; {_JSON_REMEDY}")
     try:
         values: JSON = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise FolderError(f"{path}: is not JSON ({quote(str(error), 80)}); {_NOT_THE_MODELS}") from error
+        raise FolderError(f"{path}: is not JSON ({quote(str(error), 80)}); {_JSON_REMEDY}") from error
     return values
 
 
 def _match_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """The files whose names match, in any case of letters."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and _is_any(path, patterns))
+    """Files at any depth whose names match one of the patterns, ignoring case."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and _matches(path, patterns))
 
 
-def _is_any(path: Path, patterns: tuple[str, ...]) -> bool:
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(Path(path.name.lower()).match(pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""How far a step is: said by the step, written to files and logs, shown on a terminal by rich or as plain lines."""
+"""Progress of a step: reported by the step, written to files and logs, shown by rich or as plain lines."""
 
 import json
 import sys
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """Told by a step after each piece of work."""
+    """Called by a step after each piece of work."""
 
     def __call__(
         self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = ""
     ) -> None:
-        """`done` of `total` units are finished, `resumed` of them before this start; `note` says more to a person."""
+        """`done` of `total` units are finished, `resumed` of them by an earlier process; `note` is shown too."""
 
 
 def silent(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-    """Progress that nobody looks at."""
+    """A Progress that does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What `FileProgress` writes: rates count only what this start did."""
+    """What `FileProgress` writes; rates count only the work of this process."""
 
     done: int
     total: int | None
@@ -42,20 +42,20 @@ class State:
 
     @property
     def per_second(self) -> float:
-        """Units per second since the start, resumed ones not counted."""
+        """Units per second since the start, without resumed ones."""
         seconds = self.updated - self.started
         return (self.done - self.resumed) / seconds if seconds > 0 else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated from the mean rate; None where the total or the rate is unknown."""
+        """Estimated from the mean rate; None if the total or the rate is unknown."""
         if self.total is None or self.per_second <= 0:
             return None
         return max(0.0, (self.total - self.done) / self.per_second)
 
 
 def describe(state: State) -> str:
-    """How far a step is, for a person: done of total, what was resumed, rate, time left, the note."""
+    """The state as text: done of total, resumed units, rate, time left, the note."""
     total = "" if state.total is None else f" of {state.total:,}"
     resumed = f" ({state.resumed:,} resumed)" if state.resumed else ""
     parts = [f"{state.done:,}{total} {state.unit}{resumed}"]
@@ -70,7 +70,7 @@ def describe(state: State) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 4.2 s, 42 s, 3 min 05 s, 2 h 10 min."""
+    """A duration as text: 4.2 s, 42 s, 3 min 05 s, 2 h 10 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -82,7 +82,7 @@ def duration(seconds: float) -> str:
 
 
 class FileProgress:
-    """Writes the state to a file, at most five times a second, for another process to show."""
+    """Writes the state to a file, at most five times a second, so that another process can show it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -102,10 +102,10 @@ class FileProgress:
 
 
 class LineProgress:
-    """Says the state in a line of its own, now and then and at the end: for logs that a person reads later."""
+    """Logs the state as a line every `seconds`, and at the end."""
 
-    def __init__(self, say: Callable[[str], object], seconds: float = 30.0) -> None:
-        self._say, self._seconds = say, seconds
+    def __init__(self, write: Callable[[str], object], seconds: float = 30.0) -> None:
+        self._write, self._seconds = write, seconds
         self._started = time.time()
         self._last_shown = float("-inf")
 
@@ -116,7 +116,7 @@ class LineProgress:
         if now - self._last_shown < self._seconds and done != total:
             return
         self._last_shown = now
-        self._say(
+        self._write(
             describe(
                 State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note)
             )
@@ -124,7 +124,7 @@ class LineProgress:
 
 
 def read_state(path: Path) -> State | None:
-    """The state last written, or None if there is none yet."""
+    """The last written state, or None if there is none yet."""
     try:
         return State(**json.loads(path.read_text()))
     except FileNotFoundError:
@@ -138,7 +138,7 @@ STYLES = {"waiting": "dim", "running": "bold", "failed": "bold red", "skipped": 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of a table of work: its name, its state, and what else to say of it, from left to right."""
+    """One row of a progress table: its name, its state, and further cells from left to right."""
 
     name: str
     state: str
@@ -146,7 +146,7 @@ class Row:
 
 
 class ProgressTable:
-    """A table of rows on stderr that lives while its block lasts; nothing is left behind where `keep` is false."""
+    """A live table on stderr for the duration of a block; without `keep` it is erased at the end."""
 
     def __init__(self, *, keep: bool = True) -> None:
         self._keep = keep
@@ -155,7 +155,7 @@ class ProgressTable:
 
     @property
     def live(self) -> bool:
-        """Whether the table is drawn: stderr is a terminal."""
+        """Whether the table is drawn, that is, whether stderr is a terminal."""
         return self._progress is not None
 
     def __enter__(self) -> "ProgressTable":
@@ -178,7 +178,7 @@ class ProgressTable:
             self._progress.stop()
 
     def update(self, rows: Sequence[Row]) -> None:
-        """Draws the rows as they are now; nothing where stderr is not a terminal."""
+        """Draws the rows, if stderr is a terminal."""
         if self._progress is None:
             return
         for row in rows:
@@ -189,7 +189,7 @@ class ProgressTable:
 
 
 class ProgressLine:
-    """A Progress that draws itself in one line while its block runs and leaves nothing behind on a terminal."""
+    """A Progress shown as one line on stderr for the duration of a block; a terminal line is erased at the end."""
 
     def __init__(self, label: str, *, plain_seconds: float = PLAIN_SECONDS) -> None:
         self._label = label
@@ -215,7 +215,7 @@ class ProgressLine:
         self.show(describe(state))
 
     def show(self, text: str) -> None:
-        """Draws a text, at once on a terminal and else at most every `plain_seconds`."""
+        """Shows a text: at once on a terminal, else as a line at most every `plain_seconds`."""
         self._table.update([Row(name=self._label, state="", cells=(text,))])
         if not self._table.live and time.time() - self._last_plain >= self._plain_seconds:
             self._last_plain = time.time()
@@ -229,7 +229,7 @@ def write_line(text: str) -> None:
 
 
 def _style_row(row: Row) -> tuple[str, str, str]:
-    """Mark, name and cells of a row in rich's markup."""
+    """Mark, name and cells of a row in rich markup."""
     from rich.markup import escape
 
     style, mark = STYLES.get(row.state, ""), MARKS.get(row.state, " ")

@@ -2,13 +2,13 @@
 
 Reasoning is recognised by its markup alone:
 
-- a block between two tags, such as `<think>...</think>` or `[THINK]...[/THINK]`, wherever it stands;
-- text up to a closing tag that was never opened: chat templates such as DeepSeek's open the block in the prompt;
-- an opening tag that is never closed, at the start of a line: the model ran out of tokens, and there is no answer;
-- the channels of gpt-oss: all but the last `final` message is reasoning, also where the special tokens were dropped and
-  `analysis`, `assistantanalysis` and `assistantfinal` are left, glued to the text around them.
+- a block between two tags, such as `<think>...</think>` or `[THINK]...[/THINK]`, anywhere in the text;
+- text up to a closing tag without an opening one: chat templates such as DeepSeek's open the block in the prompt;
+- an opening tag at the start of a line that is never closed: the model ran out of tokens, and there is no answer;
+- the channels of gpt-oss: everything but the last `final` message is reasoning. Where a server dropped the special
+  tokens, `analysis`, `assistantanalysis` and `assistantfinal` remain, joined to the text around them.
 
-Tags in backticks or in a fenced code block are part of an answer about such tags, and stay.
+Tags in backticks or in a fenced code block belong to an answer about such tags and are kept.
 """
 
 import re
@@ -39,34 +39,34 @@ _BARE_MIDDLE = re.compile(r"(?<![`'\"“‘_-])assistantanalysis(?=[A-Z\"\n])")
 _BARE_FINAL = re.compile(r"(?<![`'\"“‘_-])assistantfinal(?![a-z`'_])")
 _SPACED_FINAL = re.compile(r"assistant\sfinal(?![a-z])")
 _GLUED_FINAL = re.compile(r"(?<=[.!?)\]}])assistantfinal(?=[A-Z0-9*#\\$])")
-"""What is left of gpt-oss's channels where a server dropped the special tokens; the last alone shows that it did."""
+"""gpt-oss channel names without their special tokens; `_GLUED_FINAL` alone is enough to recognise that format."""
 _WHOLE_CODE = re.compile(_CODE, _FLAGS)
 _HINTS = ("think", "thought", "reasoning", "reflection", "<unused95>", "channel", "analysis", "assistantfinal")
 
 
 def strip_reasoning(text: str) -> str:
-    """The answer without its reasoning and the white space around it; empty where the reasoning never ended."""
-    if not _may_hold(text):
+    """The answer without reasoning and surrounding white space; empty if the reasoning never ended."""
+    if not _may_contain_reasoning(text):
         return text.strip()
     if "<|channel|>" in text:
         return _final_message(text)
     answer = _bare_final(text)
-    return _without_blocks(text) if answer is None else answer
+    return _remove_blocks(text) if answer is None else answer
 
 
 def has_reasoning(text: str) -> bool:
     """Whether `strip_reasoning` would remove anything but white space."""
-    return _may_hold(text) and strip_reasoning(text) != text.strip()
+    return _may_contain_reasoning(text) and strip_reasoning(text) != text.strip()
 
 
-def _may_hold(text: str) -> bool:
-    """A cheap look that lets most texts pass without a search."""
+def _may_contain_reasoning(text: str) -> bool:
+    """A cheap test that rules out most texts without a regular expression."""
     lowered = text.lower()
     return any(hint in lowered for hint in _HINTS)
 
 
 def _final_message(text: str) -> str:
-    """The last message of the channel `final` of gpt-oss's format; empty if there is none."""
+    """The last message in the channel `final` of gpt-oss's format; empty if there is none."""
     channels = list(_CHANNEL.finditer(text))
     if not channels:
         return text.strip()
@@ -77,15 +77,15 @@ def _final_message(text: str) -> str:
 
 
 def _bare_final(text: str) -> str | None:
-    """The last final message where the special tokens of gpt-oss's format were dropped; None where no trace shows it.
+    """The last `final` message of gpt-oss's format without special tokens, empty if there is none.
 
-    Empty if there is none.
+    None if the text is not in that format.
     """
-    begins = _BARE_ANALYSIS.match(text)
-    if not begins and "assistantanalysis" not in text and "assistantfinal" not in text:
+    starts_with_analysis = _BARE_ANALYSIS.match(text)
+    if not starts_with_analysis and "assistantanalysis" not in text and "assistantfinal" not in text:
         return None
     prose = _WHOLE_CODE.sub(lambda code: " " * len(code[0]), text)
-    if not (begins or _BARE_MIDDLE.search(prose) or _GLUED_FINAL.search(prose)):
+    if not (starts_with_analysis or _BARE_MIDDLE.search(prose) or _GLUED_FINAL.search(prose)):
         return None
     finals = list(_BARE_FINAL.finditer(prose)) or list(_SPACED_FINAL.finditer(prose))[:1]
     if not finals:
@@ -94,31 +94,31 @@ def _bare_final(text: str) -> str | None:
     return text[finals[-1].end() : after.start() if after else None].strip()
 
 
-def _without_blocks(text: str) -> str:
-    kept: list[str] = []
-    start = 0  # of what is not decided on yet
+def _remove_blocks(text: str) -> str:
+    answer_parts: list[str] = []
+    start = 0  # of the text that is not classified yet
     position = 0
-    closings = True  # whether one may follow; looking for it again at every opening would take the square of the length
+    may_close = True  # whether a closing tag may follow; searching again at every opening would take quadratic time
     while tag := _TAG.search(text, position):
         position = tag.end()
         if tag["close"]:
-            # Never opened: everything before it is reasoning.
-            kept.clear()
+            # Without an opening tag, everything before it is reasoning.
+            answer_parts.clear()
             start = position
         elif tag["open"]:
-            # Code does not count within reasoning, which may leave a fence open.
-            closing = _CLOSING.search(text, position) if closings else None
-            closings = closing is not None
+            # Code fences inside reasoning are ignored: they may be left open.
+            closing = _CLOSING.search(text, position) if may_close else None
+            may_close = closing is not None
             if closing:
-                kept.append(text[start : tag.start()])
+                answer_parts.append(text[start : tag.start()])
                 start = position = closing.end()
             elif _starts_line(text, tag.start(), start):
-                kept.append(text[start : tag.start()])
+                answer_parts.append(text[start : tag.start()])
                 start = position = len(text)
-    return _ANSWER_TAGS.sub("", "".join([*kept, text[start:]])).strip()
+    return _ANSWER_TAGS.sub("", "".join([*answer_parts, text[start:]])).strip()
 
 
 def _starts_line(text: str, position: int, start: int) -> bool:
-    """Whether only white space stands before the position in its line, or since `start`."""
+    """Whether there is only white space before the position in its line, or since `start`."""
     line = text[start:position].rpartition("\n")[2]
     return not line.strip()

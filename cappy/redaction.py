@@ -1,7 +1,7 @@
 """Removes secrets from texts by their value, and from addresses by their position.
 
-A server's error or a library's exception may repeat what it was sent. Every text is redacted whole
-and cut afterwards, because part of a key is a secret too.
+A server's error or a library's exception may repeat the request. Every text is redacted first and truncated afterwards,
+because a part of a key is a secret too.
 """
 
 import base64
@@ -21,14 +21,14 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
-SHORTEST = 6
-"""Characters of a secret that is looked for: a shorter one would blank ordinary words."""
-FEWEST = 4
-"""Characters of the beginning of a secret that is taken out at the end of a text."""
+MIN_SECRET_LENGTH = 6
+"""Shorter secrets are not redacted, since they would hide ordinary words."""
+MIN_PREFIX_LENGTH = 4
+"""Characters of the beginning of a secret that are redacted at the end of a truncated text."""
 HIDDEN = "***"
 WINDOW = 65_536
-"""Characters of a text that are looked at where only its beginning is shown."""
-_LONGEST_FILE = 65_536
+"""Characters of a text that are redacted if only its beginning is shown."""
+_MAX_FILE_CHARACTERS = 65_536
 _NAME = re.compile(
     r"(?:^|_)(?:KEYS?|TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASS|CREDENTIALS?|CONNECTION_STRING|HEADERS|SAS)$"
 )
@@ -39,49 +39,49 @@ _QUERY_NAME = re.compile(r"key|token|secret|passw|pwd|sig|credential|auth", re.I
 _PARAMETER = re.compile(r"([?&;#])([^=&;#?]*)=([^&;#]*)")
 _PERCENT = re.compile("%[0-9A-F]{2}")
 _JSON_ESCAPES = (("<>&", "x"), ("<>&'", "x"), ("<>&'+`\"", "X"))
-"""What is written as \\u00.. in JSON though it need not be: by Go, by Jinja, by .NET; and the case of the digits."""
-_ORDINARY = {"required", "enabled", "disabled", "default", "password", "secret"}
-"""Words of our own texts, never redacted: as a secret each would be among the first guesses."""
+"""Characters that Go, Jinja and .NET escape as \\u00.. in JSON although they need not, and the case of the digits."""
+_ORDINARY_WORDS = {"required", "enabled", "disabled", "default", "password", "secret"}
+"""Words of this project's messages, never redacted; as secrets they would be easy to guess."""
 
 
 @dataclass(frozen=True)
-class _Known:
-    """Every form in which a secret may stand in a text, the longest first."""
+class _SecretForms:
+    """All spellings of the known secrets that may appear in a text, the longest first."""
 
     forms: tuple[str, ...]
-    longest: int
+    max_length: int
 
 
 _USERINFO = re.compile(r"//[^/\s@]*@")
 _LOG_SECONDS = 1.0
-"""How long the log may miss a change of the environment, which is too slow to check for every line."""
-_remembered: set[str] = set()
-_cached: tuple[object, _Known] = (None, _Known((), 0))
-_looked = 0.0
+"""How old the known secrets may be for a log line: checking the environment for every line is too slow."""
+_registered: set[str] = set()
+_cached: tuple[object, _SecretForms] = (None, _SecretForms((), 0))
+_checked_at = 0.0
 
 
-def remember(value: str, *, user: str = "") -> None:
-    """Takes this value out of texts from now on, whatever variable it came from; with `user` also as Basic auth."""
-    _remembered.update(_long([value, _basic(user, value) if user else ""]))
+def register_secret(value: str, *, user: str = "") -> None:
+    """Redacts this value from now on, wherever it came from; with `user` also as Basic credentials."""
+    _registered.update(_long_enough([value, _basic_credentials(user, value) if user else ""]))
 
 
-def remember_address(address: str) -> None:
-    """Takes the password and the tokens of this address out of texts from now on."""
-    _remembered.update(_of_address(address))
+def register_address(address: str) -> None:
+    """Redacts the password and the tokens of this address from now on."""
+    _registered.update(_address_secrets(address))
 
 
 def redact(text: str, *keys: str) -> str:
-    """The text with `***` for every known secret and for these keys, in the forms that programs write them in.
+    """The text with `***` for every known secret and for these keys, in all spellings that programs use.
 
-    Known are the variables of the environment whose names say so, the files that they name, passwords and tokens in
-    addresses, and what `remember` was given. Secrets of fewer than 6 characters stay, and so does "password".
+    Known are environment variables with names such as API_KEY, the files that such variables name, passwords and
+    tokens in addresses, and registered secrets. Secrets of fewer than 6 characters and words such as "password" stay.
     """
     return _redact(text, _known_forms().forms, keys)
 
 
 def _redact(text: str, forms: tuple[str, ...], keys: Iterable[str] = ()) -> str:
-    if any(len(key.strip()) >= SHORTEST for key in keys):
-        more = (form for key in keys if len(key.strip()) >= SHORTEST for form in _forms(key.strip()))
+    if any(len(key.strip()) >= MIN_SECRET_LENGTH for key in keys):
+        more = (form for key in keys if len(key.strip()) >= MIN_SECRET_LENGTH for form in _forms(key.strip()))
         forms = tuple(sorted({*forms, *more}, key=len, reverse=True))
     for form in forms:
         if form in text:
@@ -90,15 +90,15 @@ def _redact(text: str, forms: tuple[str, ...], keys: Iterable[str] = ()) -> str:
 
 
 def truncate(text: str, limit: int, *keys: str) -> str:
-    """At most `limit` characters of the text, redacted before it is cut.
+    """At most `limit` characters of the text, redacted before it is truncated.
 
-    Where the text ends within a secret, as a body that was broken off does, the beginning of the secret goes too.
+    Where the text ends within a secret, as an interrupted response may, the beginning of the secret is redacted too.
     """
     redacted = redact(text[:WINDOW], *keys)
     if len(text) > WINDOW:
-        # The window may end within a secret, which is then not known by its value.
-        longest = max([_known_forms().longest, *(len(form) for key in keys for form in _forms(key.strip()))])
-        redacted = f"{redacted[: max(0, min(len(redacted) - longest, limit))]}…"
+        # The window may end within a secret, which is then not recognised.
+        max_length = max([_known_forms().max_length, *(len(form) for key in keys for form in _forms(key.strip()))])
+        redacted = f"{redacted[: max(0, min(len(redacted) - max_length, limit))]}…"
     else:
         redacted = _strip_partial_secret(
             redacted, [*_known_forms().forms, *(form for key in keys for form in _forms(key.strip()))]
@@ -107,50 +107,50 @@ def truncate(text: str, limit: int, *keys: str) -> str:
 
 
 def _strip_partial_secret(text: str, forms: Iterable[str]) -> str:
-    """The text without the beginning of a secret (`FEWEST` characters or more) that it ends with."""
-    bare = text.rstrip("'\"")  # what repr puts behind it
+    """The text with `***` for the beginning of a secret (at least `MIN_PREFIX_LENGTH` characters) at its end."""
+    bare = text.rstrip("'\"")  # Quotes that repr adds.
     for form in forms:
-        start = bare.rfind(form[:FEWEST], max(0, len(bare) - len(form) + 1))
-        if start >= 0 and len(form) >= SHORTEST and form.startswith(bare[start:]):
+        start = bare.rfind(form[:MIN_PREFIX_LENGTH], max(0, len(bare) - len(form) + 1))
+        if start >= 0 and len(form) >= MIN_SECRET_LENGTH and form.startswith(bare[start:]):
             return f"{bare[:start]}{HIDDEN}{text[len(bare) :]}"
     return text
 
 
 def one_line(text: str, limit: int, *keys: str) -> str:
-    """The text for one line of an error: redacted, white space and control characters made spaces, then cut."""
+    """The text as one line: redacted, white space and control characters replaced by spaces, then truncated."""
     start = truncate(text, WINDOW, *keys)
     line = " ".join("".join(character if character.isprintable() else " " for character in start).split())
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
 def redact_address(address: str) -> str:
-    """The address as it may be shown: no user, password, or query whose name says that it is a secret.
+    """The address without user, password and the values of query parameters whose names suggest a secret.
 
-    A password may itself hold `@`, `/`, `?` and `#`: everything up to the last `@` is taken for one.
+    A password may itself contain `@`, `/`, `?` and `#`: everything up to the last `@` counts as credentials.
     """
     scheme, separator, rest = address.partition("://")
     if not separator or rest.startswith("/"):
         return redact(address)
     before, at, after = rest.rpartition("@")
     if at and any(_QUERY_NAME.search(name) for _, name, _ in _PARAMETER.findall(before)):
-        # The last @ may stand in a token: what is behind it is then a part of a secret.
+        # The last @ may be part of a token, and what follows it too.
         return f"{scheme}://…"
-    hidden = _PARAMETER.sub(lambda m: f"{m[1]}{m[2]}={HIDDEN}" if _QUERY_NAME.search(m[2]) else m[0], after)
-    return redact(f"{scheme}://{'…@' if at else ''}{hidden}")
+    visible = _PARAMETER.sub(lambda m: f"{m[1]}{m[2]}={HIDDEN}" if _QUERY_NAME.search(m[2]) else m[0], after)
+    return redact(f"{scheme}://{'…@' if at else ''}{visible}")
 
 
 def has_secret(address: str) -> bool:
-    """Whether the address holds a password or a token; a user's name alone is none but for HTTP, where it may be."""
+    """Whether the address contains a password or a token; for HTTP a user name alone counts too, as it may be one."""
     scheme, _, rest = address.partition("://")
     if not rest or rest.startswith("/"):
         return False
     before, at, _ = rest.rpartition("@")
-    named = bool(at) and (":" in before or scheme in ("http", "https"))
-    return named or any(_QUERY_NAME.search(name) for _, name, _ in _PARAMETER.findall(rest))
+    has_credentials = bool(at) and (":" in before or scheme in ("http", "https"))
+    return has_credentials or any(_QUERY_NAME.search(name) for _, name, _ in _PARAMETER.findall(rest))
 
 
 def redact_output() -> None:
-    """Lets this process print tracebacks of defects, of any thread, and log without secrets."""
+    """Redacts all tracebacks, of any thread, and all log records of this process."""
     logging.setLogRecordFactory(_Record)
 
     def show(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
@@ -171,68 +171,68 @@ def redact_output() -> None:
 
 
 class _Record(logging.LogRecord):
-    """A record of the log whose message and traceback hold no secret."""
+    """A log record with redacted message and traceback."""
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if self.exc_info and self.exc_info[0] is not None:
-            # Formatters print this where it is there.
+            # Formatters print this instead of formatting the traceback.
             self.exc_text = redact("".join(traceback.format_exception(*self.exc_info)).rstrip("\n"))
 
-    def getMessage(self) -> str:  # noqa: N802 (the name is the library's)
-        """The message."""
-        return _redact(super().getMessage(), _known_forms(patience=_LOG_SECONDS).forms)
+    def getMessage(self) -> str:  # noqa: N802 (name of the overridden method)
+        """The redacted message."""
+        return _redact(super().getMessage(), _known_forms(max_age=_LOG_SECONDS).forms)
 
 
-def _known_forms(patience: float = 0.0) -> _Known:
-    """The forms of all known secrets; made anew when the environment or a file of secrets has changed.
+def _known_forms(max_age: float = 0.0) -> _SecretForms:
+    """All spellings of all known secrets; computed again when the environment or a file of secrets has changed.
 
-    With `patience` a change of the last seconds may be missed.
+    Changes within the last `max_age` seconds may be missed.
     """
-    global _cached, _looked
+    global _cached, _checked_at
     now = time.monotonic()
-    if now - _looked < patience:
+    if now - _checked_at < max_age:
         return _cached[1]
-    _looked = now
+    _checked_at = now
     environment = dict(os.environ)
-    state = (environment, len(_remembered), [_stamp(path) for path in _paths(environment)])
+    state = (environment, len(_registered), [_file_version(path) for path in _secret_files(environment)])
     if _cached[0] != state:
-        values = {*_remembered, *_of_environment(environment)}
+        values = {*_registered, *_environment_secrets(environment)}
         forms = sorted({form for value in values for form in _forms(value)}, key=len, reverse=True)
-        _cached = (state, _Known(tuple(forms), len(forms[0]) if forms else 0))
+        _cached = (state, _SecretForms(tuple(forms), len(forms[0]) if forms else 0))
     return _cached[1]
 
 
-def _of_environment(environment: dict[str, str]) -> Iterator[str]:
-    paths = _paths(environment)
+def _environment_secrets(environment: dict[str, str]) -> Iterator[str]:
+    paths = _secret_files(environment)
     for path in paths:
-        yield from _parts(_text(path), lists=True)
+        yield from _value_secrets(_read_start(path), lists=True)
     for name, value in environment.items():
         upper = name.upper()
         if "://" in value:
-            yield from _of_address(value)
+            yield from _address_secrets(value)
         if not _NAME.search(upper) or (upper.endswith(_FILES) and Path(value) in paths):
             continue
         if upper.endswith("HEADERS"):
-            yield from _of_headers(value)
+            yield from _header_secrets(value)
         else:
-            yield from _parts(value, lists=upper.endswith(_LISTS))
+            yield from _value_secrets(value, lists=upper.endswith(_LISTS))
     user, password = (environment.get(f"MLFLOW_TRACKING_{name}", "").strip() for name in ("USERNAME", "PASSWORD"))
     if password:
-        yield _basic(user, password)
+        yield _basic_credentials(user, password)
 
 
-def _paths(environment: dict[str, str]) -> list[Path]:
-    """The files that variables name and whose content is a secret."""
-    named = [
+def _secret_files(environment: dict[str, str]) -> list[Path]:
+    """The secret files that environment variables name, and the token of the service account."""
+    paths = [
         Path(value)
         for name, value in environment.items()
         if value and name.upper().endswith(_FILES) and _NAME.search(name.upper().removesuffix("_FILE"))
     ]
-    return [path for path in [*named, _SERVICE_ACCOUNT] if _stamp(path)]
+    return [path for path in [*paths, _SERVICE_ACCOUNT] if _file_version(path)]
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _file_version(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -240,81 +240,81 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return (status.st_mtime_ns, status.st_size)
 
 
-def _text(path: Path) -> str:
+def _read_start(path: Path) -> str:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            return file.read(_LONGEST_FILE)
+            return file.read(_MAX_FILE_CHARACTERS)
     except OSError:
         return ""
 
 
-def _parts(text: str, *, lists: bool) -> set[str]:
-    """The secrets in a value: the whole, each of a list, and what secret names have in JSON and connection strings."""
-    parts = {text, *(re.split(r"[,\n]", text) if lists else ())}
+def _value_secrets(text: str, *, lists: bool) -> set[str]:
+    """Secrets in a value: all of it, items of a list, and secret fields of JSON objects and connection strings."""
+    secrets = {text, *(re.split(r"[,\n]", text) if lists else ())}
     pairs = (pair.partition("=") for pair in text.split(";"))
-    parts.update(value for name, _, value in pairs if _QUERY_NAME.search(name))
+    secrets.update(value for name, _, value in pairs if _QUERY_NAME.search(name))
     if text.lstrip().startswith("{"):
         try:
             values: dict[str, object] = json.loads(text)
         except (ValueError, RecursionError):
             values = {}
-        named = [value for name, value in values.items() if _QUERY_NAME.search(name) and isinstance(value, str)]
+        fields = [value for name, value in values.items() if _QUERY_NAME.search(name) and isinstance(value, str)]
         # A private key is also printed line by line.
-        parts.update(line for value in named for line in [value, *value.split("\n")] if not line.startswith("-----"))
-    return _long(parts)
+        secrets.update(line for value in fields for line in [value, *value.split("\n")] if not line.startswith("-----"))
+    return _long_enough(secrets)
 
 
-def _of_headers(text: str) -> set[str]:
-    """The values of `name=value,...`, percent-encoded or not, with and without the scheme before a token."""
+def _header_secrets(text: str) -> set[str]:
+    """The values of `name=value,...`, encoded and decoded, with and without an authentication scheme."""
     values = [pair.partition("=")[2].strip() for pair in text.split(",")]
     decoded = [*values, *map(unquote, values)]
-    return _long([*decoded, *(value.split()[-1] for value in decoded if value)])
+    return _long_enough([*decoded, *(value.split()[-1] for value in decoded if value)])
 
 
-def _long(values: Iterable[str]) -> set[str]:
-    """Those of the values that are looked for."""
+def _long_enough(values: Iterable[str]) -> set[str]:
+    """The values that are long enough to be redacted and not ordinary words."""
     stripped = {value.strip() for value in values}
-    return {value for value in stripped if len(value) >= SHORTEST and value.lower() not in _ORDINARY}
+    return {value for value in stripped if len(value) >= MIN_SECRET_LENGTH and value.lower() not in _ORDINARY_WORDS}
 
 
-def _of_address(address: str) -> set[str]:
-    """Passwords and tokens of an address, as they stand there and decoded."""
+def _address_secrets(address: str) -> set[str]:
+    """Passwords and tokens of an address, encoded and decoded."""
     scheme, _, rest = address.partition("://")
     if rest.startswith("/"):
         return set()
     authority, at, _ = rest.rpartition("@")
     user, colon, password = authority.partition(":")
-    # A parser that ends the host elsewhere names the parts in its error.
+    # A parser that finds the host elsewhere quotes these parts in its error.
     parts = {password, *re.split("[@/?#:]", password)} if at and colon else set()
-    if at and not colon and scheme in ("http", "https") and len(user) >= 3 * SHORTEST:
-        parts.add(user)  # A token in a user's place.
+    if at and not colon and scheme in ("http", "https") and len(user) >= 3 * MIN_SECRET_LENGTH:
+        parts.add(user)  # A token in place of the user name.
     parts.update(value for _, name, value in _PARAMETER.findall(rest) if _QUERY_NAME.search(name))
-    basic = {_basic(unquote(user), unquote(password))} if password else set()
-    return _long([*parts, *map(unquote, parts), *basic])
+    basic = {_basic_credentials(unquote(user), unquote(password))} if password else set()
+    return _long_enough([*parts, *map(unquote, parts), *basic])
 
 
-def _basic(user: str, password: str) -> str:
+def _basic_credentials(user: str, password: str) -> str:
     return base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
-def _escape_json(text: str, marks: str, digits: str) -> str:
-    """JSON with these marks, where they stand for themselves, as their codes in hexadecimal digits of this case."""
-    for mark in marks:
-        text = text.replace('\\"' if mark == '"' else mark, f"\\u{ord(mark):04{digits}}")
+def _escape_json(text: str, characters: str, digits: str) -> str:
+    """JSON text with these characters escaped as \\uXXXX; `digits` is x or X, for lower or upper case."""
+    for character in characters:
+        text = text.replace('\\"' if character == '"' else character, f"\\u{ord(character):04{digits}}")
     return text
 
 
 def _forms(value: str) -> Iterable[str]:
-    """The value as it is, and as addresses, JSON, Python, HTML and headers write it."""
+    """The value as it is, and as it is escaped in addresses, JSON, Python, HTML and headers."""
     data = value.encode("utf-8", "surrogatepass")
     encoded = {base64.b64encode(data).decode(), base64.urlsafe_b64encode(data).decode()}
-    written = {quote(data, safe=""), quote(data), quote_plus(data), escape(value), repr(value)[1:-1], repr(data)[2:-1]}
-    written |= {_PERCENT.sub(lambda m: m[0].lower(), form) for form in written if "%" in form}
-    written.add(escape(value).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"))
+    escaped = {quote(data, safe=""), quote(data), quote_plus(data), escape(value), repr(value)[1:-1], repr(data)[2:-1]}
+    escaped |= {_PERCENT.sub(lambda m: m[0].lower(), form) for form in escaped if "%" in form}
+    escaped.add(escape(value).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"))
     in_json = {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
     in_json |= {form.replace("/", "\\/") for form in in_json}
-    in_json |= {_escape_json(form, marks, digits) for form in in_json for marks, digits in _JSON_ESCAPES}
-    # An answer's text is often the JSON of another server.
-    written |= in_json | {json.dumps(form)[1:-1] for form in in_json}
-    forms = {value, *written, *encoded, *(one.rstrip("=") for one in encoded)}
-    return (form for form in forms if len(form) >= SHORTEST)
+    in_json |= {_escape_json(form, characters, digits) for form in in_json for characters, digits in _JSON_ESCAPES}
+    # A response may quote the JSON of another server.
+    escaped |= in_json | {json.dumps(form)[1:-1] for form in in_json}
+    forms = {value, *escaped, *encoded, *(form.rstrip("=") for form in encoded)}
+    return (form for form in forms if len(form) >= MIN_SECRET_LENGTH)

@@ -1,4 +1,4 @@
-"""What the parts of a run leave for each other: names of environment variables, and a record of each step."""
+"""What the processes of a run share: names of environment variables, and a record of each step."""
 
 import json
 from collections.abc import Mapping
@@ -11,24 +11,23 @@ if TYPE_CHECKING:
     from cappy.untrusted import JSON
 
 PROGRESS_VARIABLE = "CAPPY_PROGRESS"
-"""Environment: folder where a local run's steps write how far they are."""
+"""Environment variable: folder that the steps of a local run write their progress to."""
 PACKAGE = "pipeline.yaml"
 """The compiled pipeline of a local run, in the same folder."""
 PARENT_VARIABLE = "CAPPY_PARENT"
-"""Environment: file that a local run's parent holds locked for as long as it lives."""
+"""Environment variable: lock file that the parent process of a local run holds while it runs."""
 TIMEOUT_VARIABLE = "CAPPY_TIMEOUT"
-"""Environment: seconds that a step may take; Vertex AI has no such limit for the steps of a pipeline."""
+"""Environment variable: time limit of a step in seconds; Vertex AI has no limit for steps of a pipeline."""
 ORCHESTRATOR: ContextVar[int | None] = ContextVar("orchestrator", default=None)
-"""The process that started this one to do a step, as it was when the step began; None where a person did."""
+"""Id of the process that started this one to run a step; None if a person ran it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """What one execution of a step did; tracking turns it into an MLflow run.
 
-    `fingerprint` names what was asked for, with `-i/N` where a shard of it was, and `run` the pipeline run that
-    executed it: a later run whose step came from the cache finds the record under the same fingerprint with an older
-    run's id.
+    `fingerprint` identifies the work, with `-i/N` for a shard; `run` is the id of the pipeline run that executed it.
+    A later run that takes the step from the cache finds the record under the same fingerprint, with the older run id.
     """
 
     step: str
@@ -45,12 +44,12 @@ class StepRecord:
 
 
 def record_path(work: Path, fingerprint: str) -> Path:
-    """Where the record of the step with this fingerprint lies."""
+    """Path of the record of the step with this fingerprint."""
     return work / "records" / f"{fingerprint.replace('/', '-of-')}.json"
 
 
 def progress_path(folder: Path, step: str, fingerprint: str) -> Path:
-    """Where a step of a local run tells how far it is: shards of a step tell it each for itself."""
+    """Path of the progress file of a step of a local run; every shard has its own."""
     shard = fingerprint.partition("-")[2].replace("/", "-of-")
     return folder / f"{step}{shard and '-'}{shard}.json"
 

@@ -1,4 +1,4 @@
-"""From the spec of a scorer to its checked folder on this machine, wherever it lies (forms: `cappy.specs`)."""
+"""Resolves the spec of a scorer (`cappy.specs`) to a checked local folder."""
 
 from pathlib import Path
 
@@ -12,17 +12,17 @@ from cappy.specs import SCORERS, Spec, parse_spec
 def open_scorer(text: str) -> ModelFolder:
     """The checked local folder of a scorer; ConfigError or FolderError with the remedy.
 
-    Folders that other tools wrote have no manifest to check: they are hashed as found.
+    Folders written by other tools have no manifest and are only hashed.
     """
     spec = parse_spec(text)
     if spec.kind in ("openai", "vllm"):
-        raise ConfigError(f"{quote(text)}: an endpoint samples, it does not score; a scorer is {SCORERS}")
-    folder = _local(spec)
+        raise ConfigError(f"{quote(text)}: an endpoint can sample but not score; a scorer is {SCORERS}")
+    folder = _local_folder(spec)
     if not (folder / "config.json").exists():
-        what = "it has neither manifest.json nor config.json"
+        problem = "it has neither manifest.json nor config.json"
         if (folder / MANIFEST).exists():
-            what = f"it holds the output of {read_manifest(folder).step}, without a config.json"
-        raise FolderError(f"{folder}: not a scorer: {what}; a scorer is {SCORERS}")
+            problem = f"it holds the output of {read_manifest(folder).step}, without a config.json"
+        raise FolderError(f"{folder}: not a scorer: {problem}; a scorer is {SCORERS}")
     return open_model_folder(folder)
 
 
@@ -31,7 +31,7 @@ def scorer_folder(text: str) -> Path:
     return open_scorer(text).path
 
 
-def _local(spec: Spec) -> Path:
+def _local_folder(spec: Spec) -> Path:
     if spec.kind == "builtin":
         from cappy.builtin import SCORER_FOLDER
 

@@ -1,7 +1,7 @@
-"""Secrets that a step reads itself, where the platform cannot put them into its environment: Google's Secret Manager.
+"""Reads secrets from Google's Secret Manager where the platform cannot put them into the environment of a step.
 
-CAPPY_SECRETS holds, as JSON, which secret each variable comes from. The values go into this process's environment and
-nowhere else.
+CAPPY_SECRETS is a JSON object of environment variables and names of secrets. The values are only put into the
+environment of this process.
 """
 
 import base64
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cappy.errors import ConfigError, quote
-from cappy.redaction import one_line, remember
+from cappy.redaction import one_line, register_secret
 
 if TYPE_CHECKING:
     from requests import Session
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 VARIABLE = "CAPPY_SECRETS"
 ADDRESS = "https://secretmanager.googleapis.com"
 MAX_BYTES = 1_000_000
-"""Of an answer; a secret has 64 KiB at most."""
+"""Size limit of a response; a secret has at most 64 KiB."""
 
 
 def fill_environment(address: str = ADDRESS) -> None:
-    """Reads every secret that CAPPY_SECRETS names; ConfigError with the remedy where one cannot be had."""
+    """Sets every variable that CAPPY_SECRETS names; ConfigError with the remedy if a secret cannot be read."""
     text = os.environ.pop(VARIABLE, "")
     if not text:
         return
     try:
-        wanted: dict[str, str] = json.loads(text)
-        if not isinstance(wanted, dict) or not all(isinstance(name, str) for name in wanted.values()):
-            raise ValueError(f"got {quote(wanted)}")
+        secret_names: dict[str, str] = json.loads(text)
+        if not isinstance(secret_names, dict) or not all(isinstance(name, str) for name in secret_names.values()):
+            raise ValueError(f"got {quote(secret_names)}")
     except ValueError as error:
         raise ConfigError(
-            f"{VARIABLE}: is not a JSON object of variables and secrets; compile the pipeline again"
+            f"{VARIABLE}: expected a JSON object of variables and secrets; compile the pipeline again"
         ) from error
     session = _session()
-    for variable, name in wanted.items():
+    for variable, name in secret_names.items():
         os.environ[variable] = value = _read(session, address, name)
-        remember(value)
+        register_secret(value)
 
 
 def _read(session: "Session", address: str, name: str) -> str:
@@ -46,23 +46,23 @@ def _read(session: "Session", address: str, name: str) -> str:
     from requests.exceptions import RequestException
 
     try:
-        # The token of the service account goes to this address alone, and of the answer so much is read.
-        with session.get(f"{address}/v1/{name}:access", timeout=30, allow_redirects=False, stream=True) as answer:
-            status = answer.status_code
-            body = next(answer.iter_content(MAX_BYTES), b"")
+        # No redirects: the token of the service account must go to this address only.
+        with session.get(f"{address}/v1/{name}:access", timeout=30, allow_redirects=False, stream=True) as response:
+            status = response.status_code
+            body = next(response.iter_content(MAX_BYTES), b"")
     except (RequestException, GoogleAuthError) as error:
         reason = one_line(str(error), 120)
-        remedy = "look at the step's network and service account, then run it again"
-        raise ConfigError(f"secret {quote(name)}: Secret Manager gave no answer ({reason}); {remedy}") from error
+        remedy = "check the step's network and service account, then run it again"
+        raise ConfigError(f"secret {quote(name)}: Secret Manager did not answer ({reason}); {remedy}") from error
     if status != 200:
-        remedy = "grant the service account roles/secretmanager.secretAccessor on it, or mend its name in the recipe"
+        remedy = "grant the service account roles/secretmanager.secretAccessor on it, or correct its name in the recipe"
         raise ConfigError(f"secret {quote(name)}: Secret Manager answered {status}; {remedy}")
     try:
         return base64.b64decode(json.loads(body)["payload"]["data"]).decode()
     except (ValueError, KeyError, TypeError, RecursionError):
-        # Without the cause: it may hold the secret.
-        remedy = "look at the secret's newest version, then run the step again"
-        raise ConfigError(f"secret {quote(name)}: Secret Manager's answer holds no text; {remedy}") from None
+        # Without the cause, which may contain the secret.
+        remedy = "check the newest version of the secret, then run the step again"
+        raise ConfigError(f"secret {quote(name)}: the response of Secret Manager contains no text; {remedy}") from None
 
 
 def _session() -> "Session":
@@ -78,6 +78,6 @@ def _session() -> "Session":
         credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
     except GoogleAuthError as error:
         remedy = "run the step with a service account"
-        raise ConfigError(f"secrets: no Google credentials here ({error}); {remedy}") from error
-    session: Callable[..., Session] = AuthorizedSession  # which has no types
+        raise ConfigError(f"secrets: no Google credentials found ({error}); {remedy}") from error
+    session: Callable[..., Session] = AuthorizedSession  # It is untyped.
     return session(credentials)

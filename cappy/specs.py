@@ -1,12 +1,12 @@
-"""One grammar for everything that names a model, an LLM or a scorer, wherever it lies.
+"""Specs: the one syntax for naming a model, an LLM or a scorer.
 
-builtin                        the one that comes with the project
+builtin                        the model that comes with the project
 path/to/folder                 a folder on this machine
 hub:org/name@revision          a Hugging Face repository at a pinned commit
 openai:model@http://host/v1    an LLM behind an OpenAI-compatible endpoint
 vllm:path, vllm:hub:...        a folder or a repository as above, run by vLLM
 models:/name@alias             a version in the MLflow registry, by alias
-models:/name/version           the same, by number
+models:/name/version           a version in the MLflow registry, by number
 """
 
 import re
@@ -36,13 +36,13 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """The parts of a spec; ConfigError says which forms there are."""
+    """Parses a spec; ConfigError names the valid forms."""
     if text == "builtin":
         return Spec(text=text, kind="builtin", name="builtin")
     if text.startswith("hub:"):
         name, _, revision = text.removeprefix("hub:").partition("@")
         if not _REPOSITORY.fullmatch(name) or ".." in name or not _REVISION.fullmatch(revision):
-            raise ConfigError(f"{quote(text)}: a hub spec is hub:org/name@revision, the revision a commit hash")
+            raise ConfigError(f"{quote(text)}: a hub spec is hub:org/name@revision with a commit hash as the revision")
         return Spec(text=text, kind="hub", name=name, revision=revision)
     if text.startswith("openai:"):
         name, _, url = text.removeprefix("openai:").partition("@")
@@ -60,5 +60,5 @@ def parse_spec(text: str) -> Spec:
             raise ConfigError(f"{quote(text)}: a registered version is models:/name@alias or models:/name/3")
         return Spec(text=text, kind="models", name=name, revision=revision)
     if not text.strip():
-        raise ConfigError(f"a spec is empty; it is {FORMS}")
+        raise ConfigError(f"a spec must not be empty; give {FORMS}")
     return Spec(text=text, kind="path", name=text)

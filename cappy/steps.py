@@ -1,6 +1,6 @@
-"""The steps: one `StepSpec` each. Everything that needs to know something about a step reads it here.
+"""The steps, one `StepSpec` each. Every table about steps is derived from these.
 
-To add a step: its spec here, its module (a config class and `run`), its component in `components/`.
+To add a step, add its spec here, its module (a config class and `run`) and its component in `components/`.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ class StepSpec:
     """What the command line, the components, the pipelines and the work folder know about one step.
 
     `module` has the config class, named after the step (`SamplingConfig`), and `run(config, progress) -> Manifest`.
-    `version` is part of the key of every piece of work (`cappy.keys`): raise it when the step's results change, and
-    finished work of the version before is not taken for this one's. tests/test_step_versions.py fails where results
-    change under the same version.
+    `version` is part of the key of every piece of work (`cappy.keys`): raise it when the step's results change, so that
+    finished work of earlier versions is not reused. tests/test_step_versions.py fails if results change under the same
+    version.
 
-    Of the settings, `artifacts` are filled with folders by a pipeline; `parameters` are parameters of the component,
-    each with the name that it has in a pipeline, and all others travel encoded; `outside` name something whose content
-    may change while the text stays: a file, a folder, built-in weights, a registered version.
+    Settings in `artifacts` get folders from a pipeline. Settings in `parameters` are parameters of the component, each
+    with its name in a pipeline; all others are passed encoded. Settings in `outside` name something whose content may
+    change while its name stays the same: a file, a folder, built-in weights, a registered version.
     """
 
     name: str
@@ -77,7 +77,7 @@ STEP_SPECS: Mapping[str, StepSpec] = {
         StepSpec(
             name="gathering",
             module="cappy.records.gathering",
-            help="Join the folders that shards of a step wrote.",
+            help="Join the folders that the shards of a step wrote.",
             version=1,
             artifacts=("source", "target"),
         ),
@@ -105,7 +105,7 @@ STEP_SPECS: Mapping[str, StepSpec] = {
             name="evaluation",
             module="cappy.evaluation.step",
             help="Compare the scorer with other selectors; write the report.",
-            version=1,
+            version=2,
             artifacts=("source", "scorer", "target"),
             parameters={"champion": "champion", "metric": "metric"},
             outside=("champion", "scorer"),
@@ -122,7 +122,7 @@ STEP_SPECS: Mapping[str, StepSpec] = {
         StepSpec(
             name="promotion",
             module="cappy.registry.promotion",
-            help="Let the gate decide whether the challenger is the champion.",
+            help="Let the gate decide whether to promote the challenger.",
             version=1,
             artifacts=("version", "report", "target"),
             parameters={"margin": "margin"},
@@ -131,18 +131,18 @@ STEP_SPECS: Mapping[str, StepSpec] = {
         StepSpec(
             name="deployment",
             module="cappy.deployment.step",
-            help="Check that the registered version answers; say how to serve.",
+            help="Check the scores of the registered version and deploy it.",
             version=1,
             artifacts=("version", "report", "target"),
             cached=False,
         ),
     )
 }
-"""Every step by name, in the order of a run."""
+"""Every step by name, in the order in which a pipeline runs them."""
 
 
 def step_version(step: str) -> int:
-    """The present version of a step."""
+    """The current version of a step."""
     return STEP_SPECS[step].version
 
 

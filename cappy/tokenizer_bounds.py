@@ -1,6 +1,6 @@
-"""What the tokenizer of a model's folder may do to a text: a file of a kilobyte can make gigabytes of a sentence.
+"""Limits on the tokenizer in a model's folder: a file of one kilobyte can expand a sentence to gigabytes.
 
-Checked on the loaded tokenizer, without its vocabulary, before any text goes through it.
+The loaded tokenizer is checked, without its vocabulary, before it processes any text.
 """
 
 import base64
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_GROWTH = 64
-"""How many times longer all replacements of a normalizer together may make a text."""
+"""Factor by which all replacements of a normalizer together may lengthen a text."""
 MAX_COMPONENTS = 64
-"""Of a normalizer, a pre-tokenizer, a post-processor or a decoder; the longest seen have a dozen."""
-MAX_TEXT = 256
-"""Characters of a text that a component puts into every text, or before every word."""
+"""Components of a normalizer, a pre-tokenizer, a post-processor or a decoder; known ones have up to a dozen."""
+MAX_INSERTED_CHARACTERS = 256
+"""Characters that a component may insert into every text, or before every word."""
 MAX_WORD_CHARACTERS = 1_000
-"""Of a word that WordPiece cuts, which takes the square of its length."""
+"""Longest word that WordPiece splits: its time is quadratic in the length."""
 
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
@@ -28,7 +28,7 @@ _PIECES = ("single", "pair", "special_tokens", "ids", "tokens")
 
 
 def refuse_growth(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """ValueError where a component multiplies texts or adds long ones; a tokenizer of Python alone has none."""
+    """ValueError if a component lengthens texts too much; a pure Python tokenizer has no components."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for name in _PARTS if backend is not None else ():
         part = getattr(backend, name)
@@ -43,49 +43,49 @@ def refuse_growth(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def _check_part(name: str, state: object) -> None:
     growth = 1.0
-    for number, component in enumerate(_components(state), start=1):
-        if number > MAX_COMPONENTS:
+    for count, component in enumerate(_components(state), start=1):
+        if count > MAX_COMPONENTS:
             raise ValueError(f"its {name} has more than {MAX_COMPONENTS} components")
         for key, value in component.items():
             if key in _PIECES and isinstance(value, list | dict) and len(value) > MAX_COMPONENTS:
-                raise ValueError(f"its {name} adds {len(value):,} tokens to a text")
+                raise ValueError(f"its {name} adds {len(value):,} tokens to every text")
             if isinstance(value, str) and key not in ("precompiled_charsmap", "Regex", "type"):
                 _check_text(f"{name}.{key}", value)
         if component.get("type") == "Replace":
-            growth *= _growth(component)
+            growth *= _max_growth(component)
         if growth > MAX_GROWTH:
-            raise ValueError(f"its {name} makes a text {growth:,.0f} times longer")
+            raise ValueError(f"its {name} makes texts up to {growth:,.0f} times longer")
         if component.get("precompiled_charsmap"):
             _check_charsmap(name, component["precompiled_charsmap"])
 
 
 def _components(state: object) -> Iterator[Mapping[str, Any]]:
-    """The components of a sequence, however deep, and the objects within each but its special tokens' ids."""
-    left = [state]
-    while left:
-        component = left.pop()
+    """All components of nested sequences, and their special tokens."""
+    pending = [state]
+    while pending:
+        component = pending.pop()
         if isinstance(component, Mapping):
             yield component
-            left += [item for name in _LISTS for item in component.get(name) or ()]
+            pending += [item for name in _LISTS for item in component.get(name) or ()]
             if isinstance(tokens := component.get("special_tokens"), Mapping):
-                left += list(tokens.values())[: MAX_COMPONENTS + 1]
+                pending += list(tokens.values())[: MAX_COMPONENTS + 1]
 
 
-def _growth(component: Mapping[str, Any]) -> float:
-    """How many times longer a replacement can make a text: a regex may match between any two characters."""
+def _max_growth(component: Mapping[str, Any]) -> float:
+    """Factor by which a replacement can lengthen a text; a regex may match between any two characters."""
     content, pattern = component.get("content", ""), component.get("pattern", {})
     text = pattern.get("String", "") if isinstance(pattern, Mapping) else ""
     return max(1.0, len(content) / len(text) if text else 1.0 + len(content) if len(content) > 1 else 1.0)
 
 
 def _check_text(name: str, text: str) -> None:
-    if len(text) > MAX_TEXT:
+    if len(text) > MAX_INSERTED_CHARACTERS:
         raise ValueError(f"its {name} has {len(text):,} characters ({quote(text, 20)})")
 
 
 def _check_charsmap(name: str, text: str) -> None:
-    """A trie, its size before it, and the texts that it leads to, each with a NUL at its end."""
+    """A charsmap is the size of a trie, the trie, and the replacement texts, each terminated by NUL."""
     data = base64.b64decode(text)
     texts = data[4 + int.from_bytes(data[:4], "little") :]
-    if (longest := max(map(len, texts.split(b"\0")))) > MAX_TEXT:
-        raise ValueError(f"its {name} puts {longest:,} bytes in the place of a character")
+    if (longest := max(map(len, texts.split(b"\0")))) > MAX_INSERTED_CHARACTERS:
+        raise ValueError(f"its {name} replaces a character by {longest:,} bytes")

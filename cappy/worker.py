@@ -1,4 +1,4 @@
-"""How an orchestrator's worker runs one step: with progress, a record, a time limit, and no life after its parent."""
+"""Runs one step in a worker of an orchestrator: progress, a record, a time limit, and exit when the parent exits."""
 
 import fcntl
 import importlib
@@ -33,13 +33,13 @@ from cappy.secrets import fill_environment
 from cappy.steps import STEP_SPECS
 
 GRACE_SECONDS = 60.0
-"""How long a step that took too long may write its checkpoint."""
+"""Time for a step to write its checkpoint after its time limit."""
 ORPHAN_SECONDS = 8.0
-"""What a step whose parent went may take to write a checkpoint or to cancel a job; less than the next run waits."""
+"""Time for a step to write a checkpoint or cancel a job after its parent exited; less than `work.WAIT_SECONDS`."""
 
 
 class StepConfig(Protocol):
-    """What the settings of every step have."""
+    """The settings that every step has."""
 
     @property
     def target(self) -> Path:
@@ -51,17 +51,17 @@ class StepConfig(Protocol):
 
     @property
     def fresh(self) -> str:
-        """Name of the run that asked for the work to be done again; empty if none did."""
+        """Name of the run that asked to redo the work; empty if none did."""
 
 
 def config_class(step: str) -> type[StepConfig]:
-    """The class of a step's settings; imports the step's module."""
+    """The config class of a step; imports the step's module."""
     config: type[StepConfig] = getattr(importlib.import_module(STEP_SPECS[step].module), f"{step.capitalize()}Config")
     return config
 
 
 def runner(step: str) -> Callable[[StepConfig, Progress], Manifest]:
-    """The `run` function of a step, which takes settings of the step's own class; imports the step's module."""
+    """The `run` function of a step, which takes that step's config; imports the step's module."""
     run: Callable[[StepConfig, Progress], Manifest] = importlib.import_module(STEP_SPECS[step].module).run
     return run
 
@@ -78,31 +78,32 @@ class _Outcome(TypedDict, total=False):
 def launch(
     step: str, settings: str = "", *, fingerprint: str = "", part: str = "", run: str = "", **values: object
 ) -> Manifest:
-    """Runs a step as an orchestrator's worker does: settings decoded, progress to a file, a record of what was done.
+    """Runs a step in a worker: decodes its settings, writes progress to a file and a record of the execution.
 
-    `part` is the shard i/N that this execution does; each leaves a record of its own. A CappyError ends the process
-    with status 1 and its one line on stderr. The process dies with the local run that started it, so that no orphan
-    goes on writing.
+    `part` is the shard i/N of this execution; every shard writes its own record. A CappyError ends the process with
+    status 1 and one line on stderr. The process exits with the local run that started it.
     """
     ORCHESTRATOR.set(os.getppid())
     redact_output()
     die_with_parent()
-    _end_in_time(step)
+    _start_timeout(step)
     fingerprint = f"{fingerprint}-{part}" if part else fingerprint
     try:
         fill_environment()
         config = build(config_class(step), {**decode(settings), **values})
         if getattr(config, "dry_run", False):
-            raise ConfigError(f"{step}: --dry-run leaves nothing for the next step; run it as cappy {step} --dry-run")
+            raise ConfigError(
+                f"{step}: --dry-run writes nothing that the next step could read; run cappy {step} --dry-run instead"
+            )
     except CappyError as error:
         sys.stderr.write(f"cappy {step}: {error}\n")
         raise SystemExit(1) from error
     started = time.time()
     outcome: _Outcome = {"status": "failed"}
-    stated = to_values(config)
+    config_values = to_values(config)
     try:
         manifest = runner(step)(config, _progress(step, fingerprint))
-        stated |= manifest.config  # What a preset stood for.
+        config_values |= manifest.config  # A preset is resolved by the step.
         outcome = {"status": "done", "manifest_hash": manifest.hash, "metrics": dict(manifest.metrics)}
     except CappyError as error:
         outcome["error"] = str(error).removeprefix(f"{step}: ")
@@ -118,7 +119,7 @@ def launch(
             run=run,
             started=started,
             seconds=time.time() - started,
-            config=stated,
+            config=config_values,
             target=str(config.target),
             **outcome,
         )
@@ -132,23 +133,23 @@ def launch(
 
 
 def hold_parent_lock(path: Path) -> int:
-    """Locks `path` for the life of this process and returns the descriptor; children wait for the lock to fall."""
+    """Locks `path` until this process exits and returns the descriptor; children wait for the lock."""
     with open_lock(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         return os.dup(file.fileno())
 
 
 def die_with_parent() -> None:
-    """Ends this process when the local run that started it ends, however that went; nothing elsewhere."""
+    """Makes this process exit when the local run that started it exits; does nothing on other platforms."""
     path = os.environ.get(PARENT_VARIABLE)
     if path:
         threading.Thread(target=_wait_for_parent, args=(path,), daemon=True).start()
 
 
 def _wait_for_parent(path: str) -> None:
-    """Blocks until the parent's lock falls, which the kernel does however the parent ended; then ends this process.
+    """Waits for the parent's lock, which the kernel releases when the parent exits, then ends this process.
 
-    SIGTERM ends most steps at once; training writes a checkpoint first, or cancels the job that it follows.
+    SIGTERM ends most steps at once; training first writes a checkpoint, or cancels the job that it watches.
     """
     with open_lock(Path(path)) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -157,14 +158,16 @@ def _wait_for_parent(path: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _end_in_time(step: str) -> None:
-    """Asks this process to end when the step's time is over, as an orchestrator would, and ends it if it does not."""
+def _start_timeout(step: str) -> None:
+    """Sends SIGTERM when the time limit of the step is over, and SIGKILL after `GRACE_SECONDS`."""
     seconds = float(os.environ.get(TIMEOUT_VARIABLE) or 0)
     if not seconds:
         return
 
     def end() -> None:
-        sys.stderr.write(f"cappy {step}: took longer than {seconds:g} seconds; give it more hours in the recipe\n")
+        sys.stderr.write(
+            f"cappy {step}: exceeded its time limit of {seconds:g} seconds; give it more hours in the recipe\n"
+        )
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)

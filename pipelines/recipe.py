@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from cappy.config import settings
-from cappy.errors import ConfigError, near, quote
+from cappy.errors import ConfigError, quote, suggest
 from cappy.redaction import has_secret
 from cappy.untrusted import load_yaml
 from pipelines.definitions import MAX_SHARDS, PIPELINES, Settings
@@ -233,7 +233,7 @@ def check_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         known = {*recipe.steps, *(("default", "tracking") if kind == "resources" else ())}
         for name in names:
             if name not in known:
-                raise ConfigError(f"{where}: {kind}.{name}: {recipe.pipeline} has no such step{near(name, known)}")
+                raise ConfigError(f"{where}: {kind}.{name}: {recipe.pipeline} has no such step{suggest(name, known)}")
     return recipe
 
 
@@ -242,7 +242,7 @@ def _describe_error(error: pydantic.ValidationError) -> str:
     first = min(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument")
     keys = [str(part) for part in first["loc"] if part != "[key]"]
     if first["type"] == "unexpected_keyword_argument":
-        return f"{'.'.join(keys)}: no such key{near(keys[-1], _known_keys(keys))}"
+        return f"{'.'.join(keys)}: no such key{suggest(keys[-1], _known_keys(keys))}"
     rule = ERROR_TEXTS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # A check of several keys, whose message names them.
         return f"{'.'.join(keys)}: {rule}"

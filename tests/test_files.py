@@ -13,7 +13,7 @@ from filelock import Timeout
 from cappy.errors import FolderError
 from cappy.files import atomic_write, hold_lock, lock_holder, make_private, open_lock
 from cappy.records import Manifest
-from cappy.records.folder import File, publish, put, sha256_of, write_bytes
+from cappy.records.folder import File, link_or_copy, publish, sha256_of, write_bytes
 from cappy.records.work import claim
 from cappy.registry.client import connect
 from cappy.sampling.endpoint.answers import Answer as EndpointAnswer
@@ -79,7 +79,7 @@ def test_no_lock_is_opened_through_a_symbolic_link(name: str, tmp_path: Path) ->
     folder = tmp_path / "shared"
     folder.mkdir()
     (folder / file).symlink_to(victim)
-    with pytest.raises(FolderError, match=rf"^\S*{file}: .*symbolic link.*lock.*; delete"):
+    with pytest.raises(FolderError, match=rf"^\S*{file}: .*lock file.*symbolic link; delete"):
         hold(folder)
     assert victim.read_text() == "what matters"
 
@@ -107,9 +107,9 @@ def test_a_link_that_leads_nowhere_makes_no_file_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_what_is_no_file_is_refused_at_once_as_a_lock(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "lock")
-    with pytest.raises(FolderError, match="not a regular file"):
+    with pytest.raises(FolderError, match="regular file"):
         open_lock(tmp_path / "lock")
-    with pytest.raises(FolderError, match="not a regular file"), hold_lock(tmp_path / "lock"):
+    with pytest.raises(FolderError, match="regular file"), hold_lock(tmp_path / "lock"):
         pytest.fail("it is not a lock")
 
 
@@ -131,11 +131,11 @@ def test_a_lock_that_is_held_is_its_owners_alone_and_names_the_process(umask: in
         held = [number for number in range(256) if _is_open(number, path)]
         assert len(held) == 1
         assert not os.get_inheritable(held[0])
-        with pytest.raises(Timeout), hold_lock(path, patience=0):
+        with pytest.raises(Timeout), hold_lock(path, timeout=0):
             pytest.fail("it is held")
         with open_lock(path) as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    with hold_lock(path, patience=0):
+    with hold_lock(path, timeout=0):
         pass
 
 
@@ -260,7 +260,7 @@ def test_publishing_replaces_a_link_and_writes_through_none(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "link", without_links)
     monkeypatch.setattr(Path, "unlink", race)
-    put(source, target / "new")
+    link_or_copy(source, target / "new")
     assert victim.read_text() == "what matters"
     assert (target / "new").read_text() == "rows"
     assert not (target / "new").is_symlink()

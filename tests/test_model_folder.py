@@ -141,11 +141,11 @@ def test_tokenizer_classes_of_transformers_own_past_are_no_code(name: str, forei
 
 def test_what_is_no_file_of_a_folder_is_refused_by_name(foreign: Path) -> None:
     os.mkfifo(foreign / "pipe.json")
-    with raises_naming(FolderError, "pipe.json: ", "no file"):
+    with raises_naming(FolderError, "pipe.json: ", "not a file"):
         Scorer.load(str(foreign))
     (foreign / "pipe.json").unlink()
     (foreign / "gone.json").symlink_to(foreign / "nowhere")
-    with raises_naming(FolderError, "gone.json: ", "no file"):
+    with raises_naming(FolderError, "gone.json: ", "not a file"):
         Scorer.load(str(foreign))
 
 
@@ -321,7 +321,7 @@ def tensors(**shapes: object) -> bytes:
 )
 def test_a_safetensors_header_that_is_none_ends_in_one_line(data: bytes, foreign: Path) -> None:
     (foreign / "model.safetensors").write_bytes(data)
-    with raises_naming(FolderError, "model.safetensors: ", "get it again"):
+    with raises_naming(FolderError, "model.safetensors: ", "download it again"):
         Scorer.load(str(foreign))
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cappy import redaction
 from cappy.errors import ConfigError, quote
-from cappy.redaction import has_secret, one_line, redact, redact_address, remember, remember_address, truncate
+from cappy.redaction import has_secret, one_line, redact, redact_address, register_address, register_secret, truncate
 
 VARIABLES = (
     *("OPENAI_API_KEY", "MY_LLM_KEY", "CAPPY_WEBHOOK_SECRET", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
@@ -37,7 +37,7 @@ CANARY = "ca/na?ry+#7f3é\"'&<"
 
 @pytest.fixture(autouse=True)
 def _forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redaction, "_remembered", set())
+    monkeypatch.setattr(redaction, "_registered", set())
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
@@ -162,15 +162,15 @@ def test_no_password_of_an_address_is_shown(password: str) -> None:
     whole = f"A{password}Z1"
     address = f"postgresql://user:{whole}@host/db"
     assert whole not in redact_address(address)
-    before = set(redaction._remembered)
-    remember_address(address)
+    before = set(redaction._registered)
+    register_address(address)
     assert whole not in redact(f"cannot connect: {whole}")
-    redaction._remembered.clear()
-    redaction._remembered.update(before)
+    redaction._registered.clear()
+    redaction._registered.update(before)
 
 
-def test_what_was_remembered_is_taken_out_of_errors_logs_and_tracebacks(caplog: pytest.LogCaptureFixture) -> None:
-    remember("of-a-client", user="me")
+def test_what_was_registered_is_taken_out_of_errors_logs_and_tracebacks(caplog: pytest.LogCaptureFixture) -> None:
+    register_secret("of-a-client", user="me")
     assert str(ConfigError("x: of-a-client is wrong")) == "x: *** is wrong"
     assert redact(base64.b64encode(b"me:of-a-client").decode()) == "***"
     former = logging.getLogRecordFactory()

@@ -82,7 +82,7 @@ def test_a_store_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatc
     credentials = AnonymousCredentials() if broken == "the service" else Refused()
     monkeypatch.setattr(google.auth, "default", lambda **_: (credentials, "p"))
     monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME}))
-    with raises_naming(ConfigError, f"secret '{NAME}': ", "Secret Manager", "no answer") as caught:
+    with raises_naming(ConfigError, f"secret '{NAME}': ", "Secret Manager", "did not answer") as caught:
         fill_environment("http://127.0.0.1:9")
     assert "\n" not in str(caught.value)
 
@@ -166,7 +166,7 @@ def test_a_list_of_secrets_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPa
 def test_a_secret_that_was_read_stands_in_no_text_whatever_its_variable_is_called(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(redaction, "_remembered", set())
+    monkeypatch.setattr(redaction, "_registered", set())
     monkeypatch.setattr(google.auth, "default", lambda **_: (AnonymousCredentials(), "p"))
     monkeypatch.setenv(VARIABLE, json.dumps({"SOMETHING": NAME}))
     monkeypatch.setenv("SOMETHING", "")

@@ -247,7 +247,7 @@ def test_shards_of_a_step_leave_a_record_and_progress_each(
 
 
 def test_a_step_that_takes_too_long_is_asked_to_end_and_says_why(tmp_path: Path) -> None:
-    program = "import sys, time\nfrom cappy.worker import _end_in_time\n_end_in_time('sampling')\ntime.sleep(30)"
+    program = "import sys, time\nfrom cappy.worker import _start_timeout\n_start_timeout('sampling')\ntime.sleep(30)"
     environment = {**os.environ, TIMEOUT_VARIABLE: "0.2"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGTERM

@@ -1,10 +1,9 @@
-"""Makes what this folder embeds.
+"""Trains the built-in models.
 
     python -m cappy.builtin llm --target cappy/builtin/weights/llm
     python -m cappy.builtin scorer --target cappy/builtin/weights/scorer
 
-The scorer is pretrained on samples of the LLM that lies in its folder, so the LLM comes first. Work on the scorer is
-resumed where it was.
+The scorer is pretrained on samples of the built-in LLM, so train the LLM first. An interrupted scorer is resumed.
 """
 
 import argparse
@@ -15,11 +14,11 @@ from typing import TypedDict
 _MAX_LENGTH = 256
 _LEARNING_RATE = 1e-3
 _BATCH_TOKENS = 1024
-"""A forward pass of so many keeps the activations in cache: 160 pairs/s on one core, 125 with 2,048 (one trial)."""
+"""Small enough to keep the activations in cache: 160 pairs/s on one core, 125 with 2,048 (one trial)."""
 
 
 def main() -> None:
-    """Reads the command line and makes the weights that it names."""
+    """Parses the command line and trains the model."""
     parser = argparse.ArgumentParser(
         prog="python -m cappy.builtin", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,7 +26,7 @@ def main() -> None:
     llm = commands.add_parser("llm", help="train the very small LLM on the built-in tasks")
     llm.add_argument("--target", type=Path, required=True, help="folder to write; its files are overwritten")
     llm.add_argument("--steps", type=int, default=3000, help="updates of the weights")
-    llm.add_argument("--processes", type=int, default=2, help="processes to share each batch, one thread each")
+    llm.add_argument("--processes", type=int, default=2, help="processes that share each batch, one thread each")
     llm.add_argument("--seed", type=int, default=0)
     llm.add_argument("--num-per-family", type=int, default=8_000, help="instances to draw from each family")
     scorer = commands.add_parser("scorer", help="pretrain the very small scorer on samples of the LLM")
@@ -55,14 +54,14 @@ def _make_llm(arguments: argparse.Namespace) -> None:
 
 
 class _Common(TypedDict):
-    """Settings of every step here."""
+    """Settings common to all steps."""
 
     seed: int
     work: Path
 
 
 def _make_scorer(arguments: argparse.Namespace) -> None:
-    """Samples from the built-in LLM on the pretraining pool, annotates, and pretrains; each step resumes."""
+    """Samples from the built-in LLM on the pretraining pool, annotates and pretrains; every step can resume."""
     from cappy.annotation.step import AnnotationConfig
     from cappy.annotation.step import run as annotation
     from cappy.preparation.step import PreparationConfig
@@ -76,8 +75,10 @@ def _make_scorer(arguments: argparse.Namespace) -> None:
     common: _Common = {"seed": arguments.seed, "work": arguments.work}
     number = arguments.num_per_family
     preparation(PreparationConfig(target=prepared, pool="pretraining", num_per_family=number, **common), _progress)
-    drawn = SamplingConfig(source=prepared, target=sampled, generator=("builtin",), strategy="sampling8", **common)
-    sampling(drawn, _progress)
+    sampling_config = SamplingConfig(
+        source=prepared, target=sampled, generator=("builtin",), strategy="sampling8", **common
+    )
+    sampling(sampling_config, _progress)
     annotation(AnnotationConfig(source=sampled, target=annotated, **common), _progress)
     config = PretrainingConfig(
         source=annotated,

@@ -1,7 +1,7 @@
-"""Makes the built-in LLM: `python -m cappy.builtin llm --target FOLDER --steps 4500 --seed 0`.
+"""Trains the built-in LLM: `python -m cappy.builtin llm --target FOLDER --steps 4500 --seed 0`.
 
-A small T5 with a byte-level tokenizer is trained on the `llm` pool, data-parallel over processes, and measured on each
-family: how good it is, and how much there is to win by selecting.
+A small T5 with a byte-level tokenizer is trained on the `llm` pool, data-parallel over processes, and evaluated on each
+family: its quality, and the possible gain by selection.
 """
 
 import json
@@ -44,9 +44,9 @@ _BATCH = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How the LLM is built and trained. The learning rate warms up over `warm_up` of the steps, then falls to zero.
+    """Size and training of the LLM. The learning rate warms up over `warm_up` of the steps, then falls to zero.
 
-    The first `copy_steps` updates copy spans of random tokens, and so does one in `copy_every` after them;
+    The first `copy_steps` updates, and every `copy_every`th one after them, train copying of random spans;
     `batch_size` is per process.
     """
 
@@ -65,7 +65,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Where the LLM goes, and all that it depends on."""
+    """The target folder, and everything that the LLM depends on."""
 
     target: Path
     steps: int
@@ -77,7 +77,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What a training came to: `losses` holds (step, mean cross-entropy in nats since the entry before)."""
+    """The result of a training; `losses` are (step, mean cross-entropy in nats since the previous entry)."""
 
     steps: int
     seconds: float
@@ -86,7 +86,7 @@ class TrainingResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """Mean Rouge-L, 0 to 1: of the greedy response, of a sample at temperature 1, of the best of `num_samples`."""
+    """Mean Rouge-L, 0 to 1, of the greedy response, of a sample at temperature 1, and of the best of `num_samples`."""
 
     greedy: float
     sample: float
@@ -95,10 +95,10 @@ class Quality:
 
 
 def make(job: Job) -> None:
-    """Trains tokenizer and LLM on the `llm` pool and writes the folder `job.target`, sealed.
+    """Trains tokenizer and LLM on the `llm` pool and writes the folder `job.target` with its sha256.
 
-    One thread each in two processes does more here than two threads in one: the model is too small to split a matrix.
-    The weights are stored in float16. The pool's validation split measures each family at the end.
+    Two processes with one thread each are faster here than one with two threads, because the matrices are small. The
+    weights are stored in float16. Each family is evaluated on the validation split of the pool.
     """
     with tempfile.TemporaryDirectory() as folder:
         spawn(_work, args=(job, f"{folder}/rendezvous"), nprocs=job.processes)  # type: ignore[no-untyped-call]
@@ -107,7 +107,7 @@ def make(job: Job) -> None:
 def _work(rank: int, job: Job, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=job.processes)
-    log = _log if rank == 0 else lambda line: None  # only one process talks
+    log = _log if rank == 0 else lambda line: None  # Only one process logs.
     rows = [row for row in instances("llm", num_per_family=job.num_per_family, seed=job.seed) if row.split == "train"]
     texts = [text for row in rows[:_NUM_TOKENIZER_ROWS] for text in (row.instruction, *row.references)]
     tokenizer = _train_tokenizer(texts, size=_VOCABULARY_SIZE)
@@ -115,12 +115,12 @@ def _work(rank: int, job: Job, rendezvous: str) -> None:
     torch.manual_seed(job.seed)
     model = _new_model(job.recipe, vocab_size=len(tokenizer), pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id)
     log(f"{len(pairs)} instances, {model.num_parameters()} parameters")
-    mine = pairs[rank :: job.processes]
-    feed = _batches(mine, size=job.recipe.batch_size, seed=job.seed + rank, pad=tokenizer.pad_token_id)
-    copying = _spans(
+    own_pairs = pairs[rank :: job.processes]
+    feed = _batches(own_pairs, size=job.recipe.batch_size, seed=job.seed + rank, pad=tokenizer.pad_token_id)
+    span_feed = _span_batches(
         len(tokenizer), size=job.recipe.batch_size, seed=rank, pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id
     )
-    feed = chain(islice(copying, job.recipe.copy_steps), _interleave(feed, copying, job.recipe.copy_every))
+    feed = chain(islice(span_feed, job.recipe.copy_steps), _interleave(feed, span_feed, job.recipe.copy_every))
     training = _train(model, feed, job.recipe, steps=job.steps, log=log)
     dist.destroy_process_group()
     if rank == 0:
@@ -141,8 +141,8 @@ def _write(
     tokenizer.save_pretrained(target)
     reloaded = T5ForConditionalGeneration.from_pretrained(target, dtype=torch.float32, trust_remote_code=False)
     quality = _evaluate(reloaded, tokenizer, _validation())
-    for family, figures in quality.items():
-        _log(f"{family:24} greedy {figures.greedy:.3f} sample {figures.sample:.3f} oracle {figures.oracle:.3f}")
+    for family, values in quality.items():
+        _log(f"{family:24} greedy {values.greedy:.3f} sample {values.sample:.3f} oracle {values.oracle:.3f}")
     record = {
         "command": f"python -m cappy.builtin llm --target FOLDER --steps {job.steps} --processes {job.processes} "
         f"--seed {job.seed} --num-per-family {job.num_per_family}",
@@ -156,7 +156,7 @@ def _write(
         "steps": training.steps,
         "seconds": training.seconds,
         "losses": training.losses,
-        "rouge_l": {family: asdict(figures) for family, figures in quality.items()},
+        "rouge_l": {family: asdict(values) for family, values in quality.items()},
         "sha256": file_hashes(target),
     }
     (target / SEAL).write_text(json.dumps(record, indent=1) + "\n")
@@ -164,20 +164,20 @@ def _write(
 
 
 def _encode(rows: list[Instance], tokenizer: PreTrainedTokenizerFast) -> list[Pair]:
-    """Token ids of instruction and answer; of several references each instance learns one, taken in turn."""
+    """Token ids of instruction and answer; instances with several references use one of them, in rotation."""
     sources = tokenizer([row.instruction for row in rows])["input_ids"]
     answers = [row.references[index % len(row.references)] for index, row in enumerate(rows)]
     return list(zip(sources, tokenizer(answers)["input_ids"], strict=True))
 
 
 def _validation() -> list[Instance]:
-    """The same instances of the validation split for every LLM, an equal number of each family."""
+    """Instances of the validation split, the same for every LLM, with an equal number per family."""
     rows: dict[str, list[Instance]] = {}
     for row in instances("llm", num_per_family=_NUM_EVALUATION * 40, seed=1):
-        taken = rows.setdefault(row.task, [])
-        if row.split == "validation" and len(taken) < _NUM_EVALUATION:
-            taken.append(row)
-    return [row for taken in rows.values() for row in taken]
+        family_rows = rows.setdefault(row.task, [])
+        if row.split == "validation" and len(family_rows) < _NUM_EVALUATION:
+            family_rows.append(row)
+    return [row for family_rows in rows.values() for row in family_rows]
 
 
 def _log(line: str) -> None:
@@ -187,8 +187,7 @@ def _log(line: str) -> None:
 def _train_tokenizer(texts: Iterable[str], *, size: int) -> PreTrainedTokenizerFast:
     """A tokenizer of `size` entries, pad 0 and end 1, that ends every text with the end token.
 
-    A space is put before the text, so that a word is the same entry at the beginning and inside, and taken away
-    again in decoding.
+    A space is prepended so that a word has the same token at the beginning and inside a text; decoding removes it.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Prepend(" ")
@@ -210,7 +209,7 @@ def _train_tokenizer(texts: Iterable[str], *, size: int) -> PreTrainedTokenizerF
 
 
 def _new_model(recipe: Recipe, *, vocab_size: int, pad: int, end: int) -> T5ForConditionalGeneration:
-    """An untrained encoder-decoder, as torch's random state gives it."""
+    """A randomly initialised encoder-decoder; the caller seeds torch."""
     config = T5Config(
         vocab_size=vocab_size,
         d_model=recipe.d_model,
@@ -234,11 +233,11 @@ def _new_model(recipe: Recipe, *, vocab_size: int, pad: int, end: int) -> T5ForC
 
 @torch.no_grad()
 def _initialize_for_copying(model: T5ForConditionalGeneration) -> None:
-    """Starts the weights where copying is near: most tasks copy, and from a plain start it is learned very late.
+    """Initialises the weights for copying, which most tasks need and which is otherwise learned very late.
 
-    The decoder attends to equal contents (its queries and keys share one projection) and passes on what it finds there
-    (the output undoes the value projection); two heads on each side start at the tokens beside them. On
-    spans of random tokens this start falls from 7.3 nats to 1.9 in 300 updates, a plain one stays at 7.1 for 650.
+    Cross-attention attends to equal tokens (queries and keys share one projection) and copies them (the output is the
+    transpose of the value projection); two heads per stack attend to neighbouring tokens. On spans of random tokens the
+    loss falls from 7.3 to 1.9 nats in 300 updates; with the default initialisation it stays at 7.1 for 650.
     """
     for block in model.decoder.block:
         attention = block.layer[1].EncDecAttention
@@ -247,7 +246,7 @@ def _initialize_for_copying(model: T5ForConditionalGeneration) -> None:
         torch.nn.init.orthogonal_(attention.q.weight)
         attention.q.weight.mul_(0.3)
         attention.k.weight.copy_(attention.q.weight)
-    # Buckets of relative positions: 1 is the token before; 17 the one after, and for the decoder 2 the second before.
+    # Buckets of relative positions: 1 is the previous token, 17 the next one, 2 (decoder) the second previous one.
     for stack, neighbour in ((model.encoder, 17), (model.decoder, 2)):
         bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         bias.zero_()
@@ -255,8 +254,8 @@ def _initialize_for_copying(model: T5ForConditionalGeneration) -> None:
         bias[neighbour, 1] = 4.0
 
 
-def _spans(vocab_size: int, *, size: int, seed: int, pad: int, end: int) -> Iterator[Batch]:
-    """Batches without end of random tokens, the answer being a span of them: there is nothing to learn but copying."""
+def _span_batches(vocab_size: int, *, size: int, seed: int, pad: int, end: int) -> Iterator[Batch]:
+    """Endless batches of random tokens whose answer is a span of them, to train copying."""
     rng = Random(f"{seed} spans")
     while True:
         pairs = []
@@ -268,27 +267,27 @@ def _spans(vocab_size: int, *, size: int, seed: int, pad: int, end: int) -> Iter
         yield _collate(pairs, pad=pad)
 
 
-def _interleave(feed: Iterator[Batch], other: Iterator[Batch], every: int) -> Iterator[Batch]:
-    """The batches of `feed`, each `every`th one from `other` instead."""
+def _interleave(feed: Iterator[Batch], replacement: Iterator[Batch], every: int) -> Iterator[Batch]:
+    """The batches of `feed`, with every `every`th one replaced by one of `replacement`."""
     for number in count(1):
-        yield next(other if number % every == 0 else feed)
+        yield next(replacement if number % every == 0 else feed)
 
 
 def _batches(pairs: Sequence[Pair], *, size: int, seed: int, pad: int) -> Iterator[Batch]:
-    """Batches without end: each pass shuffles, then groups pairs of like length so that little is padding."""
+    """Endless batches; each pass shuffles, then groups pairs of similar length to reduce padding."""
     rng = Random(seed)
     while True:
         order = rng.sample(range(len(pairs)), len(pairs))
         for start in range(0, len(order), size * _BUCKET):
             bucket = sorted(order[start : start + size * _BUCKET], key=lambda index: len(pairs[index][0]))
-            firsts = list(range(0, len(bucket), size))
-            rng.shuffle(firsts)
-            for first in firsts:
+            starts = list(range(0, len(bucket), size))
+            rng.shuffle(starts)
+            for first in starts:
                 yield _collate([pairs[index] for index in bucket[first : first + size]], pad=pad)
 
 
 def _collate(pairs: Sequence[Pair], *, pad: int) -> Batch:
-    """Pairs of token ids as (pairs, longest) tensors; what pads the labels has no part in the loss."""
+    """Pairs of token ids as (pairs, longest) tensors; padding of labels is ignored by the loss."""
     inputs = _pad([source for source, _ in pairs], pad)
     return {
         "input_ids": inputs,
@@ -346,7 +345,7 @@ def _average_gradients(model: T5ForConditionalGeneration) -> None:
 
 
 def _schedule(position: float, warm_up: float) -> float:
-    """The share of the peak learning rate at `position` (0 to 1): linear up to 1, then half a cosine down to 0."""
+    """The factor of the learning rate at `position` (0 to 1): linear up to 1, then half a cosine down to 0."""
     if position < warm_up:
         return max(position / warm_up, 1e-3)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (position - warm_up) / (1 - warm_up))))
@@ -359,17 +358,17 @@ def _evaluate(
     *,
     num_samples: int = 8,
 ) -> dict[str, Quality]:
-    """The quality on each family, from torch's random state."""
+    """The quality on each family; the caller seeds torch."""
     rows = sorted(instances, key=lambda row: len(row.instruction))
     greedy: dict[str, list[float]] = defaultdict(list)
     sampled: dict[str, list[list[float]]] = defaultdict(list)
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        best = _respond(model, tokenizer, [row.instruction for row in batch])
-        drawn = _respond(model, tokenizer, [row.instruction for row in batch], num_samples=num_samples)
+        greedy_responses = _respond(model, tokenizer, [row.instruction for row in batch])
+        samples = _respond(model, tokenizer, [row.instruction for row in batch], num_samples=num_samples)
         for index, row in enumerate(batch):
-            responses = drawn[index * num_samples : (index + 1) * num_samples]
-            greedy[row.task].append(rouge_l(row.references, best[index]))
+            responses = samples[index * num_samples : (index + 1) * num_samples]
+            greedy[row.task].append(rouge_l(row.references, greedy_responses[index]))
             sampled[row.task].append([rouge_l(row.references, response) for response in responses])
     return {
         family: Quality(
@@ -390,7 +389,7 @@ def _respond(
     *,
     num_samples: int = 0,
 ) -> list[str]:
-    """One greedy response to each instruction, or `num_samples` at temperature 1, those of an instruction together."""
+    """One greedy response per instruction, or `num_samples` at temperature 1, grouped by instruction."""
     encoded = tokenizer(list(instructions), padding=True, return_tensors="pt", return_token_type_ids=False)
     if num_samples:
         ids = model.generate(**encoded, do_sample=True, top_k=0, num_return_sequences=num_samples)

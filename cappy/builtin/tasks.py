@@ -1,4 +1,4 @@
-"""The built-in tasks: procedural families, drawn into pools and splits that share no instruction."""
+"""The built-in tasks: procedural families in pools and splits that share no instruction."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,18 +24,17 @@ _SPLIT_SHARES: Mapping[Pool, Mapping[Split, float]] = {
     "pretraining": {"train": 0.95, "validation": 0.05},
     "adaptation": {"train": 0.5, "validation": 0.1, "test": 0.4},
 }
-_PATIENCE = 2_000
+_MAX_MISSES = 2_000
 
 
 def instances(
     pool: Pool, *, num_per_family: int, seed: int = 0, families: Sequence[str] | None = None
 ) -> Iterator[Instance]:
-    """`num_per_family` instances of each family, the families taking turns; one instance per group.
+    """Generates `num_per_family` instances of each family, in rotation; every instance is a group of its own.
 
-    The default is every family; for `pretraining`, every family that is not held out. A hash of the drawn content
-    decides its pool, its split and its template, so that no two pools and no two splits share an instruction,
-    whatever the seeds. Raises ConfigError for an unknown family, for a held-out one in `pretraining`, and where a
-    family cannot supply so many.
+    The default is every family; for `pretraining`, every family that is not held out. A hash of the content decides
+    its pool, split and template, so that pools and splits share no instruction, whatever the seeds. Raises ConfigError
+    for an unknown family, for a held-out one in `pretraining`, and if a family has too few instances.
     """
     if pool not in POOLS:
         raise ConfigError(f"pool must be one of {', '.join(POOLS)}, got {quote(pool)}")
@@ -47,17 +46,17 @@ def instances(
 
 
 def _pool_of(number: int) -> Pool:
-    """The pool of a content with this hash: half of all contents are the LLM's, a quarter each the scorer's pools."""
+    """The pool for a content hash: half of all contents for the LLM, a quarter for each pool of the scorer."""
     return _share(_POOL_SHARES, (number & 0xFFFFFFFF) / 2**32)
 
 
 def _draw_split(pool: Pool, number: int) -> Split:
-    """The split of a content with this hash inside its pool, by other bits than the pool's."""
+    """The split for a content hash inside its pool, from other bits than the pool."""
     return _share(_SPLIT_SHARES[pool], (number >> 32) / 2**32)
 
 
 def _share(shares: Mapping[_Name, float], position: float) -> _Name:
-    """The share, laid end to end from 0 to 1, in which `position` lies."""
+    """The name whose interval contains `position`, with the shares placed end to end from 0 to 1."""
     for name, size in shares.items():
         if position < size:
             return name
@@ -71,15 +70,15 @@ def _families_of(pool: Pool) -> list[Family]:
 
 def _family(name: str, pool: Pool) -> Family:
     if name not in FAMILIES:
-        raise ConfigError(f"families: no family {quote(name)}; choose from {', '.join(FAMILIES)}")
+        raise ConfigError(f"families: unknown family {quote(name)}; choose one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     if pool == "pretraining" and family.held_out:
-        raise ConfigError(f"families: {quote(name)} is held out of pretraining; take it from the adaptation pool")
+        raise ConfigError(f"families: {quote(name)} is held out of pretraining; use the adaptation pool")
     return family
 
 
 def _stream(family: Family, pool: Pool, num: int, seed: int) -> Iterator[Instance]:
-    """`num` distinct instances of one family. A str seeds Random through SHA-512, the same in every process."""
+    """`num` distinct instances of one family. Random hashes a str seed with SHA-512, the same in every process."""
     rng = Random(f"{seed}/{pool}/{family.name}")
     seen: set[int] = set()
     produced = misses = 0
@@ -90,10 +89,10 @@ def _stream(family: Family, pool: Pool, num: int, seed: int) -> Iterator[Instanc
         prompt = prompt_hash(instance.instruction)
         if _pool_of(number) != pool or prompt in seen:
             misses += 1
-            if misses > _PATIENCE:
+            if misses > _MAX_MISSES:
                 raise ConfigError(
-                    f"num_per_family: {family.name} has no more than about {produced} instances in pool {pool}, "
-                    f"got {num}; ask for fewer"
+                    f"num_per_family: {family.name} has only about {produced} instances in pool {pool}, "
+                    f"got {num}; give a smaller number"
                 )
             continue
         misses = 0
@@ -103,10 +102,9 @@ def _stream(family: Family, pool: Pool, num: int, seed: int) -> Iterator[Instanc
 
 
 def _content_hash(family: Family, content: Content) -> int:
-    """64 bits that depend on the family and the slots, not on the template nor on case or white space.
+    """64-bit hash of the family and the slots, independent of the template, case and white space.
 
-    Instructions that `prompt_hash` takes for equal have equal slots up to case and white space, so that whatever is
-    decided by this hash keeps them together.
+    Instructions with the same `prompt_hash` have the same slots up to case and white space, and so the same hash.
     """
     values = (f"{name}={' '.join(content.slots[name].casefold().split())}" for name in sorted(content.slots))
     text = "\n".join((family.name, *values))

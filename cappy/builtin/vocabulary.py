@@ -1,10 +1,10 @@
-"""The words that the built-in tasks are made of: lower-case, one token between spaces, each noun in one category."""
+"""The vocabulary of the built-in tasks: single lower-case words, each noun in one category."""
 
 from collections.abc import Mapping, Sequence
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words between the white space of `text`."""
+    """The words of a text separated by white space."""
     return tuple(text.split())
 
 
@@ -140,7 +140,7 @@ def plural(noun: str) -> str:
 
 
 def with_article(phrase: str) -> str:
-    """`phrase` after the indefinite article that the sound of its beginning asks for."""
+    """`phrase` with the indefinite article, a or an."""
     sounds_vowel = phrase.startswith("honest") or (phrase[0] in "aeiou" and not phrase.startswith("uku"))
     return f"{'an' if sounds_vowel else 'a'} {phrase}"
 

@@ -1,4 +1,4 @@
-"""The `cappy` command: what a verb needs is imported inside that verb."""
+"""The `cappy` command; modules that only one verb needs are imported when it runs."""
 
 import os
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from cappy.steps import STEP_SPECS
 
 __all__ = ["main"]
 
-SERVICES = {"serve": "Serve a scorer over HTTP.", "gateway": "Answer with the best of an LLM's samples."}
+SERVICES = {"serve": "Serve a scorer over HTTP.", "gateway": "Serve the best of several responses of an LLM."}
 TOOLS = {"threshold": tools.threshold_command, "plan": tools.plan_command}
 RESUMABLE = {*STEP_SPECS, "adapt", "pipeline"}
 
 
-class Verbs(TyperGroup):
-    """Finds the verbs, and turns what a person can mend into one line and an exit status."""
+class CommandGroup(TyperGroup):
+    """Resolves the verbs, and turns a CappyError into one line on stderr and an exit status."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """The command of the verb; those with a config class are made here: it costs half a second to import."""
+        """The command of a verb; those with a config class are created here, since its import takes half a second."""
         if args and args[0] in STEP_SPECS:
             from cappy.cli.steps import step_command
 
@@ -43,7 +43,7 @@ class Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> object:
-        """Runs the verb: a CappyError ends with status 1, Ctrl-C with 130, a defect keeps its traceback."""
+        """Runs the verb: a CappyError exits with status 1, Ctrl-C with 130; other exceptions keep their traceback."""
         try:
             return super().invoke(ctx)
         except CappyError as error:
@@ -59,8 +59,8 @@ class Verbs(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Verbs,
-    help="Small scorers that make large language models better.",
+    cls=CommandGroup,
+    help="Small scorers that improve large language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -69,8 +69,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"cappy {cappy.__version__}")
         raise typer.Exit
 
@@ -85,31 +85,31 @@ def _root(
 
 
 def _placeholder() -> None:
-    """Stands in the list of verbs; `Verbs.resolve_command` makes the command that runs."""
+    """Entry in the list of verbs; `CommandGroup.resolve_command` creates the command that runs."""
 
 
-app.command("adapt", help="Make a scorer for your task: all steps in a row.")(_placeholder)
+app.command("adapt", help="Make a scorer for your task: run all steps.")(_placeholder)
 for _spec in STEP_SPECS.values():
-    # A step's flags come from its config class when the verb is asked for.
+    # The flags are read from the config class when the verb runs.
     app.command(_spec.name, help=_spec.help)(_placeholder)
 app.command("score", short_help="Score responses, JSON Lines in and out.")(scoring.score)
 app.command("select", short_help="Pick the best of several responses.")(scoring.select)
 for _verb, _help in SERVICES.items():
     app.command(_verb, short_help=_help)(_placeholder)
-app.command("threshold", help="Find the score that keeps picks good enough.")(_placeholder)
-app.command("plan", help="Say what a pretraining will take.")(_placeholder)
+app.command("threshold", help="Find the score above which picks are good enough.")(_placeholder)
+app.command("plan", help="Estimate time and resources of a pretraining.")(_placeholder)
 app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(tools.convert)
-app.command("templates", short_help="Fetch PromptSource's templates, checked.")(tools.templates)
-app.command("doctor", short_help="Say what this machine has and lacks.")(doctor.doctor)
-app.command("explain", short_help="List a step's work, and why it was done again.")(work.explain)
-app.command("clean", short_help="List or remove what no run finds again.")(work.clean)
-remote.add_to(pipeline.app)
+app.command("templates", short_help="Download PromptSource's templates and verify them.")(tools.templates)
+app.command("doctor", short_help="Check what this machine has and what is missing.")(doctor.doctor)
+app.command("explain", short_help="List a step's work and why it was redone.")(work.explain)
+app.command("clean", short_help="List or remove work that no run can reuse.")(work.clean)
+remote.add_commands(pipeline.app)
 app.add_typer(pipeline.app, name="pipeline")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line, this process's own if none is given; ends with SystemExit."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars would be drawn over ours
+    """Runs the command line, by default that of this process; raises SystemExit."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # They would overwrite our progress line.
     redact_output()
     with reserve_stdin():
         app(arguments, prog_name="cappy")

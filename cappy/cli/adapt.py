@@ -1,4 +1,4 @@
-"""`cappy adapt`: the pipeline that most people want, on this machine."""
+"""`cappy adapt`: runs the complete pipeline on this machine."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -22,25 +22,25 @@ FORMS = "builtin, a JSON Lines, CSV or Parquet file, or a folder of records"
 
 @settings
 class AdaptConfig:
-    """What a person says of an adaptation; every other setting of a step goes by `--set`."""
+    """The main settings of an adaptation; every other setting of a step is given with `--set`."""
 
     instances: Annotated[str, Field(description=f"Your task: {FORMS}")] = BUILTIN
     columns: Annotated[
         tuple[str, ...],
-        Field(description="Column of your file that holds a field: FIELD=COLUMN, such as instruction=question"),
+        Field(description="Column of your file for a field: FIELD=COLUMN, such as instruction=question"),
     ] = ()
     generator: Annotated[
         tuple[str, ...],
         Field(
             description="LLM to sample from: builtin, a folder, hub:org/name@revision, openai:model@http://host/v1; "
-            "left out: builtin for the built-in tasks, else the responses in the file"
+            "default: builtin for the built-in tasks, else the responses in the file"
         ),
     ] = ()
     strategy: Annotated[
         str,
         Field(
-            description="Which responses to draw: paper17, sampling8, greedy, endpoint8; left out: what each LLM can "
-            "do, endpoint8 for openai: and vllm:, else paper17"
+            description="Which responses to sample: paper17, sampling8, greedy, endpoint8; default: "
+            "endpoint8 for openai: and vllm:, else paper17"
         ),
     ] = ""
     scorer: Annotated[
@@ -52,21 +52,26 @@ class AdaptConfig:
     ] = "rougeL"
     name: Annotated[str, Field(description="Name of the registered model")] = "cappy"
     margin: Annotated[
-        float, Field(ge=0, le=1, description="What the gate's lower bound must be above, on the scale of 0 to 1")
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="The lower bound of the gain must be above this for a promotion, on the scale of 0 to 1",
+        ),
     ] = 0.0
-    seed: Annotated[int, Field(description="Seed of the split, of sampling and of training, but for those below")] = 0
+    seed: Annotated[int, Field(description="Seed of the split, of sampling and of training")] = 0
     split_seed: Annotated[
-        int | None, ADVANCED, Field(description="Seed of the split and of the draw of built-in tasks; left out: --seed")
+        int | None, ADVANCED, Field(description="Seed of the split and of the built-in tasks; default: --seed")
     ] = None
     sampling_seed: Annotated[
-        int | None, ADVANCED, Field(description="Seed of the samples; another one keeps the split; left out: --seed")
+        int | None, ADVANCED, Field(description="Seed of sampling; does not change the split; default: --seed")
     ] = None
     training_seed: Annotated[
         int | None,
         ADVANCED,
         Field(
-            description="Seed of order, draws and dropout in training; another one keeps the split and the samples; "
-            "left out: --seed"
+            description="Seed of order, draws and dropout in training; does not change the split and the samples; "
+            "default: --seed"
         ),
     ] = None
     folds: Annotated[
@@ -74,11 +79,11 @@ class AdaptConfig:
         Field(
             ge=0,
             le=20,
-            description="Few instances: train this many times, so that every instance is tested; 0 for a test split",
+            description="Cross-fitting for few instances: number of folds; 0 for a test split",
         ),
     ] = 0
     tracking_uri: Annotated[
-        str, Field(description="MLflow's address; left out: MLFLOW_TRACKING_URI, else the database .cappy/mlflow.db")
+        str, Field(description="MLflow's address; default: MLFLOW_TRACKING_URI, else the database .cappy/mlflow.db")
     ] = ""
     work: Work = DEFAULT_WORK
 
@@ -97,8 +102,8 @@ def adapt_command() -> TyperCommand:
 def adapt(*, setting: Sequence[str] = (), fresh: bool = False, as_json: bool = False, **values: Any) -> None:
     """Make a scorer for your task: prepare, sample, annotate, finetune, evaluate, register, promote, deploy.
 
-    Runs the Kubeflow pipeline on this machine and ends with the report's table, the gate's decision and the command
-    that serves the scorer. Interrupted or run again, it continues where it was.
+    Runs the Kubeflow pipeline on this machine and prints the table of the report, the gate's decision and the command
+    that serves the scorer. After an interruption, run it again to continue.
     """
     from cappy.cli.pipeline import run_and_print, with_fresh
 
@@ -107,21 +112,21 @@ def adapt(*, setting: Sequence[str] = (), fresh: bool = False, as_json: bool = F
 
 
 def _adapt_recipe(config: AdaptConfig, pairs: Sequence[str] = ()) -> "Recipe":
-    """The recipe of an adaptation; `pairs` are STEP.SETTING=VALUE words."""
-    from cappy.cli.pipeline import load, per_step
+    """The recipe of an adaptation; `pairs` are STEP.SETTING=VALUE texts."""
+    from cappy.cli.pipeline import load, settings_by_step
 
-    by_step = per_step("adapt", pairs)
+    by_step = settings_by_step("adapt", pairs)
     if config.columns:
         by_step["preparation"] = {**by_step.get("preparation", {}), "columns": list(config.columns)}
     if config.folds:
         by_step["evaluation"] = {**by_step.get("evaluation", {}), "folds": config.folds}
     choices = ("strategy", "scorer", "metric", "name", "margin", "seed", "split_seed", "sampling_seed", "training_seed")
     generators = generators_for(config.instances, config.generator, by_step.get("preparation", {}))
-    decided = {"source": config.instances, "generator": generators}
+    main_parameters = {"source": config.instances, "generator": generators}
     recipe: Recipe = load("pipelines.recipe").check_recipe(
         {
             "pipeline": "adapt",
-            "parameters": decided | {name: getattr(config, name) for name in choices},
+            "parameters": main_parameters | {name: getattr(config, name) for name in choices},
             "settings": by_step,
             "tracking_uri": config.tracking_uri,
             "work": str(config.work),
@@ -130,18 +135,18 @@ def _adapt_recipe(config: AdaptConfig, pairs: Sequence[str] = ()) -> "Recipe":
     return recipe
 
 
-def generators_for(instances: str, given: Sequence[str], preparation: Mapping[str, Any]) -> list[str]:
-    """What to sample from: the LLMs given, the built-in one for the built-in tasks, none where responses came along.
+def generators_for(instances: str, requested: Sequence[str], preparation: Mapping[str, Any]) -> list[str]:
+    """The LLMs to sample from: the requested ones, builtin for the built-in tasks, none if the file has responses.
 
-    `preparation` are further settings of that step, which say how the file is read.
-    Looks at the first instance; sampling itself refuses a later one that has no response.
+    `preparation` are settings of that step, which say how to read the file. Only the first instance is checked here;
+    sampling rejects later ones without responses.
     """
-    if given:
-        return list(given)
+    if requested:
+        return list(requested)
     if instances == BUILTIN:
         return [BUILTIN]
     if not Path(instances).exists():
-        raise ConfigError(f"{instances}: no such file or folder; --instances is {FORMS}")
+        raise ConfigError(f"{instances}: no such file or folder; --instances must be {FORMS}")
     from cappy.config import build
     from cappy.preparation.sources import open_source
     from cappy.preparation.step import PreparationConfig
@@ -150,7 +155,7 @@ def generators_for(instances: str, given: Sequence[str], preparation: Mapping[st
     first = next(open_source(config).rows(), None)
     if first is not None and not first.instance.candidates and not first.instance.choices:
         raise typer.BadParameter(
-            f"{first.where} has no responses; name an LLM to sample them from, or give them as responses in the file",
+            f"{first.where} has no responses; give an LLM to sample from, or put responses into the file",
             param_hint="--generator",
         )
     return []

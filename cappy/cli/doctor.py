@@ -1,4 +1,4 @@
-"""`cappy doctor`: what this machine has and lacks for running the project, found out without changing anything."""
+"""`cappy doctor`: checks what this machine needs to run the project, without changing anything."""
 
 import importlib.metadata
 import importlib.util
@@ -20,8 +20,8 @@ from cappy.errors import CappyError
 
 _DISTRIBUTION = "cappy-scorer"
 _DEMO_EXTRAS = ("pipelines",)
-_LEAST_FREE_GB = 1.0
-_ENOUGH_FREE_GB = 5.0
+_MIN_FREE_GB = 1.0
+_RECOMMENDED_FREE_GB = 5.0
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 """CPU flags that decide how fast a scorer runs."""
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failure": "[red]failure[/]"}
@@ -29,7 +29,7 @@ _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failure": "[re
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing looked at: a failure keeps the demo from running, a warning does not."""
+    """The result of one check: a failure prevents the demo from running, a warning does not."""
 
     name: str
     status: Literal["ok", "warning", "failure"]
@@ -38,12 +38,12 @@ class Finding:
 
 
 def doctor(
-    work: Annotated[Path, typer.Option(help="Folder that work is kept in.")] = Path(".cappy"),
+    work: Annotated[Path, typer.Option(help="Folder of the work.")] = Path(".cappy"),
     tracking_uri: TrackingFlag = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Look at packages, processor, GPUs, disk, weights and MLflow; status 0 if the demo can run, else 1."""
-    findings = _examine(work, tracking_uri)
+    """Check packages, processor, GPUs, disk, weights and MLflow; exits with 0 if the demo can run, else 1."""
+    findings = _run_checks(work, tracking_uri)
     ok = all(finding.status != "failure" for finding in findings)
     if as_json:
         typer.echo(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=1))
@@ -57,58 +57,60 @@ def doctor(
             text = escape(finding.detail) + (f"\n[bold]→ {escape(finding.remedy)}[/]" if finding.remedy else "")
             table.add_row(escape(finding.name), _MARKS[finding.status], text)
         Console().print(table)
-        typer.echo("the demo can run: make demo" if ok else "the demo cannot run yet; mend the failures above")
+        typer.echo("the demo can run: make demo" if ok else "the demo cannot run yet; fix the failures above")
     if not ok:
         raise typer.Exit(1)
 
 
-def _examine(work: Path, tracking_uri: str = "") -> list[Finding]:
-    """Everything that the demo, the services and the trainers need, in the order in which to mend it."""
+def _run_checks(work: Path, tracking_uri: str = "") -> list[Finding]:
+    """Checks what the demo, the services and the trainers need, in the order in which to fix it."""
     return [
-        _python(),
-        *_packages(),
-        _processor(),
-        _memory(),
-        *_accelerators(),
-        _disk(work),
-        *_builtin(),
+        _check_python(),
+        *_check_packages(),
+        _check_processor(),
+        _check_memory(),
+        *_check_accelerators(),
+        _check_disk(work),
+        *_check_builtin(),
         _check_tracking(tracking_uri),
-        _pickle(),
-        _user(),
+        _check_pickle(),
+        _check_user(),
     ]
 
 
-def _python() -> Finding:
+def _check_python() -> Finding:
     return Finding(name="python", status="ok", detail=f"{platform.python_version()} ({sys.executable})")
 
 
-def _packages() -> Iterator[Finding]:
-    """The distribution's own list of requirements, extra by extra, with the installed versions."""
+def _check_packages() -> Iterator[Finding]:
+    """Checks the requirements of the distribution, extra by extra."""
     try:
         requirements = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(name="packages", status="failure", detail=f"{_DISTRIBUTION} is not installed", remedy=_pip(""))
+        yield Finding(
+            name="packages", status="failure", detail=f"{_DISTRIBUTION} is not installed", remedy=_pip_command("")
+        )
         return
-    wanted: dict[str, list[str]] = {}
+    by_extra: dict[str, list[str]] = {}
     for requirement in requirements:
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
         if name:
-            wanted.setdefault(extra[1] if extra else "", []).append(name[0])
-    for title, names in wanted.items():
-        yield _extra(title, names)
+            by_extra.setdefault(extra[1] if extra else "", []).append(name[0])
+    for title, names in by_extra.items():
+        yield _check_extra(title, names)
 
 
-def _extra(extra: str, names: list[str]) -> Finding:
+def _check_extra(extra: str, names: list[str]) -> Finding:
     versions = {name: _version(name) for name in names}
     missing = [name for name, version in versions.items() if version is None]
     title = f"packages [{extra}]" if extra else "packages"
     if not missing:
         detail = ", ".join(f"{name} {version}" for name, version in versions.items())
         return Finding(name=title, status="ok", detail=detail)
-    needed = not extra or extra in _DEMO_EXTRAS
-    status: Literal["failure", "warning"] = "failure" if needed else "warning"
-    return Finding(name=title, status=status, detail=f"missing: {', '.join(missing)}", remedy=_pip(extra))
+    required = not extra or extra in _DEMO_EXTRAS
+    status: Literal["failure", "warning"] = "failure" if required else "warning"
+    return Finding(name=title, status=status, detail=f"missing: {', '.join(missing)}", remedy=_pip_command(extra))
 
 
 def _version(name: str) -> str | None:
@@ -118,31 +120,31 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _pip(extra: str) -> str:
+def _pip_command(extra: str) -> str:
     return f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
 
 
-def _processor() -> Finding:
+def _check_processor() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    text = _text(Path("/proc/cpuinfo"))
+    text = _read_text(Path("/proc/cpuinfo"))
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)[:1]).split())
-    known = ", ".join(flag for flag in _CPU_FLAGS if flag in flags) or "no flags known"
+    flag_names = ", ".join(flag for flag in _CPU_FLAGS if flag in flags) or "no known flags"
     name = model[1] if model else platform.processor() or platform.machine()
-    return Finding(name="processor", status="ok", detail=f"{name}, {cores} cores, {known}")
+    return Finding(name="processor", status="ok", detail=f"{name}, {cores} cores, {flag_names}")
 
 
-def _memory() -> Finding:
+def _check_memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _text(Path("/sys/fs/cgroup/memory.max")).strip()
+    limit = _read_text(Path("/sys/fs/cgroup/memory.max")).strip()
     usable = min(total, int(limit)) if limit.isdigit() else total
     detail = f"{usable / 1e9:.1f} GB"
     if usable < 2e9:
-        return Finding(name="memory", status="warning", detail=detail, remedy="2 GB or more are wanted")
+        return Finding(name="memory", status="warning", detail=detail, remedy="2 GB or more are recommended")
     return Finding(name="memory", status="ok", detail=detail)
 
 
-def _accelerators() -> Iterator[Finding]:
+def _check_accelerators() -> Iterator[Finding]:
     if importlib.util.find_spec("torch") is None:
         return
     import torch
@@ -153,26 +155,28 @@ def _accelerators() -> Iterator[Finding]:
         yield Finding(name=f"gpu {index}", status="ok", detail=detail)
     if not torch.cuda.is_available():
         mps = torch.backends.mps.is_available()
-        yield Finding(name="gpu", status="ok", detail="Apple MPS" if mps else "none, the CPU is used")
+        yield Finding(name="gpu", status="ok", detail="Apple MPS" if mps else "none, using the CPU")
 
 
-def _disk(work: Path) -> Finding:
+def _check_disk(work: Path) -> Finding:
     folder = next(path for path in (work.absolute(), *work.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free / 1e9
     detail = f"{free:.1f} GB free at {folder}"
     if not os.access(folder, os.W_OK):
-        return Finding(name="disk", status="failure", detail=f"{folder} may not be written", remedy="mend its rights")
-    if free < _LEAST_FREE_GB:
-        remedy = f"free {_LEAST_FREE_GB:g} GB, or point --work elsewhere"
+        return Finding(
+            name="disk", status="failure", detail=f"{folder} is not writable", remedy="change its permissions"
+        )
+    if free < _MIN_FREE_GB:
+        remedy = f"free {_MIN_FREE_GB:g} GB, or choose another --work"
         return Finding(name="disk", status="failure", detail=detail, remedy=remedy)
-    if free < _ENOUGH_FREE_GB:
-        remedy = f"enough for the demo; {_ENOUGH_FREE_GB:g} GB are wanted for work of your own"
+    if free < _RECOMMENDED_FREE_GB:
+        remedy = f"enough for the demo; {_RECOMMENDED_FREE_GB:g} GB are recommended for your own tasks"
         return Finding(name="disk", status="warning", detail=detail, remedy=remedy)
     return Finding(name="disk", status="ok", detail=detail)
 
 
-def _builtin() -> Iterator[Finding]:
-    """Whether the committed LLM and scorer are as they were committed."""
+def _check_builtin() -> Iterator[Finding]:
+    """Checks that the built-in LLM and scorer are unchanged."""
     remedy = "git checkout -- cappy/builtin/weights"
     for name, check in (("built-in llm", _verify_llm), ("built-in scorer", _verify_scorer)):
         try:
@@ -195,37 +199,39 @@ def _verify_scorer() -> Path:
 
 
 def _check_tracking(uri: str) -> Finding:
-    """Whether MLflow's database or server answers; a database that the first run will make is not made here."""
+    """Checks that MLflow's database or server answers, without creating a database."""
     from cappy.redaction import redact_address
-    from cappy.registry.models import check, no_database_yet, tracking_address
+    from cappy.registry.models import check_reachable, no_database_yet, tracking_address
 
     address = redact_address(tracking_address(uri))
     if no_database_yet(uri):
-        return Finding(name="mlflow", status="ok", detail=f"{address} will be made by the first run")
+        return Finding(name="mlflow", status="ok", detail=f"{address} will be created by the first run")
     try:
-        check(uri)
+        check_reachable(uri)
     except CappyError as error:
         return Finding(name="mlflow", status="failure", detail=str(error))
     return Finding(name="mlflow", status="ok", detail=f"{address} answers")
 
 
-def _pickle() -> Finding:
-    """MLflow reads pickles by default. Our own client turns that off; other programs need the variable."""
+def _check_pickle() -> Finding:
+    """MLflow loads pickles by default. Our client turns that off; other programs need the variable."""
     name = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
     value = os.environ.get(name, "")
     if value.lower() in ("false", "0"):
         return Finding(name="pickles", status="ok", detail=f"{name} is {value}")
-    detail = f"{name} is {value or 'unset'}: refused by cappy, read by other programs that use MLflow"
+    detail = f"{name} is {value or 'unset'}: cappy refuses pickles, other programs that use MLflow load them"
     return Finding(name="pickles", status="warning", detail=detail, remedy=f"export {name}=false")
 
 
-def _user() -> Finding:
+def _check_user() -> Finding:
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        return Finding(name="user", status="warning", detail="root", remedy="services need no root: run as a user")
+        return Finding(
+            name="user", status="warning", detail="root", remedy="services do not need root; run as another user"
+        )
     return Finding(name="user", status="ok", detail="not root")
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text()
     except OSError:

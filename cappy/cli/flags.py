@@ -1,4 +1,4 @@
-"""Command line flags derived from a config class: name, type, range, default and description; and the shared flags."""
+"""Command-line flags derived from a config class (name, type, range, default, description), and shared flags."""
 
 import inspect
 import uuid
@@ -11,14 +11,14 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from cappy.config import ADVANCED, FRESH, flag, groups
+from cappy.config import ADVANCED, FRESH, flag, nested_settings
 
 SettingFlag = Annotated[
     list[str],
     typer.Option(
         "--set",
         metavar="STEP.SETTING=VALUE",
-        help="Any other setting of a step, such as finetuning.epochs=2; `cappy STEP --help` lists them (repeatable).",
+        help="Setting of a step, such as finetuning.epochs=2; `cappy STEP --help` lists them (repeatable).",
         show_default="none",
     ),
 ]
@@ -26,21 +26,21 @@ TrackingFlag = Annotated[
     str,
     typer.Option(help="MLflow's address.", show_default="MLFLOW_TRACKING_URI, else the database .cappy/mlflow.db"),
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 FreshFlag = Annotated[
-    bool, typer.Option("--fresh", help="Do every step again, whatever earlier runs of the same settings left.")
+    bool, typer.Option("--fresh", help="Redo every step, even if an earlier run with the same settings finished it.")
 ]
 HELP_ALL = "help_all"
-IN_GROUP = "__"
-"""Between the names of a group and of its setting in a parameter, whose name has no dot."""
+NESTED_SEPARATOR = "__"
+"""Stands for the dot of a nested setting in the name of a parameter."""
 SCALARS = (bool, int, float, str, Path)
 
 
 def parameters(config_class: type[Any]) -> list[inspect.Parameter]:
-    """One keyword parameter per field of the config class, annotated so that typer makes the flag.
+    """One keyword parameter per field of the config class, annotated so that typer creates the flag.
 
-    A group of settings has a flag per field of its own: --trainjob.image. The flags of ADVANCED fields are hidden, and
-    `--help-all` is added where there are any.
+    Fields of a nested config have flags such as --trainjob.image. The flags of ADVANCED fields are hidden, and
+    `--help-all` is added if there are any.
     """
     fields = list(_fields(config_class))
     flags = [_parameter(path, field, hidden=advanced) for path, field, advanced in fields]
@@ -49,15 +49,15 @@ def parameters(config_class: type[Any]) -> list[inspect.Parameter]:
 
 
 def _fields(config_class: type[Any]) -> Iterator[tuple[str, FieldInfo, bool]]:
-    """The fields with their path and whether they are ADVANCED, those of a group in the group's place."""
-    grouped = groups(config_class)
+    """The path and the info of every field, nested ones included, and whether it is ADVANCED."""
+    nested = nested_settings(config_class)
     for name, field in config_class.__pydantic_fields__.items():
         advanced = ADVANCED in field.metadata
-        if name not in grouped:
+        if name not in nested:
             yield name, field, advanced
             continue
-        for inner, own, more in _fields(grouped[name]):
-            yield f"{name}.{inner}", own, advanced or more
+        for inner_path, inner_field, inner_advanced in _fields(nested[name]):
+            yield f"{name}.{inner_path}", inner_field, advanced or inner_advanced
 
 
 def make_command(
@@ -69,7 +69,7 @@ def make_command(
 ) -> TyperCommand:
     """A command that calls `function` with the values of these flags by name; `text` is its help.
 
-    A flag of an earlier release, a key of `renamed`, is refused in one line that says its name now, with status 2.
+    `renamed` maps flags of earlier releases to their new names: such a flag is an error that names the new one.
     """
 
     def verb(**values: Any) -> None:
@@ -79,15 +79,15 @@ def make_command(
     signature = inspect.Signature(list(flags))
     verb.__signature__ = signature  # type: ignore[attr-defined]
     verb.__annotations__ = {flag.name: flag.annotation for flag in flags}
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command(name, help=text)(verb)
-    command = typer.main.get_command(single)
-    assert isinstance(command, TyperCommand)  # noqa: S101 (one command makes no group)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(name, help=text)(verb)
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperCommand)  # noqa: S101 (an app with one command is not a group)
     parse = command.parse_args
 
     def parse_args(context: Any, args: list[str]) -> list[str]:
-        for word in args:
-            old = word.partition("=")[0]
+        for argument in args:
+            old = argument.partition("=")[0]
             if old in renamed:
                 typer.echo(f"{context.command_path}: {old} is now {renamed[old]}", err=True)
                 raise typer.Exit(2)
@@ -98,51 +98,51 @@ def make_command(
 
 
 def given_values(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the flags that a person gave: a preset takes the place of the others, and of nothing else.
+    """The values of the flags that were given explicitly; those of a nested config are a nested object.
 
-    Those of a group are an object under the group's name.
+    Presets replace only the others.
     """
     sources = {name: context.get_parameter_source(name) for name in values}
     chosen: dict[str, Any] = {}
     for name, value in values.items():
         if (source := sources[name]) and source.name == "DEFAULT":
             continue
-        group, _, inner = name.partition(IN_GROUP)
+        outer, _, inner = name.partition(NESTED_SEPARATOR)
         if inner:
-            chosen.setdefault(group, {})[inner] = value
+            chosen.setdefault(outer, {})[inner] = value
         else:
             chosen[name] = value
     return chosen
 
 
 def new_run_name() -> str:
-    """What `--fresh` names the run by: unlike every other run's name."""
+    """A unique name for a run with `--fresh`."""
     return uuid.uuid4().hex
 
 
 def show_all_flags(command: Any) -> None:
-    """Lets the help of a command show its advanced flags too."""
+    """Makes the help of a command show its advanced flags."""
     for parameter in command.params:
         parameter.hidden = parameter.name == HELP_ALL
 
 
 def _help_all(advanced: int) -> inspect.Parameter:
-    def show(context: typer.Context, wanted: bool) -> None:
-        if wanted:
+    def show(context: typer.Context, requested: bool) -> None:
+        if requested:
             show_all_flags(context.command)
             typer.echo(context.get_help())
             raise typer.Exit
 
-    text = f"Show {advanced} further flags too, and exit."
+    text = f"Show {advanced} more flags and exit."
     option = typer.Option("--help-all", help=text, is_eager=True, callback=show, show_default=False)
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(HELP_ALL, kind, annotation=Annotated[bool, option], default=False)
 
 
 def flag_type(annotation: Any) -> Any:
-    """The type that typer parses: scalars and Literals as they are, tuples as lists, everything else as text.
+    """The type that typer parses: scalars and Literals unchanged, tuples as lists, everything else as text.
 
-    The config class validates the values again, so text is right for whatever typer does not know.
+    The config class validates the values again, so text works for types that typer does not support.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -151,8 +151,8 @@ def flag_type(annotation: Any) -> Any:
         return annotation
     if origin in (Union, UnionType):
         others = [argument for argument in arguments if argument is not NoneType]
-        known = flag_type(others[0]) if len(others) == 1 else str
-        return known | None if NoneType in arguments else known
+        inner_type = flag_type(others[0]) if len(others) == 1 else str
+        return inner_type | None if NoneType in arguments else inner_type
     if origin in (tuple, list) and arguments:
         item = flag_type(arguments[0])
         return GenericAlias(list, (item if item in SCALARS else str,))
@@ -160,7 +160,7 @@ def flag_type(annotation: Any) -> Any:
 
 
 def _parameter(path: str, field: FieldInfo, *, hidden: bool) -> inspect.Parameter:
-    name = path.replace(".", IN_GROUP)
+    name = path.replace(".", NESTED_SEPARATOR)
     if FRESH in field.metadata:
         option = typer.Option(flag(path), help=field.description)
         annotation = Annotated[bool, option]
@@ -168,15 +168,15 @@ def _parameter(path: str, field: FieldInfo, *, hidden: bool) -> inspect.Paramete
     kind = flag_type(field.annotation)
     default = field.get_default(call_default_factory=True)
     required = field.is_required()
-    lowest, highest = _range(field, kind)
-    name_or_not = f"{flag(path)}/--no-{path.replace('_', '-')}" if kind is bool else flag(path)
+    minimum, maximum = _range(field, kind)
+    declaration = f"{flag(path)}/--no-{path.replace('_', '-')}" if kind is bool else flag(path)
     option = typer.Option(
-        name_or_not,
+        declaration,
         help=_help(field, kind),
         show_default="none" if not required and default in (None, "", ()) else True,
         metavar=f"<{get_args(kind)[0].__name__}>" if get_origin(kind) is list else None,
-        min=lowest,
-        max=highest,
+        min=minimum,
+        max=maximum,
         hidden=hidden,
     )
     return inspect.Parameter(
@@ -203,9 +203,9 @@ def _help(field: FieldInfo, kind: Any) -> str:
 
 
 def _range(field: FieldInfo, kind: Any) -> tuple[float | None, float | None]:
-    """The inclusive bounds, where typer can check them."""
+    """The inclusive bounds, if typer can check them."""
     if get_origin(kind) is list or not {int, float} & {kind, *get_args(kind)}:
         return None, None
-    lowest = [limit.ge for limit in field.metadata if getattr(limit, "ge", None) is not None]
-    highest = [limit.le for limit in field.metadata if getattr(limit, "le", None) is not None]
-    return max(lowest, default=None), min(highest, default=None)
+    minima = [limit.ge for limit in field.metadata if getattr(limit, "ge", None) is not None]
+    maxima = [limit.le for limit in field.metadata if getattr(limit, "le", None) is not None]
+    return max(minima, default=None), min(maxima, default=None)

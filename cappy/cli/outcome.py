@@ -1,4 +1,4 @@
-"""What a person wants to know when a pipeline has run: the table, the version, the gate's decision, what to do next."""
+"""Summaries of a finished run: the table, the version, the gate's decision, the next command."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Facts(TypedDict, total=False):
-    """What came of a run, as JSON values: what `--json` prints; `seconds` are by step.
+    """The result of a run, as `--json` prints it; `seconds` are by step.
 
-    `version`, `alias` and `serve` are of runs that register a scorer, `training` is of those that finetune, `decision`
-    and `reasons` are of those with a gate, and `cautions` of data that a person should know something about.
+    `version`, `alias` and `serve` are set by runs that register a scorer, `training` by those that finetune, `decision`
+    and `reasons` by those with a gate, and `cautions` if the data have problems.
     """
 
     run: str
@@ -39,14 +39,14 @@ class Facts(TypedDict, total=False):
 
 
 def facts(outcome: "Outcome", tracking_uri: str = "") -> Facts:
-    """What came of a run, as JSON values: means and intervals of every selector on the metric's scale of 0 to 1."""
+    """The result of a run as JSON values; means and intervals of selectors are on the metric's scale of 0 to 1."""
     report = read_report(outcome.outputs["evaluation"])
     version = _facts(outcome, "registration")
     values: Facts = {
         "run": outcome.run_id,
         "log": str(outcome.log),
         "selectors": {name: vars(row.estimate) for name, row in report.selectors.items()},
-        "report": str(_near(outcome.outputs["evaluation"] / "report.html")),
+        "report": str(_relative_path(outcome.outputs["evaluation"] / "report.html")),
     }
     if version:
         values |= {"version": version["uri"], "alias": version["alias"]}
@@ -58,17 +58,17 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> Facts:
         trained = read_manifest(outcome.outputs["finetuning"])
         values["training"] = {**trained.metrics, **trained.facts}
     if "promotion" in outcome.outputs:
-        decided = _facts(outcome, "promotion")
+        gate_facts = _facts(outcome, "promotion")
         values |= {
-            "decision": decided["decision"],
-            "reasons": decided["reasons"],
-            "alias": decided["serve"].rpartition("@")[2],
-            "serve": _facts(outcome, "deployment").get("command") or decided["serve"],
+            "decision": gate_facts["decision"],
+            "reasons": gate_facts["reasons"],
+            "alias": gate_facts["serve"].rpartition("@")[2],
+            "serve": _facts(outcome, "deployment").get("command") or gate_facts["serve"],
         }
-    if said := _run_cautions(outcome.outputs):
-        values["cautions"] = said
+    if texts := _run_cautions(outcome.outputs):
+        values["cautions"] = texts
     if has_secret(tracking_uri):
-        # The command that would be copied into a history and a log.
+        # The command may be copied into a shell history or a log.
         tracking_uri = ""
     if tracking_uri and "serve" in values:
         values["serve"] = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri)} {values['serve']}"
@@ -76,7 +76,7 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> Facts:
 
 
 def describe(outcome: "Outcome", values: Facts) -> str:
-    """The report's table and the facts of a run, for a terminal."""
+    """The table of the report and the facts of a run, as text for a terminal."""
     table = read_report(outcome.outputs["evaluation"]).text()
     lines = [table, f"report    {values['report']}"]
     if "version" in values:
@@ -92,10 +92,10 @@ def describe(outcome: "Outcome", values: Facts) -> str:
 
 
 def describe_step(manifest: Manifest, target: Path) -> list[str]:
-    """What a person wants to know when one step has run; nothing where its numbers say it."""
+    """Lines that summarise one step; none if its metrics are enough."""
     facts = manifest.facts
     if manifest.step == "evaluation":
-        return [read_report(target).text(), f"report    {_near(target / 'report.html')}"]
+        return [read_report(target).text(), f"report    {_relative_path(target / 'report.html')}"]
     if manifest.step in TRAINING_STEPS and facts.get("kept_because"):
         return [f"training  {facts['kept_because']}"]
     if manifest.step == "registration":
@@ -108,13 +108,13 @@ def describe_step(manifest: Manifest, target: Path) -> list[str]:
 
 
 def cautions(manifest: Manifest | None) -> list[str]:
-    """What a person should know about the data that a step wrote: sentences that end with what to do."""
+    """Warnings about the data that a step wrote, each with a remedy."""
     if manifest is None:
         return []
     if manifest.step == "sampling":
-        from cappy.sampling.accounts import cautions as of_sampling
+        from cappy.sampling.accounts import cautions as sampling_cautions
 
-        return of_sampling(manifest.metrics, manifest.config, manifest.facts)
+        return sampling_cautions(manifest.metrics, manifest.config, manifest.facts)
     if manifest.step == "annotation":
         from cappy.annotation.step import describe_cautions
 
@@ -123,33 +123,33 @@ def cautions(manifest: Manifest | None) -> list[str]:
 
 
 def _run_cautions(outputs: Mapping[str, Path]) -> list[str]:
-    """Each caution once: what sampling says of reasoning, annotation says of the same responses."""
+    """Every caution once: sampling and annotation both warn about reasoning in the same responses."""
     manifests = {step: _manifest(folder) for step, folder in outputs.items()}
     sampled, annotated = manifests.get("sampling"), manifests.get("annotation")
     if annotated and sampled and sampled.metrics.get("reasoning"):
-        kept = {name: value for name, value in annotated.metrics.items() if name != "with_reasoning"}
-        manifests["annotation"] = replace(annotated, metrics=kept)
+        other_metrics = {name: value for name, value in annotated.metrics.items() if name != "with_reasoning"}
+        manifests["annotation"] = replace(annotated, metrics=other_metrics)
     return list(dict.fromkeys(text for manifest in manifests.values() for text in cautions(manifest)))
 
 
 def _manifest(folder: Path) -> Manifest | None:
-    """The manifest of a step's output; None for an output that is not a folder of this project."""
+    """The manifest of a step's output; None if the output has no manifest."""
     return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
 def _format_decision(decision: str, reasons: Sequence[str]) -> str:
-    word = "promoted to champion" if decision == "promote" else "held: it stays challenger"
+    outcome_text = "promoted to champion" if decision == "promote" else "hold: the version stays challenger"
     if any(reason.endswith("is already champion.") for reason in reasons):
-        word = "nothing to move"
-    return "\n".join([f"decision  {word}", *(f"          {reason}" for reason in reasons)])
+        outcome_text = "unchanged"
+    return "\n".join([f"decision  {outcome_text}", *(f"          {reason}" for reason in reasons)])
 
 
 def _facts(outcome: "Outcome", step: str) -> Mapping[str, Any]:
-    """The facts that a step left in its manifest; none if it did not run."""
+    """The facts in the manifest of a step; {} if it did not run."""
     return read_manifest(outcome.outputs[step]).facts if step in outcome.outputs else {}
 
 
-def _near(path: Path) -> Path:
-    """The path from here where it lies below, which is what a person can read."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+def _relative_path(path: Path) -> Path:
+    """The path relative to the current folder if it is inside it."""
+    current = Path.cwd()
+    return path.relative_to(current) if path.is_relative_to(current) else path

@@ -1,4 +1,4 @@
-"""`cappy pipeline`: compile and run the Kubeflow pipelines; `pipelines` is imported inside the verbs alone."""
+"""`cappy pipeline`: compiles and runs the Kubeflow pipelines; `pipelines` is only imported inside the verbs."""
 
 import importlib
 import json
@@ -31,18 +31,16 @@ RecipeArgument = Annotated[
 ]
 ShardsFlag = Annotated[
     int | None,
-    typer.Option(min=1, help="Shards that samples or scores are computed in.", show_default="the recipe's, else 1"),
+    typer.Option(min=1, help="Number of shards for sampling or scoring.", show_default="the recipe's, else 1"),
 ]
 AddressFlag = Annotated[
     str,
-    typer.Option(
-        "--tracking-uri", help="MLflow's address.", show_default="the recipe's, else as `cappy adapt` takes it"
-    ),
+    typer.Option("--tracking-uri", help="MLflow's address.", show_default="the recipe's, else that of `cappy adapt`"),
 ]
-PlaceFlag = Annotated[
+WorkFlag = Annotated[
     Path | None,
     typer.Option(
-        "--work", help="Folder that keeps unfinished and finished work.", show_default="the recipe's, else .cappy/work"
+        "--work", help="Folder of unfinished and finished work.", show_default="the recipe's, else .cappy/work"
     ),
 ]
 
@@ -51,18 +49,18 @@ PlaceFlag = Annotated[
 def run(
     recipe: RecipeArgument,
     on: Annotated[
-        Literal["local", "docker"], typer.Option(help="In processes, or in the images' containers.")
+        Literal["local", "docker"], typer.Option(help="Run steps as processes, or in containers of the images.")
     ] = "local",
     setting: SettingFlag = [],  # noqa: B006 (typer needs the default and copies it)
     fresh: FreshFlag = False,
     shards: ShardsFlag = None,
     tracking_uri: AddressFlag = "",
-    work: PlaceFlag = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the graph and what it takes; run nothing.")] = False,
+    work: WorkFlag = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the graph and its resources; run nothing.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Run a pipeline on this machine, on Kubeflow's local runner."""
-    chosen = recipe_of(recipe, setting, shards=shards, tracking_uri=tracking_uri, work=work, fresh=fresh)
+    """Run a pipeline on this machine with Kubeflow's local runner."""
+    chosen = load_recipe(recipe, setting, shards=shards, tracking_uri=tracking_uri, work=work, fresh=fresh)
     if dry_run:
         print_preview(chosen, on, as_json)
         return
@@ -73,7 +71,7 @@ def run(
 def compile_pipeline(
     recipe: RecipeArgument,
     on: Annotated[
-        Literal["local", "docker", "kubeflow", "vertex"], typer.Option(help="Platform whose settings are written in.")
+        Literal["local", "docker", "kubeflow", "vertex"], typer.Option(help="Platform to compile for.")
     ] = "local",
     setting: SettingFlag = [],  # noqa: B006 (as above)
     shards: ShardsFlag = None,
@@ -81,8 +79,8 @@ def compile_pipeline(
         Path | None, typer.Option(help="YAML file to write.", show_default="none: standard output")
     ] = None,
 ) -> None:
-    """Write a pipeline as the YAML that Kubeflow and Vertex AI take."""
-    chosen = recipe_of(recipe, setting, shards=shards)
+    """Write a pipeline as YAML for Kubeflow and Vertex AI."""
+    chosen = load_recipe(recipe, setting, shards=shards)
     if chosen.parameters or chosen.settings:
         load("pipelines.planning").check_settings(chosen, on)
     if target is not None and Path(recipe).is_file() and target.resolve() == Path(recipe).resolve():
@@ -98,7 +96,7 @@ def compile_pipeline(
     typer.echo(f"{target}: pipeline {chosen.pipeline} for {on}")
 
 
-def recipe_of(
+def load_recipe(
     text: str,
     pairs: Sequence[str] = (),
     *,
@@ -107,7 +105,7 @@ def recipe_of(
     work: Path | None = None,
     fresh: bool = False,
 ) -> "Recipe":
-    """The recipe of a file, or of a pipeline's name alone, with what flags say in place of it."""
+    """The recipe in a file, or the default recipe of a pipeline, with the values of flags."""
     recipes = load("pipelines.recipe")
     chosen: Recipe
     if text in NAMES:
@@ -116,14 +114,16 @@ def recipe_of(
         chosen = recipes.read_recipe(Path(text))
     else:
         names = ", ".join(NAMES)
-        raise typer.BadParameter(f"{quote(text)} is neither a recipe nor a pipeline: {names}", param_hint="RECIPE")
+        raise typer.BadParameter(
+            f"{quote(text)} is neither a recipe file nor a pipeline; choose one of {names}", param_hint="RECIPE"
+        )
     if shards is not None:
         limit = load("pipelines.definitions").MAX_SHARDS
         if shards > limit:
-            raise ConfigError(f"--shards: {shards} are too many for a graph; give at most {limit}")
+            raise ConfigError(f"--shards: {shards} is too many; give at most {limit}")
         chosen = replace(chosen, shards=shards)
     settings = {step: dict(values) for step, values in chosen.settings.items()}
-    for step, values in per_step(chosen.pipeline, pairs, chosen.steps).items():
+    for step, values in settings_by_step(chosen.pipeline, pairs, chosen.steps).items():
         settings.setdefault(step, {}).update(values)
     chosen = replace(
         chosen,
@@ -135,14 +135,14 @@ def recipe_of(
 
 
 def with_fresh(recipe: "Recipe") -> "Recipe":
-    """The recipe of a run that does every step again, and continues its own work where a step is retried."""
+    """The recipe with a new fresh name, so that the run redoes every step but retries continue its own work."""
     name = new_run_name()
     settings = {step: {**recipe.settings.get(step, {}), "fresh": name} for step in recipe.steps}
     return replace(recipe, settings=settings)
 
 
-def per_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> "Settings":
-    """STEP.SETTING=VALUE words as settings by step; a value is JSON where it reads as such, else text."""
+def settings_by_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> "Settings":
+    """Parses STEP.SETTING=VALUE texts into settings by step; a value is JSON if it can be parsed as such, else text."""
     steps = steps or load("pipelines.definitions").PIPELINES[name].steps
     settings: Settings = {}
     for pair in pairs:
@@ -151,15 +151,17 @@ def per_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> "Set
         if not equals or not dot or not setting:
             raise typer.BadParameter(f"{quote(pair)} is not STEP.SETTING=VALUE", param_hint="--set")
         if step not in steps:
-            raise typer.BadParameter(f"{name} has no step {quote(step)}: {', '.join(steps)}", param_hint="--set")
+            raise typer.BadParameter(
+                f"{name} has no step {quote(step)}; choose one of {', '.join(steps)}", param_hint="--set"
+            )
         if setting == "fresh":
-            raise typer.BadParameter("fresh is for the whole run; give --fresh", param_hint="--set")
-        settings.setdefault(step, {})[setting.replace("-", "_")] = _value(text)
+            raise typer.BadParameter("fresh applies to the whole run; give --fresh", param_hint="--set")
+        settings.setdefault(step, {})[setting.replace("-", "_")] = _parse_value(text)
     return settings
 
 
 def run_and_print(recipe: "Recipe", on: Literal["local", "docker"], as_json: bool) -> None:
-    """Checks a recipe, runs it on this machine, then prints what came of it."""
+    """Checks a recipe, runs it on this machine and prints the result."""
     load("pipelines.planning").check(recipe, on)
     images: dict[str, str] = {}
     if on == "docker":
@@ -173,7 +175,7 @@ def run_and_print(recipe: "Recipe", on: Literal["local", "docker"], as_json: boo
 
 
 def _print_scored(outcome: "Outcome", as_json: bool) -> None:
-    """Prints where the scored records lie."""
+    """Prints the folder of the scored records."""
     from cappy.records import read_manifest
 
     folder = outcome.outputs.get("gathering") or outcome.outputs["scoring"]
@@ -195,7 +197,7 @@ def _print_outcome(outcome: "Outcome", tracking_uri: str, as_json: bool) -> None
 
 
 def print_preview(recipe: "Recipe", on: "Platform", as_json: bool) -> None:
-    """Prints what the run would be, once everything that can be checked before it is."""
+    """Checks a recipe and prints a preview of its run."""
     load("pipelines.builder").build(recipe, on)
     preview = load("pipelines.preview")
     load("pipelines.planning").check(recipe, on)
@@ -203,7 +205,7 @@ def print_preview(recipe: "Recipe", on: "Platform", as_json: bool) -> None:
 
 
 def load(name: str) -> ModuleType:
-    """A module of `pipelines`; ConfigError where kfp is not installed."""
+    """Imports a module of `pipelines`; ConfigError if kfp is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -212,7 +214,7 @@ def load(name: str) -> ModuleType:
         raise ConfigError(f"kfp is not installed; install the pipelines extra: {EXTRA}") from error
 
 
-def _value(text: str) -> object:
+def _parse_value(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:

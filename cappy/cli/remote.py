@@ -1,4 +1,4 @@
-"""`cappy pipeline submit`, `status`, `logs`, `cancel`: runs on Kubeflow and Vertex AI, and of this machine."""
+"""`cappy pipeline submit`, `status`, `logs`, `cancel`: runs on Kubeflow, on Vertex AI and on this machine."""
 
 import json
 import secrets
@@ -13,24 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cappy.cli.flags import FreshFlag, JsonFlag, SettingFlag
-from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, print_preview, recipe_of
+from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, load_recipe, print_preview
 from cappy.errors import CappyError, ConfigError, quote
 
 if TYPE_CHECKING:
     from pipelines.clients import Client, RunState, TaskState
     from pipelines.recipe import Platform, Recipe
 
-LOOK_SECONDS = 10.0
-RULES = {"bucket": "give gs://NAME, a name of small letters, digits, - _ and ., without a slash at its end"}
-"""What a flag must look like, where the recipe has a pattern for it."""
+POLL_SECONDS = 10.0
+RULES = {"bucket": "give gs://NAME with lower-case letters, digits, -, _ and . in NAME, and no slash at the end"}
+"""Rules for flags that the recipe checks with a pattern."""
 
-OnFlag = Annotated[Literal["kubeflow", "vertex"], typer.Option(help="Where the run is to be.", show_default=False)]
-WhereFlag = Annotated[Literal["local", "docker", "kubeflow", "vertex"], typer.Option("--on", help="Where the run is.")]
+OnFlag = Annotated[Literal["kubeflow", "vertex"], typer.Option(help="Platform to run on.", show_default=False)]
+WhereFlag = Annotated[
+    Literal["local", "docker", "kubeflow", "vertex"], typer.Option("--on", help="Platform of the run.")
+]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="The run's id, as submit printed it.", show_default=False)
+    str, typer.Argument(metavar="RUN", help="Id of the run, as printed by submit.", show_default=False)
 ]
 FromFlag = Annotated[
-    str, typer.Option("--recipe", help="Recipe that says where the platform is.", show_default="none: the flags say it")
+    str, typer.Option("--recipe", help="Recipe with the address of the platform.", show_default="none: use the flags")
 ]
 EndpointFlag = Annotated[str, typer.Option(help="Address of Kubeflow Pipelines.", show_default="the recipe's")]
 NamespaceFlag = Annotated[
@@ -39,8 +41,8 @@ NamespaceFlag = Annotated[
 ProjectFlag = Annotated[str, typer.Option(help="Google Cloud project (vertex).", show_default="the recipe's")]
 RegionFlag = Annotated[str, typer.Option(help="Region (vertex).", show_default="the recipe's, else us-central1")]
 BucketFlag = Annotated[str, typer.Option(help="gs:// bucket (vertex).", show_default="the recipe's")]
-StepFlag = Annotated[str, typer.Option(help="Step whose lines are shown.", show_default="all")]
-FollowFlag = Annotated[bool, typer.Option("--follow", help="Go on until the run is over.")]
+StepFlag = Annotated[str, typer.Option(help="Step whose log is shown.", show_default="all")]
+FollowFlag = Annotated[bool, typer.Option("--follow", help="Continue until the run ends.")]
 
 
 def submit(
@@ -58,17 +60,19 @@ def submit(
     compiled: Annotated[
         Path | None,
         typer.Option(
-            help="YAML that `cappy pipeline compile` wrote, to send as it is.", show_default="none: compiled now"
+            help="YAML file from `cappy pipeline compile` to submit unchanged.", show_default="none: compile now"
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print graph, resources and most cost; send nothing.")
+        bool, typer.Option("--dry-run", help="Print graph, resources and maximum cost; submit nothing.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Send a pipeline to Kubeflow or Vertex AI; prints the run's id and the page to watch it on."""
-    chosen = recipe_of(recipe, setting, shards=shards, tracking_uri=tracking_uri, fresh=fresh)
-    chosen = with_place(chosen, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
+    """Submit a pipeline to Kubeflow or Vertex AI; prints the run's id and its web page."""
+    chosen = load_recipe(recipe, setting, shards=shards, tracking_uri=tracking_uri, fresh=fresh)
+    chosen = override_platforms(
+        chosen, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket
+    )
     if dry_run:
         if compiled is not None:
             load("pipelines.builder").load_package(chosen, on, {}, compiled)
@@ -86,13 +90,16 @@ def submit(
     if as_json:
         typer.echo(json.dumps({"run": state.run, "url": state.url, "name": name}, indent=1))
         return
-    given = {"endpoint": endpoint, "namespace": namespace, "project": project, "region": region, "bucket": bucket}
-    words = [f"--recipe {recipe}"] if Path(recipe).is_file() else []
-    words += [f"--{flag} {value}" for flag, value in given.items() if value]
-    follow = " ".join(["cappy pipeline status", state.run, f"--on {on}", *words, "--follow"])
+    place = {"endpoint": endpoint, "namespace": namespace, "project": project, "region": region, "bucket": bucket}
+    flags = [f"--recipe {recipe}"] if Path(recipe).is_file() else []
+    flags += [f"--{flag} {value}" for flag, value in place.items() if value]
+    follow = " ".join(["cappy pipeline status", state.run, f"--on {on}", *flags, "--follow"])
     for image in load("pipelines.customize").unpinned_images(chosen):
         remedy = "give it by digest (name@sha256:...) under images:, or change revision: with it"
-        typer.echo(f"cappy pipeline: {image}: is a tag; built anew, its steps come from the cache; {remedy}", err=True)
+        typer.echo(
+            f"cappy pipeline: {image}: is a tag, so steps of a rebuilt image may come from the cache; {remedy}",
+            err=True,
+        )
     typer.echo(f"run     {state.run}\npage    {state.url}\nfollow  {follow}")
 
 
@@ -108,16 +115,16 @@ def status(
     follow: FollowFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show how far a run is, step by step; exits with 1 if it failed."""
+    """Show the state of every step of a run; exits with 1 if the run failed."""
     client = connect(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     shown_states: dict[str, str] = {}
     while True:
         state = client.get_state(run)
         if follow and not as_json:
-            _changes(state, shown_states)
+            _print_changes(state, shown_states)
         if state.is_final or not follow:
             break
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     if as_json:
         typer.echo(json.dumps(asdict(state), indent=1, default=dict))
     elif not follow:
@@ -140,20 +147,20 @@ def logs(
     bucket: BucketFlag = "",
     follow: FollowFlag = False,
 ) -> None:
-    """Show what the steps of a run wrote, each line with its step."""
+    """Show the log of a run; every line starts with its step."""
     client = connect(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
-    seen: dict[str, int] = {}
+    num_shown: dict[str, int] = {}
     while True:
         over = not follow or client.get_state(run).is_final
-        counted: dict[str, int] = {}
+        num_lines: dict[str, int] = {}
         for source, line in client.logs(run, step):
-            counted[source] = counted.get(source, 0) + 1
-            if counted[source] > seen.get(source, 0):
+            num_lines[source] = num_lines.get(source, 0) + 1
+            if num_lines[source] > num_shown.get(source, 0):
                 typer.echo(line)
-        seen = {name: max(seen.get(name, 0), counted.get(name, 0)) for name in {*seen, *counted}}
+        num_shown |= {name: max(count, num_shown.get(name, 0)) for name, count in num_lines.items()}
         if over:
             return
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def cancel(
@@ -166,65 +173,65 @@ def cancel(
     region: RegionFlag = "",
     bucket: BucketFlag = "",
 ) -> None:
-    """End a run; what its steps finished stays in the work folder."""
+    """Cancel a run; finished work stays in the work folder."""
     client = connect(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     client.cancel(run)
-    typer.echo(f"{run}: asked to end")
+    typer.echo(f"{run}: cancellation requested")
 
 
-def add_to(app: typer.Typer) -> None:
-    """Makes the verbs those of `cappy pipeline`."""
+def add_commands(app: typer.Typer) -> None:
+    """Adds these verbs to `cappy pipeline`."""
     for verb in (submit, status, logs, cancel):
         app.command()(verb)
 
 
-def connect(on: "Platform", recipe: str, **given: str) -> "Client":
-    """The client of the platform that a recipe, or flags alone, say where to find."""
-    return _client(with_place(recipe_of(recipe or "adapt"), **given), on)
+def connect(on: "Platform", recipe: str, **flags: str) -> "Client":
+    """The client of the platform whose address is in a recipe or in flags."""
+    return _client(override_platforms(load_recipe(recipe or "adapt"), **flags), on)
 
 
-def with_place(recipe: "Recipe", **given: str) -> "Recipe":
-    """The recipe with what flags say of the platforms in place of its own."""
+def override_platforms(recipe: "Recipe", **flags: str) -> "Recipe":
+    """The recipe with the platform settings of the flags."""
     import pydantic
 
     kubeflow, vertex = recipe.kubeflow, recipe.vertex
     try:
         kubeflow = replace(
             kubeflow,
-            endpoint=given["endpoint"] or kubeflow.endpoint,
-            namespace=given["namespace"] or kubeflow.namespace,
+            endpoint=flags["endpoint"] or kubeflow.endpoint,
+            namespace=flags["namespace"] or kubeflow.namespace,
         )
         vertex = replace(
             vertex,
-            project=given["project"] or vertex.project,
-            region=given["region"] or vertex.region,
-            bucket=given["bucket"] or vertex.bucket,
+            project=flags["project"] or vertex.project,
+            region=flags["region"] or vertex.region,
+            bucket=flags["bucket"] or vertex.bucket,
         )
         return replace(recipe, kubeflow=kubeflow, vertex=vertex)
     except pydantic.ValidationError as error:
         flag = str(error.errors()[0]["loc"][0])
-        rule = RULES.get(flag, "look at its help")
-        raise ConfigError(f"--{flag}: {quote(given[flag])} will not do; {rule}") from error
+        rule = RULES.get(flag, "see --help")
+        raise ConfigError(f"--{flag}: {quote(flags[flag])} is not valid; {rule}") from error
 
 
 def table(state: "RunState") -> str:
-    """A run's state, for a terminal."""
+    """The state of a run as text for a terminal."""
     width = max((len(task.step) for task in state.tasks), default=0)
     rows = [f"  {task.step.ljust(width)}  {_describe_task(task)}" for task in state.tasks]
     return "\n".join([f"{state.run}: {state.state}", *rows, state.url])
 
 
-def _changes(state: "RunState", shown_states: dict[str, str]) -> None:
-    """Prints what is new since the last look."""
+def _print_changes(state: "RunState", shown_states: dict[str, str]) -> None:
+    """Prints the steps whose state has changed."""
     for step in dict.fromkeys(task.step for task in state.tasks):
-        words = _together([task for task in state.tasks if task.step == step])
-        if shown_states.get(step) != words:
-            shown_states[step] = words
-            typer.echo(f"{step}: {words}")
+        text = _describe_tasks([task for task in state.tasks if task.step == step])
+        if shown_states.get(step) != text:
+            shown_states[step] = text
+            typer.echo(f"{step}: {text}")
 
 
-def _together(tasks: "Sequence[TaskState]") -> str:
-    """A step in words: of shards, which a platform tells under one name in any order, how many are in which state."""
+def _describe_tasks(tasks: "Sequence[TaskState]") -> str:
+    """The state of a step as text; for shards, which have the same name, the number in each state."""
     if len(tasks) == 1:
         return _describe_task(tasks[0])
     counts = sorted(Counter(task.state for task in tasks).items())
@@ -238,7 +245,7 @@ def _describe_task(task: "TaskState") -> str:
 
 
 def _client(recipe: "Recipe", on: str) -> "Client":
-    """The client of the platform; ConfigError where its address or its package is missing."""
+    """The client of the platform; ConfigError if its address or its package is missing."""
     client: Client
     if on == "kubeflow":
         client = load("pipelines.clients.kubeflow").KubeflowClient(recipe.kubeflow)
@@ -250,7 +257,7 @@ def _client(recipe: "Recipe", on: str) -> "Client":
 
 
 def _attach(recipe: "Recipe", on: str, state: "RunState", text: str) -> None:
-    """Keeps the pipeline with the MLflow run; the run itself goes on where MLflow cannot be had from here."""
+    """Logs the pipeline to the MLflow run; warns if MLflow cannot be reached from here."""
     from cappy.registry import attach
 
     try:
@@ -261,4 +268,4 @@ def _attach(recipe: "Recipe", on: str, state: "RunState", text: str) -> None:
             facts={"platform": on, "page": state.url},
         )
     except CappyError as error:
-        typer.echo(f"cappy pipeline: the run is on its way, its YAML is not in MLflow: {error}", err=True)
+        typer.echo(f"cappy pipeline: the run is submitted, but its YAML was not logged to MLflow: {error}", err=True)

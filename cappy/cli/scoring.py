@@ -1,6 +1,6 @@
-"""`cappy score` and `cappy select`: JSON Lines in, the same objects with scores out, in the order of the input.
+"""`cappy score` and `cappy select`: read JSON Lines and write the same objects with scores, in the same order.
 
-Every error names source:line and field; memory holds one line, or one chunk of lines, at a time.
+Errors name source:line and field. One line or one chunk of lines is in memory at a time.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 STDIN = "-"
 MAX_LINE_BYTES = 64 * 2**20
 _STDIN_PATHS = ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
-"""Other names of standard input, which would lead to the empty file in its place."""
-_data: IO[bytes] | None = None
-"""Standard input, while `reserve_stdin` keeps it from everybody else."""
+"""Other names of standard input, which `reserve_stdin` replaces by an empty file."""
+_reserved_stdin: IO[bytes] | None = None
+"""Standard input while `reserve_stdin` reserves it."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """An object of the input and where it stands (source:line)."""
+    """An object of the input and its position (source:line)."""
 
     where: str
     value: Mapping[str, object]
 
     def text(self, field: str) -> str:
-        """The text in a field; RecordError if there is none."""
+        """The text in a field; RecordError if it is missing or not a text."""
         return self._text(field, self._field(field))
 
     def texts(self, field: str) -> list[str]:
@@ -51,46 +51,46 @@ class Line:
     def _field(self, field: str) -> object:
         if field not in self.value:
             names = ", ".join(self.value) or "none"
-            raise RecordError(f"{self.where}: has no field {quote(field)}; add it (fields here: {quote(names)})")
+            raise RecordError(f"{self.where}: has no field {quote(field)}; add it (fields found: {quote(names)})")
         return self.value[field]
 
     def _text(self, field: str, value: object) -> str:
         if not isinstance(value, str):
-            raise RecordError(f"{self.where}: {field} must be a text in quotes, got {quote(value)}")
+            raise RecordError(f"{self.where}: {field} must be a string, got {quote(value)}")
         if not _encodable(value):
-            raise RecordError(f"{self.where}: {field} holds half a character (lone surrogate), mend {quote(value)}")
+            raise RecordError(f"{self.where}: {field} contains an unpaired surrogate, correct {quote(value)}")
         return value
 
 
 @contextlib.contextmanager
 def reserve_stdin() -> Iterator[None]:
-    """Inside, `open_source` alone reads standard input; whoever else reads it finds its end.
+    """In this block only `open_source` can read standard input; for all other code it is empty.
 
-    It is data of the user's. A library that asks a question there would take a line of it for the answer.
+    Otherwise a library that asks a question on the terminal would take a line of the user's data as the answer.
     """
-    global _data
+    global _reserved_stdin
     try:
-        number = sys.stdin.fileno()
+        descriptor = sys.stdin.fileno()
     except (AttributeError, OSError, ValueError):
-        # None at all, or an object without a file behind it, as in a test.
+        # There is no standard input, or it has no file descriptor, as in a test.
         yield
         return
-    usual = sys.stdin
-    with os.fdopen(os.dup(number), "rb") as kept, Path(os.devnull).open() as empty:
-        os.dup2(empty.fileno(), number)
-        _data, sys.stdin = kept, empty
+    original = sys.stdin
+    with os.fdopen(os.dup(descriptor), "rb") as reserved, Path(os.devnull).open() as empty:
+        os.dup2(empty.fileno(), descriptor)
+        _reserved_stdin, sys.stdin = reserved, empty
         try:
             yield
         finally:
-            _data, sys.stdin = None, usual
-            os.dup2(kept.fileno(), number)
+            _reserved_stdin, sys.stdin = None, original
+            os.dup2(reserved.fileno(), descriptor)
 
 
 @contextlib.contextmanager
 def open_source(source: str) -> Iterator[IO[bytes]]:
-    """The bytes of a file, or of standard input for `-` and its names below /dev; ConfigError if it cannot be read."""
+    """Opens a file, or standard input for `-` and its names in /dev; ConfigError if it cannot be read."""
     if source == STDIN or source in _STDIN_PATHS:
-        file = _data or getattr(sys.stdin, "buffer", None)
+        file = _reserved_stdin or getattr(sys.stdin, "buffer", None)
         if file is None:
             raise ConfigError(f"{source}: standard input is closed; give a JSON Lines file: --source FILE")
         if file.isatty():
@@ -98,16 +98,16 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
         yield file
         return
     try:
-        file = Path(source).open("rb")  # noqa: SIM115 (a `with` here would take the reader's errors for its own)
+        file = Path(source).open("rb")  # noqa: SIM115 (a `with` here would catch errors of the reader)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"{source}: {reason}; --source is a JSON Lines file, or - for standard input") from error
+        raise ConfigError(f"{source}: {reason}; --source must be a JSON Lines file, or - for standard input") from error
     with file:
         yield file
 
 
 def lines(file: IO[bytes], source: str) -> Iterator[Line]:
-    """The objects of JSON Lines, blank lines left out; RecordError names the line that is none."""
+    """The objects of JSON Lines, without blank lines; RecordError names an invalid line."""
     name = "stdin" if source == STDIN else source
     for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
         where = f"{name}:{number}"
@@ -118,7 +118,7 @@ def lines(file: IO[bytes], source: str) -> Iterator[Line]:
 
 
 def write_line(value: Mapping[str, object]) -> None:
-    """Writes one object to standard output, UTF-8 whatever the locale says."""
+    """Writes one object to standard output as UTF-8, whatever the locale."""
     text = json.dumps(value, ensure_ascii=False)
     if not _encodable(text):
         text = json.dumps(value)
@@ -127,18 +127,18 @@ def write_line(value: Mapping[str, object]) -> None:
 
 def _object(where: str, raw: bytes) -> Mapping[str, object]:
     try:
-        value = json.loads(raw.decode(), parse_constant=_no_constant)
+        value = json.loads(raw.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise RecordError(f"{where}: is not UTF-8 (byte {error.start + 1}); convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise RecordError(f"{where}: is not JSON ({reason}), got {quote(raw.decode().strip())}") from error
     if not isinstance(value, dict):
-        raise RecordError(f"{where}: must be an object in braces, got {quote(value)}")
+        raise RecordError(f"{where}: must be a JSON object, got {quote(value)}")
     return value
 
 
-def _no_constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
@@ -158,7 +158,7 @@ ScorerFlag = Annotated[
 ]
 SourceFlag = Annotated[str, typer.Option(help="JSON Lines file, or - for standard input.")]
 PrecisionFlag = Annotated[
-    Precision, typer.Option(help="What the encoder runs in; auto is bf16 where the device has instructions for it.")
+    Precision, typer.Option(help="Precision of the encoder; auto is bf16 if the device supports it.")
 ]
 InstructionFlag = Annotated[
     str | None, typer.Option(help="One instruction, instead of --source.", show_default="none: read --source")
@@ -176,14 +176,14 @@ def score(
 ) -> None:
     """Score responses: JSON Lines {instruction, response} in, the same with "score" out.
 
-    A score says how correct the response is, about 0 to 1. With --instruction and --response, prints the number alone.
+    A score says how correct the response is, about 0 to 1. With --instruction and --response, prints only the number.
     """
     if (instruction is None) != (response is None):
-        raise typer.BadParameter("--instruction and --response go together")
+        raise typer.BadParameter("--instruction and --response must be given together")
     if instruction is not None and response is not None:
         loaded = _load(scorer, precision)
         typer.echo(loaded.score([(instruction, response)])[0])
-        _say_cuts("score", loaded)
+        _report_truncation("score", loaded)
         return
     _stream("score", scorer, precision, source, _score_lines)
 
@@ -202,15 +202,15 @@ def select(
 ) -> None:
     """Pick the best of several responses: JSON Lines {instruction, responses} in.
 
-    Out come the same objects with "selected" (which response, counted from 0), "response" and "scores".
-    With --instruction and several --response, prints the picked response alone.
+    Writes the same objects with "selected" (index of the response, from 0), "response" and "scores".
+    With --instruction and several --response, prints only the picked response.
     """
     if (instruction is None) != (not response):
-        raise typer.BadParameter("--instruction and --response (once per response) go together")
+        raise typer.BadParameter("--instruction and --response (once per response) must be given together")
     if instruction is not None:
         loaded = _load(scorer, precision)
         typer.echo(loaded.select(instruction, response).response)
-        _say_cuts("select", loaded)
+        _report_truncation("select", loaded)
         return
     _stream("select", scorer, precision, source, _select_lines)
 
@@ -236,11 +236,11 @@ def _stream(
             for value in answer(scorer, chunk):
                 write_line(value)
             sys.stdout.buffer.flush()
-    _say_cuts(verb, scorer)
+    _report_truncation(verb, scorer)
 
 
-def _say_cuts(verb: str, scorer: "Scorer") -> None:
-    """How many pairs were too long, on standard error."""
+def _report_truncation(verb: str, scorer: "Scorer") -> None:
+    """Prints how many pairs were truncated to standard error."""
     if text := scorer.cuts.text():
         typer.echo(f"cappy {verb}: {text}", err=True)
 

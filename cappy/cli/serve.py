@@ -16,14 +16,14 @@ from cappy.errors import ConfigError
 SERVE_HELP = """Serve a scorer over HTTP: POST /score {"pairs": [[instruction, response], ...]}, GET /health,
 GET /ready.
 
-Loads and verifies the scorer, then listens until SIGTERM (status 0) or Ctrl-C (status 130). In a Vertex AI container,
-AIP_STORAGE_URI, AIP_HTTP_PORT, AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE set what no flag sets.
+Loads and verifies the scorer, then listens until SIGTERM (status 0) or Ctrl-C (status 130). On Vertex AI,
+AIP_STORAGE_URI, AIP_HTTP_PORT, AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE are the defaults of the flags.
 """
-GATEWAY_HELP = """Put best-of-n in front of an LLM: point clients to this base URL, and POST /v1/chat/completions
-returns the best of several samples.
+GATEWAY_HELP = """Serve best-of-n for an LLM: change one base URL, and POST /v1/chat/completions returns the best
+response.
 
-Samples candidates from the LLM, scores them and returns the best. Listens until SIGTERM (status 0) or Ctrl-C (status
-130). docs/guides/gateway.md describes how each parameter is handled.
+Samples several candidates from the LLM, scores them and returns the best. Listens until SIGTERM (status 0) or Ctrl-C
+(status 130). docs/guides/gateway.md describes how it handles each parameter.
 """
 PACKAGES = ("fastapi", "uvicorn", "starlette", "prometheus_client")
 
@@ -38,7 +38,7 @@ def _serve_command() -> TyperCommand:
 
     def serve(flags: Mapping[str, Any]) -> None:
         environment = read_environment(os.environ)
-        if flags.get("scorer") == "":  # from a Kubernetes manifest whose variable is not set
+        if flags.get("scorer") == "":  # A Kubernetes manifest may pass an unset variable.
             flags = {name: value for name, value in flags.items() if name != "scorer"}
         config = build(ServeConfig, {**environment.settings, **flags})
         with _require_extra():
@@ -63,7 +63,7 @@ def _gateway_command() -> TyperCommand:
 
 @contextlib.contextmanager
 def _require_extra() -> Iterator[None]:
-    """Raises ConfigError that names the extra if one of its packages is missing."""
+    """ConfigError that names the extra if one of its packages is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -78,5 +78,5 @@ def _command(name: str, text: str, config_class: type[Any], run: Callable[[Mappi
     def verb(*, context: typer.Context, **values: Any) -> None:
         run(given_values(context, values))
 
-    asked = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    return make_command(name, text, verb, [asked, *parameters(config_class)], renamed_flags(config_class))
+    context_parameter = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    return make_command(name, text, verb, [context_parameter, *parameters(config_class)], renamed_flags(config_class))

@@ -1,4 +1,4 @@
-"""The nine step verbs: flags from the config class, the step's own `run`, one line at the end."""
+"""The verbs of the steps: flags from the config class, a call of the step's `run`, and a summary line."""
 
 import inspect
 import json
@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from cappy.cli import outcome
 from cappy.cli.flags import given_values, make_command, new_run_name, parameters
 from cappy.config import build, renamed_flags
-from cappy.config import flag as as_typed
+from cappy.config import flag as flag_name
 from cappy.errors import ConfigError
 from cappy.progress import Progress, ProgressLine
 from cappy.records import Manifest
@@ -29,7 +29,7 @@ JSON_FLAG = Annotated[bool, typer.Option("--json", help="Print the manifest as J
 
 Before = Callable[..., bool]
 After = Callable[[Any, bool], None]
-"""The config is that of the verb's step."""
+"""Called with the config of the step and whether output is text."""
 
 
 Config = TypeVar("Config", bound=StepConfig)
@@ -37,11 +37,11 @@ Config = TypeVar("Config", bound=StepConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """A flag of one verb alone, that is not a setting of its step.
+    """A flag of a single verb that is not a setting of its step.
 
-    `before` gets all values by name, those of texts included, and says whether that was all there is to do: it needs no
-    flag of `instead_of`. `after` gets the config when the step is done, and whether a person reads what is printed. A
-    flag with a `text` has a value, that text where nothing is said, for the flags in `part_of` to read.
+    `before` is called with all values by name and returns whether to skip the step; the flags in `instead_of` are then
+    not required. `after` is called after the step with the config and whether the output is text rather than JSON. A
+    flag with a default `text` takes a value, which the flags in `part_of` use.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Extra:
 
     @property
     def flag(self) -> str:
-        """As it is typed."""
-        return as_typed(self.name)
+        """The flag on the command line."""
+        return flag_name(self.name)
 
 
 def step_command(step: str) -> TyperCommand:
@@ -71,20 +71,20 @@ def make_step_command(
     extras: Sequence[Extra] = (),
 ) -> TyperCommand:
     """A command whose flags are the fields of `settings` and which calls `run` with them."""
-    needed = {name: as_typed(name) for extra in extras for name in extra.instead_of}
+    optional_flags = {name: flag_name(name) for extra in extras for name in extra.instead_of}
 
     def verb(*, context: typer.Context, as_json: bool, **values: object) -> None:
-        asked = {extra.name: values.pop(extra.name) for extra in extras}
-        wanted = [extra for extra in extras if asked[extra.name] not in (False, None)]
-        _refuse_together(wanted)
+        extra_values = {extra.name: values.pop(extra.name) for extra in extras}
+        selected = [extra for extra in extras if extra_values[extra.name] not in (False, None)]
+        _refuse_conflicts(selected)
         texts = {
-            extra.name: extra.text if asked[extra.name] is None else asked[extra.name]
+            extra.name: extra.text if extra_values[extra.name] is None else extra_values[extra.name]
             for extra in extras
             if extra.text is not None
         }
-        if any(extra.before(as_json=as_json, **{**values, **texts}) for extra in wanted):
+        if any(extra.before(as_json=as_json, **{**values, **texts}) for extra in selected):
             return
-        for name, flag in needed.items():
+        for name, flag in optional_flags.items():
             if values[name] is None:
                 raise typer.BadParameter(f"give the folder to {'write' if name == 'target' else 'read'}: {flag} FOLDER")
         started = time.monotonic()
@@ -95,26 +95,26 @@ def make_step_command(
         with ProgressLine(f"cappy {step}") as progress:
             manifest = run(config, progress)
         typer.echo(manifest.to_json() if as_json else summary(manifest, config.target, time.monotonic() - started))
-        for extra in wanted:
+        for extra in selected:
             extra.after(config, not as_json)
 
     as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=JSON_FLAG, default=False)
-    asked_for = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    flags = [asked_for, *parameters(settings), *map(_flag, extras), as_json]
-    flags = [_optional(flag, extras) if flag.name in needed else flag for flag in flags]
+    context_parameter = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    flags = [context_parameter, *parameters(settings), *map(_flag, extras), as_json]
+    flags = [_optional(flag, extras) if flag.name in optional_flags else flag for flag in flags]
     return make_command(step, text, verb, flags, renamed_flags(settings))
 
 
-def _refuse_together(wanted: Sequence[Extra]) -> None:
-    """BadParameter where two flags each take the step's place, or where no flag reads the value of another."""
-    instead = [extra.flag for extra in wanted if extra.instead_of]
+def _refuse_conflicts(selected: Sequence[Extra]) -> None:
+    """BadParameter if two flags both replace the step, or if no flag uses the value of another."""
+    instead = [extra.flag for extra in selected if extra.instead_of]
     if len(instead) > 1:
-        raise typer.BadParameter(f"{instead[0]} and {instead[1]} do not go together; give one of them")
-    names = {extra.name for extra in wanted}
-    for extra in wanted:
+        raise typer.BadParameter(f"{instead[0]} and {instead[1]} cannot be combined; give one of them")
+    names = {extra.name for extra in selected}
+    for extra in selected:
         if extra.part_of and names.isdisjoint(extra.part_of):
-            others = " or ".join(map(as_typed, extra.part_of))
-            raise typer.BadParameter(f"{extra.flag} is for {others}; leave it out")
+            others = " or ".join(map(flag_name, extra.part_of))
+            raise typer.BadParameter(f"{extra.flag} requires {others}; leave it out")
 
 
 def _flag(extra: Extra) -> inspect.Parameter:
@@ -129,11 +129,11 @@ def _flag(extra: Extra) -> inspect.Parameter:
 
 
 def _optional(flag: inspect.Parameter, extras: Sequence[Extra]) -> inspect.Parameter:
-    """The flag where others may take its place; a run without any of them is refused."""
+    """The flag as optional because other flags may replace it; a run without any of them is an error."""
     kind, option = get_args(flag.annotation)
     optional = copy(option)
     others = " or ".join(extra.flag for extra in extras if flag.name in extra.instead_of)
-    optional.show_default = f"needed, but for {others}"
+    optional.show_default = f"required without {others}"
     return flag.replace(default=None, annotation=Annotated[kind, optional])
 
 
@@ -142,7 +142,7 @@ def _plan(*, as_json: bool, mixture: str, subsets: Sequence[str], **_: object) -
     from cappy.preparation.mixtures.plan import to_json, to_text
 
     if not mixture:
-        raise ConfigError("preparation: --plan shows a mixture; give --mixture t0, heldout or bigbench45")
+        raise ConfigError("preparation: --plan needs a mixture; give --mixture t0, heldout or bigbench45")
     mixture_plan = select_subsets(load_mixture(mixture), subsets)
     typer.echo((to_json(mixture_plan) if as_json else to_text(mixture_plan, by_template=True)).rstrip())
     return True
@@ -152,13 +152,13 @@ def _estimate(*, as_json: bool, target: Path | None, **values: object) -> bool:
     from cappy.sampling.estimate import describe, estimate
     from cappy.sampling.step import SamplingConfig, endpoint_config
 
-    # Nothing is written, so any place does.
+    # Nothing is written, so any target works.
     fresh = new_run_name() if values["fresh"] else ""
     config = build(SamplingConfig, {**values, "target": target or "nowhere", "fresh": fresh})
     estimates = estimate(config)
     if not estimates:
-        raise ConfigError("sampling: --estimate needs an LLM to ask; name it with --generator")
-    text = json.dumps([asdict(one) for one in estimates]) if as_json else describe(estimates, endpoint_config(config))
+        raise ConfigError("sampling: --estimate needs an LLM; give it with --generator")
+    text = json.dumps([asdict(item) for item in estimates]) if as_json else describe(estimates, endpoint_config(config))
     typer.echo(text)
     return True
 
@@ -174,7 +174,7 @@ def _report(config: "AnnotationConfig", as_text: bool) -> None:
 
 
 def _explain_decision(*, as_json: bool, version: Path | None, report: Path | None, **values: object) -> bool:
-    """`--dry-run`: the decision and its reasons."""
+    """`--dry-run`: prints the decision and its reasons."""
     from cappy.registry.promotion import dry_run
 
     if version is None or report is None:
@@ -185,33 +185,33 @@ def _explain_decision(*, as_json: bool, version: Path | None, report: Path | Non
     if as_json:
         typer.echo(json.dumps(asdict(decision)))
     else:
-        word = {"promote": "would promote", "hold": "would hold"}[decision.decision]
-        typer.echo("\n".join([f"{word}; nothing was moved", *(f"  {reason}" for reason in decision.reasons)]))
+        verdict = {"promote": "would promote", "hold": "would hold"}[decision.decision]
+        typer.echo("\n".join([f"{verdict}; nothing was moved", *(f"  {reason}" for reason in decision.reasons)]))
     return True
 
 
 def _roll_back(*, as_json: bool, name: str, reason: str, tracking_uri: str, **folders: object) -> bool:
-    """`--rollback`: the version that loses the alias stays registered, models:/NAME/NUMBER still names it."""
+    """`--rollback`: moves the champion alias back; the version that loses it stays registered."""
     from cappy.registry import rollback
 
-    _without_folders(folders, "--rollback")
+    _refuse_folders(folders, "--rollback")
     model = f"models:/{name}"
     move = rollback(name, why=reason, tracking_uri=tracking_uri)
-    champion, was = f"{model}/{move.version}" if move.version else "", f"{model}/{move.former}"
+    champion, former = f"{model}/{move.version}" if move.version else "", f"{model}/{move.former}"
     if as_json:
-        typer.echo(json.dumps({"champion": champion, "was": was}))
+        typer.echo(json.dumps({"champion": champion, "was": former}))
     elif champion:
-        typer.echo(f"{model}@champion is {champion} again, it was {was}")
+        typer.echo(f"{model}@champion is {champion} again, it was {former}")
     else:
-        typer.echo(f"{model} has no champion now: there was none before {was}, which keeps its number")
+        typer.echo(f"{model} has no champion now: there was none before {former}, which stays registered")
     return True
 
 
 def _show_history(*, as_json: bool, name: str, tracking_uri: str, **folders: object) -> bool:
-    """`--history`: a table, the last move last."""
+    """`--history`: prints the moves as a table, oldest first."""
     from cappy.registry import history
 
-    _without_folders(folders, "--history")
+    _refuse_folders(folders, "--history")
     moves = history(name, tracking_uri=tracking_uri)
     if as_json:
         typer.echo(json.dumps([asdict(move) for move in moves]))
@@ -220,7 +220,7 @@ def _show_history(*, as_json: bool, name: str, tracking_uri: str, **folders: obj
     else:
         rows = [("when", "what", "version", "before", "who", "why")]
         rows += [
-            (m.at, m.kind, str(m.version or "none"), str(m.former or "none"), m.by, m.why or "not said") for m in moves
+            (m.at, m.kind, str(m.version or "none"), str(m.former or "none"), m.by, m.why or "not given") for m in moves
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         for row in rows:
@@ -229,18 +229,18 @@ def _show_history(*, as_json: bool, name: str, tracking_uri: str, **folders: obj
     return True
 
 
-def _without_folders(values: Mapping[str, object], flag: str) -> None:
-    """A folder beside a flag that reads none was meant for something: a version to roll back to, as like as not."""
+def _refuse_folders(values: Mapping[str, object], flag: str) -> None:
+    """BadParameter for a folder that the flag does not use, since it may be meant as the version to roll back to."""
     for name in ("version", "report", "target"):
         if values[name] is not None:
-            raise typer.BadParameter(f"{flag} takes no --{name}, its model is named by --name; leave --{name} out")
+            raise typer.BadParameter(f"{flag} does not use --{name}; name the model with --name and leave --{name} out")
 
 
 EXTRAS: Mapping[str, tuple[Extra, ...]] = {
     "preparation": (
         Extra(
             name="plan",
-            help="Print what the mixture holds, template by template; load nothing.",
+            help="Print the contents of the mixture by template; load nothing.",
             before=_plan,
             instead_of=("target",),
         ),
@@ -248,7 +248,7 @@ EXTRAS: Mapping[str, tuple[Extra, ...]] = {
     "sampling": (
         Extra(
             name="estimate",
-            help="Print requests, tokens, minutes and cost of the run; ask nothing, write nothing.",
+            help="Print requests, tokens, minutes and cost of the run; send nothing, write nothing.",
             before=_estimate,
             instead_of=("target",),
         ),
@@ -259,35 +259,35 @@ EXTRAS: Mapping[str, tuple[Extra, ...]] = {
     "promotion": (
         Extra(
             name="dry_run",
-            help="Print what the gate would decide now, and why; move and write nothing.",
+            help="Print the decision of the gate and its reasons; move and write nothing.",
             before=_explain_decision,
             instead_of=("target",),
         ),
         Extra(
             name="rollback",
-            help="Make the champion's predecessor champion again.",
+            help="Make the previous champion the champion again.",
             before=_roll_back,
             instead_of=("version", "report", "target"),
         ),
         Extra(
             name="history",
-            help="Print every move of the champion's alias.",
+            help="Print every move of the champion alias.",
             before=_show_history,
             instead_of=("version", "report", "target"),
         ),
         Extra(
             name="name",
-            help="Registered model that is rolled back or whose history is shown.",
+            help="Registered model for --rollback and --history.",
             text="cappy",
             part_of=("rollback", "history"),
         ),
-        Extra(name="reason", help="Why it is rolled back; kept in the history.", text="", part_of=("rollback",)),
+        Extra(name="reason", help="Reason for the rollback, recorded in the history.", text="", part_of=("rollback",)),
     ),
 }
 
 
 def summary(manifest: Manifest, target: Path, seconds: float) -> str:
-    """What was written, where, and how long it took, in one line; of a dry run what it measured."""
+    """One line with what was written, where, and how long it took; for a dry run, what was measured."""
     if "trial_updates" in manifest.metrics:
         from cappy.training.meter import describe_trial
 

@@ -1,4 +1,4 @@
-"""Verbs for one job each: the plan of a pretraining, a threshold for picks, checkpoints as scorers, templates."""
+"""The verbs `threshold`, `convert`, `templates` and `plan`."""
 
 import inspect
 import json
@@ -15,33 +15,31 @@ from cappy.config import build, renamed_flags
 
 def threshold(
     report: Annotated[Path, typer.Option(help="Folder of an evaluation.")],
-    min_precision: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Least share of good picks wanted, 0 to 1.")
-    ] = 0.9,
-    good: Annotated[float, typer.Option(min=0.0, max=1.0, help="Label from which a pick is good, 0 to 1.")] = 0.5,
+    min_precision: Annotated[float, typer.Option(min=0.0, max=1.0, help="Required share of good picks, 0 to 1.")] = 0.9,
+    good: Annotated[float, typer.Option(min=0.0, max=1.0, help="Minimum label of a good pick, 0 to 1.")] = 0.5,
     confidence: Annotated[
-        float, typer.Option(min=0.5, max=0.999, help="Probability with which the precision is kept.")
+        float, typer.Option(min=0.5, max=0.999, help="Confidence that the precision is reached.")
     ] = 0.95,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
-    """Find the score above which the scorer's picks are good with the wanted precision.
+    """Find the score above which the scorer's picks have the required precision.
 
-    It is chosen on the held-out instances by a lower bound, so that the precision is kept with --confidence, and tried
-    on the reported ones; in a cross-fitted report both are the out-of-fold ones. Below it, abstain: none of the
-    responses is good enough.
+    The threshold is chosen on the held-out instances so that a lower bound at --confidence reaches the precision, and
+    tested on the reported instances; a cross-fitted report uses the out-of-fold instances for both. Below the
+    threshold, abstain: none of the responses is good enough.
     """
     from cappy.evaluation.threshold import describe_threshold, find_threshold
 
-    answer = find_threshold(report, precision=min_precision, good=good, confidence=confidence)
+    result = find_threshold(report, precision=min_precision, good=good, confidence=confidence)
     typer.echo(
-        json.dumps(asdict(answer) if answer else None)
+        json.dumps(asdict(result) if result else None)
         if as_json
-        else describe_threshold(answer, precision=min_precision, good=good, confidence=confidence)
+        else describe_threshold(result, precision=min_precision, good=good, confidence=confidence)
     )
 
 
 def threshold_command() -> TyperCommand:
-    """The command, which knows the name that a flag had."""
+    """The command, with the old name of a flag."""
     flags = list(inspect.signature(threshold).parameters.values())
     return make_command(
         "threshold", inspect.getdoc(threshold) or "", threshold, flags, {"--precision": "--min-precision"}
@@ -53,38 +51,36 @@ def convert(
         str, typer.Option(help="Folder with pytorch_model.bin, config.json and tokenizer, or hub:org/name@revision.")
     ],
     target: Annotated[Path, typer.Option(help="Scorer folder to write.")],
-    sha256: Annotated[str, typer.Option(help="The sha256 of pytorch_model.bin; a file with another one is not read.")],
+    sha256: Annotated[str, typer.Option(help="The sha256 of pytorch_model.bin; other files are rejected.")],
 ) -> None:
     """Turn a published PyTorch checkpoint into a scorer folder.
 
-    The file is read as tensors alone, none of its code runs; every weight must have its place. Out come safetensors.
+    Reads only tensors and runs none of its code; every weight must match the model. Writes safetensors.
     """
-    from cappy.scoring.conversion import convert as converted
+    from cappy.scoring.conversion import convert as convert_checkpoint
 
-    manifest = converted(source, target, sha256=sha256)
-    typer.echo(
-        f"{target}: a scorer as safetensors, from the checkpoint with that sha256 (manifest {manifest.hash[:12]})"
-    )
+    manifest = convert_checkpoint(source, target, sha256=sha256)
+    typer.echo(f"{target}: wrote a scorer as safetensors from the verified checkpoint (manifest {manifest.hash[:12]})")
 
 
 def templates(
-    target: Annotated[Path, typer.Option(help="Folder to make; --templates of preparation names it.")],
+    target: Annotated[Path, typer.Option(help="Folder to write; give it to preparation with --templates.")],
     url: Annotated[
         str | None,
-        typer.Option(help="Archive (.tar.gz) of the repository, where GitHub is not at hand.", show_default="GitHub"),
+        typer.Option(help="Archive (.tar.gz) of the repository, if GitHub is not reachable.", show_default="GitHub"),
     ] = None,
 ) -> None:
-    """Fetch PromptSource's templates (Apache-2.0) and check the sha256 of every file."""
+    """Download PromptSource's templates (Apache-2.0) and verify the sha256 of every file."""
     from cappy.preparation.templates import URL, fetch
 
     count = fetch(target, url=url or URL)
-    typer.echo(f"{target}: {count} files of templates, each with its known sha256")
+    typer.echo(f"{target}: {count} template files, sha256 verified")
 
 
 HELP = """Print rows, tokens, GPU-hours, storage and wall-clock of a pretraining, step by step.
 
-Speeds are measured ones. Where none were measured, the plan asks for the share of the data sheet's peak to assume,
-and says so. docs/scale.md shows the plan of the paper's pretraining.
+Speeds are measured. If there is no measurement, the plan asks for an assumed share of the peak in the data sheet and
+says so. docs/scale.md shows the plan of the paper's pretraining.
 """
 
 

@@ -1,4 +1,4 @@
-"""`cappy explain` and `cappy clean`: what lies in the work folder, why work was done again, what may go."""
+"""`cappy explain` and `cappy clean`: list the work folder, explain why work was redone, remove old work."""
 
 import json
 import time
@@ -11,7 +11,7 @@ import typer
 
 from cappy.cli.flags import JsonFlag
 from cappy.config import DEFAULT_WORK
-from cappy.errors import ConfigError, FolderError, near
+from cappy.errors import ConfigError, FolderError, suggest
 from cappy.steps import STEP_SPECS
 
 if TYPE_CHECKING:
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from cappy.sampling.store import StoreEntry
 
 DAY_SECONDS = 86_400.0
-WorkFlag = Annotated[Path, typer.Option(help="Folder that keeps unfinished and finished work.")]
+WorkFlag = Annotated[Path, typer.Option(help="Folder of unfinished and finished work.")]
 
 
 class Row(TypedDict):
-    """What is listed of a piece of work; `last_used` is in seconds of `time.time`.
+    """A listed piece of work; `last_used` is in seconds of `time.time`.
 
-    `settings` and `differs` are of `cappy explain`, `reason` and `removed` are of `cappy clean`.
+    `settings` and `differs` are set by `cappy explain`, `reason` and `removed` by `cappy clean`.
     """
 
     path: str
@@ -43,19 +43,19 @@ def explain(
     work: WorkFlag = DEFAULT_WORK,
     as_json: JsonFlag = False,
 ) -> None:
-    """List a step's pieces of work, newest first, and how each differs from the one before it.
+    """List the work of a step, newest first, and how each piece differs from the previous one.
 
-    A run continues or reuses work of the same version, settings and inputs; anything else is new work.
+    A run continues or reuses work with the same version, settings and inputs; anything else is new work.
     """
-    from cappy.records.work import pieces
+    from cappy.records.work import list_pieces
 
     if step not in STEP_SPECS:
-        raise ConfigError(f"{step}: no such step{near(step, STEP_SPECS)}")
-    keyed = [piece for piece in pieces(work, step) if piece.key is not None]
+        raise ConfigError(f"{step}: no such step{suggest(step, STEP_SPECS)}")
+    with_keys = [piece for piece in list_pieces(work, step) if piece.key is not None]
     rows: list[Row] = []
-    for number, piece in enumerate(keyed):
-        before = keyed[number + 1].key if number + 1 < len(keyed) else None
-        differs = piece.key.differences(before) if piece.key and before else []
+    for index, piece in enumerate(with_keys):
+        previous = with_keys[index + 1].key if index + 1 < len(with_keys) else None
+        differs = piece.key.differences(previous) if piece.key and previous else []
         settings = dict(piece.key.settings) if piece.key else {}
         rows.append({**_row(piece, step), "settings": settings, "differs": differs})
     if as_json:
@@ -63,9 +63,10 @@ def explain(
     elif not rows:
         typer.echo(f"{work / step}: no work of this step yet")
     else:
-        for number, row in enumerate(rows):
-            difference = ", ".join(row["differs"]) or ("the first one" if number == len(rows) - 1 else "nothing")
-            typer.echo(f"{row['path']}  {_age(row['last_used'])}, {_size(row['size_bytes'])}\n  differs  {difference}")
+        for index, row in enumerate(rows):
+            difference = ", ".join(row["differs"]) or ("first run" if index == len(rows) - 1 else "nothing")
+            usage = f"{_format_age(row['last_used'])}, {_format_size(row['size_bytes'])}"
+            typer.echo(f"{row['path']}  {usage}\n  differs  {difference}")
         typer.echo(f"\nsettings of the newest\n{json.dumps(rows[0]['settings'], indent=1, ensure_ascii=False)}")
 
 
@@ -73,73 +74,73 @@ def clean(
     work: WorkFlag = DEFAULT_WORK,
     older_than: Annotated[
         float | None,
-        typer.Option(min=0, help="List all that was not used for so many days, too.", show_default="none of it"),
+        typer.Option(min=0, help="Also list work that was not used for this many days.", show_default="none"),
     ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove what is listed.", show_default="off")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the listed work.", show_default="off")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """List what no run finds again in the work folder: work of earlier versions and without a key.
+    """List work that no run can reuse: work of earlier versions and work without a key.
 
-    Published outputs, registered versions and the record of what was spent are not touched.
+    Published outputs, registered versions and the spending record are not touched.
     """
-    from cappy.records.work import pieces, remove_piece
+    from cappy.records.work import list_pieces, remove_piece
     from cappy.sampling import store
 
     limit = None if older_than is None else time.time() - older_than * DAY_SECONDS
     rows: list[Row] = []
     removals: list[Callable[[], None]] = []
-    fresh: set[str] = set()
-    for piece in pieces(work):
+    fresh_names: set[str] = set()
+    for piece in list_pieces(work):
         if piece.key is not None:
-            fresh.add(piece.key.fresh)
+            fresh_names.add(piece.key.fresh)
         if reason := piece.unreachable or _idle_time(piece.last_used, limit):
             rows.append({**_row(piece, piece.step), "reason": reason, "removed": False})
             removals.append(partial(remove_piece, piece))
     for entry in store.list_entries(work):
-        if reason := store.unreachable_reason(entry, fresh) or _idle_time(entry.last_used, limit):
+        if reason := store.unreachable_reason(entry, fresh_names) or _idle_time(entry.last_used, limit):
             rows.append({**_row(entry, entry.kind), "reason": reason, "removed": False})
             removals.append(partial(store.remove_entry, entry))
-    kept = _remove(rows, removals) if remove else []
-    typer.echo(json.dumps(rows, indent=1) if as_json else _text(work, rows, removed=remove))
-    if kept:
-        raise FolderError(f"{len(kept)} of {len(rows)} are in use and were kept, the first: {kept[0]}")
+    errors = _remove(rows, removals) if remove else []
+    typer.echo(json.dumps(rows, indent=1) if as_json else _format_rows(work, rows, removed=remove))
+    if errors:
+        raise FolderError(f"{len(errors)} of {len(rows)} are in use and were kept, the first: {errors[0]}")
 
 
 def _remove(rows: Sequence[Row], removals: Sequence[Callable[[], None]]) -> list[str]:
-    """Removes each row's work; notes in the rows what was removed, and returns why the others were kept."""
-    kept = []
+    """Removes the work of each row and marks the row; returns the errors of work that is in use."""
+    errors = []
     for row, remove in zip(rows, removals, strict=True):
         try:
             remove()
             row["removed"] = True
         except FolderError as error:
-            kept.append(str(error))
-    return kept
+            errors.append(str(error))
+    return errors
 
 
 def _idle_time(last_used: float, limit: float | None) -> str:
-    return f"last used {_age(last_used)}" if limit is not None and last_used <= limit else ""
+    return f"last used {_format_age(last_used)}" if limit is not None and last_used <= limit else ""
 
 
 def _row(piece: "Piece | StoreEntry", step: str) -> Row:
     return {"path": str(piece.path), "step": step, "size_bytes": piece.size_bytes, "last_used": piece.last_used}
 
 
-def _text(work: Path, rows: Sequence[Row], *, removed: bool) -> str:
+def _format_rows(work: Path, rows: Sequence[Row], *, removed: bool) -> str:
     if not rows:
         return f"{work}: nothing to remove"
-    lines = [f"{row['path']}  {_size(row['size_bytes'])}: {row['reason']}" for row in rows]
-    gone = [row for row in rows if row["removed"] or not removed]
-    total = f"{len(gone)} in all, {_size(sum(row['size_bytes'] for row in gone))}"
+    lines = [f"{row['path']}  {_format_size(row['size_bytes'])}: {row['reason']}" for row in rows]
+    counted = [row for row in rows if row["removed"] or not removed]
+    total = f"{len(counted)} in total, {_format_size(sum(row['size_bytes'] for row in counted))}"
     return "\n".join([*lines, f"{total}{': removed' if removed else '; --remove removes them'}"])
 
 
-def _age(last_used: float) -> str:
+def _format_age(last_used: float) -> str:
     from cappy.progress import duration
 
     days = (time.time() - last_used) / DAY_SECONDS
     return f"{days:,.0f} days ago" if days >= 2 else f"{duration(max(0.0, days * DAY_SECONDS))} ago"
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""The plan of a pretraining: made from a config and a throughput, and shown as text or as JSON values."""
+"""The plan of a pretraining, from a config and measured speeds, as text or as JSON values."""
 
 import re
 import textwrap
@@ -6,26 +6,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from cappy.costing import PlanConfig, Throughput
-from cappy.costing.costs import CPU, GENERATORS, HARDWARE, MOST_SHARDS, Cost, Work, cost, shape_of, works
+from cappy.costing.costs import CPU, GENERATORS, HARDWARE, MAX_SHARDS, Cost, Work, cost, find_shape, list_work
 from cappy.costing.volumes import Volumes, mixture_volumes
 from cappy.errors import ConfigError, quote
 from cappy.preparation.mixtures.plan import PUBLISHED_MILLIONS
 from cappy.untrusted import JSON
 
 WIDTH = 110
-"""Columns that no sentence exceeds."""
+"""Maximum columns of a sentence."""
 
 _TERMS = ("scorer", "epochs", "validation", "workers", "mfu", "sampling_mfu", "scaling")
-"""The settings that stand as `terms` in the JSON values."""
+"""The settings in the object `terms` of the JSON values."""
 _PUBLISHED_SAMPLES = 5
-"""Responses of each generator for an open-ended prompt, as the paper's (method recalled, not published code)."""
+"""Responses per generator and open-ended prompt in the paper (as described, not from published code)."""
 
 Line = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is planned: the volumes and the work of each step; `machines` are those of the measurements."""
+    """The volumes and the work of each step; `machines` are those of the measurements."""
 
     config: PlanConfig
     volumes: Volumes
@@ -34,49 +34,51 @@ class Plan:
 
     @property
     def devices(self) -> tuple[int, ...]:
-        """The numbers of devices that are compared."""
+        """The numbers of devices to compare."""
         return tuple(dict.fromkeys(self.config.gpus))
 
     def costs(self, devices: int) -> list[Cost]:
-        """The cost of each step on so many devices."""
+        """The cost of each step on this number of devices."""
         cores = devices if self.config.hardware == CPU else self.config.workers
         return [cost(work, devices, self.config, cores=cores) for work in self.works]
 
 
 def make_plan(config: PlanConfig, throughput: Throughput) -> Plan:
-    """The plan of a pretraining; ConfigError for an unknown name and for a speed that nobody measured or assumed."""
-    volumes = mixture_volumes(config.mixture, _samples_of(config.generators), throughput)
+    """The plan of a pretraining; ConfigError for an unknown name or a speed that is neither measured nor assumed."""
+    volumes = mixture_volumes(config.mixture, _parse_samples(config.generators), throughput)
     return Plan(
         config=config,
         volumes=volumes,
-        works=tuple(works(volumes, throughput, config)),
-        machines=tuple(dict.fromkeys(one.machine for one in throughput.measurements)),
+        works=tuple(list_work(volumes, throughput, config)),
+        machines=tuple(dict.fromkeys(measurement.machine for measurement in throughput.measurements)),
     )
 
 
-def _samples_of(generators: Sequence[str]) -> Mapping[str, int]:
-    """Candidates for an open-ended prompt by generator, from NAME or NAME:NUMBER; ConfigError says what is wrong."""
+def _parse_samples(generators: Sequence[str]) -> Mapping[str, int]:
+    """Parses NAME or NAME:NUMBER into candidates per open-ended prompt by generator; ConfigError if invalid."""
     samples: dict[str, int] = {}
-    for one in generators:
-        match = re.fullmatch(r"([^:]+)(?::([1-9][0-9]{0,3}))?", one)
+    for generator in generators:
+        match = re.fullmatch(r"([^:]+)(?::([1-9][0-9]{0,3}))?", generator)
         if match is None:
-            raise ConfigError(f"plan: --generators: {quote(one)} is not a NAME or NAME:NUMBER; write as bart0:5")
-        shape_of(match[1], GENERATORS, "generators")
+            raise ConfigError(
+                f"plan: --generators: expected NAME or NAME:NUMBER such as bart0:5, got {quote(generator)}"
+            )
+        find_shape(match[1], GENERATORS, "generators")
         if match[1] in samples:
-            raise ConfigError(f"plan: --generators: {quote(match[1])} stands twice; give its number once")
+            raise ConfigError(f"plan: --generators: {quote(match[1])} is given twice; give it once")
         samples[match[1]] = int(match[2] or _PUBLISHED_SAMPLES)
     return samples
 
 
 def text(plan: Plan) -> str:
-    """The plan as plain text: what each step does, how long it takes on so many devices, and what that rests on."""
-    blocks = [_rows(plan), _align(_work_lines(plan)), _align(_time_lines(plan))]
-    sentences = [textwrap.fill(one, WIDTH, initial_indent="- ", subsequent_indent="  ") for one in assumptions(plan)]
-    return "\n\n".join([*blocks, "\n".join(["Rests on", *sentences])])
+    """The plan as plain text: the work of each step, its time by number of devices, and the assumptions."""
+    blocks = [_format_volumes(plan), _align(_work_lines(plan)), _align(_time_lines(plan))]
+    sentences = [textwrap.fill(text, WIDTH, initial_indent="- ", subsequent_indent="  ") for text in assumptions(plan)]
+    return "\n\n".join([*blocks, "\n".join(["Assumptions", *sentences])])
 
 
 def to_values(plan: Plan) -> dict[str, JSON]:
-    """The plan as JSON values; seconds, hours and bytes are numbers, each step says whether its speed was measured."""
+    """The plan as JSON values: seconds, hours and bytes; each step says whether its speed was measured."""
     volumes = {**asdict(plan.volumes), "candidates": plan.volumes.candidates}
     return {
         "mixture": plan.config.mixture,
@@ -85,7 +87,7 @@ def to_values(plan: Plan) -> dict[str, JSON]:
         "volumes": volumes,
         "steps": [asdict(work) for work in plan.works],
         "by_devices": {
-            str(number): {"steps": [asdict(one) for one in plan.costs(number)], **_sums(plan, number)}
+            str(number): {"steps": [asdict(step_cost) for step_cost in plan.costs(number)], **_sums(plan, number)}
             for number in plan.devices
         },
         "bytes": sum(work.bytes for work in plan.works),
@@ -94,50 +96,50 @@ def to_values(plan: Plan) -> dict[str, JSON]:
 
 
 def assumptions(plan: Plan) -> Iterator[str]:
-    """What the numbers rest on and leave out, a sentence each; those that nobody measured say so."""
+    """What the numbers are based on and leave out, one sentence each."""
     volumes, config = plan.volumes, plan.config
     assumed = [work for work in plan.works if not work.measured]
     if assumed:
+        peak = f"{(HARDWARE[config.hardware] or 0) / 1e12:,.0f} TFLOP/s in dense bf16"
         yield (
-            f"NOT MEASURED on {config.hardware}: {', '.join(work.name for work in assumed)}. Their speed is a share of "
-            f"the data-sheet peak, {(HARDWARE[config.hardware] or 0) / 1e12:,.0f} TFLOP/s in dense bf16, that the "
-            "flags say, and is worth as much as that guess."
+            f"NOT MEASURED on {config.hardware}: {', '.join(work.name for work in assumed)}. Their speed is assumed to "
+            f"be the given share of the data-sheet peak, {peak}."
         )
-    yield f"Measured speeds: one thread, seconds of the processor's time, on {'; '.join(plan.machines)}."
+    yield f"Measured speeds: one thread, CPU time, on {'; '.join(plan.machines)}."
     if config.hardware != CPU:
         yield (
-            f"Preparation and annotation run on {config.workers} cores (--workers), each as fast as the calibrated "
-            "one; twice the cores are taken to halve the time."
+            f"Preparation and annotation run on {config.workers} cores (--workers), each as fast as the measured "
+            "one; the speedup is assumed to be linear."
         )
     if max(plan.devices) > 1:
         overhead = "no overhead, an upper bound" if config.scaling == 1 else "an assumption"
         yield (
-            f"Training on several devices keeps {config.scaling:g} of linear speed (--scaling; {overhead}; never "
-            f"measured). Sampling shares nothing and is spread over at most {MOST_SHARDS} shards, a device each. "
-            "Devices that wait for tokens count, those that a step does not use do not."
+            f"Training on several devices reaches {config.scaling:g} of linear speedup (--scaling; {overhead}; not "
+            f"measured). Sampling runs in up to {MAX_SHARDS} independent shards with a device each. Device-hours "
+            "include devices that wait for tokenization, but not devices that a step does not use."
         )
     yield (
         f"Lengths were measured on prompts of {volumes.known:.0%} of the mixture (the first 200 rows of each dataset), "
-        "in the scorer's tokens; means of those stand for the rest. Candidates are taken to be as long as the "
-        "references are, and all different: training drops those that repeat."
+        "in the scorer's tokens; the rest is assumed to have the same means. Candidates are assumed to be as long as "
+        "the references, and all different: training drops duplicates."
     )
     yield (
         f"Pretraining: {config.epochs:g} {'pass' if config.epochs == 1 else 'passes'} over the rows, "
-        f"{config.validation:.1%} of the instances held out and checked on the way, no early stop. Evaluation: scores "
-        "on one device; statistics and plots are left out. Storage: one copy of each folder; loading of large models, "
-        "joining of shards, queues, failures and transfers are left out."
+        f"{config.validation:.1%} of the instances held out for validation, no early stopping. Evaluation: scoring on "
+        "one device; statistics and plots are not included. Storage: one copy of each folder. Loading of large models, "
+        "joining of shards, queues, failures and transfers are not included."
     )
 
 
-def _rows(plan: Plan) -> str:
+def _format_volumes(plan: Plan) -> str:
     volumes = plan.volumes
-    each = " + ".join(f"{number} of {name}" for name, number in volumes.samples.items())
-    published = f"{PUBLISHED_MILLIONS} million by the paper's authors' count" if plan.config.mixture == "t0" else ""
+    per_prompt = " + ".join(f"{number} of {name}" for name, number in volumes.samples.items())
+    published = f"{PUBLISHED_MILLIONS} million according to the paper's authors" if plan.config.mixture == "t0" else ""
     return "\n".join(
         [
             f"mixture {plan.config.mixture}: {volumes.prompts:,} prompts, {volumes.open_prompts:,} of them open-ended",
-            f"candidates: {volumes.candidates:,} ({each} for each open-ended prompt)",
-            f"rows to pretrain on: {volumes.pairs:,} pairs, {volumes.pair.tokens:,.0f} tokens in the mean"
+            f"candidates: {volumes.candidates:,} ({per_prompt} for each open-ended prompt)",
+            f"training rows: {volumes.pairs:,} pairs, {volumes.pair.tokens:,.0f} tokens on average"
             + (f" ({published})" if published else ""),
             f"scorer: {plan.config.scorer}; hardware: {plan.config.hardware}",
         ]
@@ -145,10 +147,10 @@ def _rows(plan: Plan) -> str:
 
 
 def _work_lines(plan: Plan) -> list[Line]:
-    lines: list[Line] = [("step", "work", "tokens", "storage", "speed of one")]
+    lines: list[Line] = [("step", "work", "tokens", "storage", "speed per device")]
     for work in plan.works:
         amount = f"{work.amount:.3g} FLOP" if work.unit == "FLOP" else f"{work.amount:,.0f} {work.unit}"
-        lines.append((work.name, amount, _tokens(work.tokens), format_bytes(work.bytes), work.basis))
+        lines.append((work.name, amount, _format_tokens(work.tokens), format_bytes(work.bytes), work.basis))
     return lines
 
 
@@ -156,32 +158,32 @@ def _time_lines(plan: Plan) -> list[Line]:
     unit = "core" if plan.config.hardware == CPU else "GPU"
     costs = {number: plan.costs(number) for number in plan.devices}
     lines: list[Line] = [("wall-clock", *(f"{number} {unit}{'s' if number > 1 else ''}" for number in plan.devices))]
-    for place, work in enumerate(plan.works):
-        lines.append((work.name, *(span(costs[number][place].seconds) for number in plan.devices)))
+    for index, work in enumerate(plan.works):
+        lines.append((work.name, *(format_duration(costs[number][index].seconds) for number in plan.devices)))
     sums = [_sums(plan, number) for number in plan.devices]
-    lines.append(("total", *(span(one["seconds"]) for one in sums)))
+    lines.append(("total", *(format_duration(total["seconds"]) for total in sums)))
     if plan.config.hardware != CPU:
-        lines.append(("GPU-hours", *(f"{one['device_hours']:,.0f}" for one in sums)))
-    lines.append(("core-hours", *(f"{one['core_hours']:,.0f}" for one in sums)))
+        lines.append(("GPU-hours", *(f"{total['device_hours']:,.0f}" for total in sums)))
+    lines.append(("core-hours", *(f"{total['core_hours']:,.0f}" for total in sums)))
     if plan.config.price is not None:
-        lines.append((f"price, {plan.config.price:g} a {unit}-hour", *(f"{one['price']:,.0f}" for one in sums)))
+        lines.append((f"price, {plan.config.price:g} a {unit}-hour", *(f"{total['price']:,.0f}" for total in sums)))
     return lines
 
 
 def _sums(plan: Plan, devices: int) -> Mapping[str, float]:
-    """Sums over the steps, which run one after another; the hours of a CPU's devices are core-hours."""
+    """Totals of the steps, which run one after another; device-hours of CPUs are core-hours."""
     costs = plan.costs(devices)
-    hours, cores = sum(one.device_hours for one in costs), sum(one.core_hours for one in costs)
+    hours, cores = sum(cost.device_hours for cost in costs), sum(cost.core_hours for cost in costs)
     if plan.config.hardware == CPU:
         hours, cores = 0.0, cores + hours
-    sums = {"seconds": sum(one.seconds for one in costs), "device_hours": hours, "core_hours": cores}
+    sums = {"seconds": sum(cost.seconds for cost in costs), "device_hours": hours, "core_hours": cores}
     if plan.config.price is not None:
         sums["price"] = plan.config.price * (cores if plan.config.hardware == CPU else hours)
     return sums
 
 
-def span(seconds: float) -> str:
-    """A time as a person says it, in one unit."""
+def format_duration(seconds: float) -> str:
+    """A duration as text in one unit."""
     for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h"), (730 * 86_400, 86_400, "d")):
         if seconds < limit:
             return f"{seconds / size:.{0 if seconds / size >= 10 else 1}f} {unit}"
@@ -189,21 +191,21 @@ def span(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes as a person says them; empty for none."""
+    """A number of bytes as text; empty for 0."""
     for limit, size, unit in ((1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
         if count < limit:
             return f"{count / size:.3g} {unit}" if count else ""
     return f"{count / 1e12:.3g} TB"
 
 
-def _tokens(count: float) -> str:
+def _format_tokens(count: float) -> str:
     if not count:
         return ""
     return f"{count / 1e9:,.1f} billion" if count >= 1e8 else f"{count / 1e6:,.2g} million"
 
 
 def _align(lines: Sequence[Line]) -> str:
-    """Columns padded to their widest cell."""
+    """A table with columns padded to their widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
     return "\n".join(padded)

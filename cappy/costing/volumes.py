@@ -1,4 +1,4 @@
-"""How much a run over a mixture has to do: prompts, candidates, pairs and their tokens, before anything is loaded."""
+"""The amount of work for a mixture (prompts, candidates, pairs, tokens), without loading any data."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +9,12 @@ from cappy.preparation.mixtures import Mixture, load_mixture
 from cappy.preparation.mixtures.plan import REFERENCE_AND_MISMATCH, PlanRow, plan_mixture
 
 EVALUATED_ON: Mapping[str, str] = {"t0": "heldout"}
-"""Mixture that a scorer is pretrained on -> the one that it is evaluated on."""
+"""Pretraining mixture -> evaluation mixture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """Means of tokens and of their squares, which attention's cost goes by."""
+    """Means of the number of tokens and of its square, for the cost of attention."""
 
     tokens: float
     squared: float
@@ -22,11 +22,11 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Volumes:
-    """What the steps of a pretraining have to do.
+    """The amount of work of a pretraining.
 
     `pairs` are the rows of the regression set, `selectable` those that a selector may pick (neither references nor
-    mismatches), `samples` the candidates of every open-ended prompt by generator. `known` is the share of prompts whose
-    lengths were measured; means of the others stand for the rest.
+    mismatches), `samples` the candidates per open-ended prompt by generator. `known` is the share of prompts whose
+    lengths were measured; the others are assumed to have the same means.
     """
 
     prompts: int
@@ -43,23 +43,25 @@ class Volumes:
 
     @property
     def candidates(self) -> int:
-        """Responses that the generators draw."""
+        """Number of sampled responses."""
         return self.open_prompts * sum(self.samples.values())
 
 
 def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughput) -> Volumes:
-    """The volumes of pretraining on a mixture; ConfigError for one that nothing is pretrained on.
+    """The volumes of pretraining on a mixture; ConfigError if it is not a pretraining mixture.
 
-    `samples` maps each generator to its candidates for every open-ended prompt, all as long as the references are.
+    `samples` maps each generator to its candidates per open-ended prompt, which are as long as the references.
     """
     if name not in EVALUATED_ON:
-        raise ConfigError(f"plan: --mixture: nothing is pretrained on {quote(name)}; choose {', '.join(EVALUATED_ON)}")
+        raise ConfigError(
+            f"plan: --mixture: {quote(name)} is not a pretraining mixture; choose {', '.join(EVALUATED_ON)}"
+        )
     mixture = replace(load_mixture(name), samples=sum(samples.values()))
     held_out = load_mixture(EVALUATED_ON[name])
     trained, evaluated = _rows(mixture), [row for row in _rows(held_out) if row.pairs]
-    texts, other = _lengths(throughput, name), _lengths(throughput, held_out.name)
-    opened = [row for row in trained if row.kind == "open-ended"]
-    prompts, open_prompts, pairs = (_sum(trained, _examples), _sum(opened, _examples), _sum(trained, _pairs))
+    texts, evaluated_texts = _texts_by_subset(throughput, name), _texts_by_subset(throughput, held_out.name)
+    open_ended = [row for row in trained if row.kind == "open-ended"]
+    prompts, open_prompts, pairs = (_sum(trained, _examples), _sum(open_ended, _examples), _sum(trained, _pairs))
     known = [row for row in trained if (row.subset, row.kind) in texts]
     return Volumes(
         prompts=prompts,
@@ -68,18 +70,18 @@ def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughpu
         selectable=pairs - REFERENCE_AND_MISMATCH * open_prompts,
         samples=dict(samples),
         prompt=Lengths(
-            tokens=_mean(opened, texts, _examples, lambda one: one.prompt_tokens),
-            squared=_mean(opened, texts, _examples, lambda one: one.prompt_squared),
+            tokens=_mean(open_ended, texts, _examples, lambda lengths: lengths.prompt_tokens),
+            squared=_mean(open_ended, texts, _examples, lambda lengths: lengths.prompt_squared),
         ),
-        response_tokens=_mean(opened, texts, _examples, lambda one: one.response_tokens),
+        response_tokens=_mean(open_ended, texts, _examples, lambda lengths: lengths.response_tokens),
         pair=_pair_lengths(trained, texts),
         evaluated_pairs=_sum(evaluated, _pairs),
-        evaluated_pair=_pair_lengths(evaluated, other),
+        evaluated_pair=_pair_lengths(evaluated, evaluated_texts),
         known=_sum(known, _examples) / prompts,
     )
 
 
-Known = Mapping[tuple[str, str], Texts]
+TextsBySubset = Mapping[tuple[str, str], Texts]
 Count = Callable[[PlanRow], int]
 
 
@@ -87,8 +89,8 @@ def _rows(mixture: Mixture) -> tuple[PlanRow, ...]:
     return plan_mixture(mixture).rows
 
 
-def _lengths(throughput: Throughput, name: str) -> Known:
-    return {(one.subset, one.kind): one for one in throughput.texts_of(name)}
+def _texts_by_subset(throughput: Throughput, name: str) -> TextsBySubset:
+    return {(texts.subset, texts.kind): texts for texts in throughput.texts_of(name)}
 
 
 def _examples(row: PlanRow) -> int:
@@ -103,25 +105,25 @@ def _sum(rows: Iterable[PlanRow], count: Count) -> int:
     return sum(map(count, rows))
 
 
-def _pair_lengths(rows: Sequence[PlanRow], texts: Known) -> Lengths:
+def _pair_lengths(rows: Sequence[PlanRow], texts: TextsBySubset) -> Lengths:
     return Lengths(
-        tokens=_mean(rows, texts, _pairs, lambda one: one.pair_tokens),
-        squared=_mean(rows, texts, _pairs, lambda one: one.pair_squared),
+        tokens=_mean(rows, texts, _pairs, lambda lengths: lengths.pair_tokens),
+        squared=_mean(rows, texts, _pairs, lambda lengths: lengths.pair_squared),
     )
 
 
-def _mean(rows: Sequence[PlanRow], texts: Known, weight: Count, value: Callable[[Texts], float]) -> float:
-    """Mean over the rows, each weighing as often as it is counted; rows of unknown length are as their kind's mean."""
-    total = weighed = 0.0
+def _mean(rows: Sequence[PlanRow], texts: TextsBySubset, weight: Count, value: Callable[[Texts], float]) -> float:
+    """Mean over the rows, weighted by `weight`; rows of unknown length get the mean of their kind."""
+    total = total_weight = 0.0
     for kind in {row.kind for row in rows}:
-        own = [row for row in rows if row.kind == kind]
-        known = [(weight(row), value(texts[row.subset, kind])) for row in own if (row.subset, kind) in texts]
+        kind_rows = [row for row in rows if row.kind == kind]
+        known = [(weight(row), value(texts[row.subset, kind])) for row in kind_rows if (row.subset, kind) in texts]
         count = sum(number for number, _ in known)
         if not count:
             raise ConfigError(
-                f"plan: the measured speeds have no lengths of {kind} prompts; write it with benchmarks/throughput.py"
+                f"plan: the measured speeds have no lengths of {kind} prompts; run benchmarks/throughput.py"
             )
         mean = sum(number * length for number, length in known) / count
-        total += _sum(own, weight) * mean
-        weighed += _sum(own, weight)
-    return total / weighed
+        total += _sum(kind_rows, weight) * mean
+        total_weight += _sum(kind_rows, weight)
+    return total / total_weight

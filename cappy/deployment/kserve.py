@@ -13,20 +13,23 @@ if TYPE_CHECKING:
     from cappy.deployment.step import DeploymentConfig
 
 PORT = 8080
-SCRATCH = "/tmp"  # noqa: S108 (of a container of its own)
-"""The one place that the container may write to: downloads of the registry, temporary files, the image's caches."""
+SCRATCH = "/tmp"  # noqa: S108 (inside a container)
+"""The only writable folder of the container: registry downloads, temporary files, caches."""
 MOUNTED = "/mnt/models"
-"""Where KServe's storage initializer puts what STORAGE_URI names."""
+"""Where KServe's storage initializer downloads STORAGE_URI to."""
 NOTICE_SECONDS, GRACE_SECONDS = 5, 20
-"""After SIGTERM it answers as not ready, while nodes learn that the pod is going, then finishes what it has. Together
-less than the 30 seconds until SIGKILL, which Knative lets no manifest change (terminationGracePeriodSeconds)."""
+"""After SIGTERM the server reports not ready for the notice period, then finishes open requests in the grace period.
+
+The sum is below the 30 seconds until SIGKILL, which Knative does not let a manifest change
+(terminationGracePeriodSeconds).
+"""
 
 
 def inference_service(config: "DeploymentConfig", version: Version) -> dict[str, object]:
     """An InferenceService (serving.kserve.io/v1beta1) with the serving image as a custom predictor.
 
-    Below 100 `traffic` is `canaryTrafficPercent`: KServe keeps the revision before for the rest. The version is named
-    by number, not by alias, so that the manifest says what runs. ConfigError where a cluster could not reach MLflow.
+    `traffic` below 100 becomes `canaryTrafficPercent`: the previous revision gets the rest. The version is named by
+    number, not by alias, so that the manifest says what runs. ConfigError if a cluster could not reach MLflow.
     """
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
@@ -45,7 +48,7 @@ def inference_service(config: "DeploymentConfig", version: Version) -> dict[str,
                 "minReplicas": config.min_replicas,
                 "maxReplicas": config.max_replicas,
                 **({"canaryTrafficPercent": config.traffic} if config.traffic < 100 else {}),
-                # It asks the cluster for nothing; a Service named mlflow would set MLFLOW_PORT to tcp://...
+                # No access to the Kubernetes API; links would set MLFLOW_PORT to tcp://... for a Service named mlflow.
                 "automountServiceAccountToken": False,
                 "enableServiceLinks": False,
                 "containers": [_container(config, version)],
@@ -93,9 +96,9 @@ def _container(config: "DeploymentConfig", version: Version) -> dict[str, object
 
 
 def _environment(config: "DeploymentConfig") -> list[dict[str, str]]:
-    """Where the scorer comes from; user and password of an address are a secret's to bring."""
+    """Environment variables that say where the scorer comes from, without user and password, which need a secret."""
     variables = [{"name": "MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "value": "false"}]
-    # Clients ask for the ingress's names, which are known to the cluster alone.
+    # Requests have the host names of the ingress, which only the cluster knows.
     variables += [{"name": "CAPPY_ALLOWED_HOSTS", "value": "*"}]
     variables += [{"name": name, "value": SCRATCH} for name in ("HOME", "TMPDIR")]
     if config.kserve.storage:
@@ -106,10 +109,10 @@ def _environment(config: "DeploymentConfig") -> list[dict[str, str]]:
         remedy = (
             "give the address of an MLflow server, or copy the scorer to a bucket and name it with --kserve.storage"
         )
-        raise ConfigError(f"deployment: --tracking-uri: no cluster reaches {redact_address(address)}; {remedy}")
+        raise ConfigError(f"deployment: --tracking-uri: a cluster cannot reach {redact_address(address)}; {remedy}")
     if "@" in parts.path or "@" in parts.query:
-        remedy = "write @, /, ? and # in a password percent-encoded, or give it by --kserve.secret"
-        raise ConfigError(f"deployment: --tracking-uri: where the host begins in it is not clear; {remedy}")
+        remedy = "percent-encode @, /, ? and # in the password, or give it with --kserve.secret"
+        raise ConfigError(f"deployment: --tracking-uri: the host of the address is ambiguous; {remedy}")
     host = parts.netloc.rpartition("@")[2]
     return [*variables, {"name": "MLFLOW_TRACKING_URI", "value": urlunsplit((parts.scheme, host, parts.path, "", ""))}]
 

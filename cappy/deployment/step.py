@@ -1,7 +1,7 @@
-"""The deployment step: proof that a registered version answers as it did when it was evaluated, and then its service.
+"""The deployment step: checks that a registered version gives the scores of its evaluation, then deploys it.
 
-`local` starts nothing: endpoint.json has the command that serves the version. `kserve` writes the manifest of an
-InferenceService for `kubectl apply`. `vertex` uploads the version and gives it its share of an endpoint's traffic.
+`local` only writes the command that serves the version to endpoint.json. `kserve` writes the manifest of an
+InferenceService for `kubectl apply`. `vertex` uploads the version and gives it a share of an endpoint's traffic.
 """
 
 import json
@@ -47,7 +47,7 @@ Platform = Literal["local", "kserve", "vertex"]
 
 @settings
 class KServeSettings:
-    """What an InferenceService needs, beside what every service does."""
+    """Settings of an InferenceService."""
 
     gpus: Annotated[int, Field(ge=0, le=8, description="GPUs of a replica")] = 0
     cpu: Annotated[str, Field(pattern=r"^[0-9]+m?$", description="CPUs of a replica")] = "2"
@@ -56,25 +56,27 @@ class KServeSettings:
         str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="Kubernetes namespace")
     ] = "default"
     storage: Annotated[
-        str, Field(description="Where the scorer's folder was copied to, gs://, s3:// or pvc://; none: MLflow")
+        str, Field(description="Address of a copy of the scorer's folder, gs://, s3:// or pvc://; default: MLflow")
     ] = ""
     secret: Annotated[
-        str, Field(description="Secret whose entries become environment: keys of MLflow or the bucket")
+        str, Field(description="Secret whose entries become environment variables: keys for MLflow or the bucket")
     ] = ""
 
     def __post_init__(self) -> None:
         if self.storage and not re.match(r"(gs|s3|pvc|hdfs|https?)://", self.storage):
-            raise ConfigError("--kserve.storage: is not an address that KServe copies from, such as gs://bucket/folder")
+            raise ConfigError(
+                "--kserve.storage: expected an address that KServe can download, such as gs://bucket/folder"
+            )
         if self.storage and re.search(r"[@?]", self.storage):
             remedy = "use --kserve.secret"
             raise ConfigError(
-                f"--kserve.storage: holds a password or a signature, which would be written down; {remedy}"
+                f"--kserve.storage: contains a password or a signature, which the manifest would show; {remedy}"
             )
 
 
 @settings
 class VertexSettings:
-    """What an endpoint of Vertex AI needs, beside what every service does."""
+    """Settings of a Vertex AI endpoint."""
 
     project: Annotated[str, Field(description="Google Cloud project")] = ""
     region: Annotated[str, Field(description="Region of the endpoint")] = "us-central1"
@@ -86,7 +88,7 @@ class VertexSettings:
 
 @settings
 class DeploymentConfig:
-    """A registered version, the pairs that its evaluation scored, and where it is to answer."""
+    """A registered version, the scored pairs of its evaluation, and where to deploy it."""
 
     RENAMED: ClassVar[Renames] = {
         **{name: f"kserve.{name}" for name in ("gpus", "cpu", "memory", "namespace", "storage", "secret")},
@@ -97,8 +99,8 @@ class DeploymentConfig:
     version: Annotated[Location, Field(description="Folder of the registration")]
     report: Annotated[Location, Field(description="Folder of the evaluation, for its probe.json")]
     target: Annotated[Location, Field(description="Folder to write endpoint.json to")]
-    platform: Annotated[Platform, Field(description="Where it is to answer")] = "local"
-    port: Annotated[int, Field(ge=1, le=65535, description="Port that the command names (local)")] = 8080
+    platform: Annotated[Platform, Field(description="Platform to deploy to")] = "local"
+    port: Annotated[int, Field(ge=1, le=65535, description="Port in the serving command (local)")] = 8080
     image: Annotated[str, Field(description="Serving image, by digest: host/name@sha256:... (kserve, vertex)")] = ""
     service: Annotated[
         str, Field(pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$", description="Name of the service (kserve, vertex)")
@@ -106,8 +108,8 @@ class DeploymentConfig:
     traffic: Annotated[
         int, Field(ge=1, le=100, description="Percent of the requests for this version, a canary below 100")
     ] = 100
-    min_replicas: Annotated[int, Field(ge=1, description="Fewest replicas (kserve, vertex)")] = 1
-    max_replicas: Annotated[int, Field(ge=1, description="Most replicas (kserve, vertex)")] = 3
+    min_replicas: Annotated[int, Field(ge=1, description="Minimum number of replicas (kserve, vertex)")] = 1
+    max_replicas: Annotated[int, Field(ge=1, description="Maximum number of replicas (kserve, vertex)")] = 3
     kserve: Annotated[KServeSettings, ADVANCED] = KServeSettings()
     vertex: Annotated[VertexSettings, ADVANCED] = VertexSettings()
     tracking_uri: TrackingUri = ""
@@ -119,31 +121,30 @@ class DeploymentConfig:
 
     def __post_init__(self) -> None:
         if self.platform != "local" and not re.fullmatch(r".+@sha256:[0-9a-f]{64}", self.image):
-            raise ValueError(f"image: {self.platform} needs the serving image by digest, host/name@sha256:...")
-        own = self.vertex
-        if self.platform == "vertex" and not (own.project and own.bucket.startswith("gs://")):
+            raise ValueError(f"image: {self.platform} needs the digest of the serving image, host/name@sha256:...")
+        vertex = self.vertex
+        if self.platform == "vertex" and not (vertex.project and vertex.bucket.startswith("gs://")):
             raise ValueError("vertex.project: vertex needs --vertex.project and --vertex.bucket gs://...")
         for platform, group in (("kserve", self.kserve), ("vertex", self.vertex)):
-            if self.platform != platform and (given := changed_settings(group)):
+            if self.platform != platform and (changed := changed_settings(group)):
                 remedy = f"give --platform {platform}, or leave it out"
-                raise ValueError(f"{platform}.{given[0].replace('_', '-')}: has no effect on {self.platform}; {remedy}")
+                raise ValueError(
+                    f"{platform}.{changed[0].replace('_', '-')}: has no effect on {self.platform}; {remedy}"
+                )
         if self.max_replicas < self.min_replicas:
             raise ValueError("max-replicas: is below min-replicas")
 
 
 def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
-    """Downloads the version, scores the stored pairs again, deploys it; FolderError if the scores differ.
-
-    A version that does not answer as it was evaluated is deployed nowhere.
-    """
+    """Downloads the version, scores the stored pairs again, and deploys it; FolderError if the scores differ."""
     uri = read_version(config.version)
     probes = _read_probes(config.report)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "deployment", identity(config), parents, fresh=config.fresh) as folder:
         version = registry.resolve(uri, tracking_uri=config.tracking_uri)
-        _refuse_other(config.report, version)
+        _check_report_version(config.report, version)
         local = registry.download(uri, tracking_uri=config.tracking_uri, cache=config.models)
-        worst = largest_difference(local, probes, uri)
+        difference = largest_difference(local, probes, uri)
         progress(len(probes), len(probes), unit="pairs")
         values = {
             "platform": config.platform,
@@ -152,7 +153,7 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
             "manifest_hash": version.manifest_hash,
             **deploy(config, version, local, folder),
             "verified_pairs": len(probes),
-            "max_difference": worst,
+            "max_difference": difference,
         }
         write_bytes(folder / "endpoint.json", json.dumps(values, indent=1).encode())
         manifest = Manifest(
@@ -161,22 +162,24 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
             config=identity(config),
             step_version=step_version("deployment"),
             parents=parents,
-            metrics={"verified_pairs": float(len(probes)), "max_difference": worst},
+            metrics={"verified_pairs": float(len(probes)), "max_difference": difference},
             facts=values,
         )
         return finish(folder, config.target, manifest)
 
 
-def _refuse_other(report: Path, version: Version) -> None:
-    """FolderError where a report is about another scorer than this version."""
-    about = read_values(report).get("versions", {}).get("challenger", "")
-    if about and not version.manifest_hash.startswith(about):
-        numbers = f"report on {about}, version of {version.manifest_hash[:12]}"
-        raise FolderError(f"{report}: is about another scorer than {version.uri} ({numbers}); give that version's own")
+def _check_report_version(report: Path, version: Version) -> None:
+    """FolderError if the report is about another scorer than this version."""
+    scorer_hash = read_values(report).get("versions", {}).get("challenger", "")
+    if scorer_hash and not version.manifest_hash.startswith(scorer_hash):
+        numbers = f"report on {scorer_hash}, version of {version.manifest_hash[:12]}"
+        raise FolderError(
+            f"{report}: is about another scorer than {version.uri} ({numbers}); give the report of that version"
+        )
 
 
 def deploy(config: DeploymentConfig, version: Version, scorer: Path, folder: Path) -> dict[str, object]:
-    """Does what the platform asks for; what endpoint.json says of it, `command` always being the next thing to type."""
+    """Deploys to the platform; returns the fields of endpoint.json, where `command` is the next command to run."""
     if config.platform == "kserve":
         name = "inference_service.yaml"
         write_bytes(folder / name, kserve.text(kserve.inference_service(config, version)).encode())
@@ -193,18 +196,18 @@ def _read_probes(report: Path) -> list[Triple]:
     read_manifest(report)
     triples = read_probe(report)
     if not triples:
-        raise FolderError(f"{report / PROBE}: holds no stored pair to check the version against; evaluate again")
+        raise FolderError(f"{report / PROBE}: has no scored pairs to check the version with; evaluate again")
     return triples
 
 
 def largest_difference(folder: Path, probes: list[Triple], uri: str) -> float:
-    """How far the scores of the scorer in `folder` are from the stored ones; FolderError beyond its precision."""
+    """The largest difference to the stored scores; FolderError if it exceeds the tolerance of the precision."""
     from cappy.scoring import Scorer
 
     scorer = Scorer.load(str(folder))
     scores = scorer.score([(instruction, response) for instruction, response, _ in probes])
-    worst = max(abs(score - stored) for score, (_, _, stored) in zip(scores, probes, strict=True))
-    if worst > TOLERANCES[scorer.precision]:
-        remedy = "evaluate on the machine and with the versions that serve, then run again"
-        raise FolderError(f"{uri}: answers differ from its evaluation's by up to {worst:.2g}; {remedy}")
-    return worst
+    difference = max(abs(score - stored) for score, (_, _, stored) in zip(scores, probes, strict=True))
+    if difference > TOLERANCES[scorer.precision]:
+        remedy = "evaluate on the serving machine with the same package versions, then run again"
+        raise FolderError(f"{uri}: scores differ from its evaluation by up to {difference:.2g}; {remedy}")
+    return difference

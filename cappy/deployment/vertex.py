@@ -1,4 +1,4 @@
-"""Vertex AI: the version as a model, an endpoint of its own, and the version's share of its traffic.
+"""Vertex AI: uploads a version as a model and deploys it to an endpoint with a share of the traffic.
 
 Works with google-cloud-aiplatform 1.165 and later and with 2.x, which keeps the same classes for models and endpoints.
 """
@@ -26,17 +26,17 @@ PORT = 8080
 
 
 class _DeployedModel(Protocol):
-    """What the SDK says of a model on an endpoint."""
+    """The fields of a deployed model that are used here."""
 
     model: str
     model_version_id: str
 
 
 def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[str, object]:
-    """Uploads and deploys; what was deployed before keeps the rest of the traffic, or goes when this takes all.
+    """Uploads and deploys a version; earlier ones keep the rest of the traffic, or are undeployed if there is none.
 
-    A version that was uploaded, or that answers already, is neither uploaded nor deployed again. ConfigError with the
-    service's own words where it refuses, or where it does not answer.
+    A version that is already uploaded or deployed is reused. ConfigError with the message of the service if it refuses
+    or does not answer.
     """
     silence_sdk()
     with translate_errors("deployment", config.vertex.project, config.vertex.region):
@@ -45,38 +45,39 @@ def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[s
         )
         model = _upload_model(config, version, scorer)
         endpoint = _endpoint(config)
-        own = next((one.id for one in endpoint.list_models() if _same(one, model)), None)
-        present = _traffic(endpoint)
-        if own is None:
-            _deploy(config, version, endpoint, model, split_traffic(present, config.traffic))
+        deployed_id = next((deployed.id for deployed in endpoint.list_models() if _is_deployed(deployed, model)), None)
+        current = _traffic(endpoint)
+        if deployed_id is None:
+            _deploy(config, version, endpoint, model, split_traffic(current, config.traffic))
         else:
-            others = {name: percent for name, percent in present.items() if name != own}
+            others = {name: percent for name, percent in current.items() if name != deployed_id}
             shares = {
-                own if name == "0" else name: share for name, share in split_traffic(others, config.traffic).items()
+                deployed_id if name == "0" else name: share
+                for name, share in split_traffic(others, config.traffic).items()
             }
-            if shares != {name: percent for name, percent in present.items() if percent}:
+            if shares != {name: percent for name, percent in current.items() if percent}:
                 endpoint.update(traffic_split=shares)
-        gone = _undeploy(endpoint, model) if config.traffic == 100 else []
+        undeployed = _undeploy(endpoint, model) if config.traffic == 100 else []
         return {
             "endpoint": endpoint.resource_name,
             "model": model.versioned_resource_name,
             "traffic": _traffic(endpoint),
-            "undeployed": gone,
+            "undeployed": undeployed,
             "command": f"gcloud ai endpoints describe {endpoint.name} --region={config.vertex.region}",
         }
 
 
-def split_traffic(present: Mapping[str, int], share: int) -> dict[str, int]:
-    """Traffic with `share` percent for the newcomer ("0") and the rest shared as it was; sums to 100.
+def split_traffic(current: Mapping[str, int], share: int) -> dict[str, int]:
+    """Traffic with `share` percent for the new model ("0") and the rest in the current proportions; sums to 100.
 
-    Where nothing answers yet the newcomer gets all: an endpoint's shares have to sum to 100.
+    The new model gets all traffic if no other one has any, because the shares must sum to 100.
     """
-    answering = {name: percent for name, percent in present.items() if percent}
+    answering = {name: percent for name, percent in current.items() if percent}
     if share == 100 or not answering:
         return {"0": 100}
     rest, total = 100 - share, sum(answering.values())
     shares = {name: rest * percent // total for name, percent in answering.items()}
-    # What rounding left goes to the largest.
+    # The largest share gets the rounding error.
     shares[max(shares, key=lambda name: shares[name])] += rest - sum(shares.values())
     return {"0": share, **shares}
 
@@ -102,16 +103,16 @@ def _deploy(
 
 
 def _upload_model(config: "DeploymentConfig", version: Version, scorer: Path) -> aiplatform.Model:
-    """The model with this content, uploaded as a version of the model of this name where there is none.
+    """The model with this content, which is uploaded as a version of the model of this name if it is missing.
 
-    A list of models has each one's newest version alone, so the versions of the model are looked through.
+    Lists of models contain only the newest version of each, so the versions are listed too.
     """
     parents = aiplatform.Model.list(filter=f'display_name="{version.name}"')
     description = f"{version.uri}, manifest {version.manifest_hash}"
     for parent in parents:
-        for one in parent.versioning_registry.list_versions():
-            if one.version_description == description:
-                return aiplatform.Model(parent.resource_name, version=one.version_id)
+        for info in parent.versioning_registry.list_versions():
+            if info.version_description == description:
+                return aiplatform.Model(parent.resource_name, version=info.version_id)
     uploaded: aiplatform.Model = aiplatform.Model.upload(
         display_name=version.name,
         parent_model=parents[0].resource_name if parents else None,
@@ -127,9 +128,9 @@ def _upload_model(config: "DeploymentConfig", version: Version, scorer: Path) ->
 
 
 def _endpoint(config: "DeploymentConfig") -> aiplatform.Endpoint:
-    known = aiplatform.Endpoint.list(filter=f'display_name="{config.service}"')
-    if known:
-        return known[0]
+    endpoints = aiplatform.Endpoint.list(filter=f'display_name="{config.service}"')
+    if endpoints:
+        return endpoints[0]
     return aiplatform.Endpoint.create(display_name=config.service, dedicated_endpoint_enabled=True)
 
 
@@ -137,13 +138,13 @@ def _traffic(endpoint: aiplatform.Endpoint) -> dict[str, int]:
     return {str(name): int(percent) for name, percent in (endpoint.traffic_split or {}).items()}
 
 
-def _same(deployed: _DeployedModel, model: aiplatform.Model) -> bool:
+def _is_deployed(deployed: _DeployedModel, model: aiplatform.Model) -> bool:
     return bool(deployed.model == model.resource_name and deployed.model_version_id == model.version_id)
 
 
 def _undeploy(endpoint: aiplatform.Endpoint, model: aiplatform.Model) -> list[str]:
-    """Takes down what no longer answers; the names of what went."""
-    gone = [one for one in endpoint.list_models() if not _same(one, model)]
-    for one in gone:
-        endpoint.undeploy(deployed_model_id=one.id)
-    return [one.display_name for one in gone]
+    """Undeploys all other models; returns their names."""
+    others = [deployed for deployed in endpoint.list_models() if not _is_deployed(deployed, model)]
+    for deployed in others:
+        endpoint.undeploy(deployed_model_id=deployed.id)
+    return [deployed.display_name for deployed in others]

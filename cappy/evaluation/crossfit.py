@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from cappy.config import build, with_new_names
+from cappy.config import build, rename_settings
 from cappy.errors import ConfigError, FolderError, quote
 from cappy.evaluation.findings import OUT_OF_FOLD
 from cappy.evaluation.protocol import (
@@ -201,10 +201,10 @@ def _train_fold(step: str, settings: Mapping[str, object], progress: Progress) -
     from cappy.training import finetuning, pretraining
 
     if step == "pretraining":
-        own = with_new_names(pretraining.PretrainingConfig, settings)
+        own = rename_settings(pretraining.PretrainingConfig, settings)
         pretraining.run(build(pretraining.PretrainingConfig, own), progress)
     elif step == "finetuning":
-        own = with_new_names(finetuning.FinetuningConfig, settings)
+        own = rename_settings(finetuning.FinetuningConfig, settings)
         finetuning.run(build(finetuning.FinetuningConfig, own), progress)
     else:
         raise ConfigError(f"--folds: step {quote(step)} is not a training step")

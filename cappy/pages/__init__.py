@@ -1,1 +1,1 @@
-"""What every report has in common: the look of its page, the look of its plots, numbers as a person reads them."""
+"""Shared parts of all reports: style of pages and plots, and formatting of numbers."""

@@ -1,8 +1,7 @@
-"""Pages of one self-contained file, from a template beside the code that fills it, and plots with one look.
+"""Self-contained HTML pages from templates, and plots in a common style.
 
-Each page says in its head what a browser may do with it: run and apply the scripts and styles of the template, show
-pictures that it holds, and nothing else. A text of the data that came to be an element all the same would load and run
-nothing.
+Each page has a content security policy: only the scripts and styles of the template and embedded images are allowed.
+Even if text of the data became an element, it could not load or run anything.
 """
 
 import base64
@@ -21,27 +20,27 @@ INK, QUIET, GRID = "#1b1f24", "#5b6470", "#d9dde3"
 VARIABLES: Mapping[str, str] = {INK: "var(--ink)", QUIET: "var(--quiet)", GRID: "var(--line)"}
 
 _STYLE = re.compile(r"\s*<style\b[^>]*>[^<]*</style>")
-"""A rule of matplotlib's for all lines. `style.jinja` has it, for a page applies no style but its template's."""
+"""matplotlib's rule for all lines; `style.jinja` has it, because a page only applies styles of its template."""
 _NONE = "'none'"
 _BLOCKS = {"script": "script-src", "style": "style-src-elem"}
-"""The blocks of a template whose text is hashed, and the directive that names the hash."""
+"""Blocks of a template whose text is hashed -> directive for the hash."""
 
 
 def render_template(template: str, filters: Mapping[str, Callable[..., object]], **values: object) -> str:
-    """The page that a template of the library, such as "evaluation/page.jinja", makes of the values.
+    """Renders a template of the package, such as "evaluation/page.jinja", with these values.
 
-    It may include `style.jinja`, and has its scripts and styles in blocks of these names, which are given no value.
-    Every text is escaped, and a name that is not given is an error.
+    The template may include `style.jinja`. Its scripts and styles must be in the blocks `script` and `style`, which
+    cannot use the values. All text is escaped, and an undefined name is an error.
     """
     page = _template(template, filters)
     return page.render(values, policy=_content_security_policy(page))
 
 
 def _content_security_policy(page: Template) -> str:
-    """What a browser may do with the page, by the hashes of the template's own scripts and styles.
+    """The policy of a page, with hashes of the template's scripts and styles.
 
-    Attributes named style are allowed: bars and plots have widths and colours of their own there. Browsers that know no
-    style-src-elem take style-src.
+    style attributes are allowed, because bars and plots use them for widths and colours. Browsers without
+    style-src-elem use style-src.
     """
     allowed: dict[str, list[str]] = {directive: [] for directive in _BLOCKS.values()}
     for name, directive in _BLOCKS.items():
@@ -78,16 +77,16 @@ def _template(path: str, filters: Mapping[str, Callable[..., object]]) -> Templa
 
 @contextlib.contextmanager
 def draw_figure(width: float, height: float) -> Iterator[Figure]:
-    """A clear figure, `width` by `height` inches, to draw on inside the block."""
+    """An empty transparent figure, `width` by `height` inches, to draw on inside the block."""
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK}):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.set_facecolor("none")
         yield figure
 
 
-def plain_axes(figure: Figure, x: str, y: str, place: tuple[int, int, int] = (1, 1, 1)) -> Axes:
-    """Axes with a grid, without a frame, with what each direction measures; `place` is rows, columns and index."""
-    axes = figure.add_subplot(*place)
+def plain_axes(figure: Figure, x: str, y: str, position: tuple[int, int, int] = (1, 1, 1)) -> Axes:
+    """Axes with labels and a grid but no frame; `position` is (rows, columns, index) of the subplot."""
+    axes = figure.add_subplot(*position)
     axes.set_facecolor("none")
     axes.set_xlabel(x, color=QUIET)
     axes.set_ylabel(y, color=QUIET)
@@ -100,9 +99,9 @@ def plain_axes(figure: Figure, x: str, y: str, place: tuple[int, int, int] = (1,
 
 
 def to_svg(figure: Figure, *, salt: str, variables: Mapping[str, str]) -> str:
-    """The figure as an SVG element: equal figures give equal text, and `variables` maps colours to the page's.
+    """The figure as a deterministic SVG element; `variables` maps colours to CSS variables of the page.
 
-    `salt` keeps the names inside it apart from those of other plots of the page.
+    `salt` makes its ids differ from those of other plots on the page.
     """
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
@@ -114,7 +113,7 @@ def to_svg(figure: Figure, *, salt: str, variables: Mapping[str, str]) -> str:
 
 
 def to_svg_file(figure: Figure, *, salt: str) -> bytes:
-    """The figure on white as a file of its own, in its own colours; equal figures give equal bytes."""
+    """The figure as a deterministic SVG file with a white background."""
     figure.set_facecolor("white")
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
@@ -123,7 +122,7 @@ def to_svg_file(figure: Figure, *, salt: str) -> bytes:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure on white, for places that show pictures only."""
+    """The figure as PNG with a white background."""
     figure.set_facecolor("white")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})

@@ -22,21 +22,21 @@ from cappy.errors import RecordError, quote
 from cappy.records import Instance, prompt_hash, read_batches
 from cappy.records.overlap import (
     MAX_ROWS,
-    Draw,
-    Drawn,
     Hashes,
     Prompt,
-    Prompted,
+    PromptLike,
     RowIndex,
     Rows,
-    distinct,
-    frequent_of,
+    RowSample,
+    SampledRow,
+    exclude,
+    frequent_hashes,
     group_hash,
-    is_content,
+    is_content_id,
     own_shingles,
     shingles,
     sketch_rows,
-    without,
+    sorted_unique,
 )
 
 MAX_DROPPED_SHARE = 0.2
@@ -62,10 +62,10 @@ class SplitRows:
     """
 
     def __init__(self) -> None:
-        self._training = {split: Draw(most=MAX_ROWS + MAX_ROWS // 4) for split in ("train", "validation")}
-        self._held_out = {split: Draw(most=MAX_ROWS, whole=True) for split in ("validation", "test")}
+        self._training = {split: RowSample(max_rows=MAX_ROWS + MAX_ROWS // 4) for split in ("train", "validation")}
+        self._held_out = {split: RowSample(max_rows=MAX_ROWS, all_shingles=True) for split in ("validation", "test")}
 
-    def add(self, prompted: Prompted, split: str) -> None:
+    def add(self, prompted: PromptLike, split: str) -> None:
         """Adds a row of a split."""
         for draws in (self._training, self._held_out):
             if split in draws:
@@ -79,17 +79,17 @@ class SplitRows:
         dropped already.
         """
         for draw in (*self._training.values(), *self._held_out.values()):
-            draw.cut()
-        test = self._held_out["test"].held
+            draw.truncate()
+        test = self._held_out["test"].rows
         in_test = {row.prompt for row in test}
-        validation = [row for row in self._held_out["validation"].held if row.prompt not in in_test]
+        validation = [row for row in self._held_out["validation"].rows if row.prompt not in in_test]
         held_out = in_test | {row.prompt for row in validation}
-        training_rows = [row for row in self._training["train"].held if row.prompt not in held_out]
-        training_rows += [row for row in self._training["validation"].held if row.prompt not in in_test]
+        training_rows = [row for row in self._training["train"].rows if row.prompt not in held_out]
+        training_rows += [row for row in self._training["validation"].rows if row.prompt not in in_test]
         return _find_leaks(sorted(training_rows, key=lambda row: row.prompt), validation, test)
 
 
-def _find_leaks(training_rows: list[Drawn], validation: list[Drawn], test: list[Drawn]) -> set[int]:
+def _find_leaks(training_rows: list[SampledRow], validation: list[SampledRow], test: list[SampledRow]) -> set[int]:
     dropped: set[int] = set()
     test = _drop_frequent_shingles(test)
     while True:
@@ -98,7 +98,7 @@ def _find_leaks(training_rows: list[Drawn], validation: list[Drawn], test: list[
         if not held_out:
             return dropped
         indexes, table = own_shingles(
-            training_rows[:MAX_ROWS], distinct(np.concatenate([row.shingles for row in held_out]))
+            training_rows[:MAX_ROWS], sorted_unique(np.concatenate([row.shingles for row in held_out]))
         )
         index = RowIndex(Rows(table))
         prompts = np.array([training_rows[position].prompt for position in indexes], dtype=np.uint64)
@@ -113,25 +113,25 @@ def _find_leaks(training_rows: list[Drawn], validation: list[Drawn], test: list[
         validation = [row for row in validation if row.prompt not in near_prompts]
 
 
-def _drop_frequent_shingles(rows: list[Drawn]) -> list[Drawn]:
+def _drop_frequent_shingles(rows: list[SampledRow]) -> list[SampledRow]:
     """The rows without the frequent shingles, which belong to templates."""
-    frequent = frequent_of((row.group, row.shingles) for row in rows)
-    return [row._replace(shingles=without(row.shingles, frequent)) for row in rows]
+    frequent = frequent_hashes((row.group, row.shingles) for row in rows)
+    return [row._replace(shingles=exclude(row.shingles, frequent)) for row in rows]
 
 
-def merge_near_duplicates(prompts: Hashes, rows: Callable[[], Iterable[Prompted]]) -> Hashes:
+def merge_near_duplicates(prompts: Hashes, rows: Callable[[], Iterable[PromptLike]]) -> Hashes:
     """Replaces the prompt hash of each row by one hash that it shares with its near-duplicates, shape [num_rows].
 
     `rows` is read twice. Rows are compared with a sample of at most 32,768 rows.
     """
-    draw = Draw(most=MAX_ROWS)
+    draw = RowSample(max_rows=MAX_ROWS)
     for prompted in rows():
         draw.add(prompted)
-    draw.cut()
-    indexes, table = own_shingles(draw.held)
+    draw.truncate()
+    indexes, table = own_shingles(draw.rows)
     row_index = RowIndex(Rows(table))
-    sampled = np.array([draw.held[index].prompt for index in indexes], dtype=np.uint64)
-    frequent = frequent_of((row.group, distinct(row.shingles)) for row in draw.held)
+    sampled = np.array([draw.rows[index].prompt for index in indexes], dtype=np.uint64)
+    frequent = frequent_hashes((row.group, sorted_unique(row.shingles)) for row in draw.rows)
     parents: dict[int, int] = {}
 
     for prompt, prompted in zip(prompts.tolist(), rows(), strict=False):
@@ -150,7 +150,7 @@ def find_root(member: int, parents: dict[int, int]) -> int:
     return member
 
 
-class RowSample:
+class HeldOutSample:
     """A sample of the rows of each split, for sources with too many training rows to compare all of them.
 
     Some training rows are sampled too, so that the shingles of a template are recognised even if few held-out rows
@@ -159,9 +159,9 @@ class RowSample:
     """
 
     def __init__(self) -> None:
-        self._draws = {split: Draw(most=MAX_ROWS) for split in ("train", "validation", "test")}
+        self._draws = {split: RowSample(max_rows=MAX_ROWS) for split in ("train", "validation", "test")}
 
-    def add(self, prompted: Prompted, split: str) -> None:
+    def add(self, prompted: PromptLike, split: str) -> None:
         """Adds a row of a split."""
         self._draws[split].add(prompted)
 
@@ -172,9 +172,9 @@ class RowSample:
         indexes, table = own_shingles([*selected, *others])
         return RowIndex(Rows(table[: sum(index < len(selected) for index in indexes)]))
 
-    def _bounded_rows(self, split: str) -> list[Drawn]:
-        self._draws[split].cut()
-        return self._draws[split].held
+    def _bounded_rows(self, split: str) -> list[SampledRow]:
+        self._draws[split].truncate()
+        return self._draws[split].rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +246,7 @@ def _read_evaluation_sets(folders: Sequence[Path]) -> tuple[Exclusions, RowIndex
                 for row in zip(*(batch[name].to_pylist() for name in _COLUMNS), strict=True):
                     prompt = Prompt(*row)
                     prompts.append(prompt_hash(prompt.instruction))
-                    if is_content(prompt.group_id):
+                    if is_content_id(prompt.group_id):
                         groups.append(group_hash(prompt))
                     yield prompt
 
@@ -258,6 +258,6 @@ def _describe_leak(instance: Instance, held_out: Exclusions, rows: RowIndex) -> 
     """What an instance shares with an evaluation set, for an error; empty if nothing."""
     if held_out.has_prompt(instance.instruction):
         return "has the prompt of an instance"
-    if is_content(instance.group_id) and _contains(held_out.groups, group_hash(instance)):
+    if is_content_id(instance.group_id) and _contains(held_out.groups, group_hash(instance)):
         return "belongs to a group"
     return "contains the text of a row" if rows.holds(instance) else ""

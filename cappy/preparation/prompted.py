@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cappy.errors import RecordError
-from cappy.preparation.leakage import SAMPLED_ROWS, Exclusions, RowSample, SplitRows, sort_hashes
+from cappy.preparation.leakage import SAMPLED_ROWS, Exclusions, HeldOutSample, SplitRows, sort_hashes
 from cappy.preparation.rows import Rows, Values, choice_candidates, hash64
 from cappy.progress import Progress
 from cappy.records import Instance, Split, prompt_hash
@@ -196,7 +196,7 @@ def _find_exclusions(datasets: Sequence[Dataset], rule: SplitRule, progress: Pro
 
     All datasets and all shards count. Nothing is excluded if all rows are test.
     """
-    exclusions, rows, sample = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), RowSample()
+    exclusions, rows, sample = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), HeldOutSample()
     ignored_tally = Tally(max_failed=1.0)
     tables = [(dataset, table) for dataset in datasets for table in dataset.tables]
     if all(table.held_out for _, table in tables) or not (

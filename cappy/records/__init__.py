@@ -1,4 +1,4 @@
-"""The record that every step reads and writes, and the folders it lies in."""
+"""The record that every step reads and writes, and the folders that contain it."""
 
 from cappy.records.folder import File, Manifest, read_manifest, write
 from cappy.records.instance import Candidate, Instance, Split, prompt_hash

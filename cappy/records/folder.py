@@ -1,4 +1,4 @@
-"""A folder of Parquet parts (or of a scorer's or a report's files) that is finished when its manifest stands in it."""
+"""Folders of Parquet parts (or of the files of a scorer or a report), which are finished once they have a manifest."""
 
 import contextlib
 import errno
@@ -23,17 +23,17 @@ from cappy.records.schema import SCHEMA_VERSION, to_table
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
-"""Of a manifest: one of 100,000 parts has 13 MB."""
+"""Size limit of a manifest; one of 100,000 parts has 13 MB."""
 PART_ROWS = 512
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_FOLDERS = (errno.EMFILE, errno.ENOSYS, errno.ENOTSUP)
-"""What a disk says that renames files and no folders; EMFILE is that of Cloud Storage FUSE."""
-_NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_FOLDER_RENAME = (errno.EMFILE, errno.ENOSYS, errno.ENOTSUP)
+"""Errors of file systems that can rename files but not folders; Cloud Storage FUSE reports EMFILE."""
+_BAD_PATH = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A file of the folder: its sha256, and how many instances and candidates it holds (0 for other files)."""
+    """A file of the folder: its sha256, and its numbers of instances and candidates (0 for other files)."""
 
     name: str
     sha256: str
@@ -43,10 +43,9 @@ class File:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder holds and how it came about; equal work writes an equal manifest, so no clock and no path.
+    """What a folder contains and how it was made; equal work writes an equal manifest, without times and paths.
 
-    `step_version` is the version of the step that wrote it. Manifests of before there was one have a hash of the code
-    in `code` instead.
+    `step_version` is the version of the step that wrote it. Older manifests have a hash of the code in `code` instead.
     """
 
     step: str
@@ -73,14 +72,14 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """sha256 over the manifest, and through it over every file it names."""
+        """sha256 of the manifest, and thus of every file that it lists."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The text of `manifest.json`: the fields, with rows and candidates in all."""
+        """The text of manifest.json: the fields, and the total rows and candidates."""
         values = {**asdict(self), "rows": self.rows, "candidates": self.candidates}
         if not self.step_version:
-            # As it was written before there were versions: the hash of a registered scorer stays what it was.
+            # Older manifests have no such field: the hash of a registered scorer must not change.
             del values["step_version"]
         return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -92,22 +91,22 @@ class Manifest:
             values.pop(derived, None)
         files = tuple(File(**file) for file in values.pop("files"))
         manifest = Manifest(**{**values, "files": files, "parents": tuple(values.pop("parents"))})
-        _refuse_odd(manifest)
+        _check_fields(manifest)
         return manifest
 
 
-def _refuse_odd(manifest: Manifest) -> None:
-    """ValueError where a field is of another type than `to_json` writes, or its hash cannot be made."""
+def _check_fields(manifest: Manifest) -> None:
+    """ValueError if a field has the wrong type, or if the manifest cannot be encoded."""
     for file in manifest.files:
         _refuse_outside(file.name)
         if not isinstance(file.sha256, str) or not all(map(_is_count, (file.rows, file.candidates))):
-            raise ValueError(f"the file {file.name!r} has no sha256, or a number of rows that is not a number")
+            raise ValueError(f"the file {file.name!r} has no sha256, or an invalid number of rows")
     if len({file.name for file in manifest.files}) < len(manifest.files):
-        raise ValueError("it names a file twice")
+        raise ValueError("it lists a file twice")
     objects = (manifest.config, manifest.generators, manifest.metrics, manifest.facts)
     texts = (manifest.step, manifest.code, *manifest.parents)
-    if not all(isinstance(one, dict) for one in objects) or not all(isinstance(one, str) for one in texts):
-        raise ValueError("a field is of another type")
+    if not all(isinstance(value, dict) for value in objects) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a field has the wrong type")
     if not _is_count(manifest.step_version):
         raise ValueError(f"step_version is {manifest.step_version!r}")
     if not _is_count(manifest.schema_version):
@@ -120,7 +119,7 @@ def _is_count(value: object) -> bool:
 
 
 def _refuse_outside(name: str) -> None:
-    """ValueError where the name leads out of the folder: manifests come from registries that others write to."""
+    """ValueError if the name leads out of the folder; manifests may come from a registry that others write to."""
     if name.startswith("/") or "\\" in name or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise ValueError(f"the file name {name!r} leads out of the folder")
 
@@ -133,24 +132,26 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """A full disk or a missing right under `path` becomes one line with its remedy."""
+    """Turns a full disk, a missing permission or an invalid path into a FolderError with the remedy."""
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in _DISK_FULL:
             remedy = "free some space and run the same command again; finished parts are kept"
-            raise FolderError(f"{path}: no room left on the disk; {remedy}") from error
+            raise FolderError(f"{path}: no space left on the disk; {remedy}") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise FolderError(f"{path}: may not be written; choose another --target or mend its rights") from error
-        if error.errno in _NO_PLACE:
+            raise FolderError(
+                f"{path}: cannot be written; choose another --target or change its permissions"
+            ) from error
+        if error.errno in _BAD_PATH:
             raise FolderError(f"{path}: cannot be a folder ({error.strerror}); choose another path") from error
         raise
 
 
 def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Writes a whole file or nothing: under a temporary name, flushed to the disk, renamed.
+    """Writes a file atomically: under a temporary name, flushed to the disk, then renamed.
 
-    A private file can be read by its owner alone, whatever the umask.
+    A private file is readable by its owner only, whatever the umask.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,17 +162,17 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
 
 
 def rename_folder(source: Path, target: Path, *, last: str) -> None:
-    """Gives a folder its name at once; file by file, `last` the last, where the disk renames no folders.
+    """Renames a folder atomically, or file by file with `last` at the end if the file system cannot rename folders.
 
-    Cloud Storage, mounted as a disk, is such a one. Whoever reads `target` takes it for whole once it has `last`; what
-    lies there without it is what a killed process left.
+    Mounted Cloud Storage cannot. Readers of `target` treat it as complete once it contains `last`; without that file it
+    was left by a killed process.
     """
     shutil.rmtree(target, ignore_errors=True)
     try:
         source.rename(target)
         return
     except OSError as error:
-        if error.errno not in _NO_FOLDERS:
+        if error.errno not in _NO_FOLDER_RENAME:
             raise
     files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     for name in (*(name for name in files if name != Path(last)), Path(last)):
@@ -181,7 +182,7 @@ def rename_folder(source: Path, target: Path, *, last: str) -> None:
 
 
 def write_part(folder: Path, index: int, instances: Sequence[Instance]) -> File:
-    """Writes one Parquet part (zstd), whole or not at all."""
+    """Writes one Parquet part (zstd) atomically."""
     buffer = io.BytesIO()
     pq.write_table(to_table(instances), buffer, compression="zstd")
     data = buffer.getvalue()
@@ -196,26 +197,26 @@ def write_part(folder: Path, index: int, instances: Sequence[Instance]) -> File:
 
 
 def write_manifest(folder: Path, manifest: Manifest, *, private: bool = False) -> None:
-    """Finishes the folder."""
+    """Writes the manifest, which marks the folder as finished."""
     write_bytes(folder / MANIFEST, manifest.to_json().encode(), private=private)
 
 
 def describe_files(folder: Path) -> tuple[File, ...]:
-    """Every file of a folder with its sha256, but the manifest, the key of its work and what is hidden."""
+    """Every file of a folder with its sha256, except the manifest, the key of the work and hidden files."""
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    shown_names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    visible_names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     return tuple(
         File(name=name.as_posix(), sha256=sha256_of(folder / name))
-        for name in shown_names
+        for name in visible_names
         if name.as_posix() not in (MANIFEST, KEY)
     )
 
 
 def write(folder: str | Path, instances: Iterable[Instance], *, step: str = "", part_rows: int = PART_ROWS) -> Manifest:
-    """Writes instances as a finished folder, `part_rows` to a part; FolderError if it already holds one."""
+    """Writes instances as a finished folder, `part_rows` per part; FolderError if the folder is already finished."""
     target = Path(folder)
     if (target / MANIFEST).exists():
-        raise FolderError(f"{target}: already holds a finished folder; choose another, or delete it first")
+        raise FolderError(f"{target}: already holds a finished folder; choose another one, or delete it first")
     files = [write_part(target, index, part) for index, part in enumerate(batched(instances, part_rows))]
     manifest = Manifest(step=step, files=tuple(files))
     write_manifest(target, manifest)
@@ -223,15 +224,17 @@ def write(folder: str | Path, instances: Iterable[Instance], *, step: str = "", 
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a finished folder; FolderError if there is none or it cannot be read."""
+    """The manifest of a finished folder; FolderError if there is none or it is invalid."""
     path = Path(folder) / MANIFEST
     if path.parent.is_file():
-        raise FolderError(f"{folder}: is a file; give the folder that a step wrote (cappy preparation makes one of it)")
+        raise FolderError(
+            f"{folder}: is a file; give the folder that a step wrote (cappy preparation makes one from a file)"
+        )
     if not path.parent.is_dir():
         raise FolderError(f"{folder}: no such folder; check the path")
     if not path.is_file() and any(path.parent.glob(f"*/{MANIFEST}")):
         remedy = "join them: cappy preparation --source on this folder"
-        raise FolderError(f"{folder}: holds folders of records and is none itself; {remedy}")
+        raise FolderError(f"{folder}: contains folders of records but is not one itself; {remedy}")
     if not path.is_file():
         raise FolderError(f"{folder}: has no {MANIFEST}, so it is unfinished; run the step that writes it again")
     try:
@@ -243,13 +246,13 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{path}: is not a manifest ({quote(str(error))}); run the step that wrote it again"
         ) from error
     if manifest.schema_version > SCHEMA_VERSION:
-        newest = f"this version reads up to {SCHEMA_VERSION}"
-        raise FolderError(f"{path}: has schema version {manifest.schema_version}, {newest}; update cappy")
+        limit = f"this version reads up to {SCHEMA_VERSION}"
+        raise FolderError(f"{path}: has schema version {manifest.schema_version}, {limit}; update cappy")
     return manifest
 
 
 def verify(folder: str | Path, manifest: Manifest | None = None) -> Manifest:
-    """Checks the sha256 of every file that the manifest names; returns the manifest."""
+    """Checks the sha256 of every file in the manifest and returns the manifest."""
     manifest = manifest or read_manifest(folder)
     for file in manifest.files:
         verify_file(Path(folder), file)
@@ -257,9 +260,9 @@ def verify(folder: str | Path, manifest: Manifest | None = None) -> Manifest:
 
 
 def publish(work: Path, target: Path, manifest: Manifest) -> None:
-    """Puts the files of a work folder under `target` and finishes it there; the manifest goes last.
+    """Publishes the files of a work folder in `target`; the manifest is written last.
 
-    Hard links where the file system allows them, so that publishing costs no room.
+    Uses hard links where the file system allows them, so that publishing takes no disk space.
     """
     with disk_errors(target):
         if target.exists() and not target.is_dir():
@@ -269,38 +272,38 @@ def publish(work: Path, target: Path, manifest: Manifest) -> None:
             stale.unlink()
         for file in manifest.files:
             refuse_links(target, file.name)
-            put(work / file.name, target / file.name)
+            link_or_copy(work / file.name, target / file.name)
     write_manifest(target, manifest)
 
 
-def put(source: Path, path: Path) -> None:
-    """The same file under another path, in place of what was there: a hard link where that can be, else a copy."""
+def link_or_copy(source: Path, path: Path) -> None:
+    """Hard-links `source` as `path`, or copies it if links are not possible; an existing file is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     try:
         os.link(source, path)
     except OSError:
-        with source.open("rb") as whole, atomic_write(path) as file:
-            shutil.copyfileobj(whole, file)
+        with source.open("rb") as original, atomic_write(path) as file:
+            shutil.copyfileobj(original, file)
 
 
 def verify_file(folder: Path, file: File) -> Path:
-    """The path of a file of the folder, once its sha256 is that of the manifest."""
+    """Checks the sha256 of a file of the folder and returns its path."""
     path = folder / file.name
     remedy = f"delete {folder} and run the step that wrote it again"
     try:
         missing = not path.is_file()
-    except OSError:  # a name too long for the disk
+    except OSError:  # The name is too long.
         missing = True
     if missing:
-        raise FolderError(f"{path}: is missing, the manifest names it; {remedy}")
+        raise FolderError(f"{path}: is missing but listed in the manifest; {remedy}")
     if (sha256 := sha256_of(path)) != file.sha256:
         raise FolderError(f"{path}: is damaged (sha256 {sha256[:12]}, manifest {file.sha256[:12]}); {remedy}")
     return path
 
 
 def batched(instances: Iterable[Instance], size: int) -> Iterator[list[Instance]]:
-    """The instances in lists of `size`, the last one shorter."""
+    """The instances in lists of `size`; the last one may be shorter."""
     iterator = iter(instances)
     while part := list(itertools.islice(iterator, size)):
         yield part

@@ -14,20 +14,20 @@ Status = Literal["ok", "empty", "refused", "failed", "truncated", "filtered"]
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 GIVEN = "given"
-"""Name of the label that a candidate brought with it."""
+"""Metric name of labels that came with the candidates."""
 SOURCES: tuple[Source, ...] = get_args(Source)
 STATUSES: tuple[Status, ...] = get_args(Status)
 SELECTABLE: tuple[Status, ...] = ("ok", "truncated")
-"""Statuses of what a user would have: a response that ran into the limit on its length is one."""
+"""Statuses of candidates that a user would have; a response that reached the length limit is one of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A text proposed for an instruction, with where it came from and what is known of it.
+    """A text proposed for an instruction, with its origin, labels and scores.
 
-    `logprob_sum` and `logprob_mean` are natural logarithms under the generator, end-of-sequence token included;
-    None where the generator cannot give them. `labels` maps a metric's name to a correctness from 0 to 1, `scores`
-    a scorer version to its score.
+    `logprob_sum` and `logprob_mean` are natural logarithms under the generator, including the end-of-sequence token;
+    None if the generator cannot provide them. `labels` maps names of metrics to a correctness from 0 to 1, `scores`
+    maps scorer versions to scores.
     """
 
     response: str
@@ -50,7 +50,7 @@ class Candidate:
             raise RecordError(f"status must be one of {', '.join(STATUSES)}, got {quote(self.status)}")
 
     def with_label(self, metric: str, label: float) -> "Candidate":
-        """The candidate with one more label; `replace` would do, at many times the cost, and there are millions."""
+        """The candidate with one more label; much faster than `dataclasses.replace`, for millions of candidates."""
         return Candidate(
             response=self.response,
             source=self.source,
@@ -68,7 +68,7 @@ class Candidate:
 
     @property
     def selectable(self) -> bool:
-        """Whether a selector may pick it: what a user would have, never a reference or a planted mismatch."""
+        """Whether a selector may pick it: only what a user would have, never a reference or a mismatch."""
         return self.source in ("llm", "choice") and self.status in SELECTABLE
 
 
@@ -76,9 +76,9 @@ class Candidate:
 class Instance:
     """An instruction with its references, choices and candidates.
 
-    `group_id` names the source row behind the instance: splits and intervals go by group. `original_task` is false
-    for a template that turns its dataset's task around (as PromptSource marks them). There is at least one reference,
-    unless there are candidates: they may have brought labels of their own, or are there to be scored.
+    `group_id` identifies the source row of the instance; splits and confidence intervals are by group.
+    `original_task` is false for templates that reverse the task of their dataset (as marked in PromptSource). At least
+    one reference is required unless there are candidates, which may already have labels or only need scores.
     """
 
     instance_id: str
@@ -94,7 +94,7 @@ class Instance:
 
     def __post_init__(self) -> None:
         if not self.instruction.strip():
-            raise RecordError(f"instance {quote(self.instance_id)}: instruction is empty; give it a text")
+            raise RecordError(f"instance {quote(self.instance_id)}: the instruction is empty; give a text")
         if not self.candidates and not any(reference.strip() for reference in self.references):
             raise RecordError(f"instance {quote(self.instance_id)}: no reference; give at least one accepted answer")
         if self.split not in SPLITS:
@@ -111,9 +111,9 @@ class Instance:
 
 
 def prompt_hash(instruction: str) -> int:
-    """64 bits that are equal for prompts that differ only in case, white space or Unicode form.
+    """64-bit hash of a prompt that ignores case, white space and Unicode normalisation form.
 
-    The leakage check between training and evaluation compares these.
+    The leakage check between training and evaluation compares these hashes.
     """
     normal = " ".join(unicodedata.normalize("NFKC", instruction).casefold().split())
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little")

@@ -1,12 +1,12 @@
-"""Rows of one set that stand in the prompts of another, under whatever template: near-duplicates of their own text.
+"""Finds rows of one dataset in the prompts of another, under any template, as near-duplicates of the row's own text.
 
-A prompt is taken as its shingles, hashes of three words in a row. What many prompts share is their template; what few
-share is the text of the row. Of each row up to sixteen shingles of its own text are kept, drawn by their hash, and a
-prompt that holds most of them holds the row. Rows of a few words have too few shingles to be known by.
+A prompt is represented by its shingles, hashes of three consecutive words. Shingles that many prompts share belong to
+their template, the others to the text of the row. For each row up to sixteen of its own shingles are stored, those with
+the smallest hashes; a prompt with most of them contains the row. Rows of a few words have too few shingles to be found.
 
-Of the groups that a version was tested on a sketch is kept that fits into a tag: the smallest hashes of the set
-(bottom-k; Cohen and Kaplan, 2007). Up to `SKETCH_SIZE` groups are all there, and of more the share that two sets have
-in common is estimated with a standard error of about 2 %.
+A sketch of the groups that a version was tested on fits into a tag: the smallest hashes of the set (bottom-k; Cohen and
+Kaplan, 2007). It is exact for up to `SKETCH_SIZE` groups; beyond that the overlap of two sets is estimated with a
+standard error of about 2 %.
 """
 
 import functools
@@ -24,28 +24,28 @@ from cappy.records.instance import Instance, prompt_hash
 
 Hashes = npt.NDArray[np.uint64]
 
-WORDS = 3
-"""Words of a shingle; of text without spaces between words (Chinese, Japanese, Thai) each character is one."""
-KEPT = 16
-"""Shingles that are kept of a row."""
+SHINGLE_WORDS = 3
+"""Words of a shingle; in text without spaces between words (Chinese, Japanese, Thai) each character is a word."""
+ROW_SHINGLES = 16
+"""Stored shingles of a row."""
 MAX_ROWS = 32_768
-"""Rows that are kept, drawn by the hash of their prompt: 5 MB, of however many."""
+"""Stored rows of a dataset, those whose prompts have the smallest hashes: 5 MB for a dataset of any size."""
 MAX_SHINGLES = 512
-"""Shingles of a prompt, from its beginning, of which those of its row are kept."""
-MOST_PROMPTS = 10
-"""A shingle in more groups than this is a template's."""
+"""Shingles at the beginning of a prompt that are considered for its row."""
+MAX_PROMPTS = 10
+"""A shingle in more groups than this belongs to a template."""
 MIN_SHARED = 8
 MIN_SHARE = 0.9
-"""How many, and which share, of a row's shingles a prompt must hold."""
+"""Number and share of a row's shingles that a prompt must contain."""
 MIN_IN_GROUP = 2
-"""How many of them where the two have the same task and group."""
+"""The same number if both have the same task and group."""
 
 _WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]|\w+")
 _FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 
 
-class Prompted(Protocol):
-    """What is looked at of an instance."""
+class PromptLike(Protocol):
+    """The fields of an instance that are used here."""
 
     @property
     def instruction(self) -> str:
@@ -68,52 +68,52 @@ class Prompt(NamedTuple):
     group_id: str = ""
 
 
-def group_hash(prompted: Prompted) -> int:
-    """64 bits of the task and the group; equal by chance for row numbers, so they prove nothing alone."""
+def group_hash(prompted: PromptLike) -> int:
+    """64-bit hash of task and group; equal group ids may be mere row numbers, so it proves nothing alone."""
     text = f"{prompted.task}\0{prompted.group_id}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def is_content(group_id: str) -> bool:
-    """Whether a group's id is made of the row's content, as that of a row under templates: NAME:HASH."""
+def is_content_id(group_id: str) -> bool:
+    """Whether a group id is a hash of the row's content (NAME:HASH), as for rows under templates."""
     return regex.search(r":[0-9a-f]{16}$", group_id) is not None
 
 
 def shingles(text: str) -> Hashes:
-    """The sorted, distinct shingles of a text; equal for texts that differ in case, marks and white space alone."""
-    return distinct(_in_order(text))
+    """The sorted, distinct shingles of a text, ignoring case, punctuation and white space."""
+    return sorted_unique(_ordered_shingles(text))
 
 
-def distinct(values: Hashes) -> Hashes:
-    """The values sorted, each once; by sorting, which is several times faster here than the hashing of `np.unique`."""
+def sorted_unique(values: Hashes) -> Hashes:
+    """The sorted, distinct values; several times faster here than `np.unique`, which hashes."""
     ordered = np.sort(values)
     new = np.ones(len(ordered), dtype=np.bool_)
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
     return ordered[new]
 
 
-def _in_order(text: str) -> Hashes:
+def _ordered_shingles(text: str) -> Hashes:
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-    if len(words) < WORDS:
+    if len(words) < SHINGLE_WORDS:
         return np.empty(0, dtype=np.uint64)
-    hashes = np.fromiter(map(_hash, words), dtype=np.uint64, count=len(words))
-    mixed = np.zeros(len(words) - WORDS + 1, dtype=np.uint64)
-    for index in range(WORDS):
-        mixed = (mixed ^ hashes[index : len(words) - WORDS + 1 + index]) * _FACTORS[index]
+    hashes = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
+    mixed = np.zeros(len(words) - SHINGLE_WORDS + 1, dtype=np.uint64)
+    for index in range(SHINGLE_WORDS):
+        mixed = (mixed ^ hashes[index : len(words) - SHINGLE_WORDS + 1 + index]) * _FACTORS[index]
         mixed ^= mixed >> np.uint64(29)
     return mixed
 
 
 @functools.lru_cache(maxsize=2**18)
-def _hash(word: str) -> int:
+def _word_hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is kept of rows: for each one its group's hash and its shingles, padded with zeros; (rows, 1 + KEPT).
+    """Stored rows: `table`, uint64 (rows, 1 + ROW_SHINGLES), has a group's hash and shingles padded with zeros.
 
-    `seen` counts the rows they were drawn from.
+    `seen` is the number of rows that they were sampled from.
     """
 
     table: Hashes
@@ -122,11 +122,11 @@ class Rows:
     @staticmethod
     def none() -> "Rows":
         """No rows."""
-        return Rows(np.empty((0, 1 + KEPT), dtype=np.uint64))
+        return Rows(np.empty((0, 1 + ROW_SHINGLES), dtype=np.uint64))
 
 
-class Drawn(NamedTuple):
-    """A row as it is held: hashes of its prompt and of its group, and its shingles."""
+class SampledRow(NamedTuple):
+    """A row in a `RowSample`: the hashes of its prompt and its group, and its shingles."""
 
     prompt: int
     group: int
@@ -134,106 +134,111 @@ class Drawn(NamedTuple):
 
 
 @dataclass(slots=True)
-class Draw:
-    """Rows as they come, the `most` with the smallest hashes of prompts; a fourth more are held at most.
+class RowSample:
+    """A sample of a stream of rows: the `max_rows` rows whose prompts have the smallest hashes.
 
-    Of each the first `MAX_SHINGLES` shingles are kept in order, or all of them, sorted and distinct, where it is
-    `whole`; fewer rows are held where they have more than `most` times `MAX_SHINGLES` shingles in all.
+    Each row has its first `MAX_SHINGLES` shingles in order; with `all_shingles`, all of them, sorted and distinct. The
+    sample has fewer rows if they have more than `max_rows * MAX_SHINGLES` shingles in total. Until `truncate`, up to a
+    fourth more rows are in memory.
     """
 
-    most: int
-    whole: bool = False
-    held: list[Drawn] = field(default_factory=list)
+    max_rows: int
+    all_shingles: bool = False
+    rows: list[SampledRow] = field(default_factory=list)
     seen: int = 0
-    highest: int = 2**64
+    hash_limit: int = 2**64
     size: int = 0
 
-    def add(self, prompted: Prompted) -> None:
-        """Takes a row, unless those that are held have smaller hashes."""
+    def add(self, prompted: PromptLike) -> None:
+        """Adds a row, unless the sample is full of rows with smaller hashes."""
         self.seen += 1
         prompt = prompt_hash(prompted.instruction)
-        if prompt >= self.highest:
+        if prompt >= self.hash_limit:
             return
-        hashes = shingles(prompted.instruction) if self.whole else _in_order(prompted.instruction)[:MAX_SHINGLES]
-        self.held.append(Drawn(prompt, group_hash(prompted), hashes))
+        hashes = (
+            shingles(prompted.instruction)
+            if self.all_shingles
+            else _ordered_shingles(prompted.instruction)[:MAX_SHINGLES]
+        )
+        self.rows.append(SampledRow(prompt, group_hash(prompted), hashes))
         self.size += len(hashes)
-        if len(self.held) >= self.most + self.most // 4 or self.size > self.most * MAX_SHINGLES * 5 // 4:
-            self.cut()
+        if len(self.rows) >= self.max_rows + self.max_rows // 4 or self.size > self.max_rows * MAX_SHINGLES * 5 // 4:
+            self.truncate()
 
-    def cut(self) -> None:
-        """Lets go of what is beyond the bounds; the rows stand in the order of their prompts' hashes."""
-        self.held.sort(key=lambda row: row.prompt)
-        ends = np.cumsum([len(row.shingles) for row in self.held], dtype=np.int64)
-        count = min(self.most, int(np.searchsorted(ends, self.most * MAX_SHINGLES, side="right")))
-        if len(self.held) > count:
-            self.highest = self.held[count].prompt
-            del self.held[count:]
-        self.size = int(ends[count - 1]) if self.held else 0
+    def truncate(self) -> None:
+        """Removes the rows beyond the limits; the others are sorted by the hash of their prompt."""
+        self.rows.sort(key=lambda row: row.prompt)
+        ends = np.cumsum([len(row.shingles) for row in self.rows], dtype=np.int64)
+        count = min(self.max_rows, int(np.searchsorted(ends, self.max_rows * MAX_SHINGLES, side="right")))
+        if len(self.rows) > count:
+            self.hash_limit = self.rows[count].prompt
+            del self.rows[count:]
+        self.size = int(ends[count - 1]) if self.rows else 0
 
 
-def sketch_rows(prompts: Iterable[Prompted]) -> Rows:
-    """What is kept of the rows of these prompts: the work is bounded where there are millions."""
-    draw = Draw(most=MAX_ROWS)
+def sketch_rows(prompts: Iterable[PromptLike]) -> Rows:
+    """The stored rows of these prompts; time and memory per row stay bounded for millions of prompts."""
+    sample = RowSample(max_rows=MAX_ROWS)
     for prompted in prompts:
-        draw.add(prompted)
-    draw.cut()
-    _, table = own_shingles(draw.held)
-    return Rows(np.unique(table, axis=0) if len(table) else table, draw.seen)
+        sample.add(prompted)
+    sample.truncate()
+    _, table = own_shingles(sample.rows)
+    return Rows(np.unique(table, axis=0) if len(table) else table, sample.seen)
 
 
-def own_shingles(drawn: Sequence[Drawn], only: Hashes | None = None) -> tuple[list[int], Hashes]:
-    """What is kept of these rows as in `Rows`, a line for each that has enough; and which of `drawn` each line is.
+def own_shingles(sampled: Sequence[SampledRow], only: Hashes | None = None) -> tuple[list[int], Hashes]:
+    """Indices of the rows that have enough shingles of their own, and a line of `Rows.table` for each.
 
-    A row with fewer than `MIN_SHARED` shingles among those of `only` is passed over.
+    Rows with fewer than `MIN_SHARED` shingles in `only` are skipped.
     """
-    if not drawn:
+    if not sampled:
         return [], Rows.none().table
-    groups = np.array([row.group for row in drawn], dtype=np.uint64)
-    lengths = np.array([len(row.shingles) for row in drawn])
-    flat = np.concatenate([row.shingles for row in drawn])
+    groups = np.array([row.group for row in sampled], dtype=np.uint64)
+    lengths = np.array([len(row.shingles) for row in sampled])
+    flat = np.concatenate([row.shingles for row in sampled])
     ends = np.append(0, np.cumsum(lengths))
-    wanted = lengths >= MIN_SHARED
+    eligible = lengths >= MIN_SHARED
     if only is not None:
-        hits = np.append(0, np.cumsum(_among(flat, only)))
-        wanted = hits[ends[1:]] - hits[ends[:-1]] >= MIN_SHARED
-    if not wanted.any():
+        hits = np.append(0, np.cumsum(_is_in_sorted(flat, only)))
+        eligible = hits[ends[1:]] - hits[ends[:-1]] >= MIN_SHARED
+    if not eligible.any():
         return [], Rows.none().table
-    rare = _rare(flat, np.repeat(groups, lengths))
-    numbers, rows = [], []
-    for number in np.flatnonzero(wanted).tolist():
-        kept = distinct(_inside(rare[ends[number] : ends[number + 1]]))[:KEPT]
-        if len(kept) >= MIN_SHARED:
-            numbers.append(number)
-            rows.append(np.concatenate((groups[number : number + 1], kept, np.zeros(KEPT - len(kept), np.uint64))))
-    return numbers, np.array(rows, dtype=np.uint64) if rows else Rows.none().table
+    rare = _zero_frequent(flat, np.repeat(groups, lengths))
+    indices, rows = [], []
+    for index in np.flatnonzero(eligible).tolist():
+        own = sorted_unique(_drop_template_neighbours(rare[ends[index] : ends[index + 1]]))[:ROW_SHINGLES]
+        if len(own) >= MIN_SHARED:
+            indices.append(index)
+            rows.append(np.concatenate((groups[index : index + 1], own, np.zeros(ROW_SHINGLES - len(own), np.uint64))))
+    return indices, np.array(rows, dtype=np.uint64) if rows else Rows.none().table
 
 
-def _among(values: Hashes, ordered: Hashes) -> npt.NDArray[np.bool_]:
-    """Which values are among sorted ones; quicker than `np.isin`, which sorts both anew."""
+def _is_in_sorted(values: Hashes, ordered: Hashes) -> npt.NDArray[np.bool_]:
+    """Mask of the values that are in a sorted array; faster than `np.isin`, which sorts both."""
     if not len(ordered):
         return np.zeros(len(values), dtype=np.bool_)
     is_in: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
     return is_in
 
 
-def without(values: Hashes, ordered: Hashes) -> Hashes:
-    """The values that are not among sorted ones."""
-    return values[~_among(values, ordered)]
+def exclude(values: Hashes, ordered: Hashes) -> Hashes:
+    """The values that are not in a sorted array."""
+    return values[~_is_in_sorted(values, ordered)]
 
 
-def _rare(flat: Hashes, groups: Hashes) -> Hashes:
-    """The shingles with zeros in place of those that too many groups share."""
-    known, codes = np.unique(flat, return_inverse=True)
+def _zero_frequent(flat: Hashes, groups: Hashes) -> Hashes:
+    """The shingles, with zeros for those that too many groups share."""
+    unique, codes = np.unique(flat, return_inverse=True)
     _, group_codes = np.unique(groups, return_inverse=True)
-    pairs = distinct(codes.astype(np.uint64) << np.uint64(32) | group_codes.astype(np.uint64))
-    counts = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(known))
-    return np.where(counts[codes] <= _most_prompts(int(group_codes.max(initial=0)) + 1), flat, 0).astype(np.uint64)
+    pairs = sorted_unique(codes.astype(np.uint64) << np.uint64(32) | group_codes.astype(np.uint64))
+    counts = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(unique))
+    return np.where(counts[codes] <= _max_prompts(int(group_codes.max(initial=0)) + 1), flat, 0).astype(np.uint64)
 
 
-def _inside(hashes: Hashes) -> Hashes:
-    """The shingles of a prompt that are not zero, without those that are half the template's.
+def _drop_template_neighbours(hashes: Hashes) -> Hashes:
+    """The nonzero shingles of a prompt, without those that overlap the template and so depend on it.
 
-    Those stand beside two zeros in a row, or one at an end: under another template they would be others.
+    These are next to two consecutive zeros, or to a zero at either end.
     """
     if not len(hashes):
         return hashes
@@ -243,16 +248,16 @@ def _inside(hashes: Hashes) -> Hashes:
     template[:-1] |= zero[1:] & zero[:-1]
     template[[0, -1]] = zero[[0, -1]]
     beside = zero.copy()
-    for step in range(1, WORDS):
+    for step in range(1, SHINGLE_WORDS):
         beside[step:] |= template[:-step]
         beside[:-step] |= template[step:]
     own: Hashes = hashes[~beside]
     return own
 
 
-def _most_prompts(groups: int) -> int:
-    """In how many of so many groups a shingle may stand and still be a row's own."""
-    return max(1, min(MOST_PROMPTS, groups // 4))
+def _max_prompts(groups: int) -> int:
+    """The number of groups, out of `groups`, that a shingle of a row may appear in."""
+    return max(1, min(MAX_PROMPTS, groups // 4))
 
 
 def merge_rows(first: Rows, second: Rows) -> Rows:
@@ -264,65 +269,67 @@ def merge_rows(first: Rows, second: Rows) -> Rows:
 
 
 class RowIndex:
-    """Finds rows in prompts."""
+    """Finds stored rows in prompts."""
 
     def __init__(self, rows: Rows) -> None:
         self._groups = rows.table[:, 0]
-        kept = rows.table[:, 1:]
-        self._lengths = (kept > 0).sum(axis=1)
-        numbers, columns = np.nonzero(kept)
-        values = kept[numbers, columns]
+        stored = rows.table[:, 1:]
+        self._lengths = (stored > 0).sum(axis=1)
+        indices, columns = np.nonzero(stored)
+        values = stored[indices, columns]
         order = np.argsort(values, kind="stable")
-        self._values, self._numbers = values[order], numbers[order]
+        self._values, self._indices = values[order], indices[order]
 
-    def holds(self, prompted: Prompted, frequent: Hashes | None = None) -> bool:
-        """Whether a prompt holds a row, or a part of one of its own group; `frequent` shingles count for nothing."""
+    def holds(self, prompted: PromptLike, frequent: Hashes | None = None) -> bool:
+        """Whether a prompt contains a row, or part of a row of its own group; `frequent` shingles are ignored."""
         return len(self.match(shingles(prompted.instruction), group_hash(prompted), frequent)) > 0
 
     def match(
         self, prompt: Hashes, group: int, frequent: Hashes | None = None, share: float = MIN_SHARE
     ) -> npt.NDArray[np.intp]:
-        """The numbers of the rows that a prompt of these shingles and this group's hash holds; see `holds`."""
+        """Indices of the rows that a prompt with these shingles and this group hash contains; see `holds`."""
         if frequent is not None:
-            prompt = without(prompt, frequent)
+            prompt = exclude(prompt, frequent)
         starts = np.searchsorted(self._values, prompt, side="left")
         ends = np.searchsorted(self._values, prompt, side="right")
         hit = ends > starts
         if not hit.any():
             return np.empty(0, dtype=np.intp)
-        spans = [self._numbers[start:end] for start, end in zip(starts[hit], ends[hit], strict=True)]
+        spans = [self._indices[start:end] for start, end in zip(starts[hit], ends[hit], strict=True)]
         rows, shared = np.unique(np.concatenate(spans), return_counts=True)
         near = (shared >= MIN_SHARED) & (shared >= share * self._lengths[rows])
-        same = (shared >= MIN_IN_GROUP) & (self._groups[rows] == np.uint64(group))
-        numbers: npt.NDArray[np.intp] = rows[near | same]
-        return numbers
+        same_group = (shared >= MIN_IN_GROUP) & (self._groups[rows] == np.uint64(group))
+        matches: npt.NDArray[np.intp] = rows[near | same_group]
+        return matches
 
 
-def frequent_shingles(prompts: Sequence[Prompted]) -> Hashes:
-    """The sorted shingles that too many groups of these prompts share: their templates' text."""
-    return frequent_of((group_hash(prompted), shingles(prompted.instruction)) for prompted in prompts)
+def frequent_shingles(prompts: Sequence[PromptLike]) -> Hashes:
+    """The sorted shingles that too many groups of these prompts share, which belong to templates."""
+    return frequent_hashes((group_hash(prompted), shingles(prompted.instruction)) for prompted in prompts)
 
 
-def frequent_of(prompts: Iterable[tuple[int, Hashes]]) -> Hashes:
-    """`frequent_shingles` of prompts that are given as their groups' hashes and their distinct shingles."""
-    own: dict[int, list[Hashes]] = {}
+def frequent_hashes(prompts: Iterable[tuple[int, Hashes]]) -> Hashes:
+    """`frequent_shingles` of prompts given as group hash and distinct shingles."""
+    by_group: dict[int, list[Hashes]] = {}
     for group, hashes in prompts:
-        own.setdefault(group, []).append(hashes)
-    if not own:
+        by_group.setdefault(group, []).append(hashes)
+    if not by_group:
         return np.empty(0, dtype=np.uint64)
     hashes, counts = np.unique(
-        np.concatenate([one[0] if len(one) == 1 else distinct(np.concatenate(one)) for one in own.values()]),
+        np.concatenate(
+            [arrays[0] if len(arrays) == 1 else sorted_unique(np.concatenate(arrays)) for arrays in by_group.values()]
+        ),
         return_counts=True,
     )
-    return hashes[counts > max(2, _most_prompts(len(own)))]
+    return hashes[counts > max(2, _max_prompts(len(by_group)))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """What is known of the prompts that a scorer was trained on, all of it hashes.
+    """Hashes of the prompts, groups and rows that a scorer was trained on.
 
-    `prompts` and `groups` are sorted; groups are those whose ids are made of their row's content. `rows` is None for a
-    scorer that was made before rows were kept.
+    `prompts` and `groups` are sorted; `groups` has only ids that are hashes of the row's content. `rows` is None for
+    scorers of earlier releases, which did not store rows.
     """
 
     prompts: Hashes
@@ -330,10 +337,10 @@ class TrainingData:
     rows: Rows | None
 
     def describe(self) -> dict[str, int | str]:
-        """How much is known, and what can be seen by it."""
+        """Sizes of the stored hashes, and what they can detect."""
         if self.rows is None:
-            return {"prompts": len(self.prompts), "sees": "equal prompts alone: the scorer keeps no groups and rows"}
-        sees = "equal prompts, rows under another template, and near-duplicates of rows of ten words of their own"
+            return {"prompts": len(self.prompts), "sees": "only equal prompts: the scorer stores no groups and rows"}
+        sees = "equal prompts, rows under another template, and near-duplicates of rows with ten words of their own"
         return {
             "prompts": len(self.prompts),
             "groups": len(self.groups),
@@ -345,34 +352,34 @@ class TrainingData:
 
 SKETCH_SIZE = 512
 _DIGITS = 8
-_IDENTITY = 8
-"""Characters from which on a group's id is taken to name the row: a shorter one may be its number in some file."""
+_MIN_ID_LENGTH = 8
+"""Minimum length of a group id that identifies the row; a shorter one may be a row number."""
 
 
 def sketch(instances: Iterable[Instance]) -> str:
-    """The sketch of the groups of these instances: hashes of 8 hexadecimal digits each, in ascending order."""
+    """The sketch of the groups of these instances: ascending hashes of 8 hexadecimal digits each."""
     return _join_hashes({_group_hash(instance) for instance in instances})
 
 
-def merge_sketches(one: str, other: str) -> str:
-    """The sketch of the groups of both."""
-    return _join_hashes(set(_split_hashes(one)) | set(_split_hashes(other)))
+def merge_sketches(first: str, second: str) -> str:
+    """The sketch of the union of the groups."""
+    return _join_hashes(set(_split_hashes(first)) | set(_split_hashes(second)))
 
 
 def sketch_overlap(current: str, earlier: str) -> float:
-    """The share, 0 to 1, of the groups of `current` that `earlier` has too."""
-    own, others = _split_hashes(current), _split_hashes(earlier)
-    if not own or not others:
+    """The share, 0 to 1, of the groups of `current` that are in `earlier` too."""
+    hashes, earlier_hashes = _split_hashes(current), _split_hashes(earlier)
+    if not hashes or not earlier_hashes:
         return 0.0
-    # Of a set that was cut nothing is known beyond its highest hash.
-    known = min((hashes[-1] for hashes in (own, others) if len(hashes) == SKETCH_SIZE), default="g")
-    compared = [one for one in own if one <= known]
-    return len(set(compared) & set(others)) / len(compared) if compared else 0.0
+    # A truncated sketch says nothing beyond its largest hash.
+    limit = min((sketch[-1] for sketch in (hashes, earlier_hashes) if len(sketch) == SKETCH_SIZE), default="g")
+    compared = [value for value in hashes if value <= limit]
+    return len(set(compared) & set(earlier_hashes)) / len(compared) if compared else 0.0
 
 
 def _group_hash(instance: Instance) -> str:
-    named = len(instance.group_id) >= _IDENTITY
-    identity = instance.group_id if named else f"{prompt_hash(instance.instruction):016x}"
+    has_id = len(instance.group_id) >= _MIN_ID_LENGTH
+    identity = instance.group_id if has_id else f"{prompt_hash(instance.instruction):016x}"
     return hashlib.sha256(identity.encode()).hexdigest()[:_DIGITS]
 
 

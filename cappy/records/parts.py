@@ -1,4 +1,4 @@
-"""Work done part by part: what is finished stays finished, and several processes may share what is left."""
+"""Processes instances part by part, so that finished parts are kept, optionally in several processes."""
 
 import itertools
 import json
@@ -21,13 +21,13 @@ from cappy.records.reading import read
 
 Transform = Callable[[list[Instance]], Iterable[Instance]]
 Count = Callable[[Sequence[Instance]], Mapping[str, int]]
-Again = Callable[[Mapping[str, int]], bool]
-"""Whether a part with these counts, which an earlier start finished, is to be done again."""
+ShouldRedo = Callable[[Mapping[str, int]], bool]
+"""Whether to redo a part that an earlier process finished, from its counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The finished parts in order, and what was counted in all of them."""
+    """The finished parts in order, and the sums of their counts."""
 
     files: tuple[File, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -44,10 +44,10 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
+class _PartResult:
     file: File
     counts: Mapping[str, int]
-    taken: int
+    num_rows: int
     resumed: bool
 
 
@@ -56,8 +56,8 @@ def count_nothing(_: Sequence[Instance]) -> Mapping[str, int]:
     return {}
 
 
-def never(_: Mapping[str, int]) -> bool:
-    """What is finished stays finished."""
+def never_redo(_: Mapping[str, int]) -> bool:
+    """Keeps every finished part."""
     return False
 
 
@@ -73,14 +73,14 @@ def process(
 ) -> Parts:
     """Runs `transform` over parts of `part_rows` instances and writes each result as a part of `folder`.
 
-    Parts that an earlier start finished, and that still have their sha256, are not done again. `count` sees the
-    instances of each part before they are written; its numbers are kept with the part.
+    Parts that an earlier process finished are kept if their sha256 is right. `count` gets the instances of each part
+    before they are written; its counts are stored with the part.
     """
 
-    def one(index: int, part: list[Instance]) -> _Done:
-        return _do(folder, index, len(part), lambda: part, transform, count)
+    def process_part(index: int, part: list[Instance]) -> _PartResult:
+        return _process_part(folder, index, len(part), lambda: part, transform, count)
 
-    return _collect(map(one, itertools.count(), batched(instances, part_rows)), total, progress)
+    return _collect(map(process_part, itertools.count(), batched(instances, part_rows)), total, progress)
 
 
 def process_folder(
@@ -92,28 +92,28 @@ def process_folder(
     part_rows: int,
     progress: Progress,
     count: Count = count_nothing,
-    again: Again = never,
+    redo: ShouldRedo = never_redo,
     workers: int = 1,
 ) -> Parts:
-    """`process` over these rows of a finished folder, in `workers` processes; each reads the rows of its own parts.
+    """`process` for a range of rows of a finished folder, in `workers` processes that read the rows they need.
 
-    The result does not depend on `workers`. With more than one, `transform`, `count` and `again` must be picklable.
+    The result does not depend on `workers`. With more than one, `transform`, `count` and `redo` must be picklable.
     """
     starts = range(rows.start, rows.stop, part_rows)
     spans = [range(start, min(start + part_rows, rows.stop)) for start in starts]
-    one = partial(_do_rows, source, folder, transform, count, again)
+    process_rows = partial(_process_rows, source, folder, transform, count, redo)
     if min(workers, len(spans)) <= 1:
-        return _collect(map(one, range(len(spans)), spans), len(rows), progress)
+        return _collect(map(process_rows, range(len(spans)), spans), len(rows), progress)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(spans)), mp_context=context, initializer=_serve) as pool:
+    with ProcessPoolExecutor(min(workers, len(spans)), mp_context=context, initializer=_init_worker) as pool:
         try:
-            return _collect(pool.map(one, range(len(spans)), spans), len(rows), progress)
+            return _collect(pool.map(process_rows, range(len(spans)), spans), len(rows), progress)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _collect(parts: Iterable[_Done], total: int | None, progress: Progress) -> Parts:
+def _collect(parts: Iterable[_PartResult], total: int | None, progress: Progress) -> Parts:
     files: list[File] = []
     counts: Counter[str] = Counter()
     done = resumed = 0
@@ -121,62 +121,62 @@ def _collect(parts: Iterable[_Done], total: int | None, progress: Progress) -> P
     for part in parts:
         files.append(part.file)
         counts.update(part.counts)
-        done += part.taken
-        resumed += part.taken if part.resumed else 0
+        done += part.num_rows
+        resumed += part.num_rows if part.resumed else 0
         progress(done, total, resumed=resumed)
     return Parts(files=tuple(files), counts=dict(counts))
 
 
-def _do_rows(
-    source: Path, folder: Path, transform: Transform, count: Count, again: Again, index: int, rows: range
-) -> _Done:
-    return _do(folder, index, len(rows), lambda: list(read(source, rows=rows)), transform, count, again)
+def _process_rows(
+    source: Path, folder: Path, transform: Transform, count: Count, redo: ShouldRedo, index: int, rows: range
+) -> _PartResult:
+    return _process_part(folder, index, len(rows), lambda: list(read(source, rows=rows)), transform, count, redo)
 
 
-def _do(
+def _process_part(
     folder: Path,
     index: int,
-    taken: int,
+    num_rows: int,
     instances: Callable[[], list[Instance]],
     transform: Transform,
     count: Count,
-    again: Again = never,
-) -> _Done:
-    if (finished := _read_finished(folder, index)) is not None and not again(finished[1]):
-        return _Done(*finished, taken=taken, resumed=True)
-    done = list(transform(instances()))
-    counts = dict(count(done))
-    file = write_part(folder, index, done)
-    write_bytes(_note(folder, index), json.dumps({**asdict(file), "counts": counts}).encode())
-    return _Done(file, counts, taken=taken, resumed=False)
+    redo: ShouldRedo = never_redo,
+) -> _PartResult:
+    if (finished := _read_finished(folder, index)) is not None and not redo(finished[1]):
+        return _PartResult(*finished, num_rows=num_rows, resumed=True)
+    results = list(transform(instances()))
+    counts = dict(count(results))
+    file = write_part(folder, index, results)
+    write_bytes(_counts_path(folder, index), json.dumps({**asdict(file), "counts": counts}).encode())
+    return _PartResult(file, counts, num_rows=num_rows, resumed=False)
 
 
 def _read_finished(folder: Path, index: int) -> tuple[File, Mapping[str, int]] | None:
-    note = _note(folder, index)
-    if not note.is_file():
+    path = _counts_path(folder, index)
+    if not path.is_file():
         return None
     try:
-        values = json.loads(note.read_text())
+        values = json.loads(path.read_text())
         counts = values.pop("counts")
         file = File(**values)
     except (ValueError, TypeError, KeyError):
         return None
-    path = folder / file.name
-    return (file, counts) if path.is_file() and sha256_of(path) == file.sha256 else None
+    part = folder / file.name
+    return (file, counts) if part.is_file() and sha256_of(part) == file.sha256 else None
 
 
-def _note(folder: Path, index: int) -> Path:
+def _counts_path(folder: Path, index: int) -> Path:
     return folder / f".part-{index:05d}.json"
 
 
-def _serve() -> None:
-    """A worker leaves Ctrl-C to the parent, and ends when the parent does, however that ended."""
+def _init_worker() -> None:
+    """Makes a worker ignore Ctrl-C, which the parent handles, and exit when the parent exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
 
 
-def _end_with(sentinel: int) -> None:
+def _exit_with(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Reading of finished folders: instances for people, record batches for hot loops, all rows or a range of them."""
+"""Reads finished folders, all rows or a range: as instances, or as record batches for hot loops."""
 
 import bisect
 import contextlib
@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 from cappy.errors import FolderError, quote
 from cappy.records.folder import MANIFEST, PART_ROWS, File, read_manifest, verify_file
 from cappy.records.instance import Instance, Split
-from cappy.records.schema import from_batch, odd_column
+from cappy.records.schema import find_schema_problem, from_batch
 
 
 def read(folder: str | Path, *, splits: Sequence[Split] | None = None, rows: range | None = None) -> Iterator[Instance]:
-    """Streams the instances of a finished folder, of all splits or of those named, of all rows or of these.
+    """Streams the instances of a finished folder, optionally only some splits and a range of rows.
 
-    Memory holds one part's batch. Parts without a row of `rows` are not opened.
+    One batch at a time is in memory. Parts outside `rows` are not opened.
     """
     for batch in read_batches(folder, rows=rows):
         for instance in from_batch(batch):
@@ -33,29 +33,29 @@ def read_batches(
     """Streams Arrow record batches, for loops that need a few columns of many rows; each part is verified first."""
     if rows is None:
         for file in _parts(Path(folder)):
-            with _part(verify_file(Path(folder), file)) as parquet:
+            with _open_part(verify_file(Path(folder), file)) as parquet:
                 yield from parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
         return
-    files, ends = _rows_of_files(Path(folder), _stamp(Path(folder) / MANIFEST))
+    files, ends = _rows_of_files(Path(folder), _file_version(Path(folder) / MANIFEST))
     for index in range(bisect.bisect_right(ends, rows.start), len(files)):
         file, end = files[index], ends[index]
         start = end - file.rows
         if start >= rows.stop:
             return
-        path = _verify_once(Path(folder), file, _stamp(Path(folder) / file.name))
-        with _part(path) as parquet:
+        path = _verify_once(Path(folder), file, _file_version(Path(folder) / file.name))
+        with _open_part(path) as parquet:
             batches = parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
-            yield from _within(batches, max(rows.start - start, 0), min(rows.stop - start, file.rows))
+            yield from _slice_batches(batches, max(rows.start - start, 0), min(rows.stop - start, file.rows))
 
 
 @contextlib.contextmanager
-def _part(path: Path) -> Iterator[pq.ParquetFile]:
-    """A part that holds columns of the record's types; FolderError for any other file."""
+def _open_part(path: Path) -> Iterator[pq.ParquetFile]:
+    """Opens a part and checks its schema; FolderError if it is not a part of the record."""
     remedy = "run the step that wrote the folder again"
     try:
         with pq.ParquetFile(path) as parquet:
-            if odd := odd_column(parquet.schema_arrow):
-                raise FolderError(f"{path}: is not a part of the record ({odd}); {remedy}")
+            if problem := find_schema_problem(parquet.schema_arrow):
+                raise FolderError(f"{path}: is not a part of the record ({problem}); {remedy}")
             yield parquet
     except pa.ArrowException as error:
         reason = quote(str(error).splitlines()[0], 120)
@@ -63,27 +63,29 @@ def _part(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _parts(folder: Path) -> tuple[File, ...]:
-    """The parts of a folder of records; FolderError where it holds something else."""
+    """The parts of a folder of records; FolderError if it contains other files."""
     manifest = read_manifest(folder)
-    if strange := [file.name for file in manifest.files if not file.name.endswith(".parquet")]:
-        raise FolderError(f"{folder}: is what {manifest.step} left ({strange[0]}), and no folder of records; name one")
+    if other_files := [file.name for file in manifest.files if not file.name.endswith(".parquet")]:
+        raise FolderError(
+            f"{folder}: is the output of {manifest.step} ({other_files[0]}), not a folder of records; give one"
+        )
     return manifest.files
 
 
 @functools.lru_cache(maxsize=4)
-def _rows_of_files(folder: Path, stamp: tuple[int, ...]) -> tuple[tuple[File, ...], list[int]]:
-    """The files of a folder and the row at which each ends; read once, because shards ask part by part."""
+def _rows_of_files(folder: Path, file_version: tuple[int, ...]) -> tuple[tuple[File, ...], list[int]]:
+    """The files of a folder and the end row of each; cached, because shards read part by part."""
     files = _parts(folder)
     return files, list(itertools.accumulate(file.rows for file in files))
 
 
 @functools.lru_cache(maxsize=64)
-def _verify_once(folder: Path, file: File, stamp: tuple[int, ...]) -> Path:
+def _verify_once(folder: Path, file: File, file_version: tuple[int, ...]) -> Path:
     return verify_file(folder, file)
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file does; empty where there is none."""
+def _file_version(path: Path) -> tuple[int, ...]:
+    """Inode, size and modification time, which change with the file; empty if there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -91,13 +93,13 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _within(batches: Iterable[pa.RecordBatch], first: int, last: int) -> Iterator[pa.RecordBatch]:
-    """The batches cut to the rows from `first` to before `last`."""
+def _slice_batches(batches: Iterable[pa.RecordBatch], first: int, last: int) -> Iterator[pa.RecordBatch]:
+    """The rows `first` to `last` (exclusive) of the batches."""
     end = 0
     for batch in batches:
         start, end = end, end + len(batch)
         if start >= last:
             return
-        cut = batch.slice(max(first - start, 0), min(last, end) - max(first, start)) if first < end else batch[:0]
-        if len(cut):
-            yield cut
+        rows = batch.slice(max(first - start, 0), min(last, end) - max(first, start)) if first < end else batch[:0]
+        if len(rows):
+            yield rows

@@ -1,4 +1,4 @@
-"""Instances as Arrow tables and back; the schema only grows."""
+"""Converts instances to Arrow tables and back; columns are only ever added to the schema."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 def _defaults(kind: type[Instance | Candidate]) -> dict[str, object]:
-    """What stands for null in each field: its default, or a blank text where it has none."""
+    """The value for null of each field: its default, or "" if it has none."""
     return {field.name: "" if field.default is MISSING else field.default for field in fields(kind)}
 
 
@@ -60,29 +60,29 @@ _INSTANCE_DEFAULTS = _defaults(Instance)
 _CANDIDATE_DEFAULTS = _defaults(Candidate)
 
 
-def odd_column(schema: pa.Schema) -> str:
-    """What is wrong with the columns of a part, in words; empty where they are the record's, or some of them.
+def find_schema_problem(schema: pa.Schema) -> str:
+    """Describes what is wrong with the columns of a part; empty if they match the schema.
 
-    Those that a newer writer added are passed over, those that an older one did not know may be missing, except what
-    every instance and candidate has.
+    Unknown columns of a newer version are ignored; columns may be missing in a part of an older version, except the
+    required fields of instances and candidates.
     """
     if schema.names != list(dict.fromkeys(schema.names)):
-        return "a column stands there twice"
+        return "a column appears twice"
     candidates = schema.field("candidates").type if "candidates" in schema.names else None
     if candidates is not None and not (pa.types.is_list(candidates) and pa.types.is_struct(candidates.value_type)):
-        return f"candidates is of type {quote(str(candidates), 60)}"
+        return f"candidates has type {quote(str(candidates), 60)}"
     inner = candidates.value_type if candidates is not None else ()
-    for kind, given, known in (
+    for kind, columns, expected in (
         (Instance, list(schema), {field.name: field.type for field in SCHEMA if field.name != "candidates"}),
         (Candidate, [inner[index] for index in range(len(inner))], {field.name: field.type for field in _CANDIDATE}),
     ):
-        types = {field.name: field.type for field in given}
-        needed = {field.name for field in fields(kind) if field.default is field.default_factory is MISSING}
-        if (kind is Instance or candidates is not None) and (missing := sorted(needed - types.keys())):
+        types = {field.name: field.type for field in columns}
+        required = {field.name for field in fields(kind) if field.default is field.default_factory is MISSING}
+        if (kind is Instance or candidates is not None) and (missing := sorted(required - types.keys())):
             return f"has no column {missing[0]}"
-        for name in known.keys() & types.keys():
-            if not types[name].equals(known[name]) and not pa.types.is_null(types[name]):
-                return f"{name} is of type {quote(str(types[name]), 60)}, must be {known[name]}"
+        for name in expected.keys() & types.keys():
+            if not types[name].equals(expected[name]) and not pa.types.is_null(types[name]):
+                return f"{name} has type {quote(str(types[name]), 60)}, expected {expected[name]}"
     return ""
 
 
@@ -102,16 +102,16 @@ def to_table(instances: Iterable[Instance]) -> pa.Table:
 
 
 def from_batch(batch: pa.RecordBatch) -> Iterator[Instance]:
-    """The instances of a batch; columns that an older writer did not know keep their defaults.
+    """The instances of a batch; columns that are missing in a part of an older version get their defaults.
 
-    Column by column, because rows of nested values are many times slower to read (pyarrow makes an object of each).
+    Reads column by column: pyarrow creates an object for every nested value of a row, which is much slower.
     """
-    known = {
+    columns = {
         name: _column(batch[name], _INSTANCE_DEFAULTS[name]) for name in _INSTANCE_FIELDS if name in batch.schema.names
     }
     candidates = _candidates(batch["candidates"]) if "candidates" in batch.schema.names else [()] * len(batch)
-    for values, own in zip(zip(*known.values(), strict=True), candidates, strict=True):
-        yield Instance(**dict(zip(known, values, strict=True)), candidates=own)
+    for values, row_candidates in zip(zip(*columns.values(), strict=True), candidates, strict=True):
+        yield Instance(**dict(zip(columns, values, strict=True)), candidates=row_candidates)
 
 
 def _candidates(column: pa.ListArray) -> list[tuple[Candidate, ...]]:
@@ -123,7 +123,7 @@ def _candidates(column: pa.ListArray) -> list[tuple[Candidate, ...]]:
 
 
 def _column(column: pa.Array, default: object) -> Sequence[Any]:
-    """The values of a column, nulls as the default; lists as tuples, maps as read-only mappings."""
+    """The values of a column: nulls as the default, lists as tuples, maps as mappings."""
     if pa.types.is_map(column.type):
         return _maps(column)
     if pa.types.is_list(column.type):
@@ -133,7 +133,7 @@ def _column(column: pa.Array, default: object) -> Sequence[Any]:
 
 
 def _split_flat(flat: Sequence[T], column: pa.ListArray) -> list[tuple[T, ...]]:
-    """The flattened values of a list column, row by row; a null list is an empty one."""
+    """Splits the flattened values of a list column into rows; a null list becomes an empty one."""
     lengths = pc.list_value_length(column).fill_null(0).to_pylist()
     ends = list(itertools.accumulate(lengths, initial=0))
     return [tuple(flat[start:end]) for start, end in itertools.pairwise(ends)]

@@ -1,10 +1,10 @@
-"""Resumable work: under a key, behind a lock, published at the end; `parts` does what lies between.
+"""Resumable work: claimed under a key with a lock, published at the end; `cappy.records.parts` does the work.
 
-An orchestrator gives every attempt a fresh output path, so unfinished work lies in a folder of our own, named by what
-is computed (`cappy.keys`) and not by who asked for it.
+An orchestrator gives every attempt a new output path, so unfinished work is kept in a separate folder that is named
+after what is computed (`cappy.keys`).
 
-Several machines share a piece of work by shards: shard i of N does its rows and no other does. `pieces` lists what lies
-in a work folder, and which of it a run can still find.
+Several machines can share work by shards: shard i of N processes its own rows. `list_pieces` lists the work folder and
+says which pieces later runs can still reuse.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from cappy.steps import STEP_SPECS, step_version
 LOGGER = logging.getLogger(__name__)
 LOCK = ".lock"
 JOBS = "jobs"
-"""Folder, under the work folder, of the jobs that train on a platform."""
+"""Folder in the work folder for jobs that train on a platform."""
 WAIT_SECONDS = 10.0
 
 
@@ -37,12 +37,11 @@ WAIT_SECONDS = 10.0
 def claim(
     work: Path, step: str, settings: Mapping[str, object], inputs: Sequence[str] = (), *, fresh: str = ""
 ) -> Iterator[Path]:
-    """The folder of this work under `work`, held by this process alone until the block ends or the process dies.
+    """The folder of this work in `work`, locked by this process until the block ends or the process exits.
 
-    The key stands in its key.json. Where the folder is new and other work of the step lies beside it, the log says what
-    differs. With `fresh`, the name of a run, what was finished or was begun without it is removed first; what such a
-    run began and did not finish is continued. FolderError if another living process holds it for more than
-    `WAIT_SECONDS` (a killed one lets go by itself).
+    The key is written to key.json. If the folder is new and there is other work of the step, the log says what differs.
+    With `fresh`, the name of a run, earlier work is removed first, except unfinished work of a fresh run, which is
+    continued. FolderError if another process holds the lock for more than `WAIT_SECONDS`; a killed process releases it.
     """
     key = work_key(step, settings, inputs, fresh=fresh)
     with lock_folder(work / step / key.name) as folder:
@@ -51,72 +50,72 @@ def claim(
 
 
 def begin(folder: Path, key: Key) -> None:
-    """Writes the key into the folder of its work, which this process holds.
+    """Writes the key into the folder of its work, which this process has locked.
 
-    What lies there is removed first where the run asked for a fresh start, and where no key vouches for it: a run was
-    killed while it removed it.
+    Earlier work is removed first if the run asked for a fresh start, or if there is no key, because its removal was
+    interrupted.
     """
-    if not starts_anew(folder, key):
+    if not must_start_over(folder, key):
         return
-    _empty(folder)
+    _clear(folder)
     if not key.fresh:
-        _log_differences(key, _keys_of(folder.parent))
+        _log_differences(key, _read_keys(folder.parent))
     write_bytes(folder / KEY, key.to_json().encode())
 
 
-def starts_anew(folder: Path, key: Key) -> bool:
-    """Whether `begin` removes what lies in the folder of this work."""
-    before = read_key(folder)
-    if before is None:
+def must_start_over(folder: Path, key: Key) -> bool:
+    """Whether `begin` removes earlier work from the folder."""
+    previous = read_key(folder)
+    if previous is None:
         return True
-    return key.fresh not in ("", before.fresh) and (before.finished or not before.fresh)
+    return key.fresh not in ("", previous.fresh) and (previous.finished or not previous.fresh)
 
 
 def fresh_name(work: Path, step: str, settings: Mapping[str, object], inputs: Sequence[str], fresh: str) -> str:
-    """The name of the fresh start that this work is of, before all its inputs are known; empty where it is of none.
+    """The name of the fresh run that this work belongs to, before all inputs are known; empty if there is none.
 
-    A run that asks for a fresh start goes on under the name of one that was not finished.
+    A run that asks for a fresh start continues an unfinished one under its name.
     """
-    wanted = Key.from_json(work_key(step, settings, inputs).to_json())
-    for key in _keys_of(work / step):
-        same = (key.version, key.settings, key.inputs[: len(inputs)]) == (
-            wanted.version,
-            wanted.settings,
-            wanted.inputs,
+    expected = Key.from_json(work_key(step, settings, inputs).to_json())
+    for key in _read_keys(work / step):
+        is_same = (key.version, key.settings, key.inputs[: len(inputs)]) == (
+            expected.version,
+            expected.settings,
+            expected.inputs,
         )
-        if same and key.fresh and not (fresh and key.finished):
+        if is_same and key.fresh and not (fresh and key.finished):
             return key.fresh
     return fresh
 
 
 def read_key(folder: Path) -> Key | None:
-    """The key of the work in a folder; None where there is none that this version reads."""
+    """The key of the work in a folder; None if there is none that this version can read."""
     try:
         return Key.from_json((folder / KEY).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _keys_of(step_folder: Path) -> list[Key]:
-    """The keys of all work of a step, but for what another process is just removing."""
+def _read_keys(step_folder: Path) -> list[Key]:
+    """The keys of all work of a step; folders that another process is removing are skipped."""
     keys = (read_key(path.parent) for path in sorted(step_folder.glob(f"*/{KEY}")))
     return [key for key in keys if key is not None]
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path, patience: float | None = None) -> Iterator[Path]:
-    """The folder, made where it is missing and held by this process alone.
+def lock_folder(folder: Path, timeout: float | None = None) -> Iterator[Path]:
+    """Locks a folder, which is created if it is missing.
 
-    FolderError where another one holds it for `patience` seconds, `WAIT_SECONDS` if left out.
+    FolderError if another process holds the lock for `timeout` seconds, by default `WAIT_SECONDS`.
 
-    It has the texts of instructions and responses, so its owner alone may enter it. Files in it have the usual rights:
-    those that are published are the same files.
+    Only its owner may enter the folder, because it contains instructions and responses. Files in it have the usual
+    permissions, because they are published by hard links.
     """
     path = folder / LOCK
     with contextlib.ExitStack() as stack:
         with disk_errors(folder):
             try:
-                stack.enter_context(hold_lock(path, WAIT_SECONDS if patience is None else patience))
+                stack.enter_context(hold_lock(path, WAIT_SECONDS if timeout is None else timeout))
             except Timeout:
                 holder = f"process {lock_holder(path)} holds the lock on this work"
                 remedy = "wait for it, or stop it and run the same command again"
@@ -125,14 +124,14 @@ def lock_folder(folder: Path, patience: float | None = None) -> Iterator[Path]:
 
 
 def _log_differences(key: Key, others: Sequence[Key]) -> None:
-    """Says what is new about this work, against the work most like it; nothing of another shard of the same work."""
+    """Logs how this work differs from the most similar other work, unless that is another shard of it."""
     nearest = min((key.differences(other) for other in others if other.step == key.step), key=len, default=[])
     if nearest and not (len(nearest) == 1 and nearest[0].startswith("shard ")):
         LOGGER.warning("%s: new work: %s", key.step, ", ".join(nearest))
 
 
-def _empty(folder: Path) -> None:
-    """Removes what lies in the folder but its lock, which this process holds; the key first, as it vouches for all."""
+def _clear(folder: Path) -> None:
+    """Removes all but the lock from the folder, the key first, since a folder with a key counts as valid."""
     (folder / KEY).unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.name == LOCK:
@@ -144,14 +143,14 @@ def _empty(folder: Path) -> None:
 
 
 def finish(folder: Path, target: Path, manifest: Manifest) -> Manifest:
-    """Publishes the work under `target`, notes in its key that it is finished, and returns its manifest."""
+    """Publishes the work in `target`, marks its key as finished, and returns the manifest."""
     publish(folder, target, manifest)
-    note_finished(folder)
+    mark_finished(folder)
     return manifest
 
 
-def note_finished(folder: Path) -> None:
-    """Notes in the key of a folder that its work was published: the next fresh start is a new one."""
+def mark_finished(folder: Path) -> None:
+    """Marks the key of a folder as published, so that the next fresh run starts over."""
     key = read_key(folder)
     if key is not None and not key.finished:
         write_bytes(folder / KEY, replace(key, finished=True).to_json().encode())
@@ -159,7 +158,7 @@ def note_finished(folder: Path) -> None:
 
 MAX_SHARDS = 4_096
 ShardOf = Annotated[
-    str, Field(description="Share of the work, i/N, counted from 0: 0/4 to 3/4 on four machines; all if left out")
+    str, Field(description="Shard of the work as i/N, counted from 0: 0/4 to 3/4 on four machines; default: all")
 ]
 
 
@@ -171,34 +170,34 @@ class Shard:
     count: int = 1
 
     def rows(self, total: int) -> range:
-        """Its rows of `total`: contiguous, and of all shards together each row once."""
+        """Its contiguous range of `total` rows; all shards together cover each row once."""
         return range(total * self.index // self.count, total * (self.index + 1) // self.count)
 
     def holds(self, row: int) -> bool:
-        """Whether this row is the shard's, for a source of unknown length: rows go to the shards in turn."""
+        """Whether a row belongs to the shard, for a source of unknown length: rows are assigned round-robin."""
         return row % self.count == self.index
 
 
 def refuse_same(source: str | Path, target: Path) -> None:
-    """ConfigError where the target is the source: what was there would be gone."""
+    """ConfigError if the target is the source, which would be overwritten."""
     if Path(source).resolve() == target.resolve():
         raise ConfigError(f"--target: {target} is the source itself; choose another folder")
 
 
 def parse_shard(text: str) -> Shard:
-    """The shard that i/N names, the whole for an empty text; ConfigError for another form."""
+    """Parses i/N; an empty text means all of the work. ConfigError for anything else."""
     if not text:
         return Shard()
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text.strip())
     if match is None or not int(match[1]) < int(match[2]) <= MAX_SHARDS:
-        last = f"counted from 0, of at most {MAX_SHARDS:,}"
-        raise ConfigError(f"--shard: {quote(text)} is not a shard i/N; give 0/4 to 3/4 for four, {last}")
+        limit = f"counted from 0, at most {MAX_SHARDS:,}"
+        raise ConfigError(f"--shard: {quote(text)} is not a shard i/N; give 0/4 to 3/4 for four shards, {limit}")
     return Shard(int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """The folder of one piece of work, or of the job that does it elsewhere; `last_used` in seconds of `time.time`."""
+    """The folder of a piece of work, or of its job on a platform; `last_used` in seconds of `time.time`."""
 
     step: str
     path: Path
@@ -208,20 +207,20 @@ class Piece:
 
     @property
     def unreachable(self) -> str:
-        """Why no run of this version finds it again; empty where one can."""
+        """Why no run of this version can reuse it; empty if one can."""
         if self.key is None:
-            return "without a key: of an earlier release, or left by a removal that was killed"
-        present = step_version(self.step)
-        return "" if self.key.version == present else f"of version {self.key.version}, the step has {present}"
+            return "without a key: written by an earlier release, or left by an interrupted removal"
+        current = step_version(self.step)
+        return "" if self.key.version == current else f"of version {self.key.version}, the step is at {current}"
 
 
-def pieces(work: Path, step: str = "") -> Iterator[Piece]:
-    """Every piece of work of the steps, or of one step, the newest first within a step."""
+def list_pieces(work: Path, step: str = "") -> Iterator[Piece]:
+    """Every piece of work of all steps, or of one step; the most recently used first within a step."""
     for name in STEP_SPECS:
         if step in ("", name):
             paths = [*(work / name).glob("*"), *(work / JOBS).glob(f"{job_name(name, '')}*")]
-            listed = [_piece(name, path) for path in paths if path.is_dir()]
-            yield from sorted(listed, key=lambda piece: -piece.last_used)
+            work_pieces = [_describe_piece(name, path) for path in paths if path.is_dir()]
+            yield from sorted(work_pieces, key=lambda piece: -piece.last_used)
 
 
 def job_name(step: str, key: str) -> str:
@@ -230,22 +229,22 @@ def job_name(step: str, key: str) -> str:
 
 
 def remove_piece(piece: Piece) -> None:
-    """Deletes a piece of work; FolderError where a process holds it. What was published from it stays.
+    """Deletes a piece of work; FolderError if a process has locked it. Published folders are kept.
 
-    The key goes first: what is left by a killed removal vouches for nothing.
+    The key is removed first, so that an interrupted removal leaves no valid work.
     """
-    with lock_folder(piece.path, patience=0), disk_errors(piece.path):
+    with lock_folder(piece.path, timeout=0), disk_errors(piece.path):
         (piece.path / KEY).unlink(missing_ok=True)
         remove_folder(piece.path)
 
 
-def _piece(step: str, path: Path) -> Piece:
-    """What is known of a folder, which its run may be writing to meanwhile."""
-    sizes, used = [0], [0.0]
+def _describe_piece(step: str, path: Path) -> Piece:
+    """Describes a folder, which its run may be writing to at the same time."""
+    sizes, times = [0], [0.0]
     for folder, _, names in os.walk(path):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 stat = Path(folder, name).stat()
                 sizes.append(stat.st_size)
-                used.append(stat.st_mtime)
-    return Piece(step=step, path=path, key=read_key(path), size_bytes=sum(sizes), last_used=max(used))
+                times.append(stat.st_mtime)
+    return Piece(step=step, path=path, key=read_key(path), size_bytes=sum(sizes), last_used=max(times))

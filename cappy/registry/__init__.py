@@ -1,4 +1,4 @@
-"""The registry: what was run, which scorers there are, which of them is served. MLflow loads with the first call."""
+"""The registry: runs, registered scorers and their aliases, in MLflow, which is imported by the first call."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ def resolve(spec: str, *, tracking_uri: str = "") -> Version:
 
 
 def champion(name: str, *, tracking_uri: str = "") -> Version | None:
-    """The champion of a registered model, or None; without a database yet, MLflow is not even imported."""
+    """The champion of a registered model, or None; MLflow is not imported if there is no database yet."""
     from cappy.registry.models import no_database_yet
 
     if no_database_yet(tracking_uri):
@@ -33,28 +33,28 @@ def champion(name: str, *, tracking_uri: str = "") -> Version | None:
 
 
 def download(spec: str, *, tracking_uri: str = "", cache: Path = MODELS) -> Path:
-    """The local folder of a registered scorer, every file's sha256 checked; downloaded once per content."""
+    """The local folder of a registered scorer, every file's sha256 checked; downloaded once per content hash."""
     from cappy.registry import versions
 
     return versions.download(spec, tracking_uri=tracking_uri, cache=cache)
 
 
 def rollback(name: str, *, why: str = "", tracking_uri: str = "") -> "Move":
-    """Gives the champion's alias back to its predecessor, or to none; RegistryError without a champion."""
+    """Moves the champion alias back to the previous champion, or removes it; RegistryError without a champion."""
     from cappy.registry import aliases
 
     return aliases.rollback(name, why=why, tracking_uri=tracking_uri)
 
 
 def history(name: str, *, tracking_uri: str = "") -> list["Move"]:
-    """Every move of the champion's alias, the first one first; RegistryError where there is no such model."""
+    """Every move of the champion alias, oldest first; RegistryError if there is no such model."""
     from cappy.registry import aliases
 
     return aliases.history(name, tracking_uri=tracking_uri)
 
 
 def track_run(fingerprints: Mapping[str, str], settings: str = "", *, run: str, state: str = "SUCCEEDED") -> None:
-    """Tells MLflow what every step of a pipeline run did; a RegistryError ends the process with its one line."""
+    """Logs every step of a pipeline run to MLflow; a RegistryError ends the process with one line on stderr."""
     from cappy.registry import tracking
 
     tracking.track_run(fingerprints, settings, run=run, state=state)
@@ -63,7 +63,7 @@ def track_run(fingerprints: Mapping[str, str], settings: str = "", *, run: str, 
 def attach(
     texts: Mapping[str, str], *, run: str, tracking_uri: str = "", facts: Mapping[str, str] | None = None
 ) -> None:
-    """Keeps these texts (file name -> text) as artifacts of a pipeline run's MLflow run, and the facts as its tags."""
+    """Logs texts (file name -> text) as artifacts of the MLflow run of a pipeline run, and facts as its tags."""
     from cappy.registry import tracking
 
     tracking.attach(texts, run=run, tracking_uri=tracking_uri, facts=facts or {})

@@ -1,4 +1,4 @@
-"""The champion's alias: moved by one at a time, each move kept with who, when and why."""
+"""Moves of the champion alias: one at a time, each recorded with user, time and reason."""
 
 import contextlib
 import getpass
@@ -16,19 +16,19 @@ from pydantic import TypeAdapter, ValidationError
 from cappy.errors import RegistryError, quote
 from cappy.registry.client import MlflowClient, MlflowException, connect
 from cappy.registry.models import CHALLENGER, CHAMPION, FORMER_TAG, Version
-from cappy.registry.versions import find, list_known
+from cappy.registry.versions import describe_available, find
 
 HISTORY_TAG = "cappy.history."
 LOCK = ".alias-is-moving"
 OWNER_TAG = "cappy.owner"
 LOCK_SECONDS = 120.0
-"""A lock older than this was left by a process that died: a move takes about a second."""
+"""An older lock was left by a process that died: a move takes about a second."""
 WAIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """One move of the champion's alias: to `version`, from `former` (0 for none, on either side)."""
+    """One move of the champion alias from version `former` to `version`; 0 means no version."""
 
     at: str
     kind: Literal["promotion", "rollback"]
@@ -39,27 +39,27 @@ class Move:
 
 
 @contextlib.contextmanager
-def alone(client: MlflowClient, name: str) -> Iterator[None]:
-    """One process at a time, on every machine that uses the registry; RegistryError where another does not finish.
+def lock_alias(client: MlflowClient, name: str) -> Iterator[None]:
+    """Locks the aliases of a model for all machines that use the registry; RegistryError if the lock stays taken.
 
-    MLflow has no lock, but of two that register a model of one name it lets one win: that name is the lock, and a tag
-    says whose it is. Whoever took so long that its lock was removed leaves the next one's alone.
+    MLflow has no locks, but only one of two processes can register a model of the same name. Such a model is the lock,
+    with its owner in a tag, so that a process whose lock expired does not release the lock of another one.
     """
     lock, owner, deadline = f"{name}{LOCK}", uuid.uuid4().hex, time.monotonic() + WAIT_SECONDS
-    while not _take_lock(client, lock, owner):
+    while not _acquire_lock(client, lock, owner):
         if time.monotonic() > deadline:
             raise RegistryError(
-                f"models:/{name}@{CHAMPION}: another promotion or rollback is at work; run again when it is done"
+                f"models:/{name}@{CHAMPION}: another promotion or rollback is in progress; run again when it is done"
             )
         time.sleep(0.2)
     try:
         yield
     finally:
-        _remove(client, lock, owner)
+        _release_lock(client, lock, owner)
 
 
 def promote(client: MlflowClient, version: Version, why: str) -> None:
-    """Gives a version the champion's alias and notes its predecessor, so that it can be undone."""
+    """Moves the champion alias to a version and records the previous champion for a rollback."""
     former = find(client, version.name, CHAMPION)
     if former is None or former.number != version.number:
         if former is not None:
@@ -71,32 +71,31 @@ def promote(client: MlflowClient, version: Version, why: str) -> None:
 
 
 def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
-    """Gives the champion's alias back to its predecessor, or takes it away where there was none; RegistryError without
-    a champion.
+    """Moves the champion alias back to the previous champion, or removes it if there was none.
 
-    The move says which version had the alias when the lock was taken: one read before may have lost it meanwhile.
+    RegistryError without a champion. The champion is read after the lock is acquired, because it may have changed
+    before.
     """
-    with connect(tracking_uri) as client, alone(client, name):
-        present = find(client, name, CHAMPION)
-        if present is None:
-            raise RegistryError(
-                f"models:/{name}: has no champion, so there is nothing to roll back ({list_known(client, name)})"
-            )
-        former = find(client, name, present.former) if present.former else None
-        if former is not None and former.number == present.number:
+    with connect(tracking_uri) as client, lock_alias(client, name):
+        current = find(client, name, CHAMPION)
+        if current is None:
+            available = describe_available(client, name)
+            raise RegistryError(f"models:/{name}: has no champion, so there is nothing to roll back ({available})")
+        former = find(client, name, current.former) if current.former else None
+        if former is not None and former.number == current.number:
             former = None
-        return _move(client, name, former, present, "rollback", why)
+        return _move(client, name, former, current, "rollback", why)
 
 
 def was_rolled_back(client: MlflowClient, version: Version) -> bool:
-    """Whether the last move that the version had a part in took the champion's alias from it by a rollback."""
+    """Whether the version last lost the champion alias by a rollback and has not been promoted since."""
     own = [move for move in _moves(client, version.name) if version.number in (move.version, move.former)]
-    lost = [move for move in own if not (move.kind == "promotion" and move.former == version.number)]
-    return bool(lost) and lost[-1].kind == "rollback" and lost[-1].former == version.number
+    relevant = [move for move in own if not (move.kind == "promotion" and move.former == version.number)]
+    return bool(relevant) and relevant[-1].kind == "rollback" and relevant[-1].former == version.number
 
 
 def history(name: str, *, tracking_uri: str) -> list[Move]:
-    """Every move of the champion's alias, the first one first; RegistryError where there is no such model."""
+    """Every move of the champion alias, oldest first; RegistryError if there is no such model."""
     with connect(tracking_uri) as client:
         return _moves(client, name)
 
@@ -106,13 +105,13 @@ def _moves(client: MlflowClient, name: str) -> list[Move]:
         tags = client.get_registered_model(name).tags
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise RegistryError(f"models:/{name}: {list_known(client, name)}") from error
+            raise RegistryError(f"models:/{name}: {describe_available(client, name)}") from error
         raise
     return [_read_move(name, key, tags[key]) for key in sorted(tags) if key.startswith(HISTORY_TAG)]
 
 
 def _read_move(name: str, key: str, text: str) -> Move:
-    """The move in a tag, which anyone with rights to the registry may have written."""
+    """Parses the move in a tag, which anyone with access to the registry may have written."""
     try:
         return TypeAdapter(Move).validate_json(text, strict=True)
     except ValidationError as error:
@@ -128,18 +127,18 @@ def _move(
     kind: Literal["promotion", "rollback"],
     why: str,
 ) -> Move:
-    """Keeps the move, then sets the alias, or deletes it for no version; whoever calls holds the lock."""
+    """Records the move, then sets the alias, or deletes it if `version` is None; the caller holds the lock."""
     move = Move(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         kind=kind,
         version=version.number if version else 0,
         former=former.number if former else 0,
-        by=_who(),
+        by=_current_user(),
         why=why,
     )
-    kept = sum(key.startswith(HISTORY_TAG) for key in client.get_registered_model(name).tags)
-    # First the history: a process that dies between the two leaves an entry without a move, which the next try repeats.
-    client.set_registered_model_tag(name, f"{HISTORY_TAG}{kept:05d}", json.dumps(asdict(move)))
+    num_moves = sum(key.startswith(HISTORY_TAG) for key in client.get_registered_model(name).tags)
+    # History first: if the process dies in between, the entry is repeated by the next attempt instead of being lost.
+    client.set_registered_model_tag(name, f"{HISTORY_TAG}{num_moves:05d}", json.dumps(asdict(move)))
     if version is None:
         client.delete_registered_model_alias(name, CHAMPION)
     else:
@@ -147,17 +146,17 @@ def _move(
     return move
 
 
-def _who() -> str:
-    """MLflow's user, else the system's; in a container its number may be all there is."""
+def _current_user() -> str:
+    """The MLflow user, else the system user, else the user id, for containers without user names."""
     try:
         return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
     except (KeyError, OSError):
         return f"uid {os.getuid()}"
 
 
-def _take_lock(client: MlflowClient, lock: str, owner: str) -> bool:
-    """Whether the lock is ours now; one that a dead process left is removed."""
-    description = "A move of an alias is under way; gone in a second."
+def _acquire_lock(client: MlflowClient, lock: str, owner: str) -> bool:
+    """Tries to acquire the lock and says whether it did; removes an expired lock."""
+    description = "Lock: an alias is being moved; removed within seconds."
     try:
         client.create_registered_model(lock, tags={OWNER_TAG: owner}, description=description)
     except MlflowException as error:
@@ -166,14 +165,14 @@ def _take_lock(client: MlflowClient, lock: str, owner: str) -> bool:
     else:
         return True
     with contextlib.suppress(MlflowException):
-        held = client.get_registered_model(lock)
-        if time.time() - held.creation_timestamp / 1000 > LOCK_SECONDS:
-            _remove(client, lock, held.tags.get(OWNER_TAG, ""))
+        model = client.get_registered_model(lock)
+        if time.time() - model.creation_timestamp / 1000 > LOCK_SECONDS:
+            _release_lock(client, lock, model.tags.get(OWNER_TAG, ""))
     return False
 
 
-def _remove(client: MlflowClient, lock: str, owner: str) -> None:
-    """Takes the lock of this owner away; another's stays, and one that is gone is not an error."""
+def _release_lock(client: MlflowClient, lock: str, owner: str) -> None:
+    """Removes the lock if this owner holds it; a missing lock is not an error."""
     try:
         if client.get_registered_model(lock).tags.get(OWNER_TAG, "") == owner:
             client.delete_registered_model(lock)

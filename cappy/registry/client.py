@@ -1,4 +1,4 @@
-"""The door to MLflow: a client that is known to reach it, and its errors as one line."""
+"""The client for MLflow: checks that the server can be reached and turns its errors into one line."""
 
 import contextlib
 import logging
@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before MLflow is imported: it reads pickles by default, reports usage to its makers, and prints addresses
-# where our own answers go.
+# Before MLflow is imported: by default it loads pickles, sends telemetry, and prints addresses to standard output.
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -23,41 +22,41 @@ from mlflow.exceptions import MlflowException
 from cappy.errors import RegistryError, UnreachableError, quote
 from cappy.files import hold_lock
 from cappy.redaction import redact_address
-from cappy.registry.models import artifact_root, check, database, no_database_yet
+from cappy.registry.models import artifact_root, check_reachable, database, no_database_yet
 
 __all__ = ["MlflowClient", "MlflowException", "connect", "experiment_id", "metric_key"]
 
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-_REFUSED = re.compile(r"[^\w\-. :/]")
+_INVALID_CHARACTERS = re.compile(r"[^\w\-. :/]")
 
 
 @contextlib.contextmanager
 def connect(tracking_uri: str) -> Iterator[MlflowClient]:
-    """An MlflowClient for a block whose MLflow errors become UnreachableError; fails within seconds if unreachable."""
+    """An MlflowClient for a block; fails within seconds if MLflow is unreachable; errors become UnreachableError."""
     _strip_credentials()
-    address = check(tracking_uri)
+    address = check_reachable(tracking_uri)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     try:
         path = database(address)
-        with _alone(path), warnings.catch_warnings():
-            # MLflow 3.17 uses a loader that SQLAlchemy 2.1 warns of, once, when its store is loaded.
+        with _lock_database(path), warnings.catch_warnings():
+            # MLflow 3.17 uses a loader that SQLAlchemy 2.1 warns about when the store is loaded.
             warnings.simplefilter("ignore")
             if path is not None and no_database_yet(address):
-                _make_tables(path)
+                _create_tables(path)
             client = _client(address)
             client.search_experiments(max_results=1)
         yield client
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
         reason = " ".join(str(error).split())
         raise UnreachableError(
-            f"{redact_address(address)}: MLflow refused ({quote(reason, 200)}); see its log, then run again"
+            f"{redact_address(address)}: MLflow failed ({quote(reason, 200)}); see its log, then run again"
         ) from error
 
 
 def experiment_id(client: MlflowClient, name: str, tracking_uri: str) -> str:
-    """The experiment with this name, made if it is missing."""
-    with _alone(database(tracking_uri)):
+    """The id of the experiment with this name, which is created if it is missing."""
+    with _lock_database(database(tracking_uri)):
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
             return str(experiment.experiment_id)
@@ -65,32 +64,34 @@ def experiment_id(client: MlflowClient, name: str, tracking_uri: str) -> str:
 
 
 def metric_key(name: str) -> str:
-    """A metric's name as MLflow takes it: a mixture such as 0.5*rougeL+0.5*bleu has characters that it refuses."""
-    return _REFUSED.sub("_", name)
+    """A metric name for MLflow, which rejects characters of mixtures such as 0.5*rougeL+0.5*bleu."""
+    return _INVALID_CHARACTERS.sub("_", name)
 
 
 def _client(address: str) -> MlflowClient:
     try:
         return MlflowClient(tracking_uri=address, registry_uri=address)
     except ModuleNotFoundError as missing:
-        where = redact_address(address)
-        raise RegistryError(f"{where}: MLflow needs {missing.name} for this address; pip install it") from missing
+        shown_address = redact_address(address)
+        raise RegistryError(
+            f"{shown_address}: MLflow needs {missing.name} for this address; pip install it"
+        ) from missing
 
 
 def _strip_credentials() -> None:
-    """Takes away the newline that `echo` and mounted files put behind a secret: no header may hold it."""
+    """Removes the newline that `echo` and mounted files add to a secret, which is invalid in a header."""
     for name in CREDENTIALS:
         value = os.environ.get(name, "")
         if value != value.strip():
             os.environ[name] = value.strip()
 
 
-def _make_tables(path: Path) -> None:
-    """Makes a SQLite file whole or not at all: MLflow refuses for good what a process killed in between leaves."""
+def _create_tables(path: Path) -> None:
+    """Creates the SQLite file atomically: MLflow rejects a file that a killed process left half finished."""
     draft = path.absolute().with_name(f".{path.name}.new")
     for leftover in (draft, draft.with_name(f"{draft.name}-journal")):
         leftover.unlink(missing_ok=True)
-    # Imported here: it loads all tables, which an address of a server has no use for.
+    # Imported here because it loads all tables, which is not needed for a server.
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     SqlAlchemyStore(f"sqlite:///{draft}", artifact_root(f"sqlite:///{path}")).engine.dispose()
@@ -98,8 +99,8 @@ def _make_tables(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path | None) -> Iterator[None]:
-    """One process at a time makes the tables of a SQLite file: two at once would both find them missing."""
+def _lock_database(path: Path | None) -> Iterator[None]:
+    """Locks the creation of the tables of a SQLite file, so that two processes do not both create them."""
     if path is None:
         yield
         return

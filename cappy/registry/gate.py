@@ -1,4 +1,4 @@
-"""The gate's rule: what a report must prove before the champion's alias may move."""
+"""The rule of the gate: what a report must show before the champion alias moves."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +15,14 @@ from cappy.selection.selectors import SELECTORS
 Baseline = Literal["likelihood", "mbr"]
 FIRST_TAIL = (1 - LEVEL) / 2
 LATER_TAIL = 0.0013
-"""One-sided error of each later attempt on the same test groups: 2.5 % + 19 x 0.13 % stay below 5 % together."""
+"""One-sided error of each later attempt on the same test groups: 2.5 % + 19 x 0.13 % is below 5 % in total."""
 MAX_ATTEMPTS = 20
 Check = tuple[bool, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What the gate says, and why, in sentences."""
+    """The decision of the gate and its reasons, as sentences."""
 
     decision: Literal["promote", "hold"]
     reasons: tuple[str, ...]
@@ -37,34 +37,36 @@ def decide(
     guards: Mapping[str, float] | None = None,
     attempt: int = 1,
 ) -> Decision:
-    """The gate's rule on the values of a report: `comparisons` (paired differences, 0..1), `tasks`, `leaks`, `facts`.
+    """Applies the gate to a report: `comparisons` (paired differences, 0 to 1), `tasks`, `leaks`, `facts`.
 
-    With a champion the lower bound of the difference to it must be above `margin`; the first version must beat random
-    choice, the better likelihood selector and the greedy response (or the best single system) where there are such, and
-    MBR too where `baseline` is `mbr`. The bound is that of the 95% interval for the first `attempt` on these test
-    groups, of the 99.74% interval for the next 19. A guarded task may fall by less than its margin: the lower bound of
-    its difference to the champion (to random choice without one) must be above minus that margin.
+    With a champion, the lower bound of the difference to it must be above `margin`. The first version must beat random
+    choice, the better likelihood selector and the greedy response (or the best single system) if present, and also MBR
+    if `baseline` is `mbr`. The bound is that of the 95% interval for the first `attempt` on these test groups and of
+    the 99.74% interval for the next 19. For a guarded task, the lower bound of the difference to the champion (or to
+    random choice) must be above minus its margin.
 
-    Held whatever the numbers: a scorer trained on a reported instance or its row, a report on the validation split, on
-    fewer than 30 groups, or of differences that do not vary. ConfigError where a guarded task is not in the report,
-    RecordError where the report's values are not of the form that evaluation writes.
+    The decision is always hold for a scorer trained on a reported instance or its row, for a report on the validation
+    split or on fewer than 30 groups, and for differences without variance. ConfigError if a guarded task is not in the
+    report; RecordError if the report does not have the format that evaluation writes.
     """
     comparisons = _comparisons(report)
     tail = FIRST_TAIL if attempt <= 1 else LATER_TAIL
     checks = [
-        *_valid(report, attempt),
-        *_proof(comparisons, has_champion, margin, baseline, tail, report.get("unavailable", {}).get("champion", "")),
+        *_check_validity(report, attempt),
+        *_check_gains(
+            comparisons, has_champion, margin, baseline, tail, report.get("unavailable", {}).get("champion", "")
+        ),
         *_check_guards(report, guards or {}, has_champion),
     ]
     reasons = [sentence for _, sentence in checks]
     if not has_champion:
-        reasons += _for_information(comparisons, baseline)
+        reasons += _unrequired_comparisons(comparisons, baseline)
     passed = all(passed for passed, _ in checks)
     return Decision(decision="promote" if passed else "hold", reasons=tuple(reasons))
 
 
 def parse_guards(texts: Sequence[str]) -> dict[str, float]:
-    """TASK=MARGIN as a person writes it, margins of 0 to 1; ConfigError for anything else."""
+    """Parses TASK=MARGIN texts with margins from 0 to 1; ConfigError for anything else."""
     guards = {}
     for text in texts:
         task, separator, number = text.rpartition("=")
@@ -78,8 +80,8 @@ def parse_guards(texts: Sequence[str]) -> dict[str, float]:
     return guards
 
 
-def interval(comparison: Difference) -> str:
-    """A difference with its interval, x 100."""
+def format_interval(comparison: Difference) -> str:
+    """A difference and its interval as text, x 100."""
     difference, low, high = (
         f"{100 * value:+.1f}" for value in (comparison.difference, comparison.low, comparison.high)
     )
@@ -87,20 +89,22 @@ def interval(comparison: Difference) -> str:
 
 
 def _comparisons(report: ReportValues) -> dict[str, Difference]:
-    given = report.get("comparisons")
+    values = report.get("comparisons")
     try:
-        return TypeAdapter(dict[str, Difference]).validate_python(given)
+        return TypeAdapter(dict[str, Difference]).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in ("comparisons", *first["loc"]))
-        raise RecordError(f"report: {place}: {first['msg']}, got {quote(first['input'])}; evaluate again") from error
+        field_path = ".".join(str(part) for part in ("comparisons", *first["loc"]))
+        raise RecordError(
+            f"report: {field_path}: {first['msg']}, got {quote(first['input'])}; evaluate again"
+        ) from error
 
 
-def _valid(report: ReportValues, attempt: int) -> Iterator[Check]:
+def _check_validity(report: ReportValues, attempt: int) -> Iterator[Check]:
     for name, count in report.get("leaks", {}).items():
         if count:
-            what = f"was trained on {count} of the reported instances or their rows"
-            yield False, f"The {name} {what}: prepare splits that share none."
+            problem = f"was trained on {count} of the reported instances or their rows"
+            yield False, f"The {name} {problem}: prepare splits without overlap."
     if report.get("split") == "validation":
         yield (
             False,
@@ -110,13 +114,13 @@ def _valid(report: ReportValues, attempt: int) -> Iterator[Check]:
     if not isinstance(groups, int) or groups < MIN_GROUPS:
         count = groups if isinstance(groups, int) else "an unknown number of"
         remedy = "prepare more test instances, or evaluate with --folds 5, which tests on all of them"
-        yield False, f"The report is on {count} groups, and fewer than {MIN_GROUPS} decide nothing: {remedy}."
+        yield False, f"The report is on {count} groups, at least {MIN_GROUPS} are needed for a decision: {remedy}."
     if attempt > MAX_ATTEMPTS:
         remedy = "prepare a new test split from instances that no version was tested on"
-        yield False, f"This is attempt {attempt} on the same test groups, and {MAX_ATTEMPTS} may be made: {remedy}."
+        yield False, f"This is attempt {attempt} on the same test groups, at most {MAX_ATTEMPTS} are allowed: {remedy}."
 
 
-def _proof(
+def _check_gains(
     comparisons: Mapping[str, Difference],
     has_champion: bool,
     margin: float,
@@ -128,64 +132,62 @@ def _proof(
         if "scorer-champion" not in comparisons and without_champion:
             yield False, f"The report does not compare with the champion: {without_champion}."
             return
-        yield _beats(comparisons, "champion", "the champion", margin, tail)
+        yield _check_gain(comparisons, "champion", "the champion", margin, tail)
         return
     for selector in first_version_rivals(comparisons, requested=baseline):
-        yield _beats(comparisons, selector.key, selector.phrase, margin, tail)
+        yield _check_gain(comparisons, selector.key, selector.phrase, margin, tail)
 
 
-def _for_information(comparisons: Mapping[str, Difference], requested: str) -> Iterator[str]:
-    """The differences to what a first version could have been asked to beat and was not."""
-    for one in SELECTORS.values():
-        key = f"scorer-{one.key}"
-        if one.must_beat == "on_request" and one.key != requested and key in comparisons:
-            yield f"For information: against {one.phrase} the difference is {interval(comparisons[key])}."
+def _unrequired_comparisons(comparisons: Mapping[str, Difference], requested: str) -> Iterator[str]:
+    """The differences to selectors that a first version must beat only on request."""
+    for selector in SELECTORS.values():
+        key = f"scorer-{selector.key}"
+        if selector.must_beat == "on_request" and selector.key != requested and key in comparisons:
+            yield f"For information: against {selector.phrase} the difference is {format_interval(comparisons[key])}."
 
 
-def _beats(comparisons: Mapping[str, Difference], other: str, words: str, margin: float, tail: float) -> Check:
-    comparison = comparisons.get(f"scorer-{other}")
+def _check_gain(comparisons: Mapping[str, Difference], selector: str, name: str, margin: float, tail: float) -> Check:
+    comparison = comparisons.get(f"scorer-{selector}")
     if comparison is None:
-        return False, f"The report has no comparison with {words}: evaluate again."
+        return False, f"The report has no comparison with {name}: evaluate again."
     if not comparison.standard_error:
-        why = "no difference varies" if comparison.standard_error == 0 else "it is on a single group"
-        return False, f"The scorer is not proven to beat {words}: {why}, so there is no error to compare with."
+        reason = "all differences are equal" if comparison.standard_error == 0 else "there is a single group"
+        return False, f"The scorer is not proven to beat {name}: {reason}, so there is no standard error."
     from cappy.evaluation.statistics import lower_bound
 
     passed = (comparison.low if tail == FIRST_TAIL else lower_bound(comparison, 1 - 2 * tail)) > margin
     verb = "beats" if passed else "is not proven to beat"
-    bar = f" by more than {100 * margin:.1f}" if margin else ""
-    level = "" if tail == FIRST_TAIL else f", and at least {100 * (1 - tail):.2f}% sure is asked for"
+    threshold = f" by more than {100 * margin:.1f}" if margin else ""
+    level = "" if tail == FIRST_TAIL else f", and a confidence of at least {100 * (1 - tail):.2f}% is required"
     needed = "" if passed else _groups_needed(comparison, margin, tail)
-    return passed, f"The scorer {verb} {words}{bar}: difference {interval(comparison)}{level}.{needed}"
+    return passed, f"The scorer {verb} {name}{threshold}: difference {format_interval(comparison)}{level}.{needed}"
 
 
 def _groups_needed(comparison: Difference, margin: float, tail: float) -> str:
-    """How many groups a gain of this size needs, in one sentence; empty where there is no gain."""
+    """A sentence with the number of groups that a gain of this size needs; empty if there is no gain."""
     from cappy.evaluation.statistics import compute_power
 
     gain = comparison.difference - margin
     if gain <= 0:
         return ""
-    beyond = replace(comparison, difference=gain)
-    needed = max(compute_power(beyond, 1 - 2 * tail).groups_needed or 0, comparison.groups + 1)
+    excess = replace(comparison, difference=gain)
+    needed = max(compute_power(excess, 1 - 2 * tail).groups_needed or 0, comparison.groups + 1)
     above = " above the margin" if margin else ""
-    tries = "to be shown in four of five tries"
-    have = f"the report has {comparison.groups:,}"
-    return f" A gain of {100 * gain:.1f}{above} needs about {needed:,} groups {tries}, {have}."
+    chance = "to be detected in four of five cases"
+    current = f"the report has {comparison.groups:,}"
+    return f" A gain of {100 * gain:.1f}{above} needs about {needed:,} groups {chance}, {current}."
 
 
 def _check_guards(report: ReportValues, guards: Mapping[str, float], has_champion: bool) -> Iterator[Check]:
     tasks = {task["task"]: task for task in report.get("tasks", ())}
     for name, margin in guards.items():
         if name not in tasks:
-            known = quote(", ".join(sorted(tasks)), 200)
-            raise ConfigError(f"guard: the report has no task {quote(name)}; its tasks: {known}")
+            task_names = quote(", ".join(sorted(tasks)), 200)
+            raise ConfigError(f"guard: the report has no task {quote(name)}; its tasks: {task_names}")
         champion = tasks[name].get("against_champion") if has_champion else None
-        given, other = (champion, "the champion") if champion else (tasks[name]["gain"], "random choice")
-        comparison = TypeAdapter(Difference).validate_python(given)
+        values, reference = (champion, "the champion") if champion else (tasks[name]["gain"], "random choice")
+        comparison = TypeAdapter(Difference).validate_python(values)
         passed = comparison.low > -margin
         verb = "does not fall" if passed else "may fall"
-        yield (
-            passed,
-            f"On {name} the scorer {verb} by {100 * margin:.1f} to {other}: difference {interval(comparison)}.",
-        )
+        difference = format_interval(comparison)
+        yield passed, f"On {name} the scorer {verb} by {100 * margin:.1f} against {reference}: difference {difference}."

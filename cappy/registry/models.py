@@ -1,6 +1,6 @@
-"""What the registry's parts share without MLflow: its address, the names of tags and files, and a version.
+"""The parts of the registry that work without MLflow: its address, names of tags and files, and `Version`.
 
-Whether MLflow can be reached is found out before MLflow's own minutes of retries.
+A short check says whether MLflow can be reached, since MLflow itself retries for minutes.
 """
 
 import http.client
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from cappy.errors import UnreachableError
 from cappy.evaluation.findings import OUT_OF_FOLD, ReportValues
-from cappy.redaction import redact_address, remember_address
+from cappy.redaction import redact_address, register_address
 from cappy.scoring.calibration import CALIBRATION, PROBE
 
 CHAMPION = "champion"
@@ -25,21 +25,21 @@ TESTED_TAG = "cappy.tested_groups"
 """Sketch of the groups that the version was tested on; see `cappy.records.overlap`."""
 ATTEMPT_TAG = "cappy.attempt"
 EVIDENCE_TAG = "cappy.evidence"
-EVALUATED = {CALIBRATION: "cappy.calibration", PROBE: "cappy.probe", OUT_OF_FOLD: "cappy.out_of_fold"}
-"""Files that an evaluation wrote and that travel with the scorer; its manifest, which is older, does not name them.
+EVALUATION_TAGS = {CALIBRATION: "cappy.calibration", PROBE: "cappy.probe", OUT_OF_FOLD: "cappy.out_of_fold"}
+"""Files of the evaluation that are registered with the scorer -> tag of the version with their sha256.
 
-Each has its sha256 in a tag of the version.
+The manifest of the scorer does not list them, because it is older.
 """
 
 
 def evidence_of(report: ReportValues) -> str:
-    """What a report is about: the scorer itself, or its recipe where it was cross-fitted."""
+    """What a report is about: the scorer itself, or, if it was cross-fitted, its recipe."""
     return "recipe" if report.get("folds") else "scorer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """A version of a registered model; `source` is where its files lie, `aliases` what points at it."""
+    """A version of a registered model; `source` is the location of its files, `aliases` point at it."""
 
     name: str
     number: int
@@ -49,28 +49,28 @@ class Version:
 
     @property
     def uri(self) -> str:
-        """Its spec, which no alias can move."""
+        """Its spec by number, which does not change when aliases move."""
         return f"models:/{self.name}/{self.number}"
 
     @property
     def manifest_hash(self) -> str:
-        """Hash of the scorer's manifest, and through it of every file; empty if another tool registered it."""
+        """Hash of the scorer's manifest, and thus of every file; empty if another tool registered it."""
         return self.tags.get(MANIFEST_TAG, "")
 
     @property
     def content(self) -> str:
-        """A name that changes with the scorer and with what its evaluation left beside it."""
-        beside = (self.tags.get(tag, "")[:12] for tag in EVALUATED.values())
-        return "-".join(filter(None, (self.manifest_hash, *beside)))
+        """A name that depends on the content of the scorer and of its evaluation files."""
+        evaluation_hashes = (self.tags.get(tag, "")[:12] for tag in EVALUATION_TAGS.values())
+        return "-".join(filter(None, (self.manifest_hash, *evaluation_hashes)))
 
     @property
     def former(self) -> str:
-        """Number of the version that was champion before this one; empty if there was none."""
+        """Number of the previous champion; empty if there was none."""
         return self.tags.get(FORMER_TAG, "")
 
     @property
     def serving_spec(self) -> str:
-        """The spec to serve it by: its alias, so that the service follows the gate; its number without one."""
+        """The spec to serve it by: with its alias, so that the service follows promotions, else its number."""
         return f"models:/{self.name}@{self.alias}" if self.alias else self.uri
 
     @property
@@ -86,35 +86,35 @@ _REMEDY = "start it, or give another address with --tracking-uri or MLFLOW_TRACK
 
 
 def tracking_address(uri: str = "") -> str:
-    """The MLflow address to use: the one given, else MLFLOW_TRACKING_URI, else the database in `.cappy`.
+    """The MLflow address to use: `uri`, else MLFLOW_TRACKING_URI, else the database in `.cappy`.
 
-    What it holds of secrets stands in no message from now on.
+    Its secrets are redacted in all messages from now on.
     """
     address = (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).strip() or f"{_SQLITE}{DATABASE.absolute()}"
-    remember_address(address)
+    register_address(address)
     return address
 
 
 def database(uri: str) -> Path | None:
-    """The file behind a SQLite address; None for any other."""
+    """The file of a SQLite address; None for any other address."""
     address = tracking_address(uri)
     return Path(address.removeprefix(_SQLITE)) if address.startswith(_SQLITE) else None
 
 
 def no_database_yet(uri: str = "") -> bool:
-    """Whether the address is a SQLite file that the first run will make; an empty file is none."""
+    """Whether the address is a SQLite file that is missing or empty."""
     path = database(uri)
     return path is not None and not (path.exists() and path.stat().st_size)
 
 
 def artifact_root(uri: str) -> str | None:
-    """Where a new experiment's artifacts go: beside a SQLite file; None where the server decides."""
+    """Artifact location of a new experiment: next to the SQLite file, or None if the server decides."""
     path = database(uri)
     return None if path is None else (path.absolute().parent / "mlartifacts").as_uri()
 
 
-def check(uri: str) -> str:
-    """The address, if it can be reached within seconds; RegistryError with the remedy if not."""
+def check_reachable(uri: str) -> str:
+    """Checks within seconds that MLflow can be reached, and returns its address; UnreachableError if not."""
     address = tracking_address(uri)
     parts = urlsplit(address)
     path = database(address)
@@ -135,7 +135,7 @@ def _check_database(address: str, path: Path) -> None:
         finally:
             connection.close()
     except (OSError, sqlite3.Error) as error:
-        remedy = "choose a file that may be written, with --tracking-uri or MLFLOW_TRACKING_URI"
+        remedy = "choose a writable file with --tracking-uri or MLFLOW_TRACKING_URI"
         raise UnreachableError(
             f"{redact_address(address)}: MLflow's database cannot be opened ({error}); {remedy}"
         ) from error
@@ -143,9 +143,9 @@ def _check_database(address: str, path: Path) -> None:
 
 def _check_server(address: str) -> None:
     parts = urlsplit(address)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     try:
-        connection = kind(parts.hostname or "", parts.port, timeout=REACH_SECONDS)
+        connection = connection_class(parts.hostname or "", parts.port, timeout=REACH_SECONDS)
         try:
             connection.request("GET", f"{parts.path.rstrip('/')}/health")
             connection.getresponse()

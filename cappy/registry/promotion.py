@@ -1,4 +1,4 @@
-"""Promotion: the gate. The champion's alias moves only to a scorer that is proven better."""
+"""The promotion step: the gate moves the champion alias only to a scorer that is proven better."""
 
 import contextlib
 import json
@@ -24,25 +24,25 @@ from cappy.steps import step_version
 
 @settings
 class PromotionConfig:
-    """A registered version, and the report on it and on the present champion."""
+    """A registered version, its report, and the rules of the gate."""
 
     version: Annotated[Location, Field(description="Folder of the registration")]
     report: Annotated[Location, Field(description="Folder of the evaluation")]
     target: Annotated[Location, Field(description="Folder to write decision.json to")]
     margin: Annotated[
-        float, Field(ge=0, le=1, description="What the lower bound of the gain must be above, on the scale of 0 to 1")
+        float, Field(ge=0, le=1, description="The lower bound of the gain must be above this, on the scale of 0 to 1")
     ] = 0.0
     baseline: Annotated[
-        Baseline, Field(description="What a first version must beat beside random choice; mbr: likelihood and MBR")
+        Baseline, Field(description="What a first version must beat besides random choice; mbr: likelihood and MBR")
     ] = "likelihood"
     guard: Annotated[
-        tuple[str, ...], Field(description="TASK=MARGIN: a task that may not fall by more than its margin, 0 to 1")
+        tuple[str, ...], Field(description="TASK=MARGIN: this task must not fall by more than the margin, 0 to 1")
     ] = ()
     count_attempts: Annotated[
-        bool, Field(description="Ask for more of each further version that is tested on the same groups")
+        bool, Field(description="Require more confidence for each further version tested on the same groups")
     ] = True
     force: Annotated[
-        bool, Field(description="Promote a version that was rolled back, if the rest of the gate is passed")
+        bool, Field(description="Promote a version that was rolled back, if it passes the other checks")
     ] = False
     tracking_uri: TrackingUri = ""
     work: Work = DEFAULT_WORK
@@ -50,11 +50,11 @@ class PromotionConfig:
 
 
 def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
-    """Decides, moves the aliases if the decision is to promote, and writes decision.json; hold is a result."""
-    registered, report = read_version(config.version), read_values(config.report, check_hashes=True)
+    """Decides, moves the aliases if the decision is promote, and writes decision.json; hold is not an error."""
+    spec, report = read_version(config.version), read_values(config.report, check_hashes=True)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "promotion", identity(config), parents, fresh=config.fresh) as folder:
-        decision, version, attempt = _decide(config, registered, report)
+        decision, version, attempt = _decide(config, spec, report)
         values = {
             "decision": decision.decision,
             "reasons": list(decision.reasons),
@@ -78,7 +78,7 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
 
 
 def basis(config: PromotionConfig, report: ReportValues) -> dict[str, object]:
-    """What the decision rests on: the settings of the gate, the scorer's comparisons, leaks and versions."""
+    """What the decision is based on: settings of the gate, comparisons of the scorer, leaks and versions."""
     comparisons = report.get("comparisons", {})
     return {
         "margin": config.margin,
@@ -92,38 +92,38 @@ def basis(config: PromotionConfig, report: ReportValues) -> dict[str, object]:
 
 
 def read_version(folder: Path) -> str:
-    """The spec (models:/name/number) that a registration wrote; FolderError if the folder is none."""
-    uri = _read(folder, "version.json").get("uri")
+    """The spec (models:/name/number) that a registration wrote; FolderError for any other folder."""
+    uri = _read_object(folder, "version.json").get("uri")
     if not isinstance(uri, str):
-        raise FolderError(f"{folder / 'version.json'}: names no version (uri); give the folder of a registration")
+        raise FolderError(f"{folder / 'version.json'}: has no version (uri); give the folder of a registration")
     return uri
 
 
 def dry_run(version: Path, report: Path, **settings: object) -> Decision:
-    """What the gate would decide now; nothing is moved or written."""
+    """The decision that the gate would make now; nothing is moved or written."""
     config = build(PromotionConfig, {**settings, "version": version, "report": report, "target": "nowhere"})
-    decision, _, _ = _decide(config, read_version(version), read_values(report, check_hashes=True), carry_out=False)
+    decision, _, _ = _decide(config, read_version(version), read_values(report, check_hashes=True), apply=False)
     return decision
 
 
 def _decide(
-    config: PromotionConfig, registered: str, report: ReportValues, *, carry_out: bool = True
+    config: PromotionConfig, spec: str, report: ReportValues, *, apply: bool = True
 ) -> tuple[Decision, Version, int]:
-    """The decision, carried out, the version as it is afterwards, and which attempt it was; 0 where none is counted."""
+    """Decides and moves the aliases; returns the decision, the updated version, and the attempt (0 if not counted)."""
     from cappy.registry import aliases, versions
     from cappy.registry.client import connect
 
     guards = parse_guards(config.guard)
-    version = versions.resolve(registered, tracking_uri=config.tracking_uri)
+    version = versions.resolve(spec, tracking_uri=config.tracking_uri)
     with connect(config.tracking_uri) as client:
-        # Of two promotions at once the second finds the first one's champion, with which its report does not compare.
-        with aliases.alone(client, version.name) if carry_out else contextlib.nullcontext():
+        # The lock makes the second of two promotions see the new champion, which its report does not compare with.
+        with aliases.lock_alias(client, version.name) if apply else contextlib.nullcontext():
             champion = versions.find(client, version.name, CHAMPION)
-            attempt = versions.attempt_on(client, version, _tested_groups(report)) if config.count_attempts else 0
-            decision = _with_champion(report, version, champion, config, guards, attempt)
+            attempt = versions.count_attempt(client, version, _tested_groups(report)) if config.count_attempts else 0
+            decision = _decide_against(report, version, champion, config, guards, attempt)
             if decision.decision == "promote" and not config.force:
                 decision = _hold_rolled_back(aliases.was_rolled_back(client, version), version) or decision
-            if carry_out:
+            if apply:
                 versions.record_attempt(client, version, _tested_groups(report), attempt)
                 if decision.decision == "promote":
                     aliases.promote(client, version, decision.reasons[0])
@@ -133,19 +133,19 @@ def _decide(
 def _tested_groups(report: ReportValues) -> str:
     digest = report.get("tested_groups")
     if not isinstance(digest, str) or not digest:
-        raise RecordError("report: does not say which groups it tested (tested_groups); evaluate again")
+        raise RecordError("report: the tested groups are missing (tested_groups); evaluate again")
     return digest
 
 
 def _hold_rolled_back(was_rolled_back: bool, version: Version) -> Decision | None:
-    """The decision on a version that somebody took back, whatever its numbers; None where nobody did."""
+    """The decision hold for a version that was rolled back; None for any other version."""
     if not was_rolled_back:
         return None
-    reason = f"Version {version.number} was rolled back: promote it again with --force, or train another one."
+    reason = f"Version {version.number} was rolled back: promote it with --force, or train a new one."
     return Decision(decision="hold", reasons=(reason,))
 
 
-def _with_champion(
+def _decide_against(
     report: ReportValues,
     version: Version,
     champion: Version | None,
@@ -155,17 +155,19 @@ def _with_champion(
 ) -> Decision:
     if champion is not None and champion.number == version.number:
         return Decision(decision="promote", reasons=(f"Version {version.number} is already champion.",))
-    about = report.get("versions", {}).get("challenger", "")
-    if not (about and version.manifest_hash.startswith(about)):
-        said = f"on {about}" if about else "on a scorer that it does not name"
-        reason = f"The report is {said}, not on version {version.number} ({version.manifest_hash[:12]}): evaluate it."
+    challenger_hash = report.get("versions", {}).get("challenger", "")
+    if not (challenger_hash and version.manifest_hash.startswith(challenger_hash)):
+        subject = challenger_hash or "a scorer that it does not name"
+        reason = (
+            f"The report is on {subject}, not on version {version.number} ({version.manifest_hash[:12]}): evaluate it."
+        )
         return Decision(decision="hold", reasons=(reason,))
-    other = report.get("versions", {}).get("champion", "")
-    if champion is not None and not (other and champion.manifest_hash.startswith(other)):
-        compared = f"the report compares with {other}" if other else "the report compares with no champion"
-        moved = f"The champion is now version {champion.number} ({champion.manifest_hash[:12]}), but {compared}"
+    champion_hash = report.get("versions", {}).get("champion", "")
+    if champion is not None and not (champion_hash and champion.manifest_hash.startswith(champion_hash)):
+        compared = f"the report compares with {champion_hash or 'no champion'}"
+        problem = f"The champion is now version {champion.number} ({champion.manifest_hash[:12]}), but {compared}"
         remedy = f"evaluate with --champion models:/{champion.name}@champion, or run the pipeline again"
-        return Decision(decision="hold", reasons=(f"{moved}: {remedy}.",))
+        return Decision(decision="hold", reasons=(f"{problem}: {remedy}.",))
     return decide(
         report,
         has_champion=champion is not None,
@@ -176,15 +178,15 @@ def _with_champion(
     )
 
 
-def _read(folder: Path, name: str) -> dict[str, object]:
+def _read_object(folder: Path, name: str) -> dict[str, object]:
     read_manifest(folder)
     path = folder / name
     if not path.is_file():
-        raise FolderError(f"{path}: is missing; give the folder that the step before wrote")
+        raise FolderError(f"{path}: is missing; give the folder that the previous step wrote")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FolderError(f"{path}: is not JSON ({quote(str(error), 80)}); run the step before again") from error
+        raise FolderError(f"{path}: is not JSON ({quote(str(error), 80)}); run the previous step again") from error
     if not isinstance(values, dict):
-        raise FolderError(f"{path}: must be an object, got {quote(values)}; run the step before again")
+        raise FolderError(f"{path}: must be a JSON object, got {quote(values)}; run the previous step again")
     return values

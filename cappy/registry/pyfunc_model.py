@@ -1,4 +1,4 @@
-"""The scorer as MLflow's own server loads it (`mlflow models serve`): code by path, so that nothing is pickled."""
+"""The scorer as an MLflow pyfunc model (`mlflow models serve`), loaded from code so that nothing is pickled."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -8,16 +8,16 @@ import pandas  # type: ignore[import-untyped]
 
 
 class _Context(Protocol):
-    """What is used of MLflow's `PythonModelContext`: paths of the model's files by name."""
+    """The part of MLflow's `PythonModelContext` that is used here: paths of artifacts by name."""
 
     artifacts: Mapping[str, str]
 
 
 class CappyModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc] # MLflow is untyped
-    """Rows of instruction and response in, one score each out."""
+    """Scores rows with the columns instruction and response."""
 
     def load_context(self, context: _Context) -> None:
-        """Loads the scorer, its files verified."""
+        """Loads the scorer and verifies its files."""
         from cappy.scoring import Scorer
 
         self.scorer = Scorer.load(context.artifacts["scorer"])
@@ -25,7 +25,7 @@ class CappyModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc] # MLflow is u
     def predict(
         self, context: _Context, model_input: pandas.DataFrame, params: Mapping[str, object] | None = None
     ) -> list[float]:
-        """Scores in the order of the rows."""
+        """One score per row, in order."""
         return self.scorer.score(list(zip(model_input["instruction"], model_input["response"], strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Puts a scorer into MLflow: its folder, its model card, a signature, and the version that points at them."""
+"""Registers a scorer in MLflow: uploads its folder, a model card and a signature, and creates a version."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from cappy.registry.client import MlflowClient, MlflowException, connect, experi
 from cappy.registry.models import (
     CHALLENGER,
     CHAMPION,
-    EVALUATED,
+    EVALUATION_TAGS,
     EVIDENCE_TAG,
     MANIFEST_TAG,
     RUN_TAG,
@@ -32,7 +32,7 @@ from cappy.registry.models import (
     evidence_of,
 )
 from cappy.registry.tracking import step_run
-from cappy.registry.versions import SCORER_PATH, find, find_content, intact
+from cappy.registry.versions import SCORER_PATH, find, find_content, is_intact
 from cappy.selection.selectors import selectors_shown_in
 
 MODEL = "model"
@@ -44,10 +44,7 @@ EXAMPLE = {"instruction": "Translate to French: cat", "response": "chat"}
 
 @dataclass(frozen=True)
 class Registration:
-    """A scorer's folder and its report's, with what they say, and the registered model that it becomes a version of.
-
-    Files are staged under `staging`.
-    """
+    """A scorer and its report to register as a version of the model `name`; files are staged in `staging`."""
 
     scorer: Path
     manifest: Manifest
@@ -67,88 +64,92 @@ class Registration:
 
     @cached_property
     def evaluation_hashes(self) -> dict[str, str]:
-        """Tags with the sha256 of what the evaluation wrote for the scorer; none for what its manifest does not name.
+        """Tags with the sha256 of the evaluation files; files that its manifest does not list are ignored.
 
-        A file that an earlier evaluation left in the folder is not this one's.
+        They may be left from an earlier evaluation.
         """
         files = {file.name: file.sha256 for file in read_manifest(self.report).files}
-        return {tag: files[name] for name, tag in EVALUATED.items() if name in files}
+        return {tag: files[name] for name, tag in EVALUATION_TAGS.items() if name in files}
 
     @property
     def scorer_files(self) -> list[str]:
-        """The scorer's files by name, its manifest first."""
+        """Names of the scorer's files, the manifest first."""
         return [MANIFEST, *(file.name for file in self.manifest.files)]
 
 
-def register(wanted: Registration) -> Version:
-    """The version that holds this scorer, made if there is none; it is challenger unless it is champion.
+def register(registration: Registration) -> Version:
+    """Registers a scorer and returns its version, which becomes challenger unless it is champion.
 
-    A version whose files are gone from the artifact store or damaged gets them again.
+    A scorer that is registered already keeps its version; missing or damaged files are uploaded again.
     """
-    with connect(wanted.tracking_uri) as client:
-        known = find_content(client, wanted.name, wanted.manifest.hash)
-        # Another tool can have copied the tag of the content; only our own say which run holds the files.
+    with connect(registration.tracking_uri) as client:
+        known = find_content(client, registration.name, registration.manifest.hash)
+        # Another tool may have copied the content tag; only versions of cappy name the run that has the files.
         if known is None or not known.tags.get(MLFLOW_RUN_TAG):
-            known = _create(client, wanted)
+            known = _create(client, registration)
         elif not (
-            _is_same_report(known, wanted)
-            and _complete(client, known, wanted)
-            and intact(known, tracking_uri=wanted.tracking_uri)
+            _is_same_report(known, registration)
+            and _has_all_files(client, known, registration)
+            and is_intact(known, tracking_uri=registration.tracking_uri)
         ):
-            _upload(client, known.tags[MLFLOW_RUN_TAG], wanted)
-            _retag(client, known, wanted)
+            _upload(client, known.tags[MLFLOW_RUN_TAG], registration)
+            _update_tags(client, known, registration)
         if not {CHAMPION, CHALLENGER} & set(known.aliases):
-            client.set_registered_model_alias(wanted.name, CHALLENGER, str(known.number))
-        return find(client, wanted.name, str(known.number)) or known
+            client.set_registered_model_alias(registration.name, CHALLENGER, str(known.number))
+        return find(client, registration.name, str(known.number)) or known
 
 
-def _create(client: MlflowClient, wanted: Registration) -> Version:
-    experiment = experiment_id(client, wanted.experiment, wanted.tracking_uri)
-    run_id = step_run(client, experiment, wanted.pipeline_run, "registration")
-    _upload(client, run_id, wanted)
+def _create(client: MlflowClient, registration: Registration) -> Version:
+    experiment = experiment_id(client, registration.experiment, registration.tracking_uri)
+    run_id = step_run(client, experiment, registration.pipeline_run, "registration")
+    _upload(client, run_id, registration)
     try:
-        client.create_registered_model(wanted.name, description="Scores how correct a response is.")
+        client.create_registered_model(registration.name, description="Scores how correct a response is.")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    made = client.create_model_version(
-        wanted.name,
+    created = client.create_model_version(
+        registration.name,
         source=f"{client.get_run(run_id).info.artifact_uri}/{MODEL}",
         run_id=run_id,
         tags={
-            MANIFEST_TAG: wanted.manifest.hash,
-            RUN_TAG: wanted.pipeline_run,
+            MANIFEST_TAG: registration.manifest.hash,
+            RUN_TAG: registration.pipeline_run,
             MLFLOW_RUN_TAG: run_id,
-            "cappy.step": _producer(wanted.manifest),
-            TESTED_TAG: wanted.findings.get("tested_groups", ""),
-            EVIDENCE_TAG: evidence_of(wanted.findings),
-            **wanted.evaluation_hashes,
-            **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _means(wanted.findings).items()},
+            "cappy.step": _describe_producer(registration.manifest),
+            TESTED_TAG: registration.findings.get("tested_groups", ""),
+            EVIDENCE_TAG: evidence_of(registration.findings),
+            **registration.evaluation_hashes,
+            **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _mean_labels(registration.findings).items()},
         },
-        description=wanted.card.partition("# ")[2],
+        description=registration.card.partition("# ")[2],
     )
     client.set_terminated(run_id)
-    version = find(client, wanted.name, str(made.version))
-    assert version is not None  # noqa: S101 (it was made a line above)
+    version = find(client, registration.name, str(created.version))
+    assert version is not None  # noqa: S101 (it was created above)
     return version
 
 
-def _upload(client: MlflowClient, run_id: str, wanted: Registration) -> None:
-    """Logs the scorer as an MLflow model (code by path, no pickle), with its card, and the report beside it."""
-    with tempfile.TemporaryDirectory(dir=wanted.staging, prefix=".stage-") as staged:
-        plain, model = Path(staged) / "scorer", Path(staged) / MODEL
-        _link(wanted.scorer, plain, wanted.scorer_files)
-        _link(wanted.report, plain, [name for name, tag in EVALUATED.items() if tag in wanted.evaluation_hashes])
-        _save(plain, model)
-        (model / "MODEL_CARD.md").write_text(wanted.card, encoding="utf-8")
+def _upload(client: MlflowClient, run_id: str, registration: Registration) -> None:
+    """Logs the scorer as an MLflow model (code by path, no pickle) with its card, and the report next to it."""
+    with tempfile.TemporaryDirectory(dir=registration.staging, prefix=".stage-") as folder:
+        scorer, model = Path(folder) / "scorer", Path(folder) / MODEL
+        _link(registration.scorer, scorer, registration.scorer_files)
+        _link(
+            registration.report,
+            scorer,
+            [name for name, tag in EVALUATION_TAGS.items() if tag in registration.evaluation_hashes],
+        )
+        _save_model(scorer, model)
+        (model / "MODEL_CARD.md").write_text(registration.card, encoding="utf-8")
         client.log_artifacts(run_id, str(model), MODEL)
-    client.log_artifacts(run_id, str(wanted.report), "report")
+    client.log_artifacts(run_id, str(registration.report), "report")
 
 
-def _save(scorer: Path, target: Path) -> None:
-    """Writes the MLflow model that holds a scorer folder, with the signature instruction, response -> score."""
+def _save_model(scorer: Path, target: Path) -> None:
+    """Writes an MLflow model that contains a scorer folder, with the signature instruction, response -> score."""
     with warnings.catch_warnings():
-        # MLflow warns of its own type hints when pyfunc is imported.
+        # MLflow warns about its own type hints when pyfunc is imported.
         warnings.simplefilter("ignore")
         import mlflow.pyfunc
         from mlflow.models import ModelSignature
@@ -177,51 +178,56 @@ def _link(source: Path, target: Path, names: list[str]) -> None:
             shutil.copyfile(source / name, path)
 
 
-def _is_same_report(version: Version, wanted: Registration) -> bool:
-    """Whether what travels with the version is what this report left for it: a new report replaces the old one's."""
-    return all(version.tags.get(tag, "") == wanted.evaluation_hashes.get(tag, "") for tag in EVALUATED.values())
+def _is_same_report(version: Version, registration: Registration) -> bool:
+    """Whether the evaluation files of the version are those of this report."""
+    return all(
+        version.tags.get(tag, "") == registration.evaluation_hashes.get(tag, "") for tag in EVALUATION_TAGS.values()
+    )
 
 
-def _complete(client: MlflowClient, version: Version, wanted: Registration) -> bool:
-    """Whether the artifact store still has every file, with its size.
+def _has_all_files(client: MlflowClient, version: Version, registration: Registration) -> bool:
+    """Whether the artifact store has every file with the right size.
 
-    What the evaluation wrote is read and compared: another file of its size would make every download fail.
+    The evaluation files are compared by sha256, since a different file of the same size would make downloads fail.
     """
-    top = f"{MODEL}/{SCORER_PATH}"
+    root = f"{MODEL}/{SCORER_PATH}"
     run_id = version.tags[MLFLOW_RUN_TAG]
-    parents = {str(Path(top) / Path(file.name).parent) for file in wanted.manifest.files}
+    parents = {str(Path(root) / Path(file.name).parent) for file in registration.manifest.files}
     sizes = {item.path: item.file_size for parent in parents for item in client.list_artifacts(run_id, parent)}
-    whole = all(sizes.get(f"{top}/{name}") == (wanted.scorer / name).stat().st_size for name in wanted.scorer_files)
-    return whole and all(
-        _stored_sha256(client, run_id, f"{top}/{name}", sizes) == version.tags.get(tag, "")
-        for name, tag in EVALUATED.items()
+    sizes_match = all(
+        sizes.get(f"{root}/{name}") == (registration.scorer / name).stat().st_size for name in registration.scorer_files
+    )
+    return sizes_match and all(
+        _stored_sha256(client, run_id, f"{root}/{name}", sizes) == version.tags.get(tag, "")
+        for name, tag in EVALUATION_TAGS.items()
     )
 
 
 def _stored_sha256(client: MlflowClient, run_id: str, path: str, sizes: Mapping[str, int]) -> str:
-    """The sha256 of a file in the store; empty where there is none."""
+    """The sha256 of a file in the store; empty if it is missing."""
     if path not in sizes:
         return ""
     with tempfile.TemporaryDirectory() as folder:
         return sha256_of(Path(client.download_artifacts(run_id, path, folder)))
 
 
-def _retag(client: MlflowClient, version: Version, wanted: Registration) -> None:
-    """The tags of a version whose files were put back: what travels is that of the report at hand, or gone."""
-    client.set_model_version_tag(version.name, str(version.number), EVIDENCE_TAG, evidence_of(wanted.findings))
-    for tag in EVALUATED.values():
-        if tag in wanted.evaluation_hashes:
-            client.set_model_version_tag(version.name, str(version.number), tag, wanted.evaluation_hashes[tag])
+def _update_tags(client: MlflowClient, version: Version, registration: Registration) -> None:
+    """Updates the tags of a version whose files were uploaded again to those of the present report."""
+    client.set_model_version_tag(version.name, str(version.number), EVIDENCE_TAG, evidence_of(registration.findings))
+    for tag in EVALUATION_TAGS.values():
+        if tag in registration.evaluation_hashes:
+            client.set_model_version_tag(version.name, str(version.number), tag, registration.evaluation_hashes[tag])
         elif tag in version.tags:
             client.delete_model_version_tag(version.name, str(version.number), tag)
 
 
-def _means(report: ReportValues) -> dict[str, float]:
-    """The mean label of what people ask for, by metric and selector: what is shown by task and a user could have."""
+def _mean_labels(report: ReportValues) -> dict[str, float]:
+    """Mean label per metric and selector, for the selectors that the report shows by task, except upper bounds."""
     metric = report.get("metric", "label")
     means = {name: row["estimate"]["mean"] for name, row in report.get("selectors", {}).items()}
-    shown = [one for one in selectors_shown_in(means, "tasks") if one.bound != "upper" and one.scorer != "champion"]
-    return {metric_key(f"{metric}_{one.name}"): means[one.name] for one in shown}
+    selectors = selectors_shown_in(means, "tasks")
+    shown = [selector for selector in selectors if selector.bound != "upper" and selector.scorer != "champion"]
+    return {metric_key(f"{metric}_{selector.name}"): means[selector.name] for selector in shown}
 
 
 _CARD = """\
@@ -234,19 +240,19 @@ tags: [cappy, reranking, best-of-n]
 
 # {title}
 
-A scorer: it reads an instruction and a candidate response and answers with one number, about 0 to 1, that says how
-correct the response is. It was made by the step `{step}` of Cappy.
+A scorer: it reads an instruction and a candidate response and returns one number, about 0 to 1, that says how correct
+the response is. It was made by the step `{step}` of Cappy.
 
 ## What it is for
 
 Picking the best of several responses that a language model sampled for a task like those below, or classifying by
-scoring every choice. The language model stays as it is.
+scoring every choice. The language model is not changed.
 
-It is not a judge of truth, style or safety, nor of tasks that it was not evaluated on. Its label is {metric}: what that
-metric does not see, the scorer was not taught. Scores of different instructions compare only as far as the calibration
-below holds.
+It does not judge truth, style or safety, nor tasks that it was not evaluated on. It was trained on {metric} as the
+label and cannot judge what that metric does not measure. Scores of different instructions are only as comparable as the
+calibration below says.
 
-## What it is worth
+## Evaluation results
 
 {verdict}
 
@@ -254,7 +260,8 @@ below holds.
 
 {selectors}
 
-Measured on {instances} instances of the split `{split}`, on which it was not trained unless a caution above says so.
+Measured on {instances} instances of the split `{split}`, on which it was not trained unless a caution above says
+otherwise.
 
 {tasks}
 
@@ -268,7 +275,7 @@ Measured on {instances} instances of the split `{split}`, on which it was not tr
 - made from: {parents}
 - made by: {made_by}
 - recipe: `{recipe}`
-- licence of the encoder that it started from: {stated_licence}
+- licence of the base encoder: {stated_licence}
 
 ## How to use it
 
@@ -280,15 +287,15 @@ scorer.score([("Translate to French: cat", "chat")])
 ```
 
 `cappy serve --scorer {address}` serves it over HTTP. The folder also loads with
-`AutoModelForSequenceClassification` and with the `CrossEncoder` of sentence-transformers; pairs that fit have the same
-numbers there. `calibration.json` beside the weights, where there is one, maps the score of a pick, and the number of
-candidates that it is the best of, to the {metric} that is expected.
+`AutoModelForSequenceClassification` and with the `CrossEncoder` of sentence-transformers; pairs that are not truncated
+get the same scores there. `calibration.json` next to the weights, if present, maps the score of a pick and its number
+of candidates to the expected {metric}.
 """
 _LICENCE = re.compile(r"[A-Za-z0-9.+-]+")
 
 
 def model_card(name: str, scorer: Manifest, report: ReportValues, *, licence: str = "") -> str:
-    """The text of MODEL_CARD.md; `licence` is that of the encoder, as an SPDX identifier, empty where nobody said."""
+    """The text of MODEL_CARD.md; `licence` is the SPDX identifier of the encoder's licence, empty if unknown."""
     facts = report.get("facts", {})
     metric = text(metric_name(str(report.get("metric", "label"))))
     address = f"models:/{code(name)}@champion"
@@ -312,27 +319,27 @@ def model_card(name: str, scorer: Manifest, report: ReportValues, *, licence: st
         seed="none recorded" if scorer.seed is None else text(str(scorer.seed)),
         hash=scorer.hash,
         parents=", ".join(f"`{code(parent[:12])}`" for parent in scorer.parents) or "nothing recorded",
-        made_by=text(_producer(scorer)),
+        made_by=text(_describe_producer(scorer)),
         recipe=code(json.dumps(scorer.config, sort_keys=True).replace("<", "\\u003c")),
     )
 
 
-def _producer(scorer: Manifest) -> str:
-    """The step that made a scorer with its version, or the hash of the code in what earlier releases wrote."""
+def _describe_producer(scorer: Manifest) -> str:
+    """The step that made a scorer and its version, or the hash of the code for earlier releases."""
     if scorer.step_version:
         return f"{scorer.step} version {scorer.step_version}"
     return f"{scorer.step} by code {scorer.code}" if scorer.code else f"{scorer.step or 'a step'}, version not recorded"
 
 
 def _selectors(report: ReportValues) -> str:
-    """The mean of every selector with its interval."""
+    """A table of the mean of every selector with its interval."""
     rows = [_row(selector, values) for selector, values in report.get("selectors", {}).items()]
     metric = metric_name(str(report.get("metric", "label")))
     return table([("selector", f"{metric} x100", "95% interval"), *rows])
 
 
 def _tasks(tasks: Sequence[ReportValues]) -> str:
-    """Task by task: how many instances, random choice, the scorer."""
+    """A table by task: instances, random choice, the scorer."""
     rows = [
         (
             str(task["task"] or "(no task)"),
@@ -349,9 +356,9 @@ def _tasks(tasks: Sequence[ReportValues]) -> str:
 def _calibration(values: ReportValues | None) -> str:
     if not values:
         return "Calibration was not measured."
-    raw, mapped = values["raw"], values.get("calibrated")
-    after = f", {100 * mapped['ece']:.1f} with `calibration.json`" if mapped else "; no calibration was fitted"
-    return f"Calibration error of picks x100 (score to label, ten bins): {100 * raw['ece']:.1f} as it is{after}."
+    raw, calibrated = values["raw"], values.get("calibrated")
+    after = f", {100 * calibrated['ece']:.1f} with `calibration.json`" if calibrated else "; no calibration was fitted"
+    return f"Calibration error of picks x100 (score to label, ten bins): {100 * raw['ece']:.1f} uncalibrated{after}."
 
 
 def _row(selector: str, values: ReportValues) -> tuple[str, str, str]:

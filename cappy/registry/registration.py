@@ -1,4 +1,4 @@
-"""Registration: a scorer and its report become a version of the registry, the challenger."""
+"""The registration step: registers a scorer and its report as a version, the challenger."""
 
 import json
 from typing import Annotated
@@ -23,7 +23,7 @@ TrackingUri = Annotated[
 
 @settings
 class RegistrationConfig:
-    """A scorer to register, with the report that says what it is worth."""
+    """A scorer to register, and its evaluation report."""
 
     scorer: Annotated[Location, Field(description="Folder of the scorer")]
     report: Annotated[Location, Field(description="Folder of its evaluation")]
@@ -45,12 +45,12 @@ class RegistrationConfig:
 
 
 def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
-    """Registers the scorer as challenger and writes version.json; a scorer that is a version already stays that one."""
+    """Registers the scorer as challenger and writes version.json; a registered scorer keeps its version."""
     scorer = read_manifest(config.scorer)
     open_model_folder(config.scorer)
     report = read_report(config, scorer)
     parents = (scorer.hash, read_manifest(config.report).hash)
-    # Two registrations of one scorer at once would make two versions of it: the claim lets them take turns.
+    # The claim prevents two simultaneous registrations of one scorer from creating two versions.
     with claim(config.work, "registration", identity(config), [scorer.hash], fresh=config.fresh) as folder:
         from cappy.registry.recording import Registration, register
 
@@ -89,10 +89,10 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
 
 
 def read_report(config: RegistrationConfig, scorer: Manifest) -> ReportValues:
-    """The report, if it is about this scorer; FolderError if it is about another."""
+    """The report on this scorer; FolderError if it is about another one."""
     report = read_values(config.report, check_hashes=True)
-    about = report.get("versions", {}).get("challenger", "")
-    if about and not scorer.hash.startswith(about):
-        numbers = f"scorer {scorer.hash[:12]}, report on {about}"
+    scorer_hash = report.get("versions", {}).get("challenger", "")
+    if scorer_hash and not scorer.hash.startswith(scorer_hash):
+        numbers = f"scorer {scorer.hash[:12]}, report on {scorer_hash}"
         raise FolderError(f"{config.report}: is about another scorer ({numbers}); evaluate {config.scorer} first")
     return report

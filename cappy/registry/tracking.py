@@ -1,4 +1,4 @@
-"""What a pipeline run did, in MLflow: one parent run, one nested run per step, made only once."""
+"""Logs pipeline runs to MLflow: one parent run, and one nested run per step, each created once."""
 
 import os
 import sys
@@ -21,13 +21,13 @@ STEP_TAG = "cappy.step"
 PIPELINE = "pipeline"
 PARAM_LIMIT = 500
 BATCH = 1000
-"""Metrics that MLflow takes in one request."""
+"""Metrics that MLflow accepts in one request."""
 
 
 def track_run(fingerprints: Mapping[str, str], settings: str, *, run: str, state: str) -> None:
-    """Tracks a pipeline run as an orchestrator's exit step; a CappyError becomes one line and status 1.
+    """Tracks a pipeline run in the exit step of an orchestrator; a CappyError becomes one line and status 1.
 
-    It does not pass through `worker.launch`, so it reads its secrets itself: MLflow's password may be among them.
+    `worker.launch` is not used here, so the secrets, such as MLflow's password, are read here.
     """
     values = decode(settings)
     try:
@@ -54,14 +54,14 @@ def track(
     experiment: str = "cappy",
     succeeded: bool = True,
 ) -> None:
-    """Logs every step that has a record: parameters, metrics, manifest, report; steps from the cache marked so."""
+    """Logs parameters, metrics, manifest and report of every step with a record; cached steps are marked."""
     with connect(tracking_uri) as client:
-        where = experiment_id(client, experiment, tracking_uri)
-        parent = pipeline_run(client, where, run)
+        experiment_key = experiment_id(client, experiment, tracking_uri)
+        parent = pipeline_run(client, experiment_key, run)
         for step, fingerprint in fingerprints.items():
             record = read_record(work, fingerprint)
-            if record is not None and _is_about(record, run):
-                nested = step_run(client, where, run, step)
+            if record is not None and _concerns(record, run):
+                nested = step_run(client, experiment_key, run, step)
                 _log_step(client, nested, record, cached=record.run != run)
                 if step == "evaluation":
                     client.log_batch(parent, metrics=_metrics(record.metrics, record.started))
@@ -73,7 +73,7 @@ def track(
 
 
 def attach(texts: Mapping[str, str], *, run: str, tracking_uri: str, facts: Mapping[str, str]) -> None:
-    """Keeps what a run was made of with its MLflow run, which is made if it is missing."""
+    """Logs texts and facts to the MLflow run of a pipeline run, which is created if it is missing."""
     with connect(tracking_uri) as client:
         parent = pipeline_run(client, experiment_id(client, "cappy", tracking_uri), run)
         for name, text in texts.items():
@@ -83,8 +83,8 @@ def attach(texts: Mapping[str, str], *, run: str, tracking_uri: str, facts: Mapp
 
 
 def pipeline_run(client: MlflowClient, experiment: str, run: str) -> str:
-    """The MLflow run of a pipeline run: found by its tag, or the one that MLFLOW_RUN_ID injects, or a new one."""
-    run_id = _find(client, experiment, run, PIPELINE)
+    """The MLflow run of a pipeline run: the one with its tag, else the one in MLFLOW_RUN_ID, else a new one."""
+    run_id = _find_run(client, experiment, run, PIPELINE)
     if run_id is not None:
         return run_id
     injected = os.environ.get("MLFLOW_RUN_ID")
@@ -97,10 +97,10 @@ def pipeline_run(client: MlflowClient, experiment: str, run: str) -> str:
 
 
 def step_run(client: MlflowClient, experiment: str, run: str, step: str) -> str:
-    """The nested MLflow run of a step, made if it is missing; without a pipeline run it stands alone."""
+    """The nested MLflow run of a step, created if it is missing; without a pipeline run it has no parent."""
     if not run:
         return str(client.create_run(experiment, tags={STEP_TAG: step}, run_name=step).info.run_id)
-    run_id = _find(client, experiment, run, step)
+    run_id = _find_run(client, experiment, run, step)
     if run_id is not None:
         return run_id
     parent = pipeline_run(client, experiment, run)
@@ -108,14 +108,14 @@ def step_run(client: MlflowClient, experiment: str, run: str, step: str) -> str:
     return str(client.create_run(experiment, tags=tags, run_name=step).info.run_id)
 
 
-def _find(client: MlflowClient, experiment: str, run: str, step: str) -> str | None:
-    wanted = f"tags.`{RUN_TAG}` = '{run}' and tags.`{STEP_TAG}` = '{step}'"
-    runs = client.search_runs([experiment], filter_string=wanted, max_results=1)
+def _find_run(client: MlflowClient, experiment: str, run: str, step: str) -> str | None:
+    query = f"tags.`{RUN_TAG}` = '{run}' and tags.`{STEP_TAG}` = '{step}'"
+    runs = client.search_runs([experiment], filter_string=query, max_results=1)
     return str(runs[0].info.run_id) if runs else None
 
 
-def _is_about(record: StepRecord, run: str) -> bool:
-    """Whether the record says something of this run: a failure of another run does not."""
+def _concerns(record: StepRecord, run: str) -> bool:
+    """Whether the record counts for this run: a success of another run does, a failure does not."""
     return record.run == run or record.status == "done"
 
 
@@ -124,7 +124,7 @@ def _log_step(client: MlflowClient, run_id: str, record: StepRecord, *, cached: 
     tags = {"cappy.fingerprint": record.fingerprint, "cappy.manifest": record.manifest_hash}
     tags |= {"cappy.cached": "true", "cappy.cached_from": record.run} if cached else {"cappy.cached": "false"}
     tags |= {"cappy.error": record.error[:PARAM_LIMIT]} if record.error else {}
-    # A cached step's parameters are those of the run that did the work: folders differ, so they are not overwritten.
+    # Parameters that are logged already are not overwritten: folders of a cached step differ between runs.
     known = client.get_run(run_id).data.params
     client.log_batch(
         run_id,
@@ -139,7 +139,7 @@ def _log_step(client: MlflowClient, run_id: str, record: StepRecord, *, cached: 
 
 
 def _log_files(client: MlflowClient, run_id: str, record: StepRecord) -> None:
-    """The manifest, and of an evaluation the whole report, where this machine sees the step's folder."""
+    """Logs the manifest, and the report of an evaluation, if the step's folder is accessible here."""
     folder = Path(record.target)
     if not (folder / MANIFEST).is_file():
         return
@@ -149,7 +149,7 @@ def _log_files(client: MlflowClient, run_id: str, record: StepRecord) -> None:
 
 
 def _log_curve(client: MlflowClient, run_id: str, record: StepRecord) -> None:
-    """Loss, learning rate, picks and speed of a training step, update by update; a cached step's are those it had."""
+    """Logs loss, learning rate, picks and speed of a training step per update."""
     if record.step not in TRAINING_STEPS:
         return
     points = read_curves(Path(record.target), Path(str(record.config["work"])), record.manifest_hash)
@@ -167,7 +167,7 @@ def _log_curve(client: MlflowClient, run_id: str, record: StepRecord) -> None:
 
 
 def _metrics(values: Mapping[str, float], started: float) -> list[Metric]:
-    # One timestamp for all tellings: MLflow drops a point that it has.
+    # Repeated calls use the same timestamp: MLflow drops duplicate points.
     return [Metric(metric_key(name), float(value), _milliseconds(started), 0) for name, value in values.items()]
 
 

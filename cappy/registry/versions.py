@@ -1,6 +1,6 @@
-"""Registered versions: found by alias, number or content, downloaded and verified; how often test groups were used.
+"""Registered versions: lookup by alias, number or content, verified downloads, and counts of attempts.
 
-Each version that was tested on the same groups had its chance to win by luck: the gate asks for more of a later one.
+Every version tested on the same groups is another chance to win by luck, so the gate requires more of later ones.
 """
 
 import contextlib
@@ -21,29 +21,29 @@ from cappy.records.folder import sha256_of
 from cappy.records.overlap import merge_sketches, sketch_overlap
 from cappy.redaction import redact_address
 from cappy.registry.client import MlflowClient, MlflowException, connect
-from cappy.registry.models import ATTEMPT_TAG, CHAMPION, EVALUATED, MANIFEST_TAG, TESTED_TAG, Version
+from cappy.registry.models import ATTEMPT_TAG, CHAMPION, EVALUATION_TAGS, MANIFEST_TAG, TESTED_TAG, Version
 from cappy.specs import parse_spec
 
 NEWEST = "version_number DESC"
 SCORER_PATH = "artifacts/scorer"
-"""Where the plain scorer folder lies inside a version."""
+"""Path of the scorer folder inside a version."""
 _CONTENT = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{12}){0,3}")
 _PORTS = {"http": 80, "https": 443}
 _SAME_TEST = 0.5
-"""A version that has this share of the groups in its own tag was tested on them before: its place stays."""
+"""A version whose tag has at least this share of the groups was tested on them before and keeps its attempt."""
 ARTIFACT_HOSTS = "CAPPY_ARTIFACT_HOSTS"
-"""Variable with the servers (host:port, commas between) that may hold artifacts and get MLflow's password for them."""
+"""Environment variable: comma-separated artifact servers (host:port) that may receive MLflow's credentials."""
 
 
 def resolve(spec: str, *, tracking_uri: str) -> Version:
-    """The version that a `models:/` spec names; RegistryError if there is none."""
+    """The version for a `models:/` spec; RegistryError if there is none."""
     parsed = parse_spec(spec)
     if parsed.kind != "models":
-        raise RegistryError(f"{quote(spec)}: names no registered version; that is models:/name@alias or models:/name/3")
+        raise RegistryError(f"{quote(spec)}: not a registered version; give models:/name@alias or models:/name/3")
     with connect(tracking_uri) as client:
         version = find(client, parsed.name, parsed.revision)
         if version is None:
-            raise RegistryError(f"{spec}: {list_known(client, parsed.name)}")
+            raise RegistryError(f"{spec}: {describe_available(client, parsed.name)}")
         return version
 
 
@@ -66,53 +66,53 @@ def find(client: MlflowClient, name: str, revision: str) -> Version | None:
 
 
 def find_content(client: MlflowClient, name: str, manifest_hash: str) -> Version | None:
-    """The newest version that holds the scorer with this manifest, or None."""
-    wanted = f"name = '{name}' and tags.`{MANIFEST_TAG}` = '{manifest_hash}'"
-    newest = client.search_model_versions(wanted, order_by=[NEWEST], max_results=1)
-    # What a search returns has no aliases.
+    """The newest version of the scorer with this manifest, or None."""
+    query = f"name = '{name}' and tags.`{MANIFEST_TAG}` = '{manifest_hash}'"
+    newest = client.search_model_versions(query, order_by=[NEWEST], max_results=1)
+    # Search results have no aliases.
     return find(client, name, str(newest[0].version)) if newest else None
 
 
-def _others(client: MlflowClient, version: Version) -> list[Version]:
-    """Every other version of the model, without aliases, the oldest first."""
+def _other_versions(client: MlflowClient, version: Version) -> list[Version]:
+    """All other versions of the model, without aliases, oldest first."""
     others: list[Version] = []
     token = None
     while True:
         page = client.search_model_versions(f"name = '{version.name}'", max_results=200, page_token=token)
-        others += [_version(one) for one in page]
+        others += [_version(registered) for registered in page]
         token = page.token
         if not token:
-            return sorted((one for one in others if one.number != version.number), key=lambda one: one.number)
+            return sorted((other for other in others if other.number != version.number), key=lambda other: other.number)
 
 
 def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
-    """The verified local folder of a registered scorer, kept in `cache` under its content's name."""
+    """Downloads a registered scorer to `cache`, named by its content, and verifies it; returns the folder."""
     version = resolve(spec, tracking_uri=tracking_uri)
     if not version.manifest_hash:
         raise RegistryError(f"{version.uri}: was not registered by cappy (no tag {MANIFEST_TAG}); register it again")
-    # The name of a folder that may be deleted below: whoever may write a tag must not choose which one.
+    # The name comes from tags, and a folder of that name may be deleted below, so it must be a hash.
     if not _CONTENT.fullmatch(version.content):
-        what = f"its tags name the content {quote(version.content, 60)}, not by sha256"
-        raise RegistryError(f"{version.uri}: was not registered by cappy ({what}); register it again")
-    kept = cache / version.content
-    if kept.is_dir():
+        problem = f"its tags have {quote(version.content, 60)} instead of sha256 hashes"
+        raise RegistryError(f"{version.uri}: was not registered by cappy ({problem}); register it again")
+    folder = cache / version.content
+    if folder.is_dir():
         try:
-            verify_exactly(kept)
-            _check_evaluated(kept, version)
+            verify_exactly(folder)
+            _check_evaluation_files(folder, version)
         except (FolderError, RegistryError):
-            shutil.rmtree(kept)
+            shutil.rmtree(folder)
         else:
-            return kept
+            return folder
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
-        _fetch(version, Path(folder), tracking_uri)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as temporary:
+        _download_verified(version, Path(temporary), tracking_uri)
         with contextlib.suppress(FileExistsError):
-            # Another process may have put the same content there meanwhile.
-            _rename(Path(folder) / "scorer", kept)
-    return kept
+            # Another process may have downloaded the same content in the meantime.
+            _rename(Path(temporary) / "scorer", folder)
+    return folder
 
 
-def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
+def _download_verified(version: Version, folder: Path, tracking_uri: str) -> None:
     """Downloads the scorer to `folder/scorer` and verifies it against the tag of the version."""
     with connect(tracking_uri) as client:
         location = _location(version, client)
@@ -120,11 +120,11 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
             mlflow.artifacts.download_artifacts(
                 artifact_uri=f"{location}/{SCORER_PATH}", dst_path=str(folder), tracking_uri=client.tracking_uri
             )
-        except Exception as error:  # every store has errors of its own
+        except Exception as error:  # Every artifact store raises its own errors.
             reason = " ".join(str(error).split())
             remedy = "check the artifact store, then run again"
             raise UnreachableError(
-                f"{version.uri}: its files cannot be had ({quote(reason, 200)}); {remedy}"
+                f"{version.uri}: its files cannot be downloaded ({quote(reason, 200)}); {remedy}"
             ) from error
     scorer = folder / "scorer"
     try:
@@ -134,22 +134,22 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
         raise RegistryError(f"{version.uri}: {reason.partition(';')[0]}; register the scorer again") from error
     if manifest_hash != version.manifest_hash:
         numbers = f"manifest {manifest_hash[:12]}, registered {version.manifest_hash[:12]}"
-        raise RegistryError(f"{version.uri}: is not what was registered ({numbers}); register the scorer again")
-    _check_evaluated(scorer, version)
+        raise RegistryError(f"{version.uri}: differs from what was registered ({numbers}); register the scorer again")
+    _check_evaluation_files(scorer, version)
 
 
 def _location(version: Version, client: MlflowClient) -> str:
-    """Where the files of a version lie; RegistryError where that is on another HTTP server than MLflow's.
+    """Location of the files of a version; RegistryError if that is another HTTP server than MLflow's.
 
-    MLflow sends what is in MLFLOW_TRACKING_TOKEN and the like to whatever host the source of a version names. A copy of
-    a version (`copy_model_version`) lies where the original does.
+    MLflow sends its credentials (MLFLOW_TRACKING_TOKEN etc.) to any host in the source of a version. A copied version
+    (`copy_model_version`) refers to the files of the original.
     """
     location = version.source
     if urlsplit(location).scheme.lower() == "models":
         location = client.get_model_version_download_uri(version.name, str(version.number))
     source, server = urlsplit(location), urlsplit(client.tracking_uri)
     if source.scheme.lower() in ("runs", "models"):
-        text = f"its source {quote(location, 80)} is not a place of files"
+        text = f"its source {quote(location, 80)} does not contain files"
         raise RegistryError(f"{version.uri}: {text}; register it again")
     if source.scheme.lower() not in ("http", "https", "mlflow-artifacts") or not source.netloc:
         return location
@@ -162,16 +162,16 @@ def _location(version: Version, client: MlflowClient) -> str:
     except ValueError:
         theirs, ours = ("", "", None), ("", None, None)
     if theirs != ours:
-        text = f"its files lie on a server that is not MLflow's ({quote(redact_address(location), 80)})"
+        text = f"its files are on a server other than MLflow ({quote(redact_address(location), 80)})"
         raise RegistryError(f"{version.uri}: {text}; register it again, or name host:port in {ARTIFACT_HOSTS}")
     return location
 
 
-def intact(version: Version, *, tracking_uri: str) -> bool:
-    """Whether what the artifact store gives is what was registered, every byte read anew; RegistryError without it."""
+def is_intact(version: Version, *, tracking_uri: str) -> bool:
+    """Downloads a version and says whether it is what was registered; RegistryError if the store does not answer."""
     with tempfile.TemporaryDirectory(prefix="cappy-") as folder:
         try:
-            _fetch(version, Path(folder), tracking_uri)
+            _download_verified(version, Path(folder), tracking_uri)
         except UnreachableError:
             raise
         except RegistryError:
@@ -179,17 +179,19 @@ def intact(version: Version, *, tracking_uri: str) -> bool:
     return True
 
 
-def _check_evaluated(folder: Path, version: Version) -> None:
-    """What came after the manifest is not a file of it: its sha256 is the version's tag.
+def _check_evaluation_files(folder: Path, version: Version) -> None:
+    """Checks the evaluation files, which are not in the manifest, against the sha256 in the version's tags.
 
-    RegistryError where such a file is missing, another one, or there though none was registered.
+    RegistryError if such a file is missing, differs, or was not registered.
     """
-    for name, tag in EVALUATED.items():
-        path, wanted = folder / name, version.tags.get(tag, "")
+    for name, tag in EVALUATION_TAGS.items():
+        path, expected = folder / name, version.tags.get(tag, "")
         sha256 = sha256_of(path) if path.is_file() else ""
-        if sha256 != wanted:
-            numbers = f"sha256 {sha256[:12] or 'none'}, registered {wanted[:12] or 'none'}"
-            raise RegistryError(f"{version.uri}: {name} is not what was registered ({numbers}); register it again")
+        if sha256 != expected:
+            numbers = f"sha256 {sha256[:12] or 'none'}, registered {expected[:12] or 'none'}"
+            raise RegistryError(
+                f"{version.uri}: {name} differs from what was registered ({numbers}); register it again"
+            )
 
 
 def _rename(source: Path, target: Path) -> None:
@@ -211,33 +213,33 @@ def _version(registered: ModelVersion) -> Version:
     )
 
 
-def list_known(client: MlflowClient, name: str) -> str:
-    """What there is instead, for the message of a version that is missing."""
+def describe_available(client: MlflowClient, name: str) -> str:
+    """The end of an error about a missing version: which versions and aliases there are."""
     versions = client.search_model_versions(f"name = '{name}'", order_by=[NEWEST], max_results=1)
     if not versions:
-        return "no such model in the registry; run `cappy adapt`, or set MLFLOW_TRACKING_URI to the registry meant"
+        return "no such model in the registry; run `cappy adapt`, or set MLFLOW_TRACKING_URI to the right registry"
     aliases = sorted(client.get_registered_model(name).aliases)
-    known = f"aliases: {', '.join(aliases) or 'none'}, newest version: {versions[0].version}"
-    return f"no such version ({known}); name one of these"
+    available = f"aliases: {', '.join(aliases) or 'none'}, newest version: {versions[0].version}"
+    return f"no such version ({available}); choose one of these"
 
 
-def attempt_on(client: MlflowClient, version: Version, tested_groups: str) -> int:
-    """Which attempt on these groups the version is: 1 and what the versions before it used of them.
+def count_attempt(client: MlflowClient, version: Version, tested_groups: str) -> int:
+    """The number of this attempt on the groups: 1 plus the attempts of earlier versions.
 
-    A version counts by the share of the groups that it was tested on, so that a row that is added resets nothing; the
-    sum is rounded. Versions with the same scorer are one.
+    A version counts by the share of the groups that it was tested on, so that adding a row does not reset the count;
+    the sum is rounded. Versions with the same scorer count once.
     """
-    own = sketch_overlap(tested_groups, version.tags.get(TESTED_TAG, ""))
+    own_overlap = sketch_overlap(tested_groups, version.tags.get(TESTED_TAG, ""))
     used = sum(
         sketch_overlap(tested_groups, other.tags.get(TESTED_TAG, ""))
-        for other in _others(client, version)
-        if other.manifest_hash != version.manifest_hash and (other.number < version.number or own < _SAME_TEST)
+        for other in _other_versions(client, version)
+        if other.manifest_hash != version.manifest_hash and (other.number < version.number or own_overlap < _SAME_TEST)
     )
     return 1 + int(used + 0.5)
 
 
 def record_attempt(client: MlflowClient, version: Version, tested_groups: str, attempt: int) -> None:
-    """Tags the version with the groups and the attempt, or that attempts were not counted (0)."""
+    """Tags the version with the tested groups and the attempt; 0 means that attempts were not counted."""
     groups = merge_sketches(version.tags.get(TESTED_TAG, ""), tested_groups)
     tags = {TESTED_TAG: groups, ATTEMPT_TAG: str(attempt) if attempt else "not counted"}
     for key, value in tags.items():

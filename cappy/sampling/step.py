@@ -293,7 +293,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
             part_rows=config.part_rows,
             progress=sampling_progress,
             count=count,
-            again=lambda counts: counts.get("failed", 0) > 0,
+            redo=lambda counts: counts.get("failed", 0) > 0,
         )
         check_failures(parts.counts, config.max_failed, samples_per_instance)
         metrics, facts = manifest_entries(parts.counts, endpoint_config(config))

@@ -47,7 +47,7 @@ def convert(source: str, target: Path, *, sha256: str) -> Manifest:
 def _find_folder(source: str) -> Path:
     spec = parse_spec(source)
     if spec.kind == "hub":
-        folder = hub_folder(spec, also=(CHECKPOINT,))
+        folder = hub_folder(spec, extra_patterns=(CHECKPOINT,))
     elif spec.kind == "path":
         folder = Path(spec.name)
     else:

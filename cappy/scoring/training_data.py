@@ -8,16 +8,16 @@ import numpy.typing as npt
 
 from cappy.records import Instance, prompt_hash, read_batches
 from cappy.records.overlap import (
-    KEPT,
+    ROW_SHINGLES,
     Hashes,
     Prompt,
-    Prompted,
+    PromptLike,
     RowIndex,
     Rows,
     TrainingData,
     frequent_shingles,
     group_hash,
-    is_content,
+    is_content_id,
     merge_rows,
     sketch_rows,
 )
@@ -35,7 +35,7 @@ def training_data(folder: str | Path) -> TrainingData:
     rows = None
     if (folder / ROWS).is_file():
         values = np.fromfile(folder / ROWS, dtype="<u8")
-        rows = Rows(values[1:].reshape(-1, 1 + KEPT), int(values[0])) if len(values) else Rows.none()
+        rows = Rows(values[1:].reshape(-1, 1 + ROW_SHINGLES), int(values[0])) if len(values) else Rows.none()
     return TrainingData(prompts=training_prompts(folder), groups=groups, rows=rows)
 
 
@@ -58,16 +58,17 @@ def _read_prompts(source: str | Path) -> Iterator[Prompt]:
         yield from (Prompt(*row[:3]) for row in zip(*columns, strict=True) if row[3] != "test")
 
 
-def _collect_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[Prompted]:
+def _collect_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[PromptLike]:
     for prompt in prompts:
-        if is_content(prompt.group_id):
+        if is_content_id(prompt.group_id):
             groups.add(group_hash(prompt))
         yield prompt
 
 
-def _hash_content_groups(prompts: Iterable[Prompted]) -> Hashes:
+def _hash_content_groups(prompts: Iterable[PromptLike]) -> Hashes:
     """The hash of each prompt's group, or zero if the group's id is not derived from content."""
-    return np.array([group_hash(prompt) if is_content(prompt.group_id) else 0 for prompt in prompts], dtype=np.uint64)
+    hashes = (group_hash(prompt) if is_content_id(prompt.group_id) else 0 for prompt in prompts)
+    return np.fromiter(hashes, dtype=np.uint64)
 
 
 Known = TrainingData | npt.NDArray[np.uint64]

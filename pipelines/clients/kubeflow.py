@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cappy.errors import ConfigError, UnreachableError, quote
-from cappy.redaction import redact, redact_address, remember_address
+from cappy.redaction import redact, redact_address, register_address
 from pipelines.clients import RunState, State, TaskState, step_name
 from pipelines.recipe import Kubeflow, refuse_missing_address
 
@@ -154,7 +154,7 @@ class KubeflowClient:
 
     def __init__(self, config: Kubeflow) -> None:
         refuse_missing_address(config)
-        remember_address(config.endpoint)
+        register_address(config.endpoint)
         self._display_address = redact_address(config.endpoint)
         if not config.endpoint.startswith(("http://", "https://")):
             raise ConfigError(

@@ -75,7 +75,7 @@ class AppendableDataset:
             make_private(folder)
             self._lock = contextlib.ExitStack()
             try:
-                self._lock.enter_context(hold_lock(folder / ".lock", patience=0))
+                self._lock.enter_context(hold_lock(folder / ".lock", timeout=0))
             except Timeout:
                 raise FolderError(f"{folder}: in use by another gateway; give each gateway its own folder") from None
         self._full_parts: list[File] = list(read_manifest(folder).files) if (folder / MANIFEST).exists() else []

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx2
 
 from cappy.errors import ConfigError
-from cappy.redaction import one_line, redact_address, remember_address
+from cappy.redaction import one_line, redact_address, register_address
 from cappy.sampling.endpoint.client import (
     MAX_BYTES,
     ClientSettings,
@@ -114,7 +114,7 @@ def _in_process(spec: str) -> Scoring:
 
 def _over_http(url: str, key: str = "") -> Scoring:
     """Connects to a running `cappy serve`; raises ConfigError if it does not answer, later GatewayError 503."""
-    remember_address(url)
+    register_address(url)
     address, location = f"{url.rstrip('/')}/score", redact_address(url)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:

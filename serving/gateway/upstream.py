@@ -17,7 +17,7 @@ import httpx2
 from cappy.errors import ConfigError, quote
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records.instance import SELECTABLE, Status
-from cappy.redaction import SHORTEST
+from cappy.redaction import MIN_SECRET_LENGTH
 from cappy.sampling.endpoint.answers import BadAnswerError, IncompleteChoiceError, model_name, read_choice, read_choices
 from cappy.sampling.endpoint.client import (
     MAX_BYTES,
@@ -394,6 +394,6 @@ def _body_as_utf8(response: httpx2.Response) -> bytes:
 def _mask_key(body: bytes, authorization: str) -> bytes:
     """Masks the key in a body, in case the server repeats it."""
     for key in _secrets(authorization):
-        if len(key) >= SHORTEST:
+        if len(key) >= MIN_SECRET_LENGTH:
             body = body.replace(key.encode("latin-1", "replace"), b"***")
     return body

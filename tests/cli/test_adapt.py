@@ -15,7 +15,7 @@ from wording import assert_names, raises_naming
 
 from cappy.cli.adapt import AdaptConfig, adapt, generators_for
 from cappy.cli.outcome import describe, describe_step, facts
-from cappy.cli.pipeline import NAMES, per_step
+from cappy.cli.pipeline import NAMES, settings_by_step
 from cappy.cli.steps import summary
 from cappy.config import build
 from cappy.errors import ConfigError
@@ -215,7 +215,7 @@ def test_the_flags_have_the_defaults_of_the_plan_and_the_pipelines_their_names()
 
 def test_settings_of_any_step_are_read_as_json_or_text() -> None:
     words = ["finetuning.epochs=2", "finetuning.learning-rate=1e-4", "preparation.task=a=b", 'sampling.generator=["x"]']
-    assert per_step("adapt", words) == {
+    assert settings_by_step("adapt", words) == {
         "finetuning": {"epochs": 2, "learning_rate": 1e-4},
         "preparation": {"task": "a=b"},
         "sampling": {"generator": ["x"]},
@@ -258,7 +258,7 @@ def test_adapt_ends_with_the_cautions_of_its_steps(make_outcome: Callable[..., O
 )
 def test_a_setting_that_names_no_step_is_wrong_usage(word: str, names: tuple[str, ...]) -> None:
     with raises_naming(typer.BadParameter, *names):
-        per_step("adapt", [word])
+        settings_by_step("adapt", [word])
 
 
 def test_an_unknown_setting_is_refused_before_anything_runs(here: Cappy, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_compile_writes_the_yaml_to_a_file_or_prints_it(here: Cappy, tmp_path: P
             "promotion",
             {"decision": "hold", "reasons": ["Not shown."], "serve": "cappy serve --scorer x"},
             [
-                "decision  held: it stays challenger\n          Not shown.",
+                "decision  hold: the version stays challenger\n          Not shown.",
                 "serve it  cappy serve --scorer x",
             ],
         ),

@@ -13,7 +13,7 @@ import typer
 from wording import assert_names
 
 import cappy.cli
-from cappy.cli import Verbs
+from cappy.cli import CommandGroup
 from cappy.errors import FolderError
 from cappy.steps import STEP_SPECS
 from cappy.worker import config_class
@@ -112,7 +112,7 @@ def test_what_a_person_can_mend_is_one_line_and_status_1(cappy: Cappy) -> None:
 
 def ending(*words: str) -> int:
     """The status of a command line whose verbs end in the ways that verbs can."""
-    small = typer.Typer(cls=Verbs, pretty_exceptions_enable=False)
+    small = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False)
 
     @small.command()
     def mendable() -> None:

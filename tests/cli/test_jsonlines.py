@@ -37,10 +37,10 @@ def test_a_line_that_is_no_object_is_named_in_one_line(raw: bytes, names: tuple[
 @pytest.mark.parametrize(
     ("raw", "names"),
     [
-        (b'{"b": ""}', ("field 'a'", "fields here: 'b'")),
+        (b'{"b": ""}', ("field 'a'", "fields found: 'b'")),
         (b'{"a": 5}', ("a must be", "got 5")),
         (b'{"a": null}', ("a must be", "got None")),
-        (b'{"a": "\\ud800"}', ("a holds", "lone surrogate")),
+        (b'{"a": "\\ud800"}', ("a contains", "unpaired surrogate")),
     ],
 )
 def test_a_field_that_is_no_text_is_named_in_one_line(raw: bytes, names: tuple[str, ...]) -> None:

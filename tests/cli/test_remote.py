@@ -26,7 +26,7 @@ PINNED = {"worker": f"worker@sha256:{'a' * 64}", "trainer": f"trainer@sha256:{'b
 
 @pytest.fixture
 def kubeflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubeflow]:
-    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0.01)
     monkeypatch.setenv("HOME", str(tmp_path))
     with kubeflow_server() as server:
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
@@ -35,7 +35,7 @@ def kubeflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubefl
 
 @pytest.fixture
 def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vertex]:
-    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0.01)
     # The SDK asks another service, over gRPC, whose the bucket is; here that would be 40 s of retries.
     monkeypatch.setattr(resource_manager_utils, "get_project_number", lambda *_, **__: "1")
     with vertex_server() as server:

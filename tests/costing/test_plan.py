@@ -10,8 +10,8 @@ from wording import assert_names
 
 from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
 from cappy.costing import DEFAULT, Measurement, PlanConfig, Texts, Throughput, read_throughput
-from cappy.costing.costs import CHECKED, CHECKS, GENERATORS, HARDWARE, MOST_SHARDS, SCORERS, Work, cost
-from cappy.costing.plan import Plan, format_bytes, make_plan, span, text, to_values
+from cappy.costing.costs import CHECKED, CHECKS, GENERATORS, HARDWARE, MAX_SHARDS, SCORERS, Work, cost
+from cappy.costing.plan import Plan, format_bytes, format_duration, make_plan, text, to_values
 from cappy.costing.volumes import mixture_volumes
 from cappy.errors import ConfigError
 from cappy.preparation.mixtures import load_mixture
@@ -120,9 +120,9 @@ def test_what_training_does_by_default_is_what_the_plan_counts() -> None:
 def test_sampling_is_shared_by_as_many_devices_as_there_are_shards_and_no_more(measured: Throughput) -> None:
     made = planned(measured)
     start = next(work.start for work in made.works if work.step == "sampling")
-    one, two, most, beyond = (seconds(made, number)["sampling t0-3b"] - start for number in (1, 2, MOST_SHARDS, 256))
+    one, two, most, beyond = (seconds(made, number)["sampling t0-3b"] - start for number in (1, 2, MAX_SHARDS, 256))
     assert two == pytest.approx(one / 2)
-    assert most == pytest.approx(one / MOST_SHARDS)
+    assert most == pytest.approx(one / MAX_SHARDS)
     assert beyond == most
     hours = [next(c.device_hours for c in made.costs(number) if c.name == "sampling t0-3b") for number in (64, 256)]
     assert hours[0] == hours[1]
@@ -203,7 +203,7 @@ def test_every_gpu_has_a_name_that_a_command_line_can_take() -> None:
 
 
 def test_times_and_sizes_are_said_in_one_unit() -> None:
-    assert [span(one) for one in (8, 119, 600, 10_800, 400_000, 1e9)] == [
+    assert [format_duration(one) for one in (8, 119, 600, 10_800, 400_000, 1e9)] == [
         "8.0 s", "119 s", "10 min", "3.0 h", "4.6 d", "31.7 years",
     ]  # fmt: skip
     assert [format_bytes(one) for one in (0, 1_500, 2.5e6, 3e9, 4.2e12)] == ["", "1.5 kB", "2.5 MB", "3 GB", "4.2 TB"]

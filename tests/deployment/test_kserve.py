@@ -58,9 +58,9 @@ def test_no_password_is_written_down_and_a_secret_can_bring_it() -> None:
 
 @pytest.mark.parametrize("address", ["https://anna:se@cr/et@mlflow.example/path", "https://anna:se?cr@et@h/path"])
 def test_an_address_whose_host_is_not_clear_is_refused_without_its_password(address: str) -> None:
-    with raises_naming(ConfigError, "--tracking-uri", "percent-encoded", "--kserve.secret") as error:
+    with raises_naming(ConfigError, "--tracking-uri", "percent-encode", "--kserve.secret") as error:
         service(tracking_uri=address)
-    assert "cr" not in str(error.value).replace("--kserve.secret", "").replace("percent-encoded", "")
+    assert "cr" not in str(error.value).replace("--kserve.secret", "").replace("percent-encode", "")
 
 
 def test_a_registry_on_this_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

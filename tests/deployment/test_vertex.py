@@ -108,7 +108,7 @@ def test_what_the_sdk_itself_refuses_is_one_line_too(scorer: Path) -> None:
     ("raised", "named"),
     [
         (RetryError("Timeout of 120.0s exceeded", ConnectionError("reset\nby peer")), ("120.0s", "reset by peer")),
-        (GoogleAPIError("what came is\nno JSON"), ("what came is not JSON",)),
+        (GoogleAPIError("what came is\nno JSON"), ("what came is no JSON",)),
     ],
 )
 def test_a_service_that_gives_no_answer_is_one_line_and_the_same_command_goes_on(
@@ -130,7 +130,7 @@ def test_a_service_that_gives_no_answer_is_one_line_and_the_same_command_goes_on
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"image": "registry.example/cappy:latest"}, "by digest"),
+        ({"image": "registry.example/cappy:latest"}, "the digest"),
         ({"vertex": {"bucket": "gs://bucket"}}, "needs --vertex.project and --vertex.bucket"),
         ({"vertex": {"project": "p", "bucket": "s3://bucket"}}, "needs --vertex.project and --vertex.bucket"),
         ({"kserve": {"gpus": 1}}, "--kserve.gpus: .* --platform kserve"),

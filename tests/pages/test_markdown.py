@@ -250,6 +250,6 @@ def test_the_card_of_an_ordinary_name_reads_as_it_did() -> None:
         'scorer = Scorer.load("models:/cappy@champion")',
         "`cappy serve --scorer models:/cappy@champion` serves it over HTTP.",
         '- recipe: `{"a_b": 1}`',
-        "- licence of the encoder that it started from: mit",
+        "- licence of the base encoder: mit",
     ):
         assert line in card

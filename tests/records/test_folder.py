@@ -225,7 +225,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
 def test_a_folder_that_may_not_be_written_is_named_with_its_remedy(number: int) -> None:
-    with raises_naming(FolderError, "t: may not be written", "--target", "rights"), disk_errors(Path("t")):
+    with raises_naming(FolderError, "t: cannot be written", "--target", "permissions"), disk_errors(Path("t")):
         raise OSError(number, "refused")
 
 

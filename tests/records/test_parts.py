@@ -92,7 +92,7 @@ def test_a_finished_part_is_done_again_where_its_counts_say_so(tmp_path: Path) -
     for _ in range(2):
         parts = process_folder(
             tmp_path / "in", tmp_path / "work", noted, rows=range(6), part_rows=3, progress=silent, count=even,
-            again=again,
+            redo=again,
         )  # fmt: skip
         assert parts.counts == {"even": 3}
     # Rows 0 to 2 hold two even ones.

@@ -24,7 +24,17 @@ from cappy.records import File, Instance, Manifest, read
 from cappy.records import work as work_module
 from cappy.records.folder import describe_files
 from cappy.records.parts import process
-from cappy.records.work import Piece, begin, claim, finish, fresh_name, lock_folder, note_finished, pieces, read_key
+from cappy.records.work import (
+    Piece,
+    begin,
+    claim,
+    finish,
+    fresh_name,
+    list_pieces,
+    lock_folder,
+    mark_finished,
+    read_key,
+)
 from cappy.steps import STEP_SPECS
 
 HOLD = """
@@ -248,7 +258,7 @@ def test_fresh_work_starts_anew_unless_a_fresh_start_was_not_finished(tmp_path: 
             before = sorted(path.name for path in folder.iterdir() if path.name not in (KEY, ".lock"))
             (folder / f"of {fresh or 'an earlier run'}").mkdir(exist_ok=True)
             if finished:
-                note_finished(folder)
+                mark_finished(folder)
             return before
 
     assert left("") == []
@@ -270,7 +280,7 @@ def test_the_name_of_a_fresh_start_is_found_before_all_inputs_are_known(tmp_path
         pass
     assert (name(""), name("two")) == ("one", "one")
     assert name("two", {"a": [2]}) == "two"
-    note_finished(folder)
+    mark_finished(folder)
     assert (name(""), name("two")) == ("one", "two")
 
 
@@ -323,7 +333,7 @@ def make_pieces(work: Path, files: int) -> list[Piece]:
     with claim(work, "annotation", {"a": 1}) as folder:
         for number in range(files):
             (folder / f"f{number}").touch()
-    return list(pieces(work, "annotation"))
+    return list(list_pieces(work, "annotation"))
 
 
 def test_work_of_before_there_were_keys_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -99,7 +99,7 @@ def test_differences_that_do_not_vary_prove_nothing(error: float | None) -> None
     found = report()
     found["comparisons"]["scorer-random"] = difference(0.1, 0.1, standard_error=error)
     decision = decide(found, has_champion=False)
-    assert (decision.decision, "no error" in decision.reasons[0]) == ("hold", True)
+    assert (decision.decision, "no standard error" in decision.reasons[0]) == ("hold", True)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_first_champion_can_be_taken_back_and_does_not_return_by_itself(
     with pytest.raises(SystemExit) as ended:
         main(["promotion", "--rollback", "--tracking-uri", room.uri])
     assert ended.value.code == 0
-    expected = "models:/cappy has no champion now: there was none before models:/cappy/1, which keeps its number\n"
+    expected = "models:/cappy has no champion now: there was none before models:/cappy/1, which stays registered\n"
     assert capsys.readouterr().out == expected
     assert registry.champion("cappy", tracking_uri=room.uri) is None
     assert room.promote(first)["decision"] == "hold"
@@ -238,7 +238,7 @@ def test_a_rollback_tells_the_champion_that_it_took_the_alias_from(
     two, second = registered("b", 2.0, champion=one)
     room.promote(second)
     _, third = registered("c", 3.0, champion=two)
-    alone, others = aliases.alone, [third]
+    alone, others = aliases.lock_alias, [third]
 
     @contextlib.contextmanager
     def second_at_the_lock(client: Any, name: str) -> Iterator[None]:
@@ -247,7 +247,7 @@ def test_a_rollback_tells_the_champion_that_it_took_the_alias_from(
         with alone(client, name):
             yield
 
-    monkeypatch.setattr(aliases, "alone", second_at_the_lock)
+    monkeypatch.setattr(aliases, "lock_alias", second_at_the_lock)
     with pytest.raises(SystemExit):
         main(["promotion", "--rollback", "--json", "--tracking-uri", room.uri])
     assert json.loads(capsys.readouterr().out) == {"champion": "models:/cappy/2", "was": "models:/cappy/3"}
@@ -259,12 +259,12 @@ def test_a_rollback_tells_the_champion_that_it_took_the_alias_from(
         ("--rollback --history", ("--rollback", "--history", "one of them")),
         ("--rollback --dry-run", ("--dry-run", "--rollback", "one of them")),
         ("--history --dry-run", ("--dry-run", "--history", "one of them")),
-        ("--version v --report r --target t --name cappy", ("--name is for --rollback or --history",)),
-        ("--version v --report r --target t --reason why", ("--reason is for --rollback",)),
-        ("--version v --report r --dry-run --name other", ("--name is for --rollback or --history",)),
-        ("--history --reason why", ("--reason is for --rollback",)),
-        ("--rollback --version v", ("--rollback takes no --version", "--name")),
-        ("--history --report r", ("--history takes no --report", "--name")),
+        ("--version v --report r --target t --name cappy", ("--name requires --rollback or --history",)),
+        ("--version v --report r --target t --reason why", ("--reason requires --rollback",)),
+        ("--version v --report r --dry-run --name other", ("--name requires --rollback or --history",)),
+        ("--history --reason why", ("--reason requires --rollback",)),
+        ("--rollback --version v", ("--rollback does not use --version", "--name")),
+        ("--history --report r", ("--history does not use --report", "--name")),
     ],
 )
 def test_flags_that_would_be_passed_over_are_refused_before_anything_is_read_or_moved(
@@ -497,11 +497,11 @@ def test_a_lock_that_a_dead_process_left_is_broken_and_a_live_one_waited_for(
         client.create_registered_model(f"cappy{aliases.LOCK}")
         with (
             raises_naming(RegistryError, "models:/cappy@champion", "another promotion"),
-            aliases.alone(client, "cappy"),
+            aliases.lock_alias(client, "cappy"),
         ):
             pytest.fail("two held the lock")
         monkeypatch.setattr(aliases, "LOCK_SECONDS", 0.0)
-        with aliases.alone(client, "cappy"):
+        with aliases.lock_alias(client, "cappy"):
             pass
         assert not client.search_registered_models(f"name LIKE '%{aliases.LOCK}'")
 
@@ -510,7 +510,7 @@ def test_whoever_lost_the_lock_leaves_the_next_ones_alone(room: Any, registered:
     registered("a")
     lock = f"cappy{aliases.LOCK}"
     with connect(room.uri) as client:
-        with aliases.alone(client, "cappy"):
+        with aliases.lock_alias(client, "cappy"):
             client.delete_registered_model(lock)
             client.create_registered_model(lock, tags={aliases.OWNER_TAG: "another"})
         assert client.get_registered_model(lock).tags[aliases.OWNER_TAG] == "another"
@@ -518,7 +518,7 @@ def test_whoever_lost_the_lock_leaves_the_next_ones_alone(room: Any, registered:
 
 def test_a_lock_that_is_gone_when_the_move_is_done_is_no_error(room: Any, registered: Any) -> None:
     registered("a")
-    with connect(room.uri) as client, aliases.alone(client, "cappy"):
+    with connect(room.uri) as client, aliases.lock_alias(client, "cappy"):
         client.delete_registered_model(f"cappy{aliases.LOCK}")
 
 

@@ -297,7 +297,7 @@ def test_the_card_says_what_the_scorer_is_for_and_what_nobody_stated(room: Any) 
     room.register(scorer, report)
     source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
     card = (source / "MODEL_CARD.md").read_text()
-    assert_names(card, "judge of truth", "Promote: it is better.", "5.0 as it is", "not stated")
+    assert_names(card, "not judge truth", "Promote: it is better.", "5.0 uncalibrated", "not stated")
     assert "license: other" in card
 
 

@@ -1,4 +1,4 @@
-"""What a family of procedural tasks is: templates, and a function that draws contents for them."""
+"""A family of procedural tasks: templates, and a function that draws contents for them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Kind = Literal["generation", "classification"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
-    """What one instance asks for, before a template words it: the slots of the template, and the answer."""
+    """The content of one instance: values for the slots of the templates, and the answer."""
 
     slots: Mapping[str, str]
     references: tuple[str, ...]
@@ -19,7 +19,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A kind of task. Every template names the same slots, and an answer follows from the slots alone."""
+    """A kind of task. All templates have the same slots, and the answer depends only on the slots."""
 
     name: str
     kind: Kind

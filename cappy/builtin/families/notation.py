@@ -1,4 +1,4 @@
-"""Families that ask for the same content in another notation: numbers in words, dates, records in prose."""
+"""Families that convert content to another notation: numbers in words, dates, records in prose."""
 
 from collections.abc import Callable
 from datetime import date, timedelta
@@ -29,8 +29,8 @@ def in_words(number: int) -> str:
         tens, unit = divmod(number, 10)
         return _TENS[tens - 2] + (f"-{NUMBER_WORDS[unit]}" if unit else "")
     name, size = ("hundred", 100) if number < 1000 else ("thousand", 1000)
-    many, rest = divmod(number, size)
-    return f"{in_words(many)} {name}" + (f" {in_words(rest)}" if rest else "")
+    multiple, rest = divmod(number, size)
+    return f"{in_words(multiple)} {name}" + (f" {in_words(rest)}" if rest else "")
 
 
 def draw_number_words(rng: Random) -> Content:
@@ -73,9 +73,10 @@ _NOTATIONS: dict[str, Callable[[date], str]] = {
 def draw_date_formats(rng: Random) -> Content:
     """A date in one of four notations, to be written in another."""
     day = _draw_date(rng)
-    given, wanted = rng.sample(tuple(_NOTATIONS), 2)
+    source, target = rng.sample(tuple(_NOTATIONS), 2)
     return Content(
-        slots={"date": _NOTATIONS[given](day), "given": given, "wanted": wanted}, references=(_NOTATIONS[wanted](day),)
+        slots={"date": _NOTATIONS[source](day), "given": source, "wanted": target},
+        references=(_NOTATIONS[target](day),),
     )
 
 
@@ -98,7 +99,7 @@ _HOBBIES = words("""
 
 
 def draw_restaurant_description(rng: Random) -> Content:
-    """Name, food, price, area and perhaps a neighbour of a restaurant; three wordings are accepted."""
+    """Name, food, price, area and sometimes a neighbour of a restaurant; three wordings are accepted."""
     first, second = rng.sample((*THINGS, *CATEGORIES["animals"]), 2)
     name = f"The {rng.choice(COLOURS).title()} {first.title()}"
     neighbour = f"The {second.title()} {rng.choice(('Inn', 'Hotel', 'Cafe', 'Bar'))}"

@@ -1,4 +1,4 @@
-"""Families that ask a question: about a short passage, or with the answers to choose from."""
+"""Families that ask a question about a short passage or with given choices."""
 
 from random import Random
 
@@ -21,26 +21,26 @@ _DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
 def draw_passage_questions(rng: Random) -> Content:
-    """Three people with two things each; the question is what one has, or who has something."""
+    """Three people with two things each; the question asks what one of them has, or who has a thing."""
     people = rng.sample(NAMES, 3)
     things = [f"{rng.choice(COLOURS)} {thing}" for thing in rng.sample(THINGS, 6)]
     owned = [[with_article(thing) for thing in things[start : start + 2]] for start in (0, 2, 4)]
     verbs = rng.sample(("has", "owns", "holds", "carries"), 3)
     sentences = [f"{who} {verb} {join_phrases(what)}." for who, verb, what in zip(people, verbs, owned, strict=True)]
-    asked = rng.randrange(3)
-    thing = rng.choice(things[2 * asked : 2 * asked + 2])
+    index = rng.randrange(3)
+    thing = rng.choice(things[2 * index : 2 * index + 2])
     question, answer = rng.choice(
         (
-            (f"What does {people[asked]} have?", join_phrases(owned[asked])),
-            (f"What does the owner of the {thing} have?", join_phrases(owned[asked])),
-            (f"Who has the {thing}?", f"{people[asked]} has the {thing}"),
+            (f"What does {people[index]} have?", join_phrases(owned[index])),
+            (f"What does the owner of the {thing} have?", join_phrases(owned[index])),
+            (f"Who has the {thing}?", f"{people[index]} has the {thing}"),
         )
     )
     return Content(slots={"passage": " ".join(sentences), "question": question}, references=(answer,))
 
 
 def draw_location_choice(rng: Random) -> Content:
-    """Three things put somewhere and one of them moved; where is one of them now?"""
+    """Three things are put somewhere and one of them is moved; the question asks where one of them is."""
     things, places = rng.sample(THINGS, 3), rng.sample(PLACES, 4)
     people = rng.sample(NAMES, 4)
     sentences = [
@@ -49,10 +49,10 @@ def draw_location_choice(rng: Random) -> Content:
     ]  # fmt: skip
     moved = rng.randrange(3)
     sentences.append(f"{people[3]} took the {things[moved]} to the {places[3]}.")
-    asked = rng.randrange(3)
-    answer = places[3] if asked == moved else places[asked]
+    index = rng.randrange(3)
+    answer = places[3] if index == moved else places[index]
     return Content(
-        slots={"passage": " ".join(sentences), "thing": things[asked]},
+        slots={"passage": " ".join(sentences), "thing": things[index]},
         references=(f"in the {answer}",),
         choices=tuple(f"in the {place}" for place in sorted(places)),
     )
@@ -100,7 +100,7 @@ _ASPECTS = words("""
 
 
 def draw_sentiment(rng: Random) -> Content:
-    """A review of three aspects: all good, all bad, or both. A good word may be said as `not` a bad one."""
+    """A review of three aspects: all good, all bad, or mixed. "Good" may be worded as "not" and a bad word."""
     answer = rng.choice(("positive", "negative", "mixed"))
     good = rng.sample((True, True, False) if rng.random() < 0.5 else (True, False, False), 3)
     verdicts = good if answer == "mixed" else [answer == "positive"] * 3
@@ -128,7 +128,7 @@ def draw_odd_one_out(rng: Random) -> Content:
 
 
 def draw_comparison(rng: Random) -> Content:
-    """Two people with different numbers of something; who has more, or fewer?"""
+    """Two people with different numbers of something; the question asks who has more, or fewer."""
     people = rng.sample(NAMES, 2)
     top = rng.choice((20, 100, 1_000))
     numbers = rng.sample(range(2, top), 2)

@@ -1,4 +1,4 @@
-"""Families that ask for given words in another order or form: lists, the words of a sentence, its tense and voice."""
+"""Families that reorder or rewrite given words: lists, sentences, tense and voice."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -27,27 +27,27 @@ def draw_word_sorting(rng: Random) -> Content:
 
 
 def draw_list_reversal(rng: Random) -> Content:
-    """Three to five different nouns, to be read from the end."""
+    """Three to five different nouns, to be reversed."""
     words = rng.sample(_NOUNS, rng.randint(3, 5))
     return Content(slots={"words": ", ".join(words)}, references=(", ".join(reversed(words)),))
 
 
 def draw_list_selection(rng: Random) -> Content:
-    """Four to six different nouns, of which a part is wanted, in the same order."""
+    """Four to six different nouns, of which a part is to be copied in the same order."""
     words = rng.sample(_NOUNS, rng.randint(4, 6))
     part = rng.choice(tuple(_SELECTIONS))
     return Content(slots={"words": ", ".join(words), "part": part}, references=(", ".join(words[_SELECTIONS[part]]),))
 
 
 def draw_category_filtering(rng: Random) -> Content:
-    """Five or six nouns of several categories; the two or three of the category that is asked for are wanted."""
-    wanted, *others = rng.sample(tuple(CATEGORIES), 3)
-    members = rng.sample(CATEGORIES[wanted], rng.randint(2, 3))
+    """Five or six nouns of three categories, of which those of one category are to be selected."""
+    target, *others = rng.sample(tuple(CATEGORIES), 3)
+    members = rng.sample(CATEGORIES[target], rng.randint(2, 3))
     rest = rng.sample(tuple(chain.from_iterable(CATEGORIES[other] for other in others)), 3)
     words = [*members, *rest]
     rng.shuffle(words)
     answer = ", ".join(word for word in words if word in members)
-    return Content(slots={"words": ", ".join(words), "category": wanted}, references=(answer,))
+    return Content(slots={"words": ", ".join(words), "category": target}, references=(answer,))
 
 
 _REPLACEMENTS = tuple(dict.fromkeys(ADJECTIVES + COLOURS + THINGS))
@@ -73,7 +73,7 @@ def draw_word_editing(rng: Random) -> Content:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clause:
-    """Somebody does something to something somewhere: noun phrases, the place with its preposition, a verb's forms."""
+    """Subject, verb forms, object and place (with its preposition) of a clause."""
 
     subject: str
     verb: tuple[str, str, str, str]
@@ -90,7 +90,7 @@ class Clause:
 
 
 def draw_clause(rng: Random, *, num_adjectives: int | None = None) -> Clause:
-    """A clause with none to two adjectives, as drawn or as asked for."""
+    """A random clause with zero to two adjectives, or with `num_adjectives`."""
     chance = rng.random()
     count = num_adjectives if num_adjectives is not None else (0 if chance < 0.2 else 1 if chance < 0.6 else 2)
     described = set(rng.sample(("person", "thing"), count))

@@ -25,7 +25,7 @@ from cappy.records.instance import Status
 from cappy.sampling.generators import EndpointConfig, estimate_tokens
 from cappy.sampling.store import LOCK
 from cappy.sampling.strategies import Decoding
-from cappy.untrusted import is_count, read_json, whole
+from cappy.untrusted import is_count, read_json, replace_surrogates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +255,7 @@ def _error_object(values: Mapping[str, object]) -> object:
 
 def model_name(value: object) -> str:
     """The name of the model in the server's answer; empty if it is not a name."""
-    return whole(value) if isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS else ""
+    return replace_surrogates(value) if isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS else ""
 
 
 def _parse_body(body: bytes) -> dict[str, object]:
@@ -295,9 +295,9 @@ def read_choice(choice: Mapping[str, object]) -> tuple[str, Status, list[float]]
         text = "".join(str(part.get("text", "")) for part in parts)
     if not isinstance(text, str | None):
         raise BadAnswerError("the content of a choice is not a text", text)
-    stripped = whole(text or "").strip()
+    stripped = replace_surrogates(text or "").strip()
     if refusal and not stripped:
-        text = whole(str(refusal)).strip()
+        text = replace_surrogates(str(refusal)).strip()
     if len(text or "") > MAX_CHARACTERS:
         raise BadAnswerError(f"a response has more than {MAX_CHARACTERS:,} characters", text)
     if refusal:

@@ -24,7 +24,7 @@ import httpx2
 import openai
 
 from cappy.errors import ConfigError, quote
-from cappy.redaction import has_secret, redact_address, remember
+from cappy.redaction import has_secret, redact_address, register_secret
 from cappy.sampling.endpoint.limits import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, pause
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -51,7 +51,7 @@ def api_key(variable: str = KEY_VARIABLE) -> str:
             raise ConfigError(f"{source}: {quote(path)} is empty; mount the key there")
     if not all(33 <= ord(character) <= 126 for character in key):
         raise ConfigError(f"{source}: the key contains white space or non-ASCII characters; set only the key")
-    remember(key)
+    register_secret(key)
     return key or NO_KEY
 
 

@@ -18,7 +18,7 @@ from cappy.keys import work_key
 from cappy.progress import Progress, read_state
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, publish, verify
-from cappy.records.work import JOBS, begin, job_name, lock_folder, note_finished, starts_anew
+from cappy.records.work import JOBS, begin, job_name, lock_folder, mark_finished, must_start_over
 from cappy.redaction import has_secret, redact
 from cappy.runs import PROGRESS_VARIABLE
 from cappy.steps import step_version
@@ -47,14 +47,14 @@ def train_remotely(
     key = work_key(step, result_settings, parents, fresh=config.fresh)
     name = job_name(step, key.name)
     # A step that is being cancelled holds the lock until its job has ended.
-    with lock_folder(config.work / JOBS / name, patience=2 * CANCEL_SECONDS) as folder:
+    with lock_folder(config.work / JOBS / name, timeout=2 * CANCEL_SECONDS) as folder:
         output, staged_input = folder / "target", folder / "source"
         job_config = dataclasses.replace(config, **_local_settings(), source=staged_input, target=output)
 
         def open_platform() -> Jobs:
             return open_jobs(step, config, job_config, _job_environment(folder, step))
 
-        if starts_anew(folder, key):  # A job of earlier work may still read its input, and would be followed.
+        if must_start_over(folder, key):  # A job of earlier work may still read its input, and would be followed.
             end_job(open_platform(), name, lambda text: _log(step, text))
         begin(folder, key)
         if not (output / MANIFEST).is_file():
@@ -62,7 +62,7 @@ def train_remotely(
             _follow(open_platform(), name, step, config, output, key.name, progress)
         manifest = _verify(output, step, result_settings, parents, name)
         publish(output, config.target, manifest)
-        note_finished(folder)
+        mark_finished(folder)
         shutil.rmtree(folder / "source", ignore_errors=True)
         return manifest
 

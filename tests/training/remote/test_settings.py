@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from wording import raises_naming
 
-from cappy.config import build, identity, with_new_names
+from cappy.config import build, identity, rename_settings
 from cappy.errors import ConfigError
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.pretraining import PretrainingConfig
@@ -85,4 +85,7 @@ def test_a_setting_of_an_earlier_release_is_refused_with_its_name_now(old: str, 
 
 
 def test_settings_in_a_manifest_of_an_earlier_release_get_their_names_now() -> None:
-    assert with_new_names(FinetuningConfig, {"strategy": "jax", "epochs": 2.0}) == {"parallelism": "jax", "epochs": 2.0}
+    assert rename_settings(FinetuningConfig, {"strategy": "jax", "epochs": 2.0}) == {
+        "parallelism": "jax",
+        "epochs": 2.0,
+    }
