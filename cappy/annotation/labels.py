@@ -173,14 +173,14 @@ def _draw_dissimilar(
     they have wrong choices already.
     """
     pools = _reference_pools(instances, lambda instance: (instance.task, instance.template))
-    drawn: list[list[str]] = []
+    draws: list[list[str]] = []
     for instance, texts in zip(instances, own_texts, strict=True):
         pool = pools[instance.task, instance.template]
         num_draws = 0 if instance.choices else min(len(pool), count and count + _EXTRA_DRAWS)
         picks = random.Random(f"{seed} {instance.instance_id}").sample(pool, num_draws)
-        drawn.append([text for text in picks if text not in texts])
-    values = iter(rouge_l_pools([instance.references for instance in instances], drawn).tolist())
-    return [[text for text in texts if next(values) < MAX_MISMATCH_ROUGE][:count] for texts in drawn]
+        draws.append([text for text in picks if text not in texts])
+    values = iter(rouge_l_pools([instance.references for instance in instances], draws).tolist())
+    return [[text for text in texts if next(values) < MAX_MISMATCH_ROUGE][:count] for texts in draws]
 
 
 def _draw_as_published(instances: Sequence[Instance], *, seed: int) -> list[list[str]]:
@@ -189,13 +189,13 @@ def _draw_as_published(instances: Sequence[Instance], *, seed: int) -> list[list
     A draw that is a reference of the instance is dropped without replacement (cappy_bigbench.py:31-37).
     """
     pools = _reference_pools(instances, lambda instance: instance.task)
-    drawn = []
+    draws = []
     for instance in instances:
         rng = random.Random(f"{seed} {instance.instance_id}")
         pool = pools[instance.task]
         picks = [] if instance.choices else [rng.choice(pool) for _ in instance.references]
-        drawn.append([text for text in dict.fromkeys(picks) if text not in instance.references])
-    return drawn
+        draws.append([text for text in dict.fromkeys(picks) if text not in instance.references])
+    return draws
 
 
 def _reference_pools(instances: Iterable[Instance], key: Callable[[Instance], Hashable]) -> dict[Hashable, list[str]]:

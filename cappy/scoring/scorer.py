@@ -85,7 +85,7 @@ class Scorer:
         self.device = next(model.parameters()).device
         self.through: ForwardWrapper | None = None
         self.autocast = False
-        """Whether forward passes run under bf16 autocast, as in training on a GPU; see `keep_heads_exact`."""
+        """Whether forward passes run under bf16 autocast, as in training on a GPU; see `keep_heads_in_fp32`."""
         if precision == "bf16" and self._packs:
             convert_matrices_to_bf16(model)
         elif precision == "bf16":

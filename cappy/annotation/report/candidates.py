@@ -145,8 +145,8 @@ def _missing_label_remedy(entries: pa.StructArray, index: int, metric: str) -> s
         return f"it has {list_names(own)}: choose one of them, or run cappy annotation with that metric"
     if metric in metrics_of(labels):
         return "other candidates have it: run cappy annotation again"
-    found = f"other candidates have {list_names(every)}" if every else "no candidate has any label"
-    return f"{found}: run cappy annotation"
+    available = f"other candidates have {list_names(every)}" if every else "no candidate has any label"
+    return f"{available}: run cappy annotation"
 
 
 def list_names(names: Iterable[str]) -> str:
