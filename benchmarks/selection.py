@@ -30,7 +30,7 @@ from selection_start import minilm, pretrain
 
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
-from cappy.evaluation.findings import Difference, Estimate
+from cappy.evaluation.findings import Difference, MeanEstimate
 from cappy.evaluation.statistics import compare, estimate_means
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
@@ -263,7 +263,7 @@ def table(runs: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, Any
     }
 
 
-def times_100(estimate: Estimate | Difference) -> dict[str, float]:
+def times_100(estimate: MeanEstimate | Difference) -> dict[str, float]:
     """The numbers of an estimate or a difference for a table, x 100."""
     values = asdict(estimate)
     return {name: 100 * values[name] for name in ("mean", "difference", "low", "high") if name in values}

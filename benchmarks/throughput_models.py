@@ -31,7 +31,7 @@ from cappy.training import checkpoint
 from cappy.training.corpus import open_corpora
 from cappy.training.distributed import SINGLE_RANK
 from cappy.training.feed import draw_batch
-from cappy.training.loop import Run
+from cappy.training.loop import TrainingRun
 from cappy.training.pretraining import PretrainingConfig
 
 RESPONSE_TOKENS = 24
@@ -124,7 +124,7 @@ def random_weights(shape: GeneratorShape, folder: Path) -> None:
     AutoTokenizer.from_pretrained(LLM_FOLDER, trust_remote_code=False).save_pretrained(folder)
 
 
-def run_updates(run: Run, times: int) -> None:
+def run_updates(run: TrainingRun, times: int) -> None:
     for _ in range(times):
         run.update()
 
@@ -147,7 +147,7 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
         corpora = open_corpora(
             config.source, source / "tokens", scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()
         )
-        run = Run(scorer, corpora, config, source / "checkpoints", SINGLE_RANK)
+        run = TrainingRun(scorer, corpora, config, source / "checkpoints", SINGLE_RANK)
         run.update()
         updates = UPDATES.get(name, 2) * (1 + 3 * on_gpu)
         pools = [

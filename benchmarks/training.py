@@ -34,7 +34,7 @@ from cappy.scoring import Scorer
 from cappy.training.corpus import Corpora, open_corpora
 from cappy.training.distributed import SINGLE_RANK
 from cappy.training.finetuning import FinetuningConfig
-from cappy.training.loop import Run
+from cappy.training.loop import TrainingRun
 from cappy.training.meter import count_layer_weights, pair_flops, peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,7 +141,7 @@ def time_ours(start: Path, source: Path, work: Path, device: str) -> float:
     )
     started = time.perf_counter()
     corpora: Corpora = open_corpora(source, tokens, scorer.tokenizer, scorer.encoder, metric="rougeL", sources=())
-    run = Run(scorer, corpora, config, work / "no-checkpoints", SINGLE_RANK)
+    run = TrainingRun(scorer, corpora, config, work / "no-checkpoints", SINGLE_RANK)
     while run.state.update < run.updates:
         run.update()
     _synchronize(device)

@@ -29,7 +29,7 @@ def silent(done: int, total: int | None = None, *, unit: str = "rows", resumed: 
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class ProgressState:
     """What `FileProgress` writes; rates count only the work of this process."""
 
     done: int
@@ -54,7 +54,7 @@ class State:
         return max(0.0, (self.total - self.done) / self.per_second)
 
 
-def describe(state: State) -> str:
+def describe(state: ProgressState) -> str:
     """The state as text: done of total, resumed units, rate, time left, the note."""
     total = "" if state.total is None else f" of {state.total:,}"
     resumed = f" ({state.resumed:,} resumed)" if state.resumed else ""
@@ -96,7 +96,9 @@ class FileProgress:
         if now - self._updated < 0.2 and done != total:
             return
         self._updated = now
-        state = State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note)
+        state = ProgressState(
+            done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note
+        )
         with atomic_write(self._path) as file:
             file.write(json.dumps(asdict(state)).encode())
 
@@ -118,15 +120,17 @@ class LineProgress:
         self._last_shown = now
         self._write(
             describe(
-                State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note)
+                ProgressState(
+                    done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note
+                )
             )
         )
 
 
-def read_state(path: Path) -> State | None:
+def read_state(path: Path) -> ProgressState | None:
     """The last written state, or None if there is none yet."""
     try:
-        return State(**json.loads(path.read_text()))
+        return ProgressState(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
 
@@ -137,7 +141,7 @@ STYLES = {"waiting": "dim", "running": "bold", "failed": "bold red", "skipped": 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ProgressRow:
     """One row of a progress table: its name, its state, and further cells from left to right."""
 
     name: str
@@ -177,7 +181,7 @@ class ProgressTable:
         if self._progress is not None:
             self._progress.stop()
 
-    def update(self, rows: Sequence[Row]) -> None:
+    def update(self, rows: Sequence[ProgressRow]) -> None:
         """Draws the rows, if stderr is a terminal."""
         if self._progress is None:
             return
@@ -199,7 +203,7 @@ class ProgressLine:
 
     def __enter__(self) -> "ProgressLine":
         self._table.__enter__()
-        self._table.update([Row(name=self._label, state="", cells=("starting",))])
+        self._table.update([ProgressRow(name=self._label, state="", cells=("starting",))])
         return self
 
     def __exit__(
@@ -211,12 +215,14 @@ class ProgressLine:
         self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = ""
     ) -> None:
         now = time.time()
-        state = State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note)
+        state = ProgressState(
+            done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note
+        )
         self.show(describe(state))
 
     def show(self, text: str) -> None:
         """Shows a text: at once on a terminal, else as a line at most every `plain_seconds`."""
-        self._table.update([Row(name=self._label, state="", cells=(text,))])
+        self._table.update([ProgressRow(name=self._label, state="", cells=(text,))])
         if not self._table.live and time.time() - self._last_plain >= self._plain_seconds:
             self._last_plain = time.time()
             write_line(f"{self._label}: {text}")
@@ -228,7 +234,7 @@ def write_line(text: str) -> None:
     sys.stderr.flush()
 
 
-def _style_row(row: Row) -> tuple[str, str, str]:
+def _style_row(row: ProgressRow) -> tuple[str, str, str]:
     """Mark, name and cells of a row in rich markup."""
     from rich.markup import escape
 

@@ -41,7 +41,7 @@ _EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt): ")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunOutcome:
     """The result of a run: each step's output folder, the steps answered from the cache, and seconds by step."""
 
     run_id: str
@@ -59,7 +59,7 @@ def run_recipe(
     root: Path = Path(".cappy"),
     images: Mapping[str, str] | None = None,
     show: bool = True,
-) -> Outcome:
+) -> RunOutcome:
     """Runs a recipe's pipeline on this machine and waits for it.
 
     Artifacts go to `root`/pipeline and logs to `root`/runs/RUN_ID; `images` are the image ids by step, for platform
@@ -118,7 +118,7 @@ def _without_passwords(recipe: Recipe) -> Recipe:
     return replace(recipe, settings=settings, tracking_uri=address)
 
 
-def execute(target: str | Target, submission: Submission, *, work: Path, root: Path, show: bool = True) -> Outcome:
+def execute(target: str | Target, submission: Submission, *, work: Path, root: Path, show: bool = True) -> RunOutcome:
     """Runs a kfp pipeline with a submission's arguments; `target` is a recipe with a platform, or `module:name`."""
     root, work = root.absolute(), work.absolute()
     _refuse_rewritten_text({"the folder of the run": str(root), **submission.arguments})
@@ -255,8 +255,8 @@ def _raise_failure(states: list[StepState], log: Path, *, show: bool) -> None:
     raise CappyError(f"{failed_step.step}: {reason}; the whole log is {log}")
 
 
-def _outcome(run_id: str, folder: Path, states: list[StepState]) -> Outcome:
-    return Outcome(
+def _outcome(run_id: str, folder: Path, states: list[StepState]) -> RunOutcome:
+    return RunOutcome(
         run_id=run_id,
         folder=folder,
         log=folder / "run.log",

@@ -8,7 +8,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from cappy.progress import PLAIN_SECONDS, ProgressTable, Row, State, describe, duration, read_state, write_line
+from cappy.progress import (
+    PLAIN_SECONDS,
+    ProgressRow,
+    ProgressState,
+    ProgressTable,
+    describe,
+    duration,
+    read_state,
+    write_line,
+)
 from cappy.runs import StepRecord, progress_path, read_record
 from cappy.steps import STEP_SPECS
 
@@ -29,7 +38,7 @@ class StepState:
 
     step: str
     state: StateName
-    progress: State | None = None
+    progress: ProgressState | None = None
     seconds: float = 0.0
     target: Path | None = None
     error: str = ""
@@ -82,7 +91,7 @@ def log_section(log: Path, step: str, *, whole: bool = True) -> list[str]:
     return section or (lines if whole else [])
 
 
-def _state_name(record: StepRecord | None, progress: State | None, *, was_passed: bool) -> StateName:
+def _state_name(record: StepRecord | None, progress: ProgressState | None, *, was_passed: bool) -> StateName:
     if record is not None:
         return "failed" if record.status == "failed" else "done"
     if progress is not None:
@@ -90,7 +99,7 @@ def _state_name(record: StepRecord | None, progress: State | None, *, was_passed
     return "cached" if was_passed else "waiting"
 
 
-def _step_state(step: str, state: StateName, record: StepRecord | None, progress: State | None) -> StepState:
+def _step_state(step: str, state: StateName, record: StepRecord | None, progress: ProgressState | None) -> StepState:
     if state == "running":
         seconds = progress.updated - progress.started if progress else 0.0
         return StepState(step=step, state=state, progress=progress, seconds=seconds)
@@ -133,9 +142,9 @@ class StepTable:
         elif self._show:
             self._write_changes(states)
 
-    def _row(self, state: StepState) -> Row:
+    def _row(self, state: StepState) -> ProgressRow:
         cells = (STATE_TEXTS.get(state.state, state.state), describe_progress(state), self._seconds(state))
-        return Row(name=state.step, state=state.state, cells=cells)
+        return ProgressRow(name=state.step, state=state.state, cells=cells)
 
     def _write_changes(self, states: Sequence[StepState]) -> None:
         now = time.monotonic()

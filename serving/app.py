@@ -26,7 +26,7 @@ import cappy
 from cappy.errors import CappyError
 from serving.access import AccessLog, Tracing
 from serving.bodies import Refusal
-from serving.config import Limits
+from serving.config import RequestLimits
 from serving.dialects import DIALECTS, Dialect, ServedModels
 from serving.dialects.own import SCORE, refuse
 from serving.engine import PROBES, Batcher, Models, ProbePairs, probe
@@ -48,7 +48,7 @@ SCORES_BUCKETS = tuple(tenths / 10 for tenths in range(11))
 class Options:
     """Settings of the application; `max_queued_tokens` 0 means 32 batches."""
 
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     batch_tokens: int = 2048
     max_queued_tokens: int = 0
     keys: Keys = field(default_factory=Keys)

@@ -111,7 +111,7 @@ class BodyLimits:
 
 
 @settings
-class Limits(BodyLimits):
+class RequestLimits(BodyLimits):
     """Limits of a request for scores; `timeout` counts from its arrival, and a request may set a lower one."""
 
     max_pairs: Annotated[int, ADVANCED, Field(ge=1, description="Maximum pairs in a request; more get status 413")] = (
@@ -186,7 +186,7 @@ class ServedScorer:
 
 
 @settings
-class ServeConfig(Limits, AccessConfig, ListenerConfig, ServedScorer):
+class ServeConfig(RequestLimits, AccessConfig, ListenerConfig, ServedScorer):
     """Settings of `cappy serve`."""
 
     tls_certificate: Annotated[Path | None, Field(description="Certificate chain (PEM), to serve HTTPS")] = None

@@ -196,7 +196,7 @@ class Models:
         return self.current
 
 
-class Answer(NamedTuple):
+class ScoredBatch(NamedTuple):
     """(score, logit) of each pair in order, the number of tokens, the seconds in the queue until the first pair was
     computed, and the number of distinct pairs that were truncated."""
 
@@ -247,7 +247,7 @@ class Batcher:
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _encoding_executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
 
-    async def score(self, engine: Engine, pairs: Sequence[Pair]) -> Answer:
+    async def score(self, engine: Engine, pairs: Sequence[Pair]) -> ScoredBatch:
         """Scores pairs; equal pairs are computed once.
 
         Raises Refusal 429 if the queue is full. If the caller is cancelled, its pairs leave the queue.
@@ -271,7 +271,7 @@ class Batcher:
             job.pending.clear()
         by_pair = dict(zip(distinct, job.results, strict=True))
         num_truncated = sum(not pair.whole for pair in encoded)
-        return Answer([by_pair[pair] for pair in pairs], tokens, job.started_at - queued_at, num_truncated)
+        return ScoredBatch([by_pair[pair] for pair in pairs], tokens, job.started_at - queued_at, num_truncated)
 
     async def fits(self, engine: Engine, pairs: Sequence[Pair]) -> bool:
         """Whether all pairs fit the engine's maximum length."""

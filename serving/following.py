@@ -254,7 +254,7 @@ class LoadedModel(BaseModel):
     precision: str
 
 
-class State(BaseModel):
+class ModelState(BaseModel):
     """The current and the former model, the followed alias and refused versions."""
 
     current: LoadedModel
@@ -278,8 +278,8 @@ def add_admin(app: FastAPI, models: Models, follower: Follower | None, keys: Key
     With a secret it also adds POST /webhooks/mlflow.
     """
 
-    @app.get("/model", tags=["model"], responses=_UNAUTHORIZED, response_model=State)
-    async def model(request: Request) -> Response | State:
+    @app.get("/model", tags=["model"], responses=_UNAUTHORIZED, response_model=ModelState)
+    async def model(request: Request) -> Response | ModelState:
         """The loaded models; needs a key if the service has keys."""
         return _state(models, follower) if keys.allow(request.headers) else _refuse(unknown_key_refusal())
 
@@ -301,9 +301,12 @@ def _add_model_changes(app: FastAPI, models: Models, follower: Follower, keys: K
         return RefreshResponse(looks=True)
 
     @app.post(
-        "/admin/rollback", tags=["model"], responses={**_UNAUTHORIZED, 409: {"model": Problem}}, response_model=State
+        "/admin/rollback",
+        tags=["model"],
+        responses={**_UNAUTHORIZED, 409: {"model": Problem}},
+        response_model=ModelState,
     )
-    async def rollback(request: Request) -> Response | State:
+    async def rollback(request: Request) -> Response | ModelState:
         """Returns to the former model until the alias moves."""
         if not keys.allow(request.headers):
             return _refuse(unknown_key_refusal())
@@ -335,8 +338,8 @@ def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
         return RefreshResponse(looks=looks)
 
 
-def _state(models: Models, follower: Follower | None) -> State:
-    return State(
+def _state(models: Models, follower: Follower | None) -> ModelState:
+    return ModelState(
         current=_describe(models.current),
         former=_describe(models.former) if models.former else None,
         follows=follower.alias if follower else "",

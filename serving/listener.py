@@ -50,7 +50,7 @@ class ShutdownState(Protocol):
 
 
 @dataclass
-class Shutdown:
+class ShutdownFlag:
     """Holds whether the service is shutting down."""
 
     shutting_down: bool = False

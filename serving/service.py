@@ -23,7 +23,7 @@ from serving.bodies import (
     receive_body,
     run_in_thread,
 )
-from serving.config import Limits
+from serving.config import RequestLimits
 from serving.dialects import Dialect, ScoredPairs
 from serving.engine import Batcher, Model, Models
 from serving.guards import Keys, unknown_key_refusal
@@ -43,7 +43,7 @@ class Service:
 
     models: Models
     batcher: Batcher
-    limits: Limits
+    limits: RequestLimits
     keys: Keys
     budget: BodyBudget = field(init=False)
     bounds: Bounds = field(init=False)

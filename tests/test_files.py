@@ -21,7 +21,7 @@ from cappy.sampling.endpoint.answers import AnswerCache
 from cappy.training.corpus import _lock
 from cappy.worker import hold_parent_lock
 from pipelines.clients.local import _is_locked as run_is_held
-from serving.gateway.feedback import Answer, AppendableDataset
+from serving.gateway.feedback import AppendableDataset, FeedbackRow
 
 
 def mode(path: Path) -> int:
@@ -174,7 +174,9 @@ def test_the_feedback_log_is_its_owners_alone_before_and_after_it_is_written_ane
     folder = tmp_path / "log" / "answers"
     shelf = AppendableDataset(folder)
     for number in range(2):
-        shelf.put(Answer(instance_id=f"{number}", instruction="a secret", candidates=(), group_id="g", split="train"))
+        shelf.put(
+            FeedbackRow(instance_id=f"{number}", instruction="a secret", candidates=(), group_id="g", split="train")
+        )
         shelf.flush()
         assert {path.name: mode(path) for path in folder.iterdir()} == dict.fromkeys(
             (".lock", "manifest.json", f"part-{number:05d}.parquet"), 0o600

@@ -13,7 +13,7 @@ from waiting import wait_until
 from wording import assert_names
 
 from cappy.config import encode
-from cappy.progress import FileProgress, LineProgress, State, read_state
+from cappy.progress import FileProgress, LineProgress, ProgressState, read_state
 from cappy.records import read_manifest
 from cappy.runs import PARENT_VARIABLE, PROGRESS_VARIABLE, TIMEOUT_VARIABLE, progress_path, read_record, record_path
 from cappy.steps import STEP_SPECS
@@ -179,7 +179,7 @@ def test_the_parents_lock_is_not_inherited_by_its_children(tmp_path: Path) -> No
 
 
 def test_rates_count_only_what_this_start_did() -> None:
-    state = State(done=60, total=100, unit="rows", resumed=40, started=10.0, updated=20.0)
+    state = ProgressState(done=60, total=100, unit="rows", resumed=40, started=10.0, updated=20.0)
     assert (state.per_second, state.seconds_left) == (2.0, 20.0)
 
 
@@ -190,7 +190,7 @@ def test_rates_count_only_what_this_start_did() -> None:
 def test_the_time_left_is_known_only_with_a_total_and_a_rate(
     done: int, total: int | None, updated: float, left: float | None
 ) -> None:
-    state = State(done=done, total=total, unit="rows", resumed=0, started=10.0, updated=updated)
+    state = ProgressState(done=done, total=total, unit="rows", resumed=0, started=10.0, updated=updated)
     assert state.seconds_left == left
 
 

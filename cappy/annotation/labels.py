@@ -84,7 +84,7 @@ def count_facts(instances: Sequence[Instance], *, name: str, mismatches: int) ->
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class RegressionRow:
     """An (instruction, response, label) of the regression set, with the origin of the response.
 
     `source` (reference, choice, mismatch, llm), `generator` and `decoding` allow the paper's ablations by filtering.
@@ -99,7 +99,7 @@ class Row:
     decoding: str = ""
 
 
-def regression_rows(instance: Instance, metric: str) -> Iterator[Row]:
+def regression_rows(instance: Instance, metric: str) -> Iterator[RegressionRow]:
     """Yields the instance's rows; of candidates with the same response, only the first one is used.
 
     References are never dropped: the `paper` preset repeats them. Raises RecordError if a candidate has no label of
@@ -113,7 +113,7 @@ def regression_rows(instance: Instance, metric: str) -> Iterator[Row]:
         if candidate.response in seen and candidate.source != "reference":
             continue
         seen.add(candidate.response)
-        yield Row(
+        yield RegressionRow(
             instance_id=instance.instance_id,
             instruction=instance.instruction,
             response=candidate.response,

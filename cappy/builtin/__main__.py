@@ -40,10 +40,10 @@ def main() -> None:
 
 
 def _make_llm(arguments: argparse.Namespace) -> None:
-    from cappy.builtin.llm import Job, make
+    from cappy.builtin.llm import TrainingJob, make
 
     make(
-        Job(
+        TrainingJob(
             target=arguments.target,
             steps=arguments.steps,
             processes=arguments.processes,

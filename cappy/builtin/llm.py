@@ -43,7 +43,7 @@ _BATCH = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class TrainingRecipe:
     """Size and training of the LLM. The learning rate warms up over `warm_up` of the steps, then falls to zero.
 
     The first `copy_steps` updates, and every `copy_every`th one after them, train copying of random spans;
@@ -64,7 +64,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class TrainingJob:
     """The target folder, and everything that the LLM depends on."""
 
     target: Path
@@ -72,7 +72,7 @@ class Job:
     processes: int
     seed: int
     num_per_family: int
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: TrainingRecipe = field(default_factory=TrainingRecipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Quality:
     num_samples: int
 
 
-def make(job: Job) -> None:
+def make(job: TrainingJob) -> None:
     """Trains tokenizer and LLM on the `llm` pool and writes the folder `job.target` with its sha256.
 
     Two processes with one thread each are faster here than one with two threads, because the matrices are small. The
@@ -104,7 +104,7 @@ def make(job: Job) -> None:
         spawn(_work, args=(job, f"{folder}/rendezvous"), nprocs=job.processes)  # type: ignore[no-untyped-call]
 
 
-def _work(rank: int, job: Job, rendezvous: str) -> None:
+def _work(rank: int, job: TrainingJob, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=job.processes)
     log = _log if rank == 0 else lambda line: None  # Only one process logs.
@@ -128,7 +128,7 @@ def _work(rank: int, job: Job, rendezvous: str) -> None:
 
 
 def _write(
-    job: Job,
+    job: TrainingJob,
     model: T5ForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     training: TrainingResult,
@@ -208,7 +208,7 @@ def _train_tokenizer(texts: Iterable[str], *, size: int) -> PreTrainedTokenizerF
     )
 
 
-def _new_model(recipe: Recipe, *, vocab_size: int, pad: int, end: int) -> T5ForConditionalGeneration:
+def _new_model(recipe: TrainingRecipe, *, vocab_size: int, pad: int, end: int) -> T5ForConditionalGeneration:
     """A randomly initialised encoder-decoder; the caller seeds torch."""
     config = T5Config(
         vocab_size=vocab_size,
@@ -304,7 +304,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 def _train(
     model: T5ForConditionalGeneration,
     feed: Iterator[Batch],
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     *,
     steps: int,
     log: Callable[[str], None],

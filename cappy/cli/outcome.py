@@ -13,7 +13,7 @@ from cappy.redaction import has_secret
 from cappy.steps import TRAINING_STEPS
 
 if TYPE_CHECKING:
-    from pipelines.local import Outcome
+    from pipelines.local import RunOutcome
 
 
 class Facts(TypedDict, total=False):
@@ -38,7 +38,7 @@ class Facts(TypedDict, total=False):
     cautions: Sequence[str]
 
 
-def facts(outcome: "Outcome", tracking_uri: str = "") -> Facts:
+def facts(outcome: "RunOutcome", tracking_uri: str = "") -> Facts:
     """The result of a run as JSON values; means and intervals of selectors are on the metric's scale of 0 to 1."""
     report = read_report(outcome.outputs["evaluation"])
     version = _facts(outcome, "registration")
@@ -75,7 +75,7 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> Facts:
     return values
 
 
-def describe(outcome: "Outcome", values: Facts) -> str:
+def describe(outcome: "RunOutcome", values: Facts) -> str:
     """The table of the report and the facts of a run, as text for a terminal."""
     table = read_report(outcome.outputs["evaluation"]).text()
     lines = [table, f"report    {values['report']}"]
@@ -144,7 +144,7 @@ def _format_decision(decision: str, reasons: Sequence[str]) -> str:
     return "\n".join([f"decision  {outcome_text}", *(f"          {reason}" for reason in reasons)])
 
 
-def _facts(outcome: "Outcome", step: str) -> Mapping[str, Any]:
+def _facts(outcome: "RunOutcome", step: str) -> Mapping[str, Any]:
     """The facts in the manifest of a step; {} if it did not run."""
     return read_manifest(outcome.outputs[step]).facts if step in outcome.outputs else {}
 

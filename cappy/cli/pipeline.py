@@ -15,7 +15,7 @@ from cappy.errors import ConfigError, quote
 
 if TYPE_CHECKING:
     from pipelines.definitions import Settings
-    from pipelines.local import Outcome
+    from pipelines.local import RunOutcome
     from pipelines.recipe import Platform, Recipe
 
 EXTRA = "pip install -e '.[pipelines]'"
@@ -174,7 +174,7 @@ def run_and_print(recipe: "Recipe", on: Literal["local", "docker"], as_json: boo
         _print_outcome(outcome, recipe.tracking_uri, as_json)
 
 
-def _print_scored(outcome: "Outcome", as_json: bool) -> None:
+def _print_scored(outcome: "RunOutcome", as_json: bool) -> None:
     """Prints the folder of the scored records."""
     from cappy.records import read_manifest
 
@@ -189,7 +189,7 @@ def _print_scored(outcome: "Outcome", as_json: bool) -> None:
     typer.echo(f"scored    {folder}\n          {content}")
 
 
-def _print_outcome(outcome: "Outcome", tracking_uri: str, as_json: bool) -> None:
+def _print_outcome(outcome: "RunOutcome", tracking_uri: str, as_json: bool) -> None:
     from cappy.cli.outcome import describe, facts
 
     values = facts(outcome, tracking_uri)

@@ -17,7 +17,7 @@ from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, lo
 from cappy.errors import CappyError, ConfigError, quote
 
 if TYPE_CHECKING:
-    from pipelines.clients import Client, RunState, TaskState
+    from pipelines.clients import PlatformClient, RunState, TaskState
     from pipelines.recipe import Platform, Recipe
 
 POLL_SECONDS = 10.0
@@ -185,7 +185,7 @@ def add_commands(app: typer.Typer) -> None:
         app.command()(verb)
 
 
-def connect(on: "Platform", recipe: str, **flags: str) -> "Client":
+def connect(on: "Platform", recipe: str, **flags: str) -> "PlatformClient":
     """The client of the platform whose address is in a recipe or in flags."""
     return _client(override_platforms(load_recipe(recipe or "adapt"), **flags), on)
 
@@ -244,9 +244,9 @@ def _describe_task(task: "TaskState") -> str:
     return f"{task.state}{seconds}{f': {task.error}' if task.error else ''}"
 
 
-def _client(recipe: "Recipe", on: str) -> "Client":
+def _client(recipe: "Recipe", on: str) -> "PlatformClient":
     """The client of the platform; ConfigError if its address or its package is missing."""
-    client: Client
+    client: PlatformClient
     if on == "kubeflow":
         client = load("pipelines.clients.kubeflow").KubeflowClient(recipe.kubeflow)
     elif on == "vertex":

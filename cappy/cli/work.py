@@ -22,7 +22,7 @@ DAY_SECONDS = 86_400.0
 WorkFlag = Annotated[Path, typer.Option(help="Folder of unfinished and finished work.")]
 
 
-class Row(TypedDict):
+class WorkRow(TypedDict):
     """A listed piece of work; `last_used` is in seconds of `time.time`.
 
     `settings` and `differs` are set by `cappy explain`, `reason` and `removed` by `cappy clean`.
@@ -52,7 +52,7 @@ def explain(
     if step not in STEP_SPECS:
         raise ConfigError(f"{step}: no such step{suggest(step, STEP_SPECS)}")
     with_keys = [piece for piece in list_pieces(work, step) if piece.key is not None]
-    rows: list[Row] = []
+    rows: list[WorkRow] = []
     for index, piece in enumerate(with_keys):
         previous = with_keys[index + 1].key if index + 1 < len(with_keys) else None
         differs = piece.key.differences(previous) if piece.key and previous else []
@@ -87,7 +87,7 @@ def clean(
     from cappy.sampling import store
 
     limit = None if older_than is None else time.time() - older_than * DAY_SECONDS
-    rows: list[Row] = []
+    rows: list[WorkRow] = []
     removals: list[Callable[[], None]] = []
     fresh_names: set[str] = set()
     for piece in list_pieces(work):
@@ -106,7 +106,7 @@ def clean(
         raise FolderError(f"{len(errors)} of {len(rows)} are in use and were kept, the first: {errors[0]}")
 
 
-def _remove(rows: Sequence[Row], removals: Sequence[Callable[[], None]]) -> list[str]:
+def _remove(rows: Sequence[WorkRow], removals: Sequence[Callable[[], None]]) -> list[str]:
     """Removes the work of each row and marks the row; returns the errors of work that is in use."""
     errors = []
     for row, remove in zip(rows, removals, strict=True):
@@ -122,11 +122,11 @@ def _idle_time(last_used: float, limit: float | None) -> str:
     return f"last used {_format_age(last_used)}" if limit is not None and last_used <= limit else ""
 
 
-def _row(piece: "Piece | StoreEntry", step: str) -> Row:
+def _row(piece: "Piece | StoreEntry", step: str) -> WorkRow:
     return {"path": str(piece.path), "step": step, "size_bytes": piece.size_bytes, "last_used": piece.last_used}
 
 
-def _format_rows(work: Path, rows: Sequence[Row], *, removed: bool) -> str:
+def _format_rows(work: Path, rows: Sequence[WorkRow], *, removed: bool) -> str:
     if not rows:
         return f"{work}: nothing to remove"
     lines = [f"{row['path']}  {_format_size(row['size_bytes'])}: {row['reason']}" for row in rows]

@@ -24,7 +24,7 @@ Line = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ScalePlan:
     """The volumes and the work of each step; `machines` are those of the measurements."""
 
     config: PlanConfig
@@ -43,10 +43,10 @@ class Plan:
         return [cost(work, devices, self.config, cores=cores) for work in self.works]
 
 
-def make_plan(config: PlanConfig, throughput: Throughput) -> Plan:
+def make_plan(config: PlanConfig, throughput: Throughput) -> ScalePlan:
     """The plan of a pretraining; ConfigError for an unknown name or a speed that is neither measured nor assumed."""
     volumes = mixture_volumes(config.mixture, _parse_samples(config.generators), throughput)
-    return Plan(
+    return ScalePlan(
         config=config,
         volumes=volumes,
         works=tuple(list_work(volumes, throughput, config)),
@@ -70,14 +70,14 @@ def _parse_samples(generators: Sequence[str]) -> Mapping[str, int]:
     return samples
 
 
-def text(plan: Plan) -> str:
+def text(plan: ScalePlan) -> str:
     """The plan as plain text: the work of each step, its time by number of devices, and the assumptions."""
     blocks = [_format_volumes(plan), _align(_work_lines(plan)), _align(_time_lines(plan))]
     sentences = [textwrap.fill(text, WIDTH, initial_indent="- ", subsequent_indent="  ") for text in assumptions(plan)]
     return "\n\n".join([*blocks, "\n".join(["Assumptions", *sentences])])
 
 
-def to_values(plan: Plan) -> dict[str, JSON]:
+def to_values(plan: ScalePlan) -> dict[str, JSON]:
     """The plan as JSON values: seconds, hours and bytes; each step says whether its speed was measured."""
     volumes = {**asdict(plan.volumes), "candidates": plan.volumes.candidates}
     return {
@@ -95,7 +95,7 @@ def to_values(plan: Plan) -> dict[str, JSON]:
     }
 
 
-def assumptions(plan: Plan) -> Iterator[str]:
+def assumptions(plan: ScalePlan) -> Iterator[str]:
     """What the numbers are based on and leave out, one sentence each."""
     volumes, config = plan.volumes, plan.config
     assumed = [work for work in plan.works if not work.measured]
@@ -131,7 +131,7 @@ def assumptions(plan: Plan) -> Iterator[str]:
     )
 
 
-def _format_volumes(plan: Plan) -> str:
+def _format_volumes(plan: ScalePlan) -> str:
     volumes = plan.volumes
     per_prompt = " + ".join(f"{number} of {name}" for name, number in volumes.samples.items())
     published = f"{PUBLISHED_MILLIONS} million according to the paper's authors" if plan.config.mixture == "t0" else ""
@@ -146,7 +146,7 @@ def _format_volumes(plan: Plan) -> str:
     )
 
 
-def _work_lines(plan: Plan) -> list[Line]:
+def _work_lines(plan: ScalePlan) -> list[Line]:
     lines: list[Line] = [("step", "work", "tokens", "storage", "speed per device")]
     for work in plan.works:
         amount = f"{work.amount:.3g} FLOP" if work.unit == "FLOP" else f"{work.amount:,.0f} {work.unit}"
@@ -154,7 +154,7 @@ def _work_lines(plan: Plan) -> list[Line]:
     return lines
 
 
-def _time_lines(plan: Plan) -> list[Line]:
+def _time_lines(plan: ScalePlan) -> list[Line]:
     unit = "core" if plan.config.hardware == CPU else "GPU"
     costs = {number: plan.costs(number) for number in plan.devices}
     lines: list[Line] = [("wall-clock", *(f"{number} {unit}{'s' if number > 1 else ''}" for number in plan.devices))]
@@ -170,7 +170,7 @@ def _time_lines(plan: Plan) -> list[Line]:
     return lines
 
 
-def _sums(plan: Plan, devices: int) -> Mapping[str, float]:
+def _sums(plan: ScalePlan, devices: int) -> Mapping[str, float]:
     """Totals of the steps, which run one after another; device-hours of CPUs are core-hours."""
     costs = plan.costs(devices)
     hours, cores = sum(cost.device_hours for cost in costs), sum(cost.core_hours for cost in costs)

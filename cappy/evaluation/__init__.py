@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cappy.errors import FolderError
-from cappy.evaluation.findings import Difference, Estimate, Findings
+from cappy.evaluation.findings import Difference, Findings, MeanEstimate
 from cappy.evaluation.report import Report, check_schema
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Split, read_manifest
@@ -15,7 +15,7 @@ from cappy.records.folder import verify
 if TYPE_CHECKING:
     from cappy.selection.pools import Score
 
-__all__ = ["Difference", "Estimate", "Findings", "Report", "evaluate", "read_report", "read_values"]
+__all__ = ["Difference", "Findings", "MeanEstimate", "Report", "evaluate", "read_report", "read_values"]
 
 
 def evaluate(

@@ -21,7 +21,7 @@ MAX_GROUPS_FACTOR = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class MeanEstimate:
     """A mean with its 95% interval, on the metric's scale of 0 to 1."""
 
     mean: float
@@ -66,14 +66,14 @@ class Power:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TableRow:
     """One selector: its mean label, its gain over random choice, and what was fitted on held-out instances (`detail`).
 
     `ties` counts the instances where candidates with different labels share the highest value; their mean label is
     used.
     """
 
-    estimate: Estimate
+    estimate: MeanEstimate
     gain: Difference
     ties: int = 0
     detail: str = ""
@@ -101,7 +101,7 @@ class Average:
     """Unweighted means over tasks and the subject's gain over random choice; intervals are over tasks."""
 
     tasks: int
-    means: Mapping[str, Estimate]
+    means: Mapping[str, MeanEstimate]
     gain: Difference
 
 
@@ -195,7 +195,7 @@ class Probe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class ScoringCost:
     """Cost per candidate: tokens that the LLM generated and seconds that the scorer took; None if not measured."""
 
     tokens: float | None = None
@@ -230,10 +230,10 @@ class Findings:
     split: str
     seed: int
     facts: Mapping[str, int]
-    selectors: Mapping[str, Row]
+    selectors: Mapping[str, TableRow]
     unavailable: Mapping[str, str]
     comparisons: Mapping[str, Difference]
-    curve: Mapping[str, tuple[Estimate, ...]]
+    curve: Mapping[str, tuple[MeanEstimate, ...]]
     adjusted: Mapping[str, float] = field(default_factory=dict)
     power: Mapping[str, Power] = field(default_factory=dict)
     tasks: tuple[TaskRow, ...] = ()
@@ -244,7 +244,7 @@ class Findings:
     coverage: Coverage | None = None
     probes: tuple[Probe, ...] = ()
     published: tuple[PublishedTask, ...] = ()
-    cost: Cost = field(default_factory=Cost)
+    cost: ScoringCost = field(default_factory=ScoringCost)
     pays_until: int = 0
     better_likelihood: str = ""
     leaks: Mapping[str, int] = field(default_factory=dict)
@@ -254,6 +254,6 @@ class Findings:
     schema: int = SCHEMA
 
 
-def format_interval(interval: Estimate | Difference) -> str:
+def format_interval(interval: MeanEstimate | Difference) -> str:
     """The ends of an interval, x 100, as text."""
     return f"{percent(interval.low)} to {percent(interval.high)}"

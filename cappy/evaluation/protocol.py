@@ -12,7 +12,7 @@ import numpy as np
 
 from cappy.errors import ConfigError, RecordError
 from cappy.evaluation import calibration, statistics, tables
-from cappy.evaluation.findings import CalibrationResult, Cost, Coverage, Probe
+from cappy.evaluation.findings import CalibrationResult, Coverage, Probe, ScoringCost
 from cappy.evaluation.report import Report
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Split
@@ -163,7 +163,7 @@ def build_report(
         calibration=_measure_calibration(evaluated),
         coverage=_measure_coverage(pools, selection),
         probes=tuple(evaluated[0].probes),
-        cost=Cost(tokens=_mean_tokens(pools)),
+        cost=ScoringCost(tokens=_mean_tokens(pools)),
         better_likelihood=better.get("likelihood", ""),
         folds=folds,
         tested_groups=sketch(pool.instance for pool in pools),

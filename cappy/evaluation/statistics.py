@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, stdtr, stdtrit
 
-from cappy.evaluation.findings import LEVEL, Difference, Estimate, Power
+from cappy.evaluation.findings import LEVEL, Difference, MeanEstimate, Power
 
 Matrix = npt.NDArray[np.float64]
 
@@ -77,13 +77,13 @@ def interval_bounds(mean: float, spread: Spread, level: float = LEVEL) -> tuple[
     return low, high
 
 
-def estimate_means(values: Matrix, groups: Sequence[str]) -> list[Estimate]:
+def estimate_means(values: Matrix, groups: Sequence[str]) -> list[MeanEstimate]:
     """The mean of each column of `values`, shape (instances, columns) of labels of 0 to 1, with its interval."""
     means = values.mean(axis=0).tolist()
     return [_estimate(mean, spread) for mean, spread in zip(means, compute_spreads(values, groups), strict=True)]
 
 
-def estimate_share(good: Matrix, groups: Sequence[str]) -> Estimate:
+def estimate_share(good: Matrix, groups: Sequence[str]) -> MeanEstimate:
     """The share of ones in `good` (zeros and ones, shape (instances,)), with an interval that is valid near 0 and 1.
 
     It is Clopper and Pearson's interval (1934) for the effective number of independent instances, which is at most the
@@ -99,7 +99,7 @@ def estimate_share(good: Matrix, groups: Sequence[str]) -> Estimate:
     ones, zeros, tail = mean * count, (1 - mean) * count, (1 - LEVEL) / 2
     low = float(betaincinv(ones, zeros + 1, tail)) if ones else 0.0
     high = float(betaincinv(ones + 1, zeros, 1 - tail)) if zeros else 1.0
-    return Estimate(mean=mean, low=low, high=high)
+    return MeanEstimate(mean=mean, low=low, high=high)
 
 
 def compare(values: Matrix, others: Matrix, groups: Sequence[str]) -> Difference:
@@ -167,11 +167,11 @@ def adjust_p_values(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def _estimate(mean: float, spread: Spread) -> Estimate:
+def _estimate(mean: float, spread: Spread) -> MeanEstimate:
     low, high = interval_bounds(mean, spread)
     if spread.standard_error == 0:
         low, high = _bounds_without_variance(mean, spread.freedom + 1, lowest=0.0)
-    return Estimate(mean=mean, low=max(0.0, low), high=min(1.0, high))
+    return MeanEstimate(mean=mean, low=max(0.0, low), high=min(1.0, high))
 
 
 def _bounds_without_variance(mean: float, groups: float, lowest: float = -1.0) -> tuple[float, float]:

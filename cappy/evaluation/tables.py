@@ -16,13 +16,13 @@ from cappy.evaluation import statistics
 from cappy.evaluation.findings import (
     Average,
     Difference,
-    Estimate,
     Example,
+    MeanEstimate,
     Pick,
     Probe,
     PublishedTask,
     RatedCandidate,
-    Row,
+    TableRow,
     TaskRow,
 )
 from cappy.pages.words import percent
@@ -46,7 +46,7 @@ class Means:
         """The paired difference of two selectors."""
         return statistics.compare(self.labels[first], self.labels[second], self.groups)
 
-    def estimates(self) -> dict[str, Estimate]:
+    def estimates(self) -> dict[str, MeanEstimate]:
         """Selector -> its mean label with its interval."""
         stacked = np.stack(list(self.labels.values()), axis=1)
         return dict(zip(self.labels, statistics.estimate_means(stacked, self.groups), strict=True))
@@ -68,7 +68,7 @@ def choose_better_variants(means: Means) -> dict[str, str]:
     return better
 
 
-def build_rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dict[str, Row]:
+def build_rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dict[str, TableRow]:
     """One row per selector; bounds pick nothing, so they have no ties."""
 
     def ties(name: str) -> int:
@@ -76,7 +76,7 @@ def build_rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dic
         return 0 if SELECTORS[name].bound else sum(is_tied(value, pool.labels) for pool, value in pairs)
 
     return {
-        name: Row(
+        name: TableRow(
             estimate=estimate,
             gain=means.compare(name, "random"),
             ties=ties(name),
@@ -98,7 +98,7 @@ def compare_selectors(means: Means, better: Mapping[str, str]) -> dict[str, Diff
 
 def build_curves(
     pools: Sequence[Pool], selection: Selection, better: Mapping[str, str], *, seed: int
-) -> dict[str, tuple[Estimate, ...]]:
+) -> dict[str, tuple[MeanEstimate, ...]]:
     """Selector -> expected label by n. Instances with fewer than n candidates keep the value of all they have."""
     size = max(len(pool.candidates) for pool in pools)
     groups = [pool.instance.group_id for pool in pools]

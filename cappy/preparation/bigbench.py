@@ -57,7 +57,7 @@ class ExampleFields(TypedDict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class BigBenchTask:
     """A task or subtask: its name, and pairs of the location and fields of each example."""
 
     name: str
@@ -124,14 +124,14 @@ def read_tasks(
             yield where, {**values, "task": task} if task else values
 
 
-def _unique_rows(task: Task, seen: set[int]) -> Task:
+def _unique_rows(task: BigBenchTask, seen: set[int]) -> BigBenchTask:
     """The task without repeated prompts and those in `seen`; its prompts are added to `seen`."""
     rows = []
     for where, values in task.rows:
         if (prompt := prompt_hash(values["instruction"])) not in seen:
             seen.add(prompt)
             rows.append((where, values))
-    return Task(name=task.name, rows=rows)
+    return BigBenchTask(name=task.name, rows=rows)
 
 
 def _top_folder(path: Path, root: Path) -> str:
@@ -139,7 +139,7 @@ def _top_folder(path: Path, root: Path) -> str:
     return parts[0] if len(parts) > 2 else str(path)
 
 
-def read_task(path: Path, seed: int, warnings: SourceWarnings | None = None) -> Task:
+def read_task(path: Path, seed: int, warnings: SourceWarnings | None = None) -> BigBenchTask:
     """Reads a JSON task; RecordError names the invalid example and field.
 
     The order of appended choices is drawn by the seed; the benchmark draws it by a seed of its own.
@@ -158,10 +158,10 @@ def read_task(path: Path, seed: int, warnings: SourceWarnings | None = None) -> 
             for field in example.keys() - _EXAMPLE:
                 warnings.add_name("columns", where, field)
         rows.append((where, _make_fields(where, values, example, name, random.Random(f"{seed} {name} {index}"))))
-    return Task(name=name, rows=rows)
+    return BigBenchTask(name=name, rows=rows)
 
 
-def split_rows(task: Task, *, seed: int, shares: HeldOutShares, min_test: int = _MIN_HELD_OUT) -> Rows:
+def split_rows(task: BigBenchTask, *, seed: int, shares: HeldOutShares, min_test: int = _MIN_HELD_OUT) -> Rows:
     """The rows of a task with their splits.
 
     Test is the share `shares.test` of all rows, at least `min_test` unless the share is 0; validation is a share of

@@ -23,8 +23,8 @@ from cappy.records import Instance, prompt_hash, read_batches
 from cappy.records.overlap import (
     MAX_ROWS,
     Hashes,
-    Prompt,
     PromptLike,
+    PromptRow,
     RowIndex,
     Rows,
     RowSample,
@@ -240,11 +240,11 @@ def filter_leaked(
 def _read_evaluation_sets(folders: Sequence[Path]) -> tuple[Exclusions, RowIndex]:
     prompts, groups = array("Q"), array("Q")
 
-    def read() -> Iterator[Prompt]:
+    def read() -> Iterator[PromptRow]:
         for folder in folders:
             for batch in read_batches(folder, columns=_COLUMNS):
                 for row in zip(*(batch[name].to_pylist() for name in _COLUMNS), strict=True):
-                    prompt = Prompt(*row)
+                    prompt = PromptRow(*row)
                     prompts.append(prompt_hash(prompt.instruction))
                     if is_content_id(prompt.group_id):
                         groups.append(group_hash(prompt))

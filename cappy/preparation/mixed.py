@@ -15,7 +15,7 @@ from cappy.preparation.config import PreparationConfig
 from cappy.preparation.files import HubDataset, parse_hub, read_file, read_hub, resolve_commit
 from cappy.preparation.mixtures import Subset, load_mixture, select_subsets, to_values
 from cappy.preparation.mixtures.plan import cap_rows
-from cappy.preparation.prompted import Dataset, LocatedRow, Prompt, Prompts, Table, Tally
+from cappy.preparation.prompted import Dataset, LocatedRow, PromptRow, Prompts, Table, Tally
 from cappy.preparation.rows import Rows, Values, find_invalid_character
 from cappy.preparation.templates import (
     LimitError,
@@ -164,7 +164,7 @@ def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *
             if not num_rows or _is_sampled(index + number * num_rows // (share * len(templates)), num_rows, share)
         ]
 
-    def render(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[Prompt]]]:
+    def render(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[PromptRow]]]:
         pending: deque[tuple[LocatedRow, list[int]]] = deque()
 
         def make_jobs() -> Iterator[tuple[Values, list[Template]]]:
@@ -193,7 +193,7 @@ def _is_sampled(index: int, num_rows: int, share: int) -> bool:
 
 def _make_prompt(
     template: Template, required_fields: frozenset[str], row: LocatedRow, results: Iterator[Result], tally: Tally
-) -> Prompt | None:
+) -> PromptRow | None:
     """The prompt of a row under a template; None if rendering failed (counted in `tally`) or the result is blank.
 
     The next of `results` belongs to the template, unless it was not rendered because of a missing field.
@@ -217,7 +217,7 @@ def _make_prompt(
     choices = distinct_choices(rendered.choices, [rendered.target])
     if rendered.choices and not choices:
         tally.counts["answer_not_among_choices"] += 1
-    return Prompt(
+    return PromptRow(
         instruction=rendered.instruction,
         references=(rendered.target,),
         choices=choices,
@@ -246,17 +246,17 @@ def _describe_missing_fields(template: Template, required_fields: frozenset[str]
     )
 
 
-def _read_prompts(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[Prompt]]]:
+def _read_prompts(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[PromptRow]]]:
     """The prompt of each row of tasksource/bigbench; none if it is blank or has no answer."""
     for row in rows:
         _, where, values = row
         yield row, list(_read_prompt(where, values, tally))
 
 
-def _read_prompt(where: str, values: Values, tally: Tally) -> Iterator[Prompt]:
+def _read_prompt(where: str, values: Values, tally: Tally) -> Iterator[PromptRow]:
     fields = parse_bigbench(where, values)
     references = tuple(text for text in fields["references"] if text.strip())
     if isinstance(fields["instruction"], str) and fields["instruction"].strip() and references:
-        yield Prompt(instruction=fields["instruction"], references=references, choices=tuple(fields["choices"]))
+        yield PromptRow(instruction=fields["instruction"], references=references, choices=tuple(fields["choices"]))
     else:
         tally.counts["dropped_blank"] += 1

@@ -21,7 +21,7 @@ from cappy.preparation.rows import Rows, Values, choice_candidates, hash64
 from cappy.progress import Progress
 from cappy.records import Instance, Split, prompt_hash
 from cappy.records.overlap import MAX_ROWS, group_hash
-from cappy.records.overlap import Prompt as Text
+from cappy.records.overlap import PromptRow as Text
 from cappy.records.work import Shard
 
 MIN_ROWS_TO_REFUSE = 100
@@ -32,7 +32,7 @@ _PROGRESS_EVERY = 4_096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class PromptRow:
     """A row rendered by one template, or a prompt of a benchmark."""
 
     instruction: str
@@ -109,7 +109,7 @@ class Table:
 
 LocatedRow = tuple[int, str, Values]
 """A row as (index, location, values)."""
-Prompts = Callable[[Iterable[LocatedRow], Tally], Iterator[tuple[LocatedRow, list[Prompt]]]]
+Prompts = Callable[[Iterable[LocatedRow], Tally], Iterator[tuple[LocatedRow, list[PromptRow]]]]
 """Makes the prompts of each row, in order; it may read rows ahead."""
 
 
@@ -155,7 +155,7 @@ def _make_row_instances(
     dataset: Dataset,
     table: Table,
     row: LocatedRow,
-    prompts: Iterable[Prompt],
+    prompts: Iterable[PromptRow],
     rule: SplitRule,
     exclusions: Mapping[Split, Exclusions],
     tally: Tally,

@@ -19,7 +19,7 @@ _IMPORTED_REVISION = "imported"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """An instance read at `where`. Without `has_id` or `has_split` its id or split is a placeholder."""
 
     where: str
@@ -50,7 +50,7 @@ def column_names(names: Iterable[object], limit: int = 120) -> str:
     return quote(", ".join(str(name) or "(no name)" for name in names) or "none", limit)
 
 
-def parse_row(where: str, values: Values, *, task: str, max_characters: int, unlabelled: bool = False) -> Row:
+def parse_row(where: str, values: Values, *, task: str, max_characters: int, unlabelled: bool = False) -> SourceRow:
     """The instance in the fields of a row; RecordError says which field is wrong and how to fix it.
 
     An `unlabelled` row needs responses but no reference.
@@ -80,7 +80,7 @@ def parse_row(where: str, values: Values, *, task: str, max_characters: int, unl
         choices=choices,
         candidates=candidates or choice_candidates(choices),
     )
-    return Row(where, instance, has_id=bool(instance_id), has_split=bool(split))
+    return SourceRow(where, instance, has_id=bool(instance_id), has_split=bool(split))
 
 
 def choice_candidates(choices: Sequence[str]) -> tuple[Candidate, ...]:

@@ -20,7 +20,7 @@ from cappy.preparation.config import BUILTIN, Kind, PreparationConfig, check_set
 from cappy.preparation.files import PREFIX, Reader, choose_reader, find_shards, parse_hub, read_hub, resolve_commit
 from cappy.preparation.mixed import open_mixture, open_templated_dataset
 from cappy.preparation.prompted import Dataset
-from cappy.preparation.rows import Row, Rows, choice_candidates, hash64, parse_row
+from cappy.preparation.rows import Rows, SourceRow, choice_candidates, hash64, parse_row
 from cappy.preparation.tables import read_csv
 from cappy.preparation.text_files import strip_compression_suffix, translate_read_errors
 from cappy.records import Instance, read, read_manifest
@@ -42,7 +42,7 @@ class Source:
 
     name: str
     format: str
-    rows: Callable[[], Iterator[Row]] = lambda: iter(())
+    rows: Callable[[], Iterator[SourceRow]] = lambda: iter(())
     datasets: Sequence[Dataset] = ()
     task: str = ""
     parents: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ def _open_datasets(config: PreparationConfig) -> Source:
 
 
 def _open_builtin(config: PreparationConfig) -> Source:
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[SourceRow]:
         instances = builtin_instances(
             config.pool, num_per_family=config.num_per_family, seed=config.seed, families=config.families or None
         )
@@ -118,7 +118,7 @@ def _open_records(shards: Sequence[Path], path: Path, config: PreparationConfig)
     _check_shards(shards, manifests)
     warnings = SourceWarnings(name=str(path))
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[SourceRow]:
         for shard in shards:
             for instance in read(shard):
                 yield _check_responses(_make_row(str(shard), instance, config.task), config)
@@ -134,7 +134,7 @@ def _open_records(shards: Sequence[Path], path: Path, config: PreparationConfig)
     )
 
 
-def _check_responses(row: Row, config: PreparationConfig) -> Row:
+def _check_responses(row: SourceRow, config: PreparationConfig) -> SourceRow:
     if config.unlabelled and not row.instance.candidates:
         remedy = "sample responses first, or leave --unlabelled out"
         raise RecordError(f"{row.where}: has no responses; {remedy}")
@@ -218,7 +218,7 @@ def _open_tables(
     with translate_read_errors(path):
         sha256s = [sha256_of(file) for file in files]
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[SourceRow]:
         rows_of_files = chain.from_iterable(map(reader, files))
         return _parse_rows(rows_of_files, task, config, warnings, is_csv=reader is read_csv)
 
@@ -240,12 +240,12 @@ def _open_tables(
 
 def _parse_rows(
     rows: Rows, task: str, config: PreparationConfig, warnings: SourceWarnings, *, is_csv: bool = False
-) -> Iterator[Row]:
+) -> Iterator[SourceRow]:
     """Maps the columns of rows and parses them to instances; with `is_csv` lists are parsed from text."""
     columns = Columns(named=parse_columns(config.columns), ignored=frozenset(config.ignore_columns))
     read_row = partial(parse_row, task=task, max_characters=config.max_characters, unlabelled=config.unlabelled)
 
-    def read_rows() -> Iterator[Row]:
+    def read_rows() -> Iterator[SourceRow]:
         named = map_columns(rows if columns.named else map_known_columns(rows), columns, warnings)
         for where, values in parse_lists(named, is_csv=is_csv):
             warnings.check_candidate_fields(where, values)
@@ -254,7 +254,9 @@ def _parse_rows(
     return _exclude_systems(read_rows(), config.exclude, warnings)
 
 
-def _exclude_systems(rows: Iterator[Row], patterns: Sequence[str], warnings: SourceWarnings) -> Iterator[Row]:
+def _exclude_systems(
+    rows: Iterator[SourceRow], patterns: Sequence[str], warnings: SourceWarnings
+) -> Iterator[SourceRow]:
     """The rows without the candidates of systems that match a pattern."""
     if not patterns:
         yield from rows
@@ -278,10 +280,10 @@ def _exclude_systems(rows: Iterator[Row], patterns: Sequence[str], warnings: Sou
         warnings.add("exclude", f"--exclude {unmatched[0]} matches no system; systems found: {systems}")
 
 
-def _make_row(name: str, instance: Instance, task: str | None) -> Row:
+def _make_row(name: str, instance: Instance, task: str | None) -> SourceRow:
     """A row of a source whose instances have their ids and splits already."""
     named = instance if instance.task or not task else replace(instance, task=task)
-    return Row(f"{name}: instance {quote(instance.instance_id)}", named)
+    return SourceRow(f"{name}: instance {quote(instance.instance_id)}", named)
 
 
 def _add_choice_candidates(instance: Instance) -> Instance:
@@ -314,7 +316,7 @@ class _Grouping:
         return self.rows > self.instances
 
 
-def _count_prompts(rows: Callable[[], Iterator[Row]], mode: Literal["auto", "always", "never"]) -> _Grouping:
+def _count_prompts(rows: Callable[[], Iterator[SourceRow]], mode: Literal["auto", "always", "never"]) -> _Grouping:
     """Counts the rows of each prompt in one pass, with 8 bytes of memory per row; counts nothing if `mode` is never.
 
     With auto, nothing is grouped unless every row has exactly one response: reading stops at the first other row.
@@ -331,12 +333,12 @@ def _count_prompts(rows: Callable[[], Iterator[Row]], mode: Literal["auto", "alw
     return _Grouping(rows=len(keys), instances=len(hashes), counts=counts)
 
 
-def _group_responses(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterator[Row]:
+def _group_responses(rows: Callable[[], Iterator[SourceRow]], grouping: _Grouping) -> Iterator[SourceRow]:
     """Joins the rows of one prompt to one row at the position of the last, with candidates in the order of the file.
 
     RecordError if more than `MAX_PENDING_CHARACTERS` wait for further rows.
     """
-    remaining, pending, num_characters = Counter(grouping.counts), dict[int, Row](), 0
+    remaining, pending, num_characters = Counter(grouping.counts), dict[int, SourceRow](), 0
     for row in rows():
         key = _prompt_key(row)
         if key not in remaining:
@@ -357,16 +359,16 @@ def _group_responses(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> 
             yield row
 
 
-def _join_rows(first: Row, second: Row) -> Row:
+def _join_rows(first: SourceRow, second: SourceRow) -> SourceRow:
     candidates = first.instance.candidates + second.instance.candidates
     return replace(first, instance=replace(first.instance, candidates=candidates))
 
 
-def _num_characters(row: Row) -> int:
+def _num_characters(row: SourceRow) -> int:
     return sum(len(candidate.response) for candidate in row.instance.candidates) + len(row.instance.instruction)
 
 
-def _prompt_key(row: Row) -> int:
+def _prompt_key(row: SourceRow) -> int:
     """A key that is equal for rows that differ only in responses, ids and groups."""
     instance = row.instance
     all_labelled = all(candidate.labels for candidate in instance.candidates)

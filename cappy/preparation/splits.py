@@ -17,7 +17,7 @@ import numpy.typing as npt
 from cappy.errors import ConfigError, RecordError, quote
 from cappy.preparation.config import PreparationConfig
 from cappy.preparation.leakage import MAX_DROPPED_SHARE, SplitRows, describe_dropped, find_root, merge_near_duplicates
-from cappy.preparation.rows import Row, hash64
+from cappy.preparation.rows import SourceRow, hash64
 from cappy.preparation.sources import Source
 from cappy.progress import Progress
 from cappy.records import Instance, prompt_hash
@@ -128,7 +128,7 @@ def _warn_dropped(source: Source, codes: Codes, dropped: RowMask) -> None:
         source.warnings.add("near_held_out", describe_dropped(int(dropped.sum()), int((codes != TEST).sum())))
 
 
-def apply_splits(rows: Iterator[Row], assignment: SplitAssignment) -> Iterator[Instance | None]:
+def apply_splits(rows: Iterator[SourceRow], assignment: SplitAssignment) -> Iterator[Instance | None]:
     """The instances of the rows with missing ids and splits filled in; None for a dropped row.
 
     Rows beyond the assignment come from a file that grew meanwhile; `Source.check_unchanged` reports that.
@@ -198,13 +198,13 @@ def merge_groups(groups: Hashes, prompts: Hashes) -> Hashes:
 
 def _hash_rows(
     source: Source, config: PreparationConfig, progress: Progress
-) -> tuple[Hashes, Hashes, Hashes, Codes, Row, bool]:
+) -> tuple[Hashes, Hashes, Hashes, Codes, SourceRow, bool]:
     """Hashes of the id, group and prompt of each row, its split, the first row, and whether any row's task is --task.
 
     RecordError if there is no row.
     """
     ids, groups, prompts, codes = array("Q"), array("Q"), array("Q"), array("B")
-    first: Row | None = None
+    first: SourceRow | None = None
     names_task = False
     for count, row in enumerate(source.rows()):
         first = first or row
@@ -222,7 +222,7 @@ def _hash_rows(
     return *hashes, np.frombuffer(codes, dtype=np.uint8), first, names_task  # type: ignore[return-value]
 
 
-def _check_consistent(row: Row, first: Row) -> None:
+def _check_consistent(row: SourceRow, first: SourceRow) -> None:
     for name, here, there in (("split", row.has_split, first.has_split), ("id", row.has_id, first.has_id)):
         if here != there:
             state, other = ("present", "missing") if here else ("missing", "present")
@@ -230,7 +230,7 @@ def _check_consistent(row: Row, first: Row) -> None:
             raise RecordError(f"{row.where}: {name} is {state}, but {other} at {first.where}; {remedy}")
 
 
-def _check_split_overlap(source: Source, codes: Codes, keys: Hashes, what: Callable[[Row], str]) -> None:
+def _check_split_overlap(source: Source, codes: Codes, keys: Hashes, what: Callable[[SourceRow], str]) -> None:
     """RecordError for the first row whose key occurs in another split already."""
     if pair := _find_repeat(keys, codes):
         earlier, later = _read_two_rows(source, pair)
@@ -254,7 +254,7 @@ def _find_repeat(keys: Hashes, codes: Codes | None = None) -> tuple[int, int] | 
     return int(order[:-1][repeated][index]), int(later[index])
 
 
-def _read_two_rows(source: Source, indexes: tuple[int, int]) -> tuple[Row, Row]:
+def _read_two_rows(source: Source, indexes: tuple[int, int]) -> tuple[SourceRow, SourceRow]:
     earlier, later = (next(itertools.islice(source.rows(), index, None)) for index in indexes)
     return earlier, later
 

@@ -60,7 +60,7 @@ class PromptLike(Protocol):
         """The id of its group."""
 
 
-class Prompt(NamedTuple):
+class PromptRow(NamedTuple):
     """A prompt without the rest of its instance."""
 
     instruction: str

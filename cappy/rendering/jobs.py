@@ -25,7 +25,7 @@ _MAX_QUEUED_JOBS = 32
 _MAX_QUEUED_CHARACTERS = 2**18
 
 
-class Source:
+class TemplateSource:
     """The arguments of a kind's `load` for one template (`child` has the kinds); hashable, with a cached hash."""
 
     __slots__ = ("_hash", "kind", "parts")
@@ -38,19 +38,19 @@ class Source:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Source) and (self.kind, self.parts) == (other.kind, other.parts)
+        return isinstance(other, TemplateSource) and (self.kind, self.parts) == (other.kind, other.parts)
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RenderJob:
     """Values as JSON (see `child.encode`) and the templates to render with them, each with an argument.
 
     `load` lists templates to compile only. `seconds` limits the CPU time of each template.
     """
 
     values: str = "{}"
-    items: tuple[tuple[Source, object], ...] = ()
-    load: tuple[Source, ...] = ()
+    items: tuple[tuple[TemplateSource, object], ...] = ()
+    load: tuple[TemplateSource, ...] = ()
     seconds: float = MAX_SECONDS
 
 
@@ -69,9 +69,9 @@ Outcome = object
 """The value of a template as parsed JSON, or a Failure."""
 
 
-def run(kind: str, jobs: Iterable[Job]) -> Iterator[list[Outcome]]:
+def run(kind: str, jobs: Iterable[RenderJob]) -> Iterator[list[Outcome]]:
     """Yields the outcomes of each job, one per item. An error from iterating `jobs` is raised after the outcomes."""
-    pending: deque[Job] = deque()
+    pending: deque[RenderJob] = deque()
     with _lease(kind) as channel:
         for job in _with_end(jobs, pending):
             if job is not None:
@@ -81,15 +81,15 @@ def run(kind: str, jobs: Iterable[Job]) -> Iterator[list[Outcome]]:
                 yield from _finish(channel, pending)
 
 
-def load(source: Source, seconds: float = MAX_SECONDS) -> Outcome:
+def load(source: TemplateSource, seconds: float = MAX_SECONDS) -> Outcome:
     """Compiles a template; returns what its kind's `load` answers, or a Failure."""
     with _lease(source.kind) as channel:
         if source not in channel.load_outcomes:
-            list(channel.render_alone(Job(load=(source,), seconds=seconds)))
+            list(channel.render_alone(RenderJob(load=(source,), seconds=seconds)))
         return channel.load_outcomes[source]
 
 
-def _with_end(jobs: Iterable[Job], pending: deque[Job]) -> Iterator[Job | None]:
+def _with_end(jobs: Iterable[RenderJob], pending: deque[RenderJob]) -> Iterator[RenderJob | None]:
     """The jobs, then None at the end or before an error from the iterator."""
     try:
         yield from jobs
@@ -99,11 +99,11 @@ def _with_end(jobs: Iterable[Job], pending: deque[Job]) -> Iterator[Job | None]:
     yield None
 
 
-def _is_full(pending: deque[Job]) -> bool:
+def _is_full(pending: deque[RenderJob]) -> bool:
     return len(pending) >= _MAX_QUEUED_JOBS or sum(len(job.values) for job in pending) >= _MAX_QUEUED_CHARACTERS
 
 
-def _finish(channel: "_Channel", pending: deque[Job]) -> Iterator[list[Outcome]]:
+def _finish(channel: "_Channel", pending: deque[RenderJob]) -> Iterator[list[Outcome]]:
     """The outcomes of the first pending job; of all pending jobs, one at a time, if the child has exited."""
     try:
         outcomes = channel.receive(pending[0])
@@ -122,15 +122,15 @@ class _Channel:
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._process = _acquire(kind)
-        self._expected: deque[Source | Job] = deque()
-        self._failures: dict[Source, Failure] = {}
+        self._expected: deque[TemplateSource | RenderJob] = deque()
+        self._failures: dict[TemplateSource, Failure] = {}
 
     @property
     def load_outcomes(self) -> Mapping[Hashable, Outcome]:
         """The outcomes of loading templates so far."""
         return self._process.load_outcomes | self._failures
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: RenderJob) -> None:
         """Sends a job, after the templates that the child has not loaded."""
         for source in job.load:
             self._load_if_missing(source, job)
@@ -138,7 +138,7 @@ class _Channel:
         self._process.send(f'["run", {job.seconds}, {job.values}, {items}]'.encode("utf-8", "surrogatepass"))
         self._expected.append(job)
 
-    def _load_if_missing(self, source: Source, job: Job) -> int:
+    def _load_if_missing(self, source: TemplateSource, job: RenderJob) -> int:
         """The template's number in the child, which loads it first if needed; -1 for a template that failed."""
         numbers = self._process.numbers
         number = numbers.get(source)
@@ -152,14 +152,14 @@ class _Channel:
         self._expected.append(source)
         return number
 
-    def receive(self, job: Job) -> list[Outcome]:
+    def receive(self, job: RenderJob) -> list[Outcome]:
         """The outcomes of the oldest sent job; ChildExitError if the child exits."""
         process = self._process
         seconds = _WALL_SECONDS + _WALL_FACTOR * job.seconds * max(1, len(job.items))
         while True:
             expected = self._expected[0]
             answer = _parse(process, process.receive(seconds))
-            if isinstance(expected, Source):
+            if isinstance(expected, TemplateSource):
                 process.load_outcomes[expected] = _outcome(answer, job.seconds, loading=True)
                 self._expected.popleft()
                 continue
@@ -175,7 +175,7 @@ class _Channel:
                 for (source, _), item in zip(job.items, answer, strict=True)
             ]
 
-    def render_alone(self, job: Job) -> list[Outcome]:
+    def render_alone(self, job: RenderJob) -> list[Outcome]:
         """The outcomes of a job while no other job is pending."""
         fresh = self._process.num_answers == 0
         try:
@@ -184,17 +184,17 @@ class _Channel:
         except ChildExitError as error:
             return self.render_again(job, error, fresh=fresh)
 
-    def render_again(self, job: Job, error: ChildExitError, *, fresh: bool = False) -> list[Outcome]:
+    def render_again(self, job: RenderJob, error: ChildExitError, *, fresh: bool = False) -> list[Outcome]:
         """The outcomes of the job during which the child exited; `fresh` if it was the child's first job."""
         first = self._expected[0] if self._expected else None
         self._restart()
         is_template_fault = fresh or error.limit in _TEMPLATE_LIMITS
-        if isinstance(first, Source) and is_template_fault:
+        if isinstance(first, TemplateSource) and is_template_fault:
             self._failures[first] = _limit_failure(error.limit, job.seconds, loading=True)
         if len(job.items) > 1:
             return [self.render_alone(replace(job, items=(item,)))[0] for item in job.items]
         if is_template_fault:
-            return [_limit_failure(error.limit, job.seconds, loading=isinstance(first, Source))]
+            return [_limit_failure(error.limit, job.seconds, loading=isinstance(first, TemplateSource))]
         # Earlier jobs may have used up the old child's resources, so try again in a new one.
         return self.render_alone(job)
 
@@ -205,7 +205,7 @@ class _Channel:
         else:
             _release(self._process)
 
-    def _item_outcome(self, source: Source, answer: dict[str, object], job: Job) -> Outcome:
+    def _item_outcome(self, source: TemplateSource, answer: dict[str, object], job: RenderJob) -> Outcome:
         if answer.get("limit") == "unloaded":
             return self._failures.get(source) or self._process.load_outcomes[source]
         return _outcome(answer, job.seconds)

@@ -18,7 +18,7 @@ import torch
 from cappy.errors import ConfigError, FolderError, quote
 from cappy.rendering import jobs
 from cappy.rendering.child import encode
-from cappy.rendering.jobs import Failure, Job, Source
+from cappy.rendering.jobs import Failure, RenderJob, TemplateSource
 from cappy.sampling.generators import OnCandidates, ignore_progress
 from cappy.sampling.strategies import Decoding
 
@@ -310,7 +310,7 @@ def chat_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str) -> str:
     except ValueError as error:  # several templates, and none is the default
         raise _template_error(tokenizer, quote(str(error).partition(".")[0], limit=120)) from error
     values = json.dumps(encode({"messages": turns, "tokens": dict(tokenizer.special_tokens_map)}), ensure_ascii=False)
-    job = Job(values=values, items=((Source("chat", (template,)), None),))
+    job = RenderJob(values=values, items=((TemplateSource("chat", (template,)), None),))
     ((outcome,),) = jobs.run("chat", [job])
     if isinstance(outcome, Failure):
         raise _template_error(tokenizer, outcome.reason)

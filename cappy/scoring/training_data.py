@@ -10,8 +10,8 @@ from cappy.records import Instance, prompt_hash, read_batches
 from cappy.records.overlap import (
     ROW_SHINGLES,
     Hashes,
-    Prompt,
     PromptLike,
+    PromptRow,
     RowIndex,
     Rows,
     TrainingData,
@@ -52,13 +52,13 @@ def write_training_data(folder: Path, source: str | Path, start: Path | None = N
     np.concatenate((np.array([rows.seen], dtype="<u8"), rows.table.astype("<u8").ravel())).tofile(folder / ROWS)
 
 
-def _read_prompts(source: str | Path) -> Iterator[Prompt]:
+def _read_prompts(source: str | Path) -> Iterator[PromptRow]:
     for batch in read_batches(source, columns=_COLUMNS):
         columns = [batch[name].to_pylist() for name in _COLUMNS]
-        yield from (Prompt(*row[:3]) for row in zip(*columns, strict=True) if row[3] != "test")
+        yield from (PromptRow(*row[:3]) for row in zip(*columns, strict=True) if row[3] != "test")
 
 
-def _collect_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[PromptLike]:
+def _collect_groups(prompts: Iterable[PromptRow], groups: set[int]) -> Iterator[PromptLike]:
     for prompt in prompts:
         if is_content_id(prompt.group_id):
             groups.add(group_hash(prompt))

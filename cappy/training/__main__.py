@@ -24,11 +24,11 @@ from cappy.redaction import redact
 from cappy.runs import PROGRESS_VARIABLE
 from cappy.steps import TRAINING_STEPS, step_version
 from cappy.training import finetuning, pretraining
-from cappy.training.launch import REPORT_VARIABLE, VERSION_VARIABLE, Report
+from cappy.training.launch import REPORT_VARIABLE, VERSION_VARIABLE, RankReport
 
 MAX_MESSAGE_CHARACTERS = 1000
 """Characters of an error text in a report: about 4,096 bytes as escaped JSON, which a pipe writes atomically."""
-Send = Callable[[Report], None]
+Send = Callable[[RankReport], None]
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
@@ -125,7 +125,7 @@ def _run(arguments: Sequence[str], progress: Progress) -> str:
     return finetuning.run(build(finetuning.FinetuningConfig, values), progress).to_json()
 
 
-def _send(descriptor: int, message: Report) -> None:
+def _send(descriptor: int, message: RankReport) -> None:
     data = json.dumps(message).encode() + b"\n"
     while data:
         data = data[os.write(descriptor, data) :]

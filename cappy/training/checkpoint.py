@@ -34,7 +34,7 @@ _CHECKSUMS = "sums.json"
 
 
 @dataclass
-class State:
+class TrainingState:
     """The state of the loop; `log` has one entry per check of the validation instances, `curve` points in between.
 
     The position in the data and the state of all random draws follow from the seed and `update`. `best_update` and
@@ -60,7 +60,7 @@ class State:
 class Checkpoint:
     """A state with its tensors: the model's weights, the optimizer's moments ("parameter.moment"), the best weights."""
 
-    state: State
+    state: TrainingState
     weights: Tensors
     moments: Tensors
     best: Tensors
@@ -183,7 +183,7 @@ def _read_generation(generation: Path) -> Checkpoint:
         if sha256_of(generation / name) != expected:
             raise ValueError(name)
     return Checkpoint(
-        state=State(**json.loads((generation / "state.json").read_text())),
+        state=TrainingState(**json.loads((generation / "state.json").read_text())),
         weights=load_file(generation / "model.safetensors"),
         moments=load_file(generation / "optimizer.safetensors"),
         best=load_file(generation / "best.safetensors"),

@@ -17,7 +17,7 @@ import torch
 
 from cappy.scoring.forward import batch_by_length
 from cappy.scoring.scorer import Scorer
-from cappy.training.checkpoint import State
+from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus
 from cappy.training.distributed import Ranks
 from cappy.training.feed import Draw, draw_validation
@@ -78,7 +78,7 @@ def stops_early(config: TrainingSettings, validation: Corpus) -> bool:
     return config.keep == "best" and len(validation) >= MIN_INSTANCES
 
 
-def record_check(check: Check | None, state: State, *, early_stopping: bool, rate_falling: bool) -> bool:
+def record_check(check: Check | None, state: TrainingState, *, early_stopping: bool, rate_falling: bool) -> bool:
     """Records a check in the state and returns whether its weights are kept from now on.
 
     They always are without `early_stopping` or without validation instances (None). Checks that are not kept count
@@ -103,7 +103,7 @@ def record_check(check: Check | None, state: State, *, early_stopping: bool, rat
     return True
 
 
-def explain_kept_weights(state: State, updates: int, count: int) -> str:
+def explain_kept_weights(state: TrainingState, updates: int, count: int) -> str:
     """Why weights other than the last were kept, on `count` validation instances; "" if the last ones were.
 
     `updates` is the planned number.

@@ -41,7 +41,7 @@ GRACE_SECONDS = 10.0
 """How long the other ranks may continue after one has failed, before they are killed."""
 
 
-class Report(TypedDict, total=False):
+class RankReport(TypedDict, total=False):
     """A message of a rank: progress, the manifest of its output, a CappyError (class name, text), or a traceback."""
 
     progress: tuple[int, int | None, str, int, str]
@@ -142,7 +142,7 @@ def launch_ranks(step: str, config: TrainingSettings, progress: Progress) -> Man
 
 def _follow(ranks: Sequence["subprocess.Popen[bytes]"], report_reader: int, progress: Progress) -> Manifest:
     """Reads reports until all ranks have ended; raises the error of the first one that failed."""
-    reports = Report()
+    reports = RankReport()
     deadline = float("inf")
     for message in _read_reports(report_reader, lambda: any(rank.poll() is None for rank in ranks)):
         if "progress" in message:
@@ -167,7 +167,7 @@ def _follow(ranks: Sequence["subprocess.Popen[bytes]"], report_reader: int, prog
     raise TrainingError(UNEXPECTED_ERROR if "defect" in reports else NO_REPORT)
 
 
-def _read_reports(report_reader: int, is_alive: Callable[[], bool]) -> Iterator[Report]:
+def _read_reports(report_reader: int, is_alive: Callable[[], bool]) -> Iterator[RankReport]:
     """Yields the ranks' messages, and an empty one at intervals, until all ranks have ended."""
     buffer = b""
     with selectors.DefaultSelector() as selector:
@@ -178,7 +178,7 @@ def _read_reports(report_reader: int, is_alive: Callable[[], bool]) -> Iterator[
             yield from map(json.loads, lines)
             if data == b"" or (data is None and not is_alive()):
                 return
-            yield Report()
+            yield RankReport()
 
 
 def _rank_environment(machine: Topology, devices: int, local_rank: int, descriptors: str) -> dict[str, str]:

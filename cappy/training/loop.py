@@ -19,7 +19,7 @@ from cappy.progress import Progress
 from cappy.scoring.forward import has_bf16, keep_heads_in_fp32
 from cappy.scoring.scorer import Scorer
 from cappy.training import checkpoint
-from cappy.training.checkpoint import CONTINUE_REMEDY, Checkpoint, CheckpointClock, Shutdown, State
+from cappy.training.checkpoint import CONTINUE_REMEDY, Checkpoint, CheckpointClock, Shutdown, TrainingState
 from cappy.training.checks import CHECK_CANDIDATES, check_scorer, explain_kept_weights, record_check, stops_early
 from cappy.training.corpus import Corpora, Corpus
 from cappy.training.distributed import Ranks, ReplicatedStrategy, Strategy
@@ -40,7 +40,7 @@ FORWARD_COST_SHARE = 1 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrainingOutcome:
     """The result of a training run.
 
     `best_pick` is the mean label of the picks on the validation instances, 0 to 1, with the weights that were kept,
@@ -59,14 +59,14 @@ class Outcome:
 
 def fit(
     scorer: Scorer, corpora: Corpora, config: TrainingSettings, checkpoints: Path, ranks: Ranks, progress: Progress
-) -> Outcome:
+) -> TrainingOutcome:
     """Trains the scorer in place, from the last checkpoint if there is one, and leaves the best weights in it.
 
     Order, draws and dropout depend only on the seed and the update's index, so a resumed run equals an uninterrupted
     one. Only the first rank reads and writes checkpoints, and only it has the best weights at the end.
     """
     check_trainable(corpora.train, config, ranks)
-    run = Run(scorer, corpora, config, checkpoints, ranks)
+    run = TrainingRun(scorer, corpora, config, checkpoints, ranks)
     state, resumed_at = run.state, run.state.update
     with Shutdown() as shutdown:
         while True:
@@ -82,7 +82,7 @@ def fit(
     if ranks.first:
         scorer.model, scorer.through = run.strategy.best_model(run.best).eval(), None
         scorer.autocast = False
-    return Outcome(
+    return TrainingOutcome(
         updates=state.update,
         best_update=state.best_update,
         best_pick=state.best_pick,
@@ -93,7 +93,7 @@ def fit(
     )
 
 
-class Run:
+class TrainingRun:
     """One training run: its inputs, its state, and the best weights so far (on the first rank only)."""
 
     def __init__(
@@ -111,7 +111,7 @@ class Run:
         self.meter = Meter(peak_flops(scorer.device, ranks.count, bf16=scorer.autocast))
         self.strategy = _start_strategy(scorer, config, ranks)
         self.clock = CheckpointClock(config.checkpoint_seconds, config.checkpoint_updates)
-        self.state, self.best, self.note = State(budget=config.batch_tokens), dict[str, Tensor](), ""
+        self.state, self.best, self.note = TrainingState(budget=config.batch_tokens), dict[str, Tensor](), ""
         self._resume()
 
     def _resume(self) -> None:
@@ -121,7 +121,7 @@ class Run:
         if state is not None:
             weights = self.ranks.broadcast_tensors(saved.weights if saved else {})
             self.strategy.restore(weights, self.ranks.broadcast_tensors(saved.moments if saved else {}))
-            self.state, self.best = State(**state), saved.best if saved else {}
+            self.state, self.best = TrainingState(**state), saved.best if saved else {}
         elif self.ranks.count > 1:
             self.strategy.restore(self.ranks.broadcast_tensors(self.strategy.weights()), {})
 
@@ -232,7 +232,7 @@ def run_trial(
     """
     check_trainable(corpora.train, config, ranks)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(scorer, corpora, config, Path(folder), ranks)
+        run = TrainingRun(scorer, corpora, config, Path(folder), ranks)
         count = min(TRIAL_UPDATES, run.updates)
         ends = [time.perf_counter()]
         for done in range(1, count + 1):

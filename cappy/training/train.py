@@ -23,7 +23,7 @@ from cappy.training.corpus import Corpora, open_corpora
 from cappy.training.deepspeed import set_accelerator
 from cappy.training.distributed import Ranks, join_ranks
 from cappy.training.launch import launch_ranks, must_launch
-from cappy.training.loop import Outcome, fit, run_trial
+from cappy.training.loop import TrainingOutcome, fit, run_trial
 from cappy.training.meter import write_log, write_speed
 from cappy.training.remote.run import train_remotely
 from cappy.training.settings import TrainingSettings
@@ -99,7 +99,7 @@ def _result_settings(config: TrainingSettings) -> dict[str, object]:
 
 def _fit(
     config: TrainingSettings, make_scorer: MakeScorer, checkpoints: Path, progress: Progress, ranks: Ranks
-) -> tuple[Scorer, Corpora, Outcome]:
+) -> tuple[Scorer, Corpora, TrainingOutcome]:
     scorer, corpora = _open_inputs(config, make_scorer, progress)
     if ranks.first and (count := _count_cut_pairs(corpora)):
         pairs = corpora.train.facts.pairs + corpora.validation.facts.pairs
@@ -128,12 +128,12 @@ def _open_inputs(config: TrainingSettings, make_scorer: MakeScorer, progress: Pr
     return scorer, corpora
 
 
-def _write_records(folder: Path, corpora: Corpora, seen_prompts: NDArray[np.uint64], outcome: Outcome) -> None:
+def _write_records(folder: Path, corpora: Corpora, seen_prompts: NDArray[np.uint64], outcome: TrainingOutcome) -> None:
     np.union1d(seen_prompts, corpora.prompts).astype("<u8").tofile(folder / TRAINED_ON)
     write_log(folder, outcome.log, outcome.curve, outcome.events)
 
 
-def _build_facts(config: TrainingSettings, outcome: Outcome, corpora: Corpora) -> dict[str, object]:
+def _build_facts(config: TrainingSettings, outcome: TrainingOutcome, corpora: Corpora) -> dict[str, object]:
     """The facts about how the weights were chosen, for the manifest.
 
     `stopped_on` is the split that chose the weights and could stop training, "" if none did; `stopped_on_hash` is the
@@ -155,7 +155,7 @@ def instances_hash(ids: Iterable[str]) -> str:
     return fingerprint(sorted(set(ids)))
 
 
-def _build_metrics(outcome: Outcome, corpora: Corpora) -> dict[str, float]:
+def _build_metrics(outcome: TrainingOutcome, corpora: Corpora) -> dict[str, float]:
     metrics: dict[str, float] = {
         "updates": outcome.updates,
         "best_update": outcome.best_update,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cappy.errors import TrainingError
 from cappy.scoring.scorer import Scorer
-from cappy.training.checkpoint import State
+from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus
 from cappy.training.distributed import Ranks, Strategy
 from cappy.training.feed import Draw, assign_passes, comparison_mask, padded_tokens, split_batch
@@ -67,7 +67,7 @@ def update(
     corpus: Corpus,
     batch: Sequence[Draw],
     config: TrainingSettings,
-    state: State,
+    state: TrainingState,
     *,
     rate: float,
     ranks: Ranks,
@@ -98,7 +98,7 @@ def _compute_gradients(
     corpus: Corpus,
     batch: Sequence[Draw],
     config: TrainingSettings,
-    state: State,
+    state: TrainingState,
     ranks: Ranks,
 ) -> float:
     """Accumulates this rank's gradients; returns the loss of the whole batch, or raises PassMemoryError on all ranks.
@@ -177,7 +177,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return out_of_memory or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def _halve_budget(state: State, batch: Sequence[Draw]) -> None:
+def _halve_budget(state: TrainingState, batch: Sequence[Draw]) -> None:
     largest = max(draw.tokens for draw in batch)
     if state.budget // 2 < max(draw.width for draw in batch):
         remedy = "give a smaller --max-candidates, or pretrain with a smaller --max-length"

@@ -37,7 +37,7 @@ class RunState:
         return self.state in FINAL_STATES
 
 
-class Client(Protocol):
+class PlatformClient(Protocol):
     """A platform that runs pipelines."""
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cappy.scoring.encoding import Pair
 from serving.bodies import Bounds
-from serving.config import Limits
+from serving.config import RequestLimits
 from serving.engine import Models
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
@@ -51,7 +51,7 @@ class ServedModels:
     """What the GET routes of a dialect describe."""
 
     models: Models
-    limits: Limits
+    limits: RequestLimits
     batch_tokens: int
 
 

@@ -25,7 +25,7 @@ ERROR_TYPES: Mapping[int, str] = {
 EXAMPLE: dict[str, JsonValue] = {"dataframe_split": {"columns": [*COLUMNS], "data": [["What is 1 + 1?", "2"]]}}
 
 
-class Row(BaseModel):
+class InputRow(BaseModel):
     """An instruction and a response; other columns are ignored."""
 
     instruction: NonEmptyText
@@ -74,7 +74,7 @@ def _pair(row: int, instruction: JsonValue, response: JsonValue) -> Pair:
     return instruction, response
 
 
-Rows = Annotated[list[Row], Field(min_length=1, fail_fast=True)]
+Rows = Annotated[list[InputRow], Field(min_length=1, fail_fast=True)]
 
 
 class InvocationsRequest(Body):

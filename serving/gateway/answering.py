@@ -23,7 +23,7 @@ OutcomeKind = Literal["answered", "abstained", "escalated", "escalation-failed",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class GatewayOutcome:
     """The result of a request: its candidates, best first, and the ledger of all of them.
 
     `kind` is `unscored` if no candidate could be scored (refused, filtered or empty): then the LLM's first response is
@@ -58,7 +58,7 @@ class Gateway:
     second_candidates: int = 1
     total: Total = field(default_factory=Total)
 
-    async def answer(self, request: ChatRequest, authorization: str) -> Outcome:
+    async def answer(self, request: ChatRequest, authorization: str) -> GatewayOutcome:
         """Answers a request; raises GatewayError if there is no candidate."""
         return await _Run(self, request, authorization).outcome()
 
@@ -81,7 +81,7 @@ class _Run:
         self._limit: Limit | None = None
         self._started = time.monotonic()
 
-    async def outcome(self) -> Outcome:
+    async def outcome(self) -> GatewayOutcome:
         gateway = self._gateway
         # At temperature 0 all candidates would be the same.
         deterministic = self._request.temperature == 0 and gateway.policy.candidates > self._request.count
@@ -91,7 +91,7 @@ class _Run:
             raise self._no_candidate_error()
         kind = await self._decide_outcome()
         ranked_candidates = sorted(self._candidates, key=_ranking_key)
-        return Outcome(
+        return GatewayOutcome(
             request=self._request,
             candidates=ranked_candidates,
             kind=kind,

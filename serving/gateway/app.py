@@ -27,14 +27,14 @@ from serving.bodies import (
     run_in_thread,
 )
 from serving.engine import SHUTTING_DOWN
-from serving.gateway.answering import Gateway, Outcome
+from serving.gateway.answering import Gateway, GatewayOutcome
 from serving.gateway.completion import KEEP_ALIVE_SECONDS, chunks, completion, events, headers, summary
 from serving.gateway.config import ChatLimits
 from serving.gateway.errors import GatewayError
 from serving.gateway.feedback import FeedbackLog, read_feedback
 from serving.gateway.requests import REMEDY, ChatRequest, read_request, to_openai_error
 from serving.guards import ANY_HOST, BrowserGuard, Hosts, KeyGuard, Keys
-from serving.listener import Shutdown
+from serving.listener import ShutdownFlag
 from serving.page import About, add_page
 
 METRIC_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
@@ -68,7 +68,7 @@ class Metrics:
             "cappy_gateway_seconds", "Seconds of answered requests", buckets=METRIC_SECONDS, registry=self._registry
         )
 
-    def count_answer(self, outcome: Outcome) -> None:
+    def count_answer(self, outcome: GatewayOutcome) -> None:
         """Counts an answered request."""
         ledger = outcome.ledger
         self._requests.labels(outcome.kind).inc()
@@ -105,7 +105,7 @@ class _RouteContext:
     budget: BodyBudget
     keys: Keys
     keep_alive: float
-    shutdown: Shutdown
+    shutdown: ShutdownFlag
 
     def authorization(self, request: Request) -> str:
         """The Authorization header to pass on to the LLM; empty if it holds a key of this gateway."""
@@ -119,7 +119,7 @@ def create_app(
     limits: ChatLimits | None = None,
     access: Access | None = None,
     keep_alive: float = KEEP_ALIVE_SECONDS,
-    shutdown: Shutdown | None = None,
+    shutdown: ShutdownFlag | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """Creates an application that answers with the gateway's best candidate and stores answers in the feedback log.
@@ -141,7 +141,7 @@ def create_app(
         budget=BodyBudget(MAX_BODIES_IN_MEMORY * limits.max_body_bytes),
         keys=access.keys,
         keep_alive=keep_alive,
-        shutdown=shutdown or Shutdown(),
+        shutdown=shutdown or ShutdownFlag(),
     )
 
     @contextlib.asynccontextmanager
@@ -279,7 +279,9 @@ async def _unreachable_reason(gateway: Gateway) -> str:
     return ""
 
 
-async def _answer(context: _RouteContext, chat_request: ChatRequest, authorization: str, identity: str) -> Outcome:
+async def _answer(
+    context: _RouteContext, chat_request: ChatRequest, authorization: str, identity: str
+) -> GatewayOutcome:
     """Answers a request, counts it and stores the answer."""
     try:
         outcome = await context.gateway.answer(chat_request, authorization)
@@ -297,7 +299,7 @@ async def _answer(context: _RouteContext, chat_request: ChatRequest, authorizati
     return outcome
 
 
-async def _wait_until_done(task: "asyncio.Task[Outcome]", request: Request, timeout: float | None) -> bool:
+async def _wait_until_done(task: "asyncio.Task[GatewayOutcome]", request: Request, timeout: float | None) -> bool:
     """Waits for the task; returns False if it is still running after `timeout` seconds.
 
     If the client disconnects first, cancels the task with its calls to the LLM and raises GatewayError.

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from serving.gateway.answering import Outcome
+from serving.gateway.answering import GatewayOutcome
 from serving.gateway.errors import GatewayError
 
 REFUSAL = "I do not have an answer that is good enough."
@@ -17,7 +17,7 @@ _COMMENT = ": sampling\n\n"
 _PIECE = re.compile(r"\s*\S{1,40}\s?|\s+")
 
 
-def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, object]:
+def completion(outcome: GatewayOutcome, identity: str, *, details: bool) -> dict[str, object]:
     """The body of a chat completion: the best choices first, and the usage of all candidates.
 
     `details` adds `cappy`: the summary of the outcome, and all candidates with their scores.
@@ -33,7 +33,7 @@ def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, o
     return {**body, "cappy": {**summary(outcome), "candidates": _candidates(outcome)}} if details else body
 
 
-def _choices(outcome: Outcome) -> list[dict[str, object]]:
+def _choices(outcome: GatewayOutcome) -> list[dict[str, object]]:
     """The choices, best first, as the LLM's server sent them; a refusal if the gateway abstains."""
     if outcome.kind == "abstained":
         message = {"role": "assistant", "content": REFUSAL, "refusal": REFUSAL}
@@ -44,7 +44,7 @@ def _choices(outcome: Outcome) -> list[dict[str, object]]:
     ]
 
 
-def _usage(outcome: Outcome) -> dict[str, object]:
+def _usage(outcome: GatewayOutcome) -> dict[str, object]:
     """Tokens of all calls as reported by the LLMs' servers, including details."""
     total: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for usage in outcome.ledger.usages:
@@ -52,7 +52,7 @@ def _usage(outcome: Outcome) -> dict[str, object]:
     return {**total, "total_tokens": total["prompt_tokens"] + total["completion_tokens"]}
 
 
-def summary(outcome: Outcome) -> dict[str, object]:
+def summary(outcome: GatewayOutcome) -> dict[str, object]:
     """Summarizes an outcome as JSON values; `limit` is null if none was reached.
 
     `unmetered_calls` counts calls whose tokens no server reported: `usage` lacks them, and the cost limits count their
@@ -75,7 +75,7 @@ def summary(outcome: Outcome) -> dict[str, object]:
     }
 
 
-def headers(outcome: Outcome) -> dict[str, str]:
+def headers(outcome: GatewayOutcome) -> dict[str, str]:
     """The summary as headers, `X-Cappy-Outcome` to `X-Cappy-Seconds`; values that are empty are left out."""
     values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in summary(outcome).items()}
     return {
@@ -85,7 +85,7 @@ def headers(outcome: Outcome) -> dict[str, str]:
     }
 
 
-def _candidates(outcome: Outcome) -> list[dict[str, object]]:
+def _candidates(outcome: GatewayOutcome) -> list[dict[str, object]]:
     """All candidates with their scores, best first; `score` is null if the candidate could not be scored."""
     return [
         {
@@ -101,7 +101,7 @@ def _candidates(outcome: Outcome) -> list[dict[str, object]]:
     ]
 
 
-def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[str, object]]:
+def chunks(outcome: GatewayOutcome, identity: str, *, details: bool) -> Iterator[dict[str, object]]:
     """The chunks of a stream: for each choice its role, its text in pieces and its finish_reason; then the usage.
 
     The last chunk of the first choice holds `cappy`, the summary, since the headers may have been sent before.
@@ -164,8 +164,8 @@ def _add_numbers(total: Mapping[str, object], more: Mapping[str, object]) -> dic
 
 
 async def events(
-    task: "asyncio.Task[Outcome]",
-    build_chunks: Callable[[Outcome], Iterator[Mapping[str, object]]],
+    task: "asyncio.Task[GatewayOutcome]",
+    build_chunks: Callable[[GatewayOutcome], Iterator[Mapping[str, object]]],
     *,
     keep_alive: float,
 ) -> AsyncIterator[str]:

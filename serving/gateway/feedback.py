@@ -35,7 +35,7 @@ from cappy.records.folder import MANIFEST, disk_errors, write_bytes, write_manif
 from cappy.records.instance import GIVEN
 from cappy.records.schema import to_table
 from serving.bodies import Bounds
-from serving.gateway.answering import Outcome
+from serving.gateway.answering import GatewayOutcome
 from serving.gateway.errors import GatewayError
 from serving.gateway.requests import read_object, validation_error
 from serving.gateway.upstream import SampledCandidate
@@ -49,7 +49,7 @@ PART_CHARACTERS = 8_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class FeedbackRow:
     """A row with the columns of an instance; it is only a valid instance once it has a reference or a label."""
 
     instance_id: str
@@ -81,13 +81,13 @@ class AppendableDataset:
         self._full_parts: list[File] = list(read_manifest(folder).files) if (folder / MANIFEST).exists() else []
         self._part_number = 1 + max((_part_number(file.name) for file in self._full_parts), default=-1)
         self._id_hashes: dict[str, NDArray[np.uint64]] = {}
-        self._open_rows: dict[str, Answer] = {}
+        self._open_rows: dict[str, FeedbackRow] = {}
         self._characters = 0
         self._open_file: File | None = None
         self._has_changes = False
         self._remove_unlisted_parts()
 
-    def put(self, row: Answer) -> None:
+    def put(self, row: FeedbackRow) -> None:
         """Adds a row, or replaces the one with its id."""
         if row.instance_id not in self._open_rows and (index := self._find_part(row.instance_id)) is not None:
             name = self._full_parts[index].name
@@ -111,7 +111,7 @@ class AppendableDataset:
             self._full_parts += [self._open_file] if self._open_file else []
             self._open_rows, self._characters, self._open_file = {}, 0, None
 
-    def get(self, instance_id: str) -> Answer | None:
+    def get(self, instance_id: str) -> FeedbackRow | None:
         """Returns the row with this id, or None."""
         if instance_id in self._open_rows:
             return self._open_rows[instance_id]
@@ -138,7 +138,7 @@ class AppendableDataset:
         finally:
             self._lock.close()
 
-    def _write(self, rows: Sequence[Answer]) -> File:
+    def _write(self, rows: Sequence[FeedbackRow]) -> File:
         buffer = io.BytesIO()
         # `to_table` only reads the columns, which an answer shares with an instance.
         pq.write_table(to_table(cast("Sequence[Instance]", rows)), buffer, compression="zstd")
@@ -186,7 +186,7 @@ def _hash_id(instance_id: str) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(instance_id.encode(), digest_size=8).digest(), "big"))
 
 
-def _num_characters(row: Answer) -> int:
+def _num_characters(row: FeedbackRow) -> int:
     """Number of characters in a row that clients and LLMs wrote."""
     return (
         len(row.instruction)
@@ -195,8 +195,8 @@ def _num_characters(row: Answer) -> int:
     )
 
 
-def _read_rows(path: Path) -> list[Answer]:
-    return [Answer(**{**row, **_from_parquet(row)}) for row in pq.read_table(path).to_pylist()]
+def _read_rows(path: Path) -> list[FeedbackRow]:
+    return [FeedbackRow(**{**row, **_from_parquet(row)}) for row in pq.read_table(path).to_pylist()]
 
 
 def _from_parquet(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class FeedbackLog:
         self._referenced = AppendableDataset(folder / "referenced")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feedback")
 
-    async def keep(self, outcome: Outcome, identity: str) -> None:
+    async def keep(self, outcome: GatewayOutcome, identity: str) -> None:
         """Stores an answer; an error of the disk is logged and does not fail the request."""
         try:
             await self._in_writer(lambda: self._answers.put(to_answer(outcome, identity)))
@@ -306,10 +306,10 @@ class FeedbackLog:
         await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
 
-def to_answer(outcome: Outcome, identity: str) -> Answer:
+def to_answer(outcome: GatewayOutcome, identity: str) -> FeedbackRow:
     """The row of an outcome, candidates best first; equal conversations are in the same group and split."""
     prompt = prompt_hash(outcome.request.instruction)
-    return Answer(
+    return FeedbackRow(
         instance_id=identity,
         instruction=outcome.request.instruction,
         group_id=f"{prompt:016x}",
@@ -318,7 +318,7 @@ def to_answer(outcome: Outcome, identity: str) -> Answer:
     )
 
 
-def check_answer(answer: Answer) -> Answer:
+def check_answer(answer: FeedbackRow) -> FeedbackRow:
     """Returns the row if it is a valid instance; raises RecordError otherwise."""
     Instance(**{name: getattr(answer, name) for name in answer.__dataclass_fields__})
     return answer
@@ -328,7 +328,7 @@ def _is_same_candidate(candidate: Candidate, other_candidate: Candidate) -> bool
     return replace(candidate, labels={}) == replace(other_candidate, labels={})
 
 
-def _candidate(candidate: SampledCandidate, outcome: Outcome) -> Candidate:
+def _candidate(candidate: SampledCandidate, outcome: GatewayOutcome) -> Candidate:
     has_logprobs = candidate.logprob_sum is not None and candidate.num_tokens
     return Candidate(
         response=candidate.text,

@@ -42,7 +42,7 @@ MIN_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Decision:
+class SamplingDecision:
     """How many candidates to sample next; 0 with the reason to stop."""
 
     count: int
@@ -75,20 +75,20 @@ def decide(
     num_received: int,
     min_candidates: int,
     max_candidates: int,
-) -> Decision:
+) -> SamplingDecision:
     """Decides whether to continue after `num_requested` candidates, of which `num_received` came.
 
     `scores` are those of the candidates that could be scored. At least `min_candidates` are sampled if possible, and at
     most `max_candidates` are requested.
     """
     if num_requested >= max_candidates:
-        return Decision(0, "candidates")
+        return SamplingDecision(0, "candidates")
     if num_received >= min_candidates and scores:
         if policy.threshold is not None and max(scores) >= policy.threshold:
-            return Decision(0, "threshold")
+            return SamplingDecision(0, "threshold")
         if expected_gain(scores) < policy.min_gain:
-            return Decision(0, "gain")
-    return Decision(min(max(policy.round_size, min_candidates - num_received), max_candidates - num_requested))
+            return SamplingDecision(0, "gain")
+    return SamplingDecision(min(max(policy.round_size, min_candidates - num_received), max_candidates - num_requested))
 
 
 def _density(z: float, degrees: int) -> float:

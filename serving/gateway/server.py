@@ -14,7 +14,7 @@ from serving.gateway.policy import Prices
 from serving.gateway.scoring import Scoring, load
 from serving.gateway.upstream import LLM, Upstream, make_llm, read_key
 from serving.guards import hosts_of, read_keys
-from serving.listener import GracefulServer, Shutdown, bind, format_url, http_config, prepare_process
+from serving.listener import GracefulServer, ShutdownFlag, bind, format_url, http_config, prepare_process
 
 
 def run(config: GatewayConfig) -> None:
@@ -32,7 +32,7 @@ def run(config: GatewayConfig) -> None:
         feedback = FeedbackLog(config.feedback) if config.feedback is not None else None
         scoring = load(config.scorer, config.calibration, scorer_key)
         listener.listen()
-        shutdown = Shutdown()
+        shutdown = ShutdownFlag()
         app = create_app(
             assemble(config, first, second, scoring),
             feedback=feedback,

@@ -8,7 +8,7 @@ import pytest
 from wording import assert_names, raises_naming
 
 from cappy.annotation import rouge_l
-from cappy.annotation.labels import MAX_MISMATCH_ROUGE, Labelling, Row, annotate, regression_rows
+from cappy.annotation.labels import MAX_MISMATCH_ROUGE, Labelling, RegressionRow, annotate, regression_rows
 from cappy.annotation.metrics import load_metric
 from cappy.annotation.rouge import is_partly_visible
 from cappy.annotation.step import AnnotationConfig, run
@@ -132,8 +132,8 @@ def test_rows_drop_duplicates_and_keep_where_each_came_from() -> None:
     )
     common: dict[str, Any] = {"instance_id": "i", "instruction": "go"}
     assert list(regression_rows(instance, "rougeL")) == [
-        Row(response="a", label=1.0, source="reference", **common),
-        Row(response="b", label=0.25, source="llm", generator="g", decoding="beam4", **common),
+        RegressionRow(response="a", label=1.0, source="reference", **common),
+        RegressionRow(response="b", label=0.25, source="llm", generator="g", decoding="beam4", **common),
     ]
 
 

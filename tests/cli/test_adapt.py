@@ -24,7 +24,7 @@ from cappy.records import Candidate, Instance, Manifest, write
 from cappy.records.folder import describe_files, write_manifest
 from cappy.sampling.step import SamplingConfig
 from pipelines.definitions import PIPELINES
-from pipelines.local import Outcome
+from pipelines.local import RunOutcome
 
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -55,10 +55,10 @@ def finished(folder: Path, files: Mapping[str, Any], step: str, found: Mapping[s
 
 
 @pytest.fixture
-def make_outcome(tmp_path: Path) -> Callable[..., Outcome]:
+def make_outcome(tmp_path: Path) -> Callable[..., RunOutcome]:
     """make_outcome("hold") -> a run of adapt whose evaluation is real and whose other folders hold their facts."""
 
-    def make(decision: str) -> Outcome:
+    def make(decision: str) -> RunOutcome:
         labels = {c.response: c.labels["rougeL"] for instance in instances() for c in instance.candidates}
         report = evaluate(instances(), score=lambda pairs: [labels[response] for _, response in pairs]).to_dict()
         alias = "champion" if decision == "promote" else "challenger"
@@ -76,7 +76,7 @@ def make_outcome(tmp_path: Path) -> Callable[..., Outcome]:
         if decision == "promote":
             endpoint = {"command": f"{decided['serve']} --port 8080"}
             outputs["deployment"] = finished(tmp_path / "deployment", {}, "deployment", endpoint)
-        return Outcome(
+        return RunOutcome(
             run_id="adapt-1",
             folder=tmp_path,
             log=tmp_path / "run.log",
@@ -88,7 +88,7 @@ def make_outcome(tmp_path: Path) -> Callable[..., Outcome]:
 
 
 def test_a_promotion_is_told_with_the_table_the_reasons_and_the_champions_command(
-    make_outcome: Callable[..., Outcome], tmp_path: Path
+    make_outcome: Callable[..., RunOutcome], tmp_path: Path
 ) -> None:
     outcome = make_outcome("promote")
     found = facts(outcome)
@@ -102,7 +102,7 @@ def test_a_promotion_is_told_with_the_table_the_reasons_and_the_champions_comman
     assert text.endswith(" cappy serve --scorer models:/mine@champion --port 8080")
 
 
-def test_a_hold_is_told_with_its_reasons_and_the_challengers_command(make_outcome: Callable[..., Outcome]) -> None:
+def test_a_hold_is_told_with_its_reasons_and_the_challengers_command(make_outcome: Callable[..., RunOutcome]) -> None:
     outcome = make_outcome("hold")
     text = describe(outcome, facts(outcome))
     assert re.search(r"alias challenger\ndecision  held.*\n +Because of this\.\n", text)
@@ -111,7 +111,7 @@ def test_a_hold_is_told_with_its_reasons_and_the_challengers_command(make_outcom
 
 @pytest.mark.parametrize("because", ["9 updates, kept the scorer that training started from: it was better", ""])
 def test_why_training_kept_other_weights_than_the_last_is_shown_at_the_end(
-    make_outcome: Callable[..., Outcome], tmp_path: Path, because: str
+    make_outcome: Callable[..., RunOutcome], tmp_path: Path, because: str
 ) -> None:
     outcome = make_outcome("hold")
     trained = tmp_path / "finetuning"
@@ -140,7 +140,7 @@ def test_d7_adapt_with_an_endpoint_and_no_strategy_draws_what_an_endpoint_can() 
 
 
 def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_reported_by_adapt_too(
-    make_outcome: Callable[..., Outcome], tmp_path: Path
+    make_outcome: Callable[..., RunOutcome], tmp_path: Path
 ) -> None:
     outcome = make_outcome("hold")
     sampled = tmp_path / "sampling"
@@ -155,7 +155,7 @@ def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_reported_by_adap
     assert "reasoning" not in describe(outcome, facts(outcome))
 
 
-def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[..., Outcome]) -> None:
+def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[..., RunOutcome]) -> None:
     found = facts(make_outcome("hold"))
     assert json.loads(json.dumps(found)) == found
     assert found["selectors"]["scorer"]["mean"] == found["selectors"]["oracle"]["mean"] == 1.0
@@ -165,13 +165,15 @@ def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[...,
     assert (found["decision"], found["version"], found["from_cache"]) == ("hold", "models:/mine/3", ["evaluation"])
 
 
-def test_the_command_that_serves_names_another_mlflow(make_outcome: Callable[..., Outcome]) -> None:
+def test_the_command_that_serves_names_another_mlflow(make_outcome: Callable[..., RunOutcome]) -> None:
     assert facts(make_outcome("hold"), "http://h:1/a b")["serve"] == (
         "MLFLOW_TRACKING_URI='http://h:1/a b' cappy serve --scorer models:/mine@challenger"
     )
 
 
-def test_the_report_is_named_from_here(make_outcome: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_is_named_from_here(
+    make_outcome: Callable[..., RunOutcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
     outcome = make_outcome("hold")
     monkeypatch.chdir(outcome.folder)
     assert facts(outcome)["report"] == "evaluation/report.html"
@@ -222,7 +224,7 @@ def test_settings_of_any_step_are_read_as_json_or_text() -> None:
     }
 
 
-def test_adapt_ends_with_the_cautions_of_its_steps(make_outcome: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_adapt_ends_with_the_cautions_of_its_steps(make_outcome: Callable[..., RunOutcome], tmp_path: Path) -> None:
     """D8, C10, C11: in the table's lines and in the JSON."""
     outcome = make_outcome("hold")
     counts: dict[str, dict[str, float]] = {

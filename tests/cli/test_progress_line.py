@@ -2,11 +2,11 @@
 
 import pytest
 
-from cappy.progress import ProgressLine, State, describe, duration
+from cappy.progress import ProgressLine, ProgressState, describe, duration
 
 
-def state(done: int, total: int | None, *, resumed: int = 0, seconds: float = 10.0) -> State:
-    return State(done=done, total=total, unit="rows", resumed=resumed, started=0.0, updated=seconds)
+def state(done: int, total: int | None, *, resumed: int = 0, seconds: float = 10.0) -> ProgressState:
+    return ProgressState(done=done, total=total, unit="rows", resumed=resumed, started=0.0, updated=seconds)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def state(done: int, total: int | None, *, resumed: int = 0, seconds: float = 10
         (state(3, 9, seconds=60.0), "3 of 9 rows, 0.05 rows/s, 2 min 00 s left"),
     ],
 )
-def test_done_total_rate_and_time_left_are_told_where_they_are_known(given: State, text: str) -> None:
+def test_done_total_rate_and_time_left_are_told_where_they_are_known(given: ProgressState, text: str) -> None:
     assert describe(given) == text
 
 

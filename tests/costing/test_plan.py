@@ -11,7 +11,7 @@ from wording import assert_names
 from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
 from cappy.costing import DEFAULT, Measurement, PlanConfig, Texts, Throughput, read_throughput
 from cappy.costing.costs import CHECKED, CHECKS, GENERATORS, HARDWARE, MAX_SHARDS, SCORERS, Work, cost
-from cappy.costing.plan import Plan, format_bytes, format_duration, make_plan, text, to_values
+from cappy.costing.plan import ScalePlan, format_bytes, format_duration, make_plan, text, to_values
 from cappy.costing.volumes import mixture_volumes
 from cappy.errors import ConfigError
 from cappy.preparation.mixtures import load_mixture
@@ -27,11 +27,11 @@ def measured() -> Throughput:
     return read_throughput(DEFAULT)
 
 
-def planned(measured: Throughput, **changes: Any) -> Plan:
+def planned(measured: Throughput, **changes: Any) -> ScalePlan:
     return make_plan(replace(CONFIG, **changes), measured)
 
 
-def seconds(made: Plan, devices: int) -> dict[str, float]:
+def seconds(made: ScalePlan, devices: int) -> dict[str, float]:
     return {one.name: one.seconds for one in made.costs(devices)}
 
 

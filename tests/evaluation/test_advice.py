@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from wording import assert_names
 
-from cappy.evaluation import Difference, Estimate, Report, evaluate
+from cappy.evaluation import Difference, MeanEstimate, Report, evaluate
 from cappy.evaluation.findings import MIN_GROUPS, Power
 from cappy.evaluation.verdict import advice, verdict
 from cappy.records import Instance
@@ -51,7 +51,7 @@ def found(report: Report, needed: int | None = 60, spread: float | None = 0.5, *
 def with_means(report: Report, **means: float) -> Report:
     """The report with selectors of these mean labels, greedy's among them."""
     row = report.selectors["random"]
-    rows = {name: replace(row, estimate=Estimate(mean=mean, low=0.0, high=1.0)) for name, mean in means.items()}
+    rows = {name: replace(row, estimate=MeanEstimate(mean=mean, low=0.0, high=1.0)) for name, mean in means.items()}
     return replace(report, selectors={**report.selectors, **rows})
 
 
@@ -60,12 +60,12 @@ WON, LOST, OPEN = (0.02, 0.06), (-0.06, -0.02), (-0.01, 0.03)
 
 
 def test_a_scorer_that_beats_everything_is_promoted(report: Report) -> None:
-    level = replace(report, curve={"scorer": (Estimate(mean=0.5, low=0.4, high=0.6),) * 6}, pays_until=1)
+    level = replace(report, curve={"scorer": (MeanEstimate(mean=0.5, low=0.4, high=0.6),) * 6}, pays_until=1)
     assert advice(found(level, random=WON, mbr=WON)).startswith("Promote:")
 
 
 def test_a_curve_that_still_rises_asks_for_more_samples(report: Report) -> None:
-    curve = tuple(Estimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
+    curve = tuple(MeanEstimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
     rising = replace(report, curve={"scorer": curve}, pays_until=6)
     assert_names(advice(found(rising, random=WON, mbr=WON)), "Promote", "sample more", "candidate 6", "1.0")
 
@@ -140,7 +140,7 @@ def test_a_pool_without_room_is_promoted_and_asks_for_other_candidates(instances
 
 
 def test_closed_choices_are_never_asked_for_more_samples(report: Report) -> None:
-    curve = tuple(Estimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
+    curve = tuple(MeanEstimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
     choices = replace(report, curve={"scorer": curve}, pays_until=6, tasks=(replace(report.tasks[0], kind="choice"),))
     text = advice(found(choices, random=WON))
     assert text.startswith("Promote:")

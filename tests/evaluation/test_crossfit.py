@@ -26,7 +26,7 @@ from cappy.scoring.calibration import read_calibration
 from cappy.scoring.training_data import count_seen, training_data, write_training_data
 from cappy.selection.pools import Pool, collect_pools, pick_labels, with_scores
 from cappy.selection.selectors import select
-from cappy.training.loop import Run
+from cappy.training.loop import TrainingRun
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 
@@ -262,13 +262,13 @@ def test_a_real_recipe_is_trained_for_each_fold_and_leaves_its_picks(
     places = {"source": tmp_path / "annotated", "scorer": tmp_path / "scorer", "work": tmp_path / "work"}
     told: list[str] = []
     updates: list[int] = []
-    update = Run.update
+    update = TrainingRun.update
 
-    def counted(training: Run) -> None:
+    def counted(training: TrainingRun) -> None:
         updates.append(training.state.update)
         update(training)
 
-    monkeypatch.setattr(Run, "update", counted)
+    monkeypatch.setattr(TrainingRun, "update", counted)
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         told.append(note)

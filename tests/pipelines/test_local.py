@@ -19,7 +19,7 @@ from cappy.errors import CappyError, ConfigError
 from cappy.records import read, read_manifest
 from cappy.runs import read_record
 from pipelines.clients.local import LocalClient
-from pipelines.local import Outcome, execute, run_recipe
+from pipelines.local import RunOutcome, execute, run_recipe
 from pipelines.recipe import check_recipe
 from pipelines.submission import Submission
 
@@ -28,17 +28,17 @@ TARGET = "made_pipeline:made_up"
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[..., Outcome]:
+def start(tmp_path: Path) -> Callable[..., RunOutcome]:
     """start(submission) runs it under tmp_path."""
 
-    def started(submission: Submission, show: bool = False) -> Outcome:
+    def started(submission: Submission, show: bool = False) -> RunOutcome:
         return execute(TARGET, submission, work=tmp_path / "work-python3", root=tmp_path / "root", show=show)
 
     return started
 
 
 def test_a_second_run_comes_from_the_cache_and_another_fingerprint_runs_again(
-    made_up: MakeUp, start: Callable[..., Outcome], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    made_up: MakeUp, start: Callable[..., RunOutcome], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     first = start(made_up(), show=True)
     assert set(first.outputs) == set(first.seconds) == {"preparation", "annotation"}
@@ -63,7 +63,7 @@ def test_a_second_run_comes_from_the_cache_and_another_fingerprint_runs_again(
     assert start(made_up(two="3" * 8)).cached == {"preparation"}
 
 
-def test_a_failing_step_says_its_own_line(made_up: MakeUp, start: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_failing_step_says_its_own_line(made_up: MakeUp, start: Callable[..., RunOutcome], tmp_path: Path) -> None:
     with pytest.raises(CappyError) as caught:
         start(made_up(second={"fail": "mend"}))
     assert str(caught.value) == "annotation: notes.jsonl:3: reference is empty; give it a text"
@@ -71,7 +71,7 @@ def test_a_failing_step_says_its_own_line(made_up: MakeUp, start: Callable[..., 
 
 
 def test_a_defect_shows_the_end_of_the_steps_own_log(
-    made_up: MakeUp, start: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
+    made_up: MakeUp, start: Callable[..., RunOutcome], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with raises_naming(CappyError, "preparation: ZeroDivisionError: a defect of ours", "run.log"):
         start(made_up(first={"fail": "defect"}), show=True)
@@ -80,7 +80,7 @@ def test_a_defect_shows_the_end_of_the_steps_own_log(
     assert "farewell" not in told
 
 
-def test_a_killed_step_is_said_to_be_killed(made_up: MakeUp, start: Callable[..., Outcome]) -> None:
+def test_a_killed_step_is_said_to_be_killed(made_up: MakeUp, start: Callable[..., RunOutcome]) -> None:
     with raises_naming(CappyError, "annotation: ", "killed"):
         start(made_up(second={"fail": "killed"}))
 
@@ -90,13 +90,13 @@ def test_a_folder_that_kfp_would_mangle_is_refused(made_up: MakeUp, tmp_path: Pa
         execute(TARGET, made_up(), work=tmp_path / "work-python3", root=tmp_path / "python3.11" / "root", show=False)
 
 
-def test_an_argument_that_kfp_would_mangle_is_refused(made_up: MakeUp, start: Callable[..., Outcome]) -> None:
+def test_an_argument_that_kfp_would_mangle_is_refused(made_up: MakeUp, start: Callable[..., RunOutcome]) -> None:
     with pytest.raises(ConfigError, match=r"^one: .*'python3'"):
         start(made_up(one="python3"))
 
 
 def test_two_runs_at_once_in_one_folder_do_not_disturb_each_other(
-    made_up: MakeUp, start: Callable[..., Outcome], tmp_path: Path
+    made_up: MakeUp, start: Callable[..., RunOutcome], tmp_path: Path
 ) -> None:
     with _other_process(tmp_path, made_up(one="5" * 8, two="6" * 8, first={"seconds": 0.5})) as other:
         mine = start(made_up(first={"seconds": 0.5}))
@@ -160,7 +160,7 @@ class _other_process:  # noqa: N801 (read as a verb in a with statement)
 
 @pytest.mark.parametrize("background", [False, True])
 def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
-    made_up: MakeUp, start: Callable[..., Outcome], tmp_path: Path, background: bool
+    made_up: MakeUp, start: Callable[..., RunOutcome], tmp_path: Path, background: bool
 ) -> None:
     client = LocalClient(tmp_path / "root" / "runs")
     over = start(made_up())
@@ -200,11 +200,11 @@ def test_shards_have_names_and_caches_of_their_own_and_an_edited_input_is_never_
     work = str(tmp_path / "work")
     recipe = check_recipe({"pipeline": "batch_score", "shards": 2, "parameters": parameters, "work": work})
 
-    def once() -> Outcome:
+    def once() -> RunOutcome:
         file.write_text("\n".join(map(json.dumps, rows)))
         return run_recipe(recipe, root=tmp_path / "root", show=False)
 
-    def gathered(outcome: Outcome) -> list[str]:
+    def gathered(outcome: RunOutcome) -> list[str]:
         return [instance.instruction for instance in read(outcome.outputs["gathering"])]
 
     first = once()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wording import assert_names
 
-from cappy.progress import State
+from cappy.progress import ProgressState
 from cappy.runs import StepRecord, record_path
 from pipelines.states import StepState, describe_progress, log_section, observe
 
@@ -25,7 +25,7 @@ def record(work: Path, fingerprint: str, run: str, status: str = "done") -> None
 
 def progress(folder: Path, step: str, done: int) -> None:
     now = time.time()
-    state = State(done=done, total=10, unit="rows", resumed=0, started=now - 2, updated=now)
+    state = ProgressState(done=done, total=10, unit="rows", resumed=0, started=now - 2, updated=now)
     (folder / f"{step}.json").write_text(json.dumps(asdict(state)))
 
 
@@ -75,7 +75,7 @@ def test_a_skipped_step_has_no_folder_although_an_older_run_left_one(tmp_path: P
 
 
 def test_a_running_step_tells_done_of_total_rate_and_time_left() -> None:
-    state = State(done=400, total=1000, unit="rows", resumed=100, started=0.0, updated=10.0)
+    state = ProgressState(done=400, total=1000, unit="rows", resumed=100, started=0.0, updated=10.0)
     line = describe_progress(StepState(step="sampling", state="running", progress=state))
     assert_names(line, "400 of 1,000 rows", "100 resumed", "30 rows/s", "20 s left")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from wording import raises_naming
 
 from cappy.errors import FolderError, RecordError
-from cappy.preparation.bigbench import MAX_EXAMPLES, HeldOutShares, Task, split_rows
+from cappy.preparation.bigbench import MAX_EXAMPLES, BigBenchTask, HeldOutShares, split_rows
 from cappy.records import Instance, Manifest
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]
@@ -92,9 +92,11 @@ def test_a_prompt_stands_once_whatever_its_case_and_task(prepare: Prepare, tmp_p
 @given(st.integers(1, 60), st.floats(0, 0.5), st.integers(0, 3))
 def test_every_row_has_one_split_and_the_draw_hangs_on_the_seed(count: int, validation: float, seed: int) -> None:
     rows: list[tuple[str, Any]] = [(f"w{n}", {"instruction": f"i{n}"}) for n in range(count)]
-    found = list(split_rows(Task(name="t", rows=rows), seed=seed, shares=HeldOutShares(validation=validation)))
+    found = list(split_rows(BigBenchTask(name="t", rows=rows), seed=seed, shares=HeldOutShares(validation=validation)))
     assert [where for where, _ in found] == [where for where, _ in rows]
-    assert found == list(split_rows(Task(name="t", rows=rows), seed=seed, shares=HeldOutShares(validation=validation)))
+    assert found == list(
+        split_rows(BigBenchTask(name="t", rows=rows), seed=seed, shares=HeldOutShares(validation=validation))
+    )
     splits = Counter(values["split"] for _, values in found)
     assert splits["train"] >= 1
     assert splits["test"] == min(max(16, count // 5), count - 1)
@@ -104,7 +106,7 @@ def test_a_split_keeps_at_most_fifty_thousand() -> None:
     rows: list[tuple[str, Any]] = [(str(n), {"instruction": str(n)}) for n in range(70_000)]
     splits = Counter(
         values["split"]
-        for _, values in split_rows(Task(name="t", rows=rows), seed=0, shares=HeldOutShares(validation=0))
+        for _, values in split_rows(BigBenchTask(name="t", rows=rows), seed=0, shares=HeldOutShares(validation=0))
     )
     assert splits == {"train": MAX_EXAMPLES, "test": 14_000}
 

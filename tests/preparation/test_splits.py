@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from wording import raises_naming
 
 from cappy.errors import ConfigError
-from cappy.preparation.rows import Row, hash64
+from cappy.preparation.rows import SourceRow, hash64
 from cappy.preparation.sources import Source
 from cappy.preparation.splits import apply_splits, assign_splits, draw_splits, merge_groups
 from cappy.preparation.step import PreparationConfig
@@ -29,10 +29,10 @@ def config(**settings: Any) -> PreparationConfig:
 def split(pairs: list[tuple[str, str]], **settings: Any) -> list[Instance]:
     """The instances of (group, instruction) pairs, ids and splits left to the step."""
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[SourceRow]:
         for number, (group, instruction) in enumerate(pairs):
             instance = Instance(instance_id="", group_id=group, instruction=instruction, references=("r",))
-            yield Row(f"row {number}", instance, has_id=False, has_split=False)
+            yield SourceRow(f"row {number}", instance, has_id=False, has_split=False)
 
     plan = assign_splits(Source(name="rows", format="", rows=rows), config(**settings), silent)
     found = list(apply_splits(rows(), plan))

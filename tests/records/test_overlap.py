@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cappy.records import overlap
-from cappy.records.overlap import Prompt, RowIndex, frequent_shingles, merge_rows, shingles, sketch_rows
+from cappy.records.overlap import PromptRow, RowIndex, frequent_shingles, merge_rows, shingles, sketch_rows
 
 FIRST = "Here is a short passage for you to read with care: {} Now say in one sentence what it is about."
 SECOND = "Summarise. {} Summary:"
@@ -23,11 +23,11 @@ def texts(count: int, length: int = 20, seed: int = 0) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=length)) for _ in range(count)]
 
 
-def prompts(template: str, rows: Sequence[str], group: Callable[[int], str] = str) -> list[Prompt]:
-    return [Prompt(template.format(row), "task", group(number)) for number, row in enumerate(rows)]
+def prompts(template: str, rows: Sequence[str], group: Callable[[int], str] = str) -> list[PromptRow]:
+    return [PromptRow(template.format(row), "task", group(number)) for number, row in enumerate(rows)]
 
 
-def found(trained: Sequence[Prompt], tested: Sequence[Prompt]) -> list[bool]:
+def found(trained: Sequence[PromptRow], tested: Sequence[PromptRow]) -> list[bool]:
     index, frequent = RowIndex(sketch_rows(trained)), frequent_shingles(tested)
     return [index.holds(one, frequent) for one in tested]
 

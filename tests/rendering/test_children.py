@@ -13,16 +13,16 @@ import pytest
 from waiting import wait_until
 
 from cappy.rendering import jobs
-from cappy.rendering.jobs import Failure, Job, Source
+from cappy.rendering.jobs import Failure, RenderJob, TemplateSource
 from cappy.rendering.process import ChildExitError, Process
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc, which Linux alone has")
-HELLO = Source("promptsource", ("Hello {{name}} ||| y", ""))
-SLEEPY = Source("promptsource", ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3 + " ||| y", ""))
+HELLO = TemplateSource("promptsource", ("Hello {{name}} ||| y", ""))
+SLEEPY = TemplateSource("promptsource", ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3 + " ||| y", ""))
 
 
-def hello(name: str) -> Job:
-    return Job(values=json.dumps({"name": name}), items=((HELLO, "0"),))
+def hello(name: str) -> RenderJob:
+    return RenderJob(values=json.dumps({"name": name}), items=((HELLO, "0"),))
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_an_interpreter_that_ends_leaves_no_child_and_no_word() -> None:
     wait_until(lambda: not any(runs(int(pid)) for pid in done.stdout.split()), f"the end of {done.stdout}")
 
 
-def children_of(work: list[Job]) -> list[Process]:
+def children_of(work: list[RenderJob]) -> list[Process]:
     """The idle children after this work; they were idle before."""
     list(jobs.run("promptsource", work))
     return list(jobs._idle["promptsource"])

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from cappy.errors import FolderError
 from cappy.model_folder import open_model_folder
-from cappy.rendering.jobs import Job
+from cappy.rendering.jobs import RenderJob
 from cappy.sampling.architectures import Causal
 from cappy.sampling.drawing import chat_prompt
 from cappy.sampling.strategies import GREEDY
@@ -145,7 +145,7 @@ def test_a_prompt_has_the_time_zone_of_its_asker(tokenizer: Any, monkeypatch: py
 def test_a_hostile_template_ends_in_one_line_that_names_the_folder(
     tokenizer: Any, template: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cappy.sampling.drawing.Job", partial(Job, seconds=0.5))
+    monkeypatch.setattr("cappy.sampling.drawing.RenderJob", partial(RenderJob, seconds=0.5))
     tokenizer.chat_template = template
     with pytest.raises(FolderError, match="chat template") as caught:
         chat_prompt(tokenizer, "who")

@@ -12,7 +12,7 @@ import torch
 from wording import assert_names
 
 from cappy.model_folder import open_model_folder
-from cappy.progress import PLAIN_SECONDS, ProgressLine, State, describe, silent
+from cappy.progress import PLAIN_SECONDS, ProgressLine, ProgressState, describe, silent
 from cappy.records import Instance, write
 from cappy.sampling import accounts, local
 from cappy.sampling.accounts import HEARTBEAT_SECONDS, SamplingProgress
@@ -33,7 +33,7 @@ class Records:
         self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = ""
     ) -> None:
         self.dones.append(done)
-        state = State(done=done, total=total, unit=unit, resumed=resumed, started=0.0, updated=10.0, note=note)
+        state = ProgressState(done=done, total=total, unit=unit, resumed=resumed, started=0.0, updated=10.0, note=note)
         self.lines.append(describe(state))
 
 

@@ -16,7 +16,7 @@ from wording import assert_names
 
 from cappy.scoring.encoding import Pair
 from serving.app import Options, create_app
-from serving.config import Limits
+from serving.config import RequestLimits
 from serving.engine import Models
 from serving.guards import Keys
 
@@ -145,7 +145,7 @@ def test_a_refusal_does_not_repeat_what_was_sent(serve: Serve) -> None:
 
 
 def test_what_is_too_large_is_413(serve: Serve) -> None:
-    client = serve(options=Options(limits=Limits(max_pairs=5, max_characters=9)))
+    client = serve(options=Options(limits=RequestLimits(max_pairs=5, max_characters=9)))
     assert client.post("/score", json={"pairs": [["a", "b" * 9]] * 5}).status_code == 200
     for pairs, named in (([["a", "b"]] * 6, ("6 pairs", "5")), ([["a", "b" * 10]], ("10 characters", "9", "shorter"))):
         answer = client.post("/score", json={"pairs": pairs})
@@ -154,7 +154,7 @@ def test_what_is_too_large_is_413(serve: Serve) -> None:
 
 
 def test_a_body_above_the_limit_is_413_announced_or_not(serve: Serve) -> None:
-    client = serve(options=Options(limits=Limits(max_body_mb=0.002)))
+    client = serve(options=Options(limits=RequestLimits(max_body_mb=0.002)))
     body = json.dumps({"pairs": [["a", "b" * 2000]]}).encode()
     for content in (body, iter([body[:1000], body[1000:]])):
         answer = client.post("/score", content=content, headers={"content-type": "application/json"})
@@ -164,7 +164,7 @@ def test_a_body_above_the_limit_is_413_announced_or_not(serve: Serve) -> None:
 
 def test_a_request_that_takes_too_long_is_504_and_leaves_the_queue(serve: Serve) -> None:
     engine = FakeEngine(delay=0.3)
-    client = serve(engine, Options(batch_tokens=3, limits=Limits(timeout=60)))
+    client = serve(engine, Options(batch_tokens=3, limits=RequestLimits(timeout=60)))
     body = {"pairs": [["a", str(number)] for number in range(9)]}
     answer = client.post("/score", json=body, headers={"X-Timeout-Seconds": "0.4"})
     assert answer.status_code == 504

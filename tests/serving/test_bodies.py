@@ -15,7 +15,7 @@ from worst_bodies import CHAT_PLACES, MEGABYTES, PLACES, Watched, bodies, servic
 
 from serving.app import Options
 from serving.bodies import _BLOCK, BodyBudget, Bounds, Refusal, measure
-from serving.config import Limits
+from serving.config import RequestLimits
 
 Serve = Callable[..., TestClient]
 JSON_TYPE = {"content-type": "application/json"}
@@ -101,7 +101,7 @@ def test_a_body_that_is_too_deep_is_400_and_one_of_too_many_values_413_before_it
 
 
 def test_all_texts_together_have_a_limit_and_equal_ones_count_once(serve: Serve) -> None:
-    client = serve(options=Options(limits=Limits(max_text_mb=0.001)))
+    client = serve(options=Options(limits=RequestLimits(max_text_mb=0.001)))
     same = {"pairs": [["a" * 400, "b"]] * 20}
     assert client.post("/score", json=same).status_code == 200
     wide = {"instruction": "a", "responses": ["\u4e2d" * 200, "\u4e2d" * 201]}
@@ -111,7 +111,7 @@ def test_all_texts_together_have_a_limit_and_equal_ones_count_once(serve: Serve)
 
 
 def test_elements_of_binary_tensors_count_as_values(serve: Serve) -> None:
-    client, path = serve(options=Options(limits=Limits(max_pairs=10))), "/v2/models/cappy/infer"
+    client, path = serve(options=Options(limits=RequestLimits(max_pairs=10))), "/v2/models/cappy/infer"
     for elements, status in ((100, 400), (384, 400), (385, 413), (100_000, 413)):
         head = json.dumps({"inputs": [{"parameters": {"binary_data_size": 4 * elements}}]}).encode()
         headers = {"inference-header-content-length": str(len(head))}
@@ -136,7 +136,7 @@ def test_bodies_that_are_held_at_once_have_a_limit_and_leave_it_when_they_are_an
 
 
 def test_more_bodies_than_there_is_room_for_are_503_and_the_others_are_answered(serve: Serve) -> None:
-    client = serve(FakeEngine(delay=0.5), Options(limits=Limits(max_body_mb=0.001)))
+    client = serve(FakeEngine(delay=0.5), Options(limits=RequestLimits(max_body_mb=0.001)))
     answers: list[int] = []
 
     def ask(number: int) -> None:

@@ -17,7 +17,7 @@ from waiting import wait_until
 from wording import assert_names
 
 from serving.app import Options, create_app
-from serving.config import Limits
+from serving.config import RequestLimits
 from serving.engine import Models
 from serving.guards import Keys
 
@@ -118,7 +118,7 @@ def test_the_request_is_copied_as_curl_and_python_and_works(opened: tuple[Any, l
 
 
 @pytest.mark.parametrize(
-    "address", [Options(limits=Limits(max_characters=5), keys=Keys(["right-key"]))], indirect=True, ids=["keys"]
+    "address", [Options(limits=RequestLimits(max_characters=5), keys=Keys(["right-key"]))], indirect=True, ids=["keys"]
 )
 def test_errors_are_sentences_and_a_missing_key_is_asked_for(opened: tuple[Any, list[str]]) -> None:
     view, _ = opened

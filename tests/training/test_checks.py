@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from wording import assert_names
 
 from cappy.records import Candidate, Instance, read_manifest, write
-from cappy.training.checkpoint import State
+from cappy.training.checkpoint import TrainingState
 from cappy.training.checks import MIN_INSTANCES, Check, expected_label, explain_kept_weights, record_check
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.train import instances_hash
@@ -38,8 +38,10 @@ def constant(value: float, count: int = NUMBER) -> Check:
     return Check((value,) * count, (value,) * count)
 
 
-def judged(checks: list[Check], *, rate_falling: list[bool], early_stopping: bool = True) -> tuple[State, list[bool]]:
-    state, kept = State(), []
+def judged(
+    checks: list[Check], *, rate_falling: list[bool], early_stopping: bool = True
+) -> tuple[TrainingState, list[bool]]:
+    state, kept = TrainingState(), []
     for update, (check, counts) in enumerate(zip(checks, rate_falling, strict=True)):
         state.update = update
         kept.append(record_check(check, state, early_stopping=early_stopping, rate_falling=counts))

@@ -107,16 +107,16 @@ def train(ranks: Ranks, config: FinetuningConfig, before: str = "", ended: int =
 
 BREAK_OFF = """
 import os, signal
-from cappy.training.loop import Run
+from cappy.training.loop import TrainingRun
 
-save = Run.save_if_due
+save = TrainingRun.save_if_due
 
 def save_if_due(self, shutdown):
     save(self, shutdown)
     if self.state.update == {update}:
         os.kill(os.getpid(), signal.SIGKILL)
 
-Run.save_if_due = save_if_due
+TrainingRun.save_if_due = save_if_due
 """
 """Every rank is killed when this update and its checkpoint are done."""
 

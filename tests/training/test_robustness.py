@@ -26,7 +26,7 @@ from cappy.errors import CappyError, FolderError, TrainingError
 from cappy.progress import silent
 from cappy.records import Candidate, Instance, write
 from cappy.scoring import Scorer
-from cappy.training.checkpoint import Checkpoint, State, load, newest_update, save
+from cappy.training.checkpoint import Checkpoint, TrainingState, load, newest_update, save
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
@@ -137,7 +137,7 @@ DAMAGE = {"sums.json": ["[]", "[" * 100_000, "5", '{"a": 1}'], "state.json": ["[
 
 def saved(folder: Path, update: int) -> Path:
     tensors = {"weight": torch.ones(2)}
-    save(folder, Checkpoint(state=State(update=update), weights=tensors, moments=tensors, best=tensors))
+    save(folder, Checkpoint(state=TrainingState(update=update), weights=tensors, moments=tensors, best=tensors))
     return folder / f"{update:09d}"
 
 

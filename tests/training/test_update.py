@@ -11,7 +11,7 @@ from wording import raises_naming
 from cappy.errors import ConfigError
 from cappy.records import Candidate, Instance, write
 from cappy.scoring import Scorer
-from cappy.training.checkpoint import State
+from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus, open_corpora
 from cappy.training.distributed import SINGLE_RANK, Ranks, ReplicatedStrategy
 from cappy.training.feed import Draw, assign_passes, draw_batch, padded_tokens, split_batch
@@ -51,7 +51,7 @@ def corpus(scorer: Scorer, source: Path, tmp_path_factory: pytest.TempPathFactor
 def gradients(scorer: Scorer, corpus: Corpus, plan: FinetuningConfig, budget: int, size: int = 13) -> torch.Tensor:
     strategy = Still(scorer.model, plan, SINGLE_RANK)
     drawn = draw_batch(corpus, 2, size, plan.max_candidates, seed=0)
-    update(scorer, strategy, corpus, drawn, plan, State(budget=budget), rate=0.0, ranks=SINGLE_RANK)
+    update(scorer, strategy, corpus, drawn, plan, TrainingState(budget=budget), rate=0.0, ranks=SINGLE_RANK)
     return torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
 
 

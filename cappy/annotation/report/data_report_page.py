@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from cappy.annotation.report.candidates import COLUMNS, list_names, metrics_of
-from cappy.annotation.report.record import NUM_BINS, DataReport, Labels, Lengths, Pools
+from cappy.annotation.report.record import NUM_BINS, DataReport, Labels, LengthSummary, Pools
 from cappy.annotation.report.summary import summarize
 from cappy.annotation.report.text import (
     DEFINITIONS,
@@ -154,7 +154,7 @@ def _draw_lengths(report: DataReport, *, width: float, height: float) -> str:
         return to_svg(figure, salt=f"cappy lengths {width}", variables=_VARIABLES)
 
 
-def _draw_box(axes: Axes, y: float, lengths: Lengths) -> None:
+def _draw_box(axes: Axes, y: float, lengths: LengthSummary) -> None:
     low, quarter, median, three_quarters, high = (lengths.quantiles[key] for key in ("5", "25", "50", "75", "95"))
     axes.plot([low, high], [y, y], color=QUIET, linewidth=1.4, solid_capstyle="butt")
     axes.plot([quarter, three_quarters], [y, y], color=_COLOURS["llm"], linewidth=9, solid_capstyle="butt", alpha=0.45)

@@ -64,7 +64,7 @@ class Pools:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generator:
+class GeneratorSummary:
     """An LLM with one decoding: the labels of its responses, and how many of them are blank (`empty`)."""
 
     generator: str
@@ -79,7 +79,7 @@ class Generator:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lengths:
+class LengthSummary:
     """Quantiles of lengths: "5" is the smallest length that at least 5% of the texts do not exceed.
 
     Exact up to 2,047; above, a quantile may be up to 0.1% too small. "max" is exact.
@@ -124,10 +124,10 @@ class DataReport:
     tasks: Mapping[str, Pools]
     labels: Labels
     sources: Mapping[str, Labels]
-    generators: tuple[Generator, ...]
+    generators: tuple[GeneratorSummary, ...]
     statuses: Mapping[str, int]
-    characters: Mapping[str, Lengths]
-    words: Mapping[str, Lengths]
+    characters: Mapping[str, LengthSummary]
+    words: Mapping[str, LengthSummary]
     responses: int
     empty: int
     groups: Repetition

@@ -31,9 +31,9 @@ from cappy.annotation.report.record import (
     NUM_BINS,
     QUANTILES,
     DataReport,
-    Generator,
+    GeneratorSummary,
     Labels,
-    Lengths,
+    LengthSummary,
     Pools,
     Repetition,
 )
@@ -61,8 +61,8 @@ def summarize(batches: Iterable[pa.RecordBatch], metric: str) -> DataReport:
 
     Memory grows with the number of tasks, splits and generators, and by 8 bytes per distinct instruction and group
     (three times that while hashes are merged); otherwise it is that of 512 instances. The result does not depend on the
-    batches and is exact, except as documented in `Lengths` and `Repetition`. Raises RecordError, naming the instance,
-    if a candidate has no label of this metric, or a label outside 0 to 1.
+    batches and is exact, except as documented in `LengthSummary` and `Repetition`. Raises RecordError, naming the
+    instance, if a candidate has no label of this metric, or a label outside 0 to 1.
     """
     summary = _Summary(metric)
     for batch in batches:
@@ -161,9 +161,9 @@ class _Summary:
         labels = self._labels.group_by(lambda key: key[0])
         return {source: labels[source][0] for source in SOURCES if source in labels}
 
-    def _generators(self) -> tuple[Generator, ...]:
+    def _generators(self) -> tuple[GeneratorSummary, ...]:
         generators = [
-            Generator(generator=key[1], decoding=key[2], empty=empty, labels=labels)
+            GeneratorSummary(generator=key[1], decoding=key[2], empty=empty, labels=labels)
             for key, (labels, empty) in self._labels.group_by(lambda key: key).items()
             if key[0] == "llm"
         ]
@@ -281,16 +281,16 @@ class LengthTotals:
             self._cells = np.append(self._cells, np.zeros(index.max() + 1 - len(self._cells), dtype=np.int64))
         np.add.at(self._cells, index, times)
 
-    def lengths(self) -> Lengths:
+    def lengths(self) -> LengthSummary:
         """The quantiles so far; empty if there is no text."""
         ranks = np.cumsum(self._cells)
         texts = int(ranks[-1])
         if not texts:
-            return Lengths(texts=0, quantiles={})
+            return LengthSummary(texts=0, quantiles={})
         target_ranks = [-(-texts * quantile // 100) for quantile in QUANTILES]
         lengths = map(_shortest_in_cell, np.searchsorted(ranks, target_ranks).tolist())
         quantiles = {str(quantile): length for quantile, length in zip(QUANTILES, lengths, strict=True)}
-        return Lengths(texts=texts, quantiles={**quantiles, "max": self._longest})
+        return LengthSummary(texts=texts, quantiles={**quantiles, "max": self._longest})
 
 
 def _shortest_in_cell(index: int) -> int:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pydantic import TypeAdapter
 from rich.cells import cell_len, set_cell_size
 
-from cappy.annotation.report.record import NUM_BINS, QUANTILES, DataReport, Labels, Lengths, Pools
+from cappy.annotation.report.record import NUM_BINS, QUANTILES, DataReport, Labels, LengthSummary, Pools
 from cappy.pages.words import metric_name, percent
 from cappy.records.instance import SELECTABLE
 from cappy.untrusted import JSON
@@ -224,7 +224,7 @@ def _generator_table(report: DataReport) -> Rows:
 def _length_table(report: DataReport) -> Rows:
     """Lengths of instructions, references and responses."""
 
-    def row(name: str, lengths: Lengths) -> Row:
+    def row(name: str, lengths: LengthSummary) -> Row:
         return (
             name,
             _format_count(lengths.texts),

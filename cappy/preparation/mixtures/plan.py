@@ -48,7 +48,7 @@ class PlanRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class MixturePlan:
     """The rows of a mixture and their sums; unknown sizes are not counted and are listed in `unknown`."""
 
     mixture: str
@@ -68,7 +68,7 @@ class Plan:
         return tuple(dict.fromkeys(row.subset for row in self.rows if row.examples is None))
 
 
-def plan_mixture(mixture: Mixture) -> Plan:
+def plan_mixture(mixture: Mixture) -> MixturePlan:
     """Counts the examples and pairs of a mixture.
 
     With choices, an example makes one pair for each choice. An open-ended example makes one pair for each sampled
@@ -76,7 +76,7 @@ def plan_mixture(mixture: Mixture) -> Plan:
     responses, so its open-ended templates make no pairs.
     """
     rows = (row for subset in mixture.subsets for row in _make_plan_rows(subset, mixture.samples))
-    return Plan(mixture=mixture.name, rows=tuple(rows))
+    return MixturePlan(mixture=mixture.name, rows=tuple(rows))
 
 
 def cap_rows(num_rows: int, num_templates: int) -> int:
@@ -132,7 +132,7 @@ def to_json(mixture: Mixture) -> str:
     return json.dumps({**values, "totals": _totals(plan), "notes": list(_describe(mixture, plan))}, indent=1)
 
 
-def _totals(plan: Plan) -> dict[str, int | list[str]]:
+def _totals(plan: MixturePlan) -> dict[str, int | list[str]]:
     return {
         "examples": plan.examples(),
         "examples_with_choices": plan.examples("choices"),
@@ -144,7 +144,7 @@ def _totals(plan: Plan) -> dict[str, int | list[str]]:
     }
 
 
-def _subset_lines(mixture: Mixture, plan: Plan) -> list[Line]:
+def _subset_lines(mixture: Mixture, plan: MixturePlan) -> list[Line]:
     """A header, a line for each subset, and the sums; with columns for templates if there are any."""
     counted = any(subset.templates for subset in mixture.subsets)
 
@@ -162,7 +162,7 @@ def _subset_lines(mixture: Mixture, plan: Plan) -> list[Line]:
     return [*lines, line("total", "", mixture.subsets, plan.rows)]
 
 
-def _template_lines(mixture: Mixture, plan: Plan) -> list[Line]:
+def _template_lines(mixture: Mixture, plan: MixturePlan) -> list[Line]:
     """A header, each subset with its templates below it, and the sums."""
     lines: list[Line] = [("template", "responses", "examples", "pairs")]
     for subset in mixture.subsets:
@@ -199,7 +199,7 @@ def _align(lines: Sequence[Line]) -> Iterator[str]:
         yield "  ".join(cells)
 
 
-def _describe(mixture: Mixture, plan: Plan) -> Iterator[str]:
+def _describe(mixture: Mixture, plan: MixturePlan) -> Iterator[str]:
     """Sentences on what the numbers mean and what they leave out."""
     if mixture.template_version:
         yield f"Templates are counted as of {mixture.template_version}."
@@ -219,7 +219,7 @@ def _describe(mixture: Mixture, plan: Plan) -> Iterator[str]:
         yield f"{num_unverified} of {len(mixture.subsets)} hub addresses are from public text and have not been loaded."
 
 
-def _describe_t0(mixture: Mixture, plan: Plan) -> Iterator[str]:
+def _describe_t0(mixture: Mixture, plan: MixturePlan) -> Iterator[str]:
     yield (
         "Later versions of promptsource add answer choices to 4 templates of wiqa. Blank prompts are dropped when "
         "rendered, so every count is an upper bound."

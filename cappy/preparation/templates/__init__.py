@@ -27,7 +27,7 @@ import yaml
 from cappy.errors import ConfigError, FolderError, RecordError, quote
 from cappy.rendering import jobs
 from cappy.rendering.child import encode
-from cappy.rendering.jobs import MAX_SECONDS, Failure, Job, Source
+from cappy.rendering.jobs import MAX_SECONDS, Failure, RenderJob, TemplateSource
 from cappy.untrusted import FAST_LOADER, MAX_CHARACTERS, Loader, load_yaml
 
 __all__ = [
@@ -122,19 +122,19 @@ def render_rows(
     A failure is returned as a RecordError in place of the result. ConfigError if a template does not compile.
     """
     queue: deque[tuple[Row, Sequence[Template], str]] = deque()
-    items_by_id: dict[int, tuple[Template, tuple[Source, str]]] = {}
+    items_by_id: dict[int, tuple[Template, tuple[TemplateSource, str]]] = {}
 
-    def item(template: Template) -> tuple[Source, str]:
+    def item(template: Template) -> tuple[TemplateSource, str]:
         if id(template) not in items_by_id:  # hashing a template would dominate the run time
             items_by_id[id(template)] = template, (_as_source(template), f"{seed} {template.id}")
         return items_by_id[id(template)][1]
 
-    def render_jobs() -> Iterator[Job]:
+    def render_jobs() -> Iterator[RenderJob]:
         for row, templates in rows:
             values, problem = _encode_row(row)
             queue.append((row, templates, problem))
             items = () if problem else tuple(map(item, templates))
-            yield Job(values=values, items=items, seconds=seconds)
+            yield RenderJob(values=values, items=items, seconds=seconds)
 
     for outcomes in jobs.run(_KIND, render_jobs()):
         row, templates, problem = queue.popleft()
@@ -149,7 +149,7 @@ def render_rows(
 def fixed_choices(template: Template) -> tuple[str, ...] | None:
     """The choices of a template if they are the same for every row; None if they depend on the row or are absent."""
     find_fields(template)
-    ((outcome,),) = jobs.run(_KIND, [Job(items=((_as_source(template), None),))])
+    ((outcome,),) = jobs.run(_KIND, [RenderJob(items=((_as_source(template), None),))])
     if isinstance(outcome, Failure):
         raise _config_error(template, outcome)
     return None if outcome is None else tuple(_check_texts(template, outcome))
@@ -166,8 +166,8 @@ def find_fields(template: Template) -> frozenset[str]:
     return frozenset(_check_texts(template, outcome))
 
 
-def _as_source(template: Template) -> Source:
-    return Source(_KIND, (template.jinja, template.answer_choices))
+def _as_source(template: Template) -> TemplateSource:
+    return TemplateSource(_KIND, (template.jinja, template.answer_choices))
 
 
 def _encode_row(row: Row) -> tuple[str, str]:

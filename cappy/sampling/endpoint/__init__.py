@@ -25,7 +25,14 @@ from cappy.sampling.endpoint.answers import (
     failed_answers,
     read_answers,
 )
-from cappy.sampling.endpoint.client import NO_KEY, Client, Clients, DeadlineExceededError, base_address, refuse_secrets
+from cappy.sampling.endpoint.client import (
+    NO_KEY,
+    Clients,
+    DeadlineExceededError,
+    EndpointClient,
+    base_address,
+    refuse_secrets,
+)
 from cappy.sampling.endpoint.faults import (
     PROBE,
     Capabilities,
@@ -170,7 +177,7 @@ class RequestSender:
         return len(numbers) if self.capabilities.supports("n") else 1
 
     def _send(
-        self, client: Client, sent: Mapping[str, object], request: GenerationRequest, count: int
+        self, client: EndpointClient, sent: Mapping[str, object], request: GenerationRequest, count: int
     ) -> tuple[bytes, Mapping[str, str]]:
         """Posts the request; body and headers of the response."""
         path = "/chat/completions" if self._config.api == "chat" else "/completions"

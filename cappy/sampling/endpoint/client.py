@@ -321,7 +321,7 @@ class DeadlineExceededError(Exception):
 
 
 @dataclass(frozen=True)
-class Client:
+class EndpointClient:
     """A client with one connection, and the maximum seconds of an attempt."""
 
     inner: openai.OpenAI
@@ -368,12 +368,12 @@ class Clients:
         # Shared, because reading the certificates takes most of the time of creating a client.
         self._certificates = httpx2.create_ssl_context()
         self._free = threading.BoundedSemaphore(count)
-        self._idle: queue.LifoQueue[Client] = queue.LifoQueue()
-        self._clients: list[Client] = []
+        self._idle: queue.LifoQueue[EndpointClient] = queue.LifoQueue()
+        self._clients: list[EndpointClient] = []
         self._deadlines = Deadlines()
 
     @contextlib.contextmanager
-    def client(self, stop: threading.Event) -> Iterator[Client]:
+    def client(self, stop: threading.Event) -> Iterator[EndpointClient]:
         """Waits for a free client and lends it for one request; StoppedError if the run is stopped by then."""
         with self._free:
             pause(0, stop)
@@ -392,7 +392,7 @@ class Clients:
         for client in self._clients:
             client.inner.close()
 
-    def _new(self) -> Client:
+    def _new(self) -> EndpointClient:
         connection = Connection()
         inner = openai.OpenAI(
             base_url=self._url,
@@ -404,7 +404,7 @@ class Clients:
                 verify=self._certificates, timeout=self._timeout, **sync_settings(connection)
             ),
         )
-        client = Client(inner, self._url, connection, self._deadlines, self._seconds)
+        client = EndpointClient(inner, self._url, connection, self._deadlines, self._seconds)
         self._clients.append(client)
         return client
 

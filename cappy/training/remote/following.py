@@ -67,7 +67,7 @@ class Jobs(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class PollLimits:
     """The maximum number of resubmissions; `timeout` and the polling interval `poll` in seconds."""
 
     max_restarts: int
@@ -94,7 +94,7 @@ class Hooks:
     sleep: Callable[[float], None] = time.sleep
 
 
-def follow(jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
+def follow(jobs: Jobs, name: str, limits: PollLimits, hooks: Hooks) -> None:
     """Submits the job if needed and returns when it has succeeded; raises TrainingError or ConfigError if it cannot.
 
     A running job is followed; a job that has succeeded is not submitted again unless its output is gone. A failed job
@@ -115,7 +115,7 @@ def end_job(jobs: Jobs, name: str, log: Callable[[str], None]) -> None:
     """Cancels the job if it is active and waits until it has ended; raises TrainingError if that fails."""
     status = jobs.status(name)
     if status is not None and status.phase not in FINAL_PHASES:
-        limits = Limits(max_restarts=0, timeout=0.0, poll=0.0)
+        limits = PollLimits(max_restarts=0, timeout=0.0, poll=0.0)
         hooks = Hooks(checkpoint_update=lambda: -1, output_exists=lambda: False, cancel_reason=lambda: "", log=log)
         _Follower(jobs, name, limits, hooks).cancel("its work is started anew")
 
@@ -160,7 +160,7 @@ def cancellation() -> Iterator[Callable[[], str]]:
 class _Follower:
     """The state of the loop between two polls of a job."""
 
-    def __init__(self, jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
+    def __init__(self, jobs: Jobs, name: str, limits: PollLimits, hooks: Hooks) -> None:
         self.jobs, self.name, self.limits, self.hooks = jobs, name, limits, hooks
         self.deadline = hooks.clock() + limits.timeout
         self.last_answer = hooks.clock()

@@ -25,7 +25,7 @@ from cappy.steps import step_version
 from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUE_REMEDY
 from cappy.training.launch import NO_REPORT, UNEXPECTED_ERROR, VERSION_VARIABLE
-from cappy.training.remote.following import CANCEL_SECONDS, Hooks, Jobs, Limits, cancellation, end_job, follow
+from cappy.training.remote.following import CANCEL_SECONDS, Hooks, Jobs, PollLimits, cancellation, end_job, follow
 from cappy.training.settings import LauncherSettings, TrainingSettings
 
 POLL_SECONDS = 5.0
@@ -106,7 +106,7 @@ def _follow(
             on_poll=report_progress,
             find_error=lambda line: _user_error(step, line),
         )
-        limits = Limits(max_restarts=config.max_restarts, timeout=config.timeout_hours * 3600, poll=POLL_SECONDS)
+        limits = PollLimits(max_restarts=config.max_restarts, timeout=config.timeout_hours * 3600, poll=POLL_SECONDS)
         follow(jobs, name, limits, hooks)
 
 

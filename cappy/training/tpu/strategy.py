@@ -57,7 +57,7 @@ Pullback = Callable[[Array], tuple[Params]]
 """Maps the gradient of the logits to that of the parameters; it holds the activations of the pass on the devices."""
 
 
-class Tokens(NamedTuple):
+class TokenArrays(NamedTuple):
     """Right-padded rows: token ids and token types (rows, length), and each row's number of tokens (rows,), >= 1."""
 
     ids: NDArray[np.int32]
@@ -66,7 +66,7 @@ class Tokens(NamedTuple):
 
 
 class _TracedTokens(Protocol):
-    """`Tokens` as seen in a function that JAX traces, with JAX's arrays."""
+    """`TokenArrays` as seen in a function that JAX traces, with JAX's arrays."""
 
     @property
     def ids(self) -> Array: ...
@@ -86,7 +86,7 @@ class JaxStrategy:
     def __init__(self, scorer: Scorer, config: TrainingSettings) -> None:
         self._model = scorer.model
         arch = _scorer_architecture(scorer)
-        self.engine = Engine(from_torch(self._model.state_dict()), arch, config, find_devices(config.devices))
+        self.engine = JaxEngine(from_torch(self._model.state_dict()), arch, config, find_devices(config.devices))
         shapes = Shapes(longest=scorer.encoder.max_length, tokens=config.batch_tokens, devices=config.devices)
         scorer.model = JaxModel(self.engine, shapes, self._model.config)
 
@@ -130,7 +130,7 @@ class JaxStrategy:
 class JaxModel(nn.Module):
     """A module with the model's call signature that pads to the engine's shapes and runs there, with autograd."""
 
-    def __init__(self, engine: "Engine", shapes: "Shapes", config: PretrainedConfig) -> None:
+    def __init__(self, engine: "JaxEngine", shapes: "Shapes", config: PretrainedConfig) -> None:
         super().__init__()
         self.config = config
         self._engine, self._shapes = engine, shapes
@@ -143,7 +143,7 @@ class JaxModel(nn.Module):
         """Logits (pairs, 1), on the CPU."""
         lengths = attention_mask.sum(dim=1)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        tokens = Tokens(*(tensor.cpu().numpy().astype(np.int32) for tensor in (input_ids, types, lengths)))
+        tokens = TokenArrays(*(tensor.cpu().numpy().astype(np.int32) for tensor in (input_ids, types, lengths)))
         if self.training:
             seed = int(torch.randint(2**31, ()))
             logits: Tensor = _DevicePass.apply(self._grad_anchor, self, tokens, seed)  # type: ignore[no-untyped-call]
@@ -152,7 +152,7 @@ class JaxModel(nn.Module):
             logits = torch.from_numpy(np.concatenate(scored))
         return SequenceClassifierOutput(logits=logits[:, None])
 
-    def training_forward(self, tokens: Tokens, seed: int) -> tuple[Tensor, list[tuple[slice, int, Pullback]]]:
+    def training_forward(self, tokens: TokenArrays, seed: int) -> tuple[Tensor, list[tuple[slice, int, Pullback]]]:
         """Logits (pairs,) with dropout, and for each chunk its pairs, its padded rows and its pullback."""
         outputs, pullbacks = [], []
         for chunk, rows in self._split(tokens):
@@ -172,19 +172,19 @@ class JaxModel(nn.Module):
             padded[: chunk.stop - chunk.start] = gradient[chunk]
             self._engine.backward(pullback, padded)
 
-    def _score(self, tokens: Tokens, chunk: slice, rows: int) -> NDArray[np.float32]:
+    def _score(self, tokens: TokenArrays, chunk: slice, rows: int) -> NDArray[np.float32]:
         return np.asarray(self._engine.logits(self._pad(tokens, chunk, rows)))[: chunk.stop - chunk.start]
 
-    def _split(self, tokens: Tokens) -> list[tuple[slice, int]]:
+    def _split(self, tokens: TokenArrays) -> list[tuple[slice, int]]:
         pairs, width = tokens.ids.shape
         return list(self._shapes.chunks(pairs, self._shapes.length_of(width)))
 
-    def _pad(self, tokens: Tokens, chunk: slice, rows: int) -> Tokens:
+    def _pad(self, tokens: TokenArrays, chunk: slice, rows: int) -> TokenArrays:
         """The pairs of the chunk padded to `rows` rows; a padding row has one token, so that its softmax is defined."""
         padding_rows = rows - (chunk.stop - chunk.start)
         padding_tokens = self._shapes.length_of(tokens.ids.shape[1]) - tokens.ids.shape[1]
         edges = ((0, padding_rows), (0, padding_tokens))
-        return Tokens(
+        return TokenArrays(
             ids=np.pad(tokens.ids[chunk], edges, constant_values=self.config.pad_token_id),
             types=np.pad(tokens.types[chunk], edges),
             lengths=np.pad(tokens.lengths[chunk], (0, padding_rows), constant_values=1),
@@ -202,7 +202,7 @@ class _DevicePass(torch.autograd.Function):
     """A pass on the devices as an autograd function; the parameters' gradients stay on the devices."""
 
     @staticmethod
-    def forward(context: _Context, grad_anchor: Tensor, model: JaxModel, tokens: Tokens, seed: int) -> Tensor:
+    def forward(context: _Context, grad_anchor: Tensor, model: JaxModel, tokens: TokenArrays, seed: int) -> Tensor:
         logits, context.pullbacks = model.training_forward(tokens, seed)
         context.model = model
         return logits
@@ -246,7 +246,7 @@ class Shapes:
             yield slice(start, start + size), min(rows for rows in row_counts if rows >= size)
 
 
-class Engine:
+class JaxEngine:
     """Parameters, gradients and optimizer on the devices, and the compiled programs."""
 
     def __init__(self, tensors: Arrays, arch: Architecture, config: TrainingSettings, devices: Sequence[jax.Device]):
@@ -270,12 +270,12 @@ class Engine:
         self._norm = jax.jit(optax.tree.norm, out_shardings=replicated)
         self._apply = jax.jit(self._update, donate_argnums=(0, 1), out_shardings=replicated)
 
-    def logits(self, tokens: Tokens) -> Array:
+    def logits(self, tokens: TokenArrays) -> Array:
         """Logits (rows,) without dropout."""
         logits: Array = self._logits(self.params, self.to_devices(tokens))
         return logits
 
-    def forward(self, tokens: Tokens, *, seed: int, first: int) -> tuple[Array, Pullback]:
+    def forward(self, tokens: TokenArrays, *, seed: int, first: int) -> tuple[Array, Pullback]:
         """Logits (rows,) with dropout, and the pullback.
 
         A row's dropout depends only on `seed` (32 bits) and its index in the pass; `first` is the index of row 0.
@@ -289,9 +289,9 @@ class Engine:
         """Adds the parameters' gradients from that of a pass's logits, (rows,); returns before they are computed."""
         self.sums = self._pull(self.sums, pullback, jax.device_put(gradient, self._sharded))
 
-    def to_devices(self, tokens: Tokens) -> Tokens:
+    def to_devices(self, tokens: TokenArrays) -> TokenArrays:
         """The tokens on the devices, with the rows sharded equally."""
-        tokens_on_devices: Tokens = jax.device_put(tokens, self._sharded)
+        tokens_on_devices: TokenArrays = jax.device_put(tokens, self._sharded)
         return tokens_on_devices
 
     def zero_grad(self) -> None:

@@ -23,7 +23,7 @@ from cappy.preparation import step as preparation
 from cappy.records import Candidate, Instance, read, read_manifest
 from cappy.records.folder import verify
 from serving.gateway.config import Policy
-from serving.gateway.feedback import Answer, AppendableDataset, FeedbackLog
+from serving.gateway.feedback import AppendableDataset, FeedbackLog, FeedbackRow
 
 
 @contextlib.contextmanager
@@ -163,9 +163,11 @@ def test_an_answer_is_given_where_the_disk_refuses_to_keep_it(
     assert "feedback: no room left on the disk" in caplog.text
 
 
-def row(number: int, text: str = "x") -> Answer:
+def row(number: int, text: str = "x") -> FeedbackRow:
     candidate = Candidate(response=text, scores={"v": 0.5})
-    return Answer(instance_id=f"id-{number}", instruction="i", candidates=(candidate,), group_id="g", split="train")
+    return FeedbackRow(
+        instance_id=f"id-{number}", instruction="i", candidates=(candidate,), group_id="g", split="train"
+    )
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -301,5 +303,5 @@ def test_one_folder_is_of_one_gateway(tmp_path: Path) -> None:
 
 
 def test_an_answer_has_the_columns_of_an_instance() -> None:
-    names = [field.name for field in dataclasses.fields(Answer)]
+    names = [field.name for field in dataclasses.fields(FeedbackRow)]
     assert set(names) == {field.name for field in dataclasses.fields(Instance)}

@@ -11,8 +11,8 @@ from cappy.training.remote.following import (
     CANCEL_SECONDS,
     PATIENCE_SECONDS,
     Hooks,
-    Limits,
     Phase,
+    PollLimits,
     Status,
     follow,
     reason_not_to_resubmit,
@@ -71,7 +71,7 @@ class Played:
             clock=lambda: self.now,
             sleep=self.pause,
         )
-        follow(self, NAME, Limits(**{"max_restarts": 5, "timeout": 36_000.0, "poll": 5.0, **limits}), hooks)
+        follow(self, NAME, PollLimits(**{"max_restarts": 5, "timeout": 36_000.0, "poll": 5.0, **limits}), hooks)
 
 
 def ended(played: Played, kind: type[Exception] = TrainingError, **limits: Any) -> str:

@@ -16,7 +16,7 @@ from wording import raises_naming
 from cappy.errors import ConfigError
 from cappy.records.instance import Source
 from cappy.scoring import Scorer
-from cappy.training.checkpoint import State
+from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus, CorpusWriter, TrainingInstance
 from cappy.training.distributed import SINGLE_RANK, ReplicatedStrategy
 from cappy.training.feed import Draw, comparison_mask, draw_batch, split_batch
@@ -70,7 +70,7 @@ def drawn_of(corpus: Corpus, settings: FinetuningConfig, number: int = 0) -> lis
 def updated(
     scorer: Scorer, strategy: Any, corpus: Corpus, settings: FinetuningConfig, number: int = 0, rate: float = 1e-3
 ) -> float:
-    state = State(budget=settings.batch_tokens, update=number, running_loss=1.0)
+    state = TrainingState(budget=settings.batch_tokens, update=number, running_loss=1.0)
     drawn = drawn_of(corpus, settings, number)
     return update(scorer, strategy, corpus, drawn, settings, state, rate=rate, ranks=SINGLE_RANK)
 
