@@ -52,7 +52,7 @@ def test_instances_are_distinct_and_every_family_gives_its_number() -> None:
 
 def test_a_family_that_cannot_give_so_many_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cappy.builtin.tasks._MAX_MISSES", 40)
-    with pytest.raises(ConfigError, match=r"number_words.*fewer"):
+    with pytest.raises(ConfigError, match=r"number_words.*smaller"):
         drawn(number=1_000_000, families=("number_words",))
 
 

@@ -289,7 +289,7 @@ def on_vertex() -> tuple[str, ...]:
 def test_a_bucket_that_is_none_is_one_line_with_the_rule(here: Here, bucket: str) -> None:
     done = here("pipeline", "status", "run-1", "--on", "vertex", "--project", "my-project", "--bucket", bucket)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert_names(done.stderr, f"cappy pipeline: --bucket: '{bucket}' ", "gs://NAME", "small letters", "slash")
+    assert_names(done.stderr, f"cappy pipeline: --bucket: '{bucket}' ", "gs://NAME", "lower-case letters", "slash")
 
 
 def placed(tmp_path: Path, server: Vertex) -> Path:

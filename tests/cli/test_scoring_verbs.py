@@ -111,7 +111,7 @@ def test_a_bad_line_is_one_line_on_stderr_and_status_1(here: Cappy, scorer_folde
     done = here("score", "--scorer", scorer_folder, "--source", "pairs.jsonl")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert_names(done.stderr, "cappy score: pairs.jsonl:2: ", "field 'response'", "fields here: 'instruction'")
+    assert_names(done.stderr, "cappy score: pairs.jsonl:2: ", "field 'response'", "fields found: 'instruction'")
 
 
 def test_a_missing_file_and_a_missing_scorer_are_one_line_each(here: Cappy, tmp_path: Path) -> None:
@@ -128,4 +128,4 @@ def test_half_of_a_one_off_is_wrong_usage(here: Cappy, verb: str) -> None:
     for flags in (["--instruction", "a"], ["--response", "a"]):
         done = here(verb, *flags)
         assert done.returncode == 2
-        assert "go together" in done.stderr
+        assert "must be given together" in done.stderr

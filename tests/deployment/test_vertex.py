@@ -108,7 +108,7 @@ def test_what_the_sdk_itself_refuses_is_one_line_too(scorer: Path) -> None:
     ("raised", "named"),
     [
         (RetryError("Timeout of 120.0s exceeded", ConnectionError("reset\nby peer")), ("120.0s", "reset by peer")),
-        (GoogleAPIError("what came is\nno JSON"), ("what came is no JSON",)),
+        (GoogleAPIError("what came is\nnot JSON"), ("what came is not JSON",)),
     ],
 )
 def test_a_service_that_gives_no_answer_is_one_line_and_the_same_command_goes_on(

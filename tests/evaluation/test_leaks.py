@@ -109,7 +109,7 @@ def test_a_scorer_without_groups_and_rows_is_judged_by_prompts_and_it_is_said(tm
     known = training_data(tmp_path)
     assert count_seen_by_kind(given, known) == {"prompts": 3}
     checked = dict(describe_leak_check(given, {"champion": known})["champion"])
-    assert_names(str(checked.pop("sees")), "prompts alone", "no groups")
+    assert_names(str(checked.pop("sees")), "only equal prompts", "no groups")
     assert checked == {"found_by_prompts": 3, "prompts": 3}
 
 

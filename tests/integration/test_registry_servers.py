@@ -146,7 +146,7 @@ def test_a_registry_that_cannot_be_written_registers_nothing_and_the_same_comman
     report = evaluated(tmp_path / "report", scorer)
     read_only(True)
     try:
-        with pytest.raises(RegistryError, match="MLflow refused"):
+        with pytest.raises(RegistryError, match="MLflow failed"):
             registered(uri, name, scorer, report, tmp_path / "version")
     finally:
         read_only(False)

@@ -207,7 +207,7 @@ def test_a_configuration_that_is_no_models_is_one_line(text: str, make_scorer: C
         ("nowhere", "nowhere: .*builtin"),
         ("hub:org/name", "hub:org/name@revision"),
         ("hub:org/name@main", "revision.*commit hash"),
-        ("openai:m@http://x/v1", "endpoint samples"),
+        ("openai:m@http://x/v1", "endpoint can sample"),
         ("openai:m", "openai:model@http"),
         ("models:/cappy", "models:/name@alias"),
         ("", "empty"),
