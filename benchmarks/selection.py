@@ -254,7 +254,7 @@ def table(runs: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, Any
         "best_update": [run["training"].get("best_update") for run in runs],
         "correlation": [round(run["correlation"], 3) for run in runs],
         "correlation_of_mbr": [round(run["correlation_of_mbr"], 3) for run in runs],
-        "selectors": {name: times_100(found) for name, found in selectors.items()},
+        "selectors": {name: times_100(result) for name, result in selectors.items()},
         "comparisons": {
             f"{first}-{second}": times_100(compare(np.array(values[first]), np.array(values[second]), groups))
             for first, second in pairs

@@ -60,8 +60,8 @@ def torch_lock(build: str) -> Path:
 
 def torch_version() -> str:
     """The version that is locked, without a local part."""
-    found = re.search(r"^torch==([\w.]+)", torch_lock("").read_text(), re.MULTILINE)
-    return found[1] if found else ""
+    result = re.search(r"^torch==([\w.]+)", torch_lock("").read_text(), re.MULTILINE)
+    return result[1] if result else ""
 
 
 def installed_torch(python: str) -> str:

@@ -100,14 +100,14 @@ def file_of(requirement: str) -> str:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed"]
         subprocess.run([*command, "--report", str(report), requirement], check=True, stderr=subprocess.DEVNULL)
-        (found,) = json.loads(report.read_text())["install"]
-    return f"{requirement} \\\n    --hash=sha256:{found['download_info']['archive_info']['hashes']['sha256']}\n"
+        (result,) = json.loads(report.read_text())["install"]
+    return f"{requirement} \\\n    --hash=sha256:{result['download_info']['archive_info']['hashes']['sha256']}\n"
 
 
 def entries(text: str, beside: Mapping[str, str] | None = None) -> dict[str, str]:
     """Name -> the entry of a lock, its hashes included; what `beside` has is left out."""
-    found = re.split(r"\n(?=\S)", text.rstrip("\n"))
-    named = {entry.partition("==")[0]: entry for entry in found if not entry.startswith("#")}
+    result = re.split(r"\n(?=\S)", text.rstrip("\n"))
+    named = {entry.partition("==")[0]: entry for entry in result if not entry.startswith("#")}
     return {name: entry for name, entry in named.items() if name not in (beside or {})}
 
 

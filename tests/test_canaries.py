@@ -76,10 +76,10 @@ def content(path: Path) -> bytes:
     return data + repr(pq.read_table(path).to_pylist()).encode() if path.suffix == ".parquet" else data
 
 
-def found_under(folder: Path) -> dict[str, list[str]]:
+def search(folder: Path) -> dict[str, list[str]]:
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     names = {str(path): canaries_in(str(path).encode()) + canaries_in(content(path)) for path in files}
-    return {name: found for name, found in names.items() if found}
+    return {name: result for name, result in names.items() if result}
 
 
 @dataclass
@@ -189,7 +189,7 @@ def test_a_whole_run_with_a_password_in_mlflows_address_leaves_no_canary(tmp_pat
     assert model.keys == {CANARIES["OPENAI_API_KEY"]}
     assert sum(model.answered.values()) == 60 * 8
     assert not canaries_in(run.done.stdout.encode() + run.done.stderr.encode())
-    assert not found_under(tmp_path)
+    assert not search(tmp_path)
     # The registry's database, every run's log and request, each answer on disk; the processes of all the steps.
     assert [path for path in (tmp_path / "mlflow").rglob("*") if path.name == "MODEL_CARD.md"]
     assert list(folder.rglob("request.json"))
@@ -205,7 +205,7 @@ def check_refused(run: Watched, folder: Path, verb: str) -> None:
     assert not canaries_in(run.done.stdout.encode() + run.done.stderr.encode())
     # Nor the beginning of one.
     assert "canary-" not in run.done.stderr
-    assert not found_under(folder)
+    assert not search(folder)
     assert not canaries_in(b"\n".join(run.words))
 
 
@@ -292,9 +292,9 @@ def test_the_search_finds_what_was_planted(tmp_path: Path) -> None:
         (tmp_path / f"{number}").write_bytes(b"{" + form + b"}")
     table = pa.table({"a": [f"x {OF_MLFLOW}"] * 1000})
     pq.write_table(table, tmp_path / "t.parquet", compression="zstd")
-    found = found_under(tmp_path)
-    assert len(found) == len(forms(EVERY[0])) + 1
-    assert found[str(tmp_path / "t.parquet")] == [OF_MLFLOW]
+    result = search(tmp_path)
+    assert len(result) == len(forms(EVERY[0])) + 1
+    assert result[str(tmp_path / "t.parquet")] == [OF_MLFLOW]
     planted = [sys.executable, "-c", "import subprocess, sys; subprocess.run([*sys.argv[1:]])"]
     words = watched(
         [*planted, sys.executable, "-c", "import time; time.sleep(2)", EVERY[1]], tmp_path, os.environ

@@ -40,12 +40,12 @@ class Assets(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        told = dict(attrs)
-        address = told.get("href") if tag == "link" else told.get("src")
-        self.found += [address] if address and tag != "a" else []
+        actual = dict(attrs)
+        address = actual.get("href") if tag == "link" else actual.get("src")
+        self.names += [address] if address and tag != "a" else []
 
 
 def test_the_pages_build_strictly_and_load_nothing_from_elsewhere(site: Path) -> None:
@@ -54,8 +54,8 @@ def test_the_pages_build_strictly_and_load_nothing_from_elsewhere(site: Path) ->
     for page in pages:
         assets = Assets()
         assets.feed(page.read_text(encoding="utf-8"))
-        assert assets.found
-        assert not [address for address in assets.found if re.match(r"(https?:)?//", address)], page
+        assert assets.names
+        assert not [address for address in assets.names if re.match(r"(https?:)?//", address)], page
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import )['\"]?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
     assert not list(site.rglob("*.py"))
@@ -89,9 +89,9 @@ def test_the_reference_is_what_the_code_says() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    told = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    actual = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
-    assert pages == set(re.findall(r"^ +- (?:[\w ]+: )?([\w/.-]+\.md)$", told, re.MULTILINE))
+    assert pages == set(re.findall(r"^ +- (?:[\w ]+: )?([\w/.-]+\.md)$", actual, re.MULTILINE))
 
 
 def test_a_block_runs_or_says_why_it_does_not() -> None:
@@ -114,7 +114,7 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
 
 def test_errors_that_troubleshooting_quotes_are_the_code_s_own() -> None:
     lines = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
-    entries = [found[1] for line in lines if (found := re.match(r"- `(.+?)`: ", line))]
+    entries = [result[1] for line in lines if (result := re.match(r"- `(.+?)`: ", line))]
     quoted = [quote for entry in entries for quote in entry.split("`, `")]
     assert len(quoted) > 40
     texts = list(said())
@@ -164,8 +164,8 @@ def run(block: Block, folder: Path, **environment: str) -> None:
     """Runs a block and asserts that it ends well."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [*RUNS[block.language], block.code]
-    told = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=folder, env=told, capture_output=True, text=True)
+    actual = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=folder, env=actual, capture_output=True, text=True)
     assert done.returncode == 0, f"{block.place}\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 

@@ -172,16 +172,16 @@ def test_every_lock_of_the_project_is_opened_in_one_place() -> None:
 
 def test_the_feedback_log_is_its_owners_alone_before_and_after_it_is_written_anew(umask: int, tmp_path: Path) -> None:
     folder = tmp_path / "log" / "answers"
-    shelf = AppendableDataset(folder)
+    dataset = AppendableDataset(folder)
     for number in range(2):
-        shelf.put(
+        dataset.put(
             FeedbackRow(instance_id=f"{number}", instruction="a secret", candidates=(), group_id="g", split="train")
         )
-        shelf.flush()
+        dataset.flush()
         assert {path.name: mode(path) for path in folder.iterdir()} == dict.fromkeys(
             (".lock", "manifest.json", f"part-{number:05d}.parquet"), 0o600
         )
-    shelf.close()
+    dataset.close()
     assert mode(folder) == 0o700
 
 

@@ -40,10 +40,10 @@ def test_every_line_of_a_lock_is_a_version_with_its_hashes(path: Path) -> None:
     assert comment.startswith("# ")
     assert "make lock" in comment
     assert LINE.sub("", rest) == ""
-    found = LINE.findall(rest)
-    names = [name for name, _, _ in found]
+    result = LINE.findall(rest)
+    names = [name for name, _, _ in result]
     assert names == sorted(set(names))
-    for name, _, hashes in found:
+    for name, _, hashes in result:
         digests = re.findall("[0-9a-f]{64}", hashes)
         assert len(set(digests)) == len(digests) > 0, name
 

@@ -74,22 +74,22 @@ def test_a_run_killed_twice_finishes_without_doing_finished_work_again(tmp_path:
     second = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert parts(tmp_path, "sampling") == sampled, "a finished part was done again"
-    found = json.loads(second.stdout)
-    finetuned = read_state(Path(found["log"]).with_name("finetuning.json"))
+    result = json.loads(second.stdout)
+    finetuned = read_state(Path(result["log"]).with_name("finetuning.json"))
     assert finetuned is not None
     assert 0 < update <= finetuned.resumed < finetuned.done, "finetuning began anew"
-    assert {"random", "longest", "likelihood_mean", "mbr", "scorer", "oracle"} <= set(found["selectors"])
-    assert found["decision"] in ("promote", "hold")
-    assert found["reasons"]
-    assert (tmp_path / found["report"]).read_text().lstrip().lower().startswith("<!doctype html")
-    assert found["serve"].startswith("cappy serve --scorer models:/cappy@")
+    assert {"random", "longest", "likelihood_mean", "mbr", "scorer", "oracle"} <= set(result["selectors"])
+    assert result["decision"] in ("promote", "hold")
+    assert result["reasons"]
+    assert (tmp_path / result["report"]).read_text().lstrip().lower().startswith("<!doctype html")
+    assert result["serve"].startswith("cappy serve --scorer models:/cappy@")
 
     third = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
     assert third.returncode == 0, third.stderr
     again = json.loads(third.stdout)
     assert set(again["from_cache"]) >= {"preparation", "sampling", "annotation", "finetuning", "evaluation"}
-    assert again["version"] == found["version"], "the same scorer is not registered twice"
-    _check_tracking(tmp_path, found["run"], again["run"])
+    assert again["version"] == result["version"], "the same scorer is not registered twice"
+    _check_tracking(tmp_path, result["run"], again["run"])
 
 
 def _check_tracking(folder: Path, *runs: str) -> None:
@@ -100,15 +100,15 @@ def _check_tracking(folder: Path, *runs: str) -> None:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         for number, run in enumerate(runs):
             (parent,) = (
-                found
-                for found in client.search_runs(experiments, f"tags.`cappy.run` = '{run}'")
-                if "mlflow.parentRunId" not in found.data.tags
+                result
+                for result in client.search_runs(experiments, f"tags.`cappy.run` = '{run}'")
+                if "mlflow.parentRunId" not in result.data.tags
             )
             nested = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-            steps = {found.info.run_name.split()[0]: found for found in nested}
+            steps = {result.info.run_name.split()[0]: result for result in nested}
             assert set(steps) <= set(STEP_SPECS)
             assert set(steps) >= {"preparation", "sampling", "annotation", "finetuning", "evaluation", "registration"}
-            cached = {name for name, found in steps.items() if found.data.tags.get("cappy.cached") == "true"}
+            cached = {name for name, result in steps.items() if result.data.tags.get("cappy.cached") == "true"}
             assert "sampling" in cached, "the second killed run had finished it"
             assert ("finetuning" in cached) == (number > 0)
             assert "registration" not in cached
@@ -127,11 +127,11 @@ def test_pretrain_ends_with_a_registered_scorer_that_adapt_can_start_from(tmp_pa
     words = [word for name, value in small.items() for word in ("--set", f"{name}={value}")]
     done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert (found["version"], found["alias"]) == ("models:/cappy-pretrained/1", "challenger")
-    assert found["serve"] == "cappy serve --scorer models:/cappy-pretrained/1"
+    result = json.loads(done.stdout)
+    assert (result["version"], result["alias"]) == ("models:/cappy-pretrained/1", "challenger")
+    assert result["serve"] == "cappy serve --scorer models:/cappy-pretrained/1"
     pair = ["--instruction", "Is it good?", "--response", "yes"]
     scored = subprocess.run(
-        [*COMMAND[:3], "score", "--scorer", found["version"], *pair], cwd=tmp_path, capture_output=True, text=True
+        [*COMMAND[:3], "score", "--scorer", result["version"], *pair], cwd=tmp_path, capture_output=True, text=True
     )
     assert 0 < float(scored.stdout) < 1, scored.stderr

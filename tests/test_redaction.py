@@ -69,10 +69,10 @@ def test_a_secret_of_the_environment_stands_in_no_form(
 ) -> None:
     monkeypatch.setenv(variable, f"{CANARY}\n")
     text = f"before {form(CANARY)} after"  # type: ignore[operator]
-    found = redact(text)
-    assert "***" in found
-    assert "7f3" not in found
-    assert CANARY not in found
+    result = redact(text)
+    assert "***" in result
+    assert "7f3" not in result
+    assert CANARY not in result
     monkeypatch.delenv(variable)
     assert redact(text) == text, "it is not a secret any more"
 
@@ -119,9 +119,9 @@ def test_what_is_short_or_an_ordinary_word_stays(monkeypatch: pytest.MonkeyPatch
 def test_no_cut_leaves_the_beginning_of_a_secret(padding: int, limit: int, tail: int) -> None:
     key = "0123456789abcdefghij"
     text = "x" * padding + key + "y" * tail
-    for found in (truncate(text, limit, key), one_line(text, limit, key), quote(text, limit, keys=[key])):
-        assert "0" not in found
-        assert len(found) <= limit
+    for result in (truncate(text, limit, key), one_line(text, limit, key), quote(text, limit, keys=[key])):
+        assert "0" not in result
+        assert len(result) <= limit
 
 
 @pytest.mark.parametrize("offset", range(-45, 5))
@@ -204,11 +204,11 @@ def test_the_traceback_of_a_defect_of_the_command_holds_no_secret(tmp_path: Path
         "cli.main([])\n"
     )
     environment = {"SOME_KEY": "sk-canary-9", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[1])}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert found.returncode == 1
-    assert found.stderr.count("ValueError: *** ***") == 3
-    assert "sk-canary" not in found.stderr
-    assert "Traceback" in found.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.count("ValueError: *** ***") == 3
+    assert "sk-canary" not in result.stderr
+    assert "Traceback" in result.stderr
 
 
 def test_redacting_costs_little() -> None:

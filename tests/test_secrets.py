@@ -118,9 +118,9 @@ def test_an_exit_step_without_its_secret_ends_with_one_line(
     monkeypatch.setattr(tracking, "fill_environment", partial(fill_environment, store))
     with pytest.raises(SystemExit):
         track_run({}, "", run="run-1", state="SUCCEEDED")
-    told = capsys.readouterr().err
-    assert_names(told, "cappy tracking: secret 'projects/p/secrets/other/versions/3': ", "403")
-    assert told.count("\n") == 1
+    actual = capsys.readouterr().err
+    assert_names(actual, "cappy tracking: secret 'projects/p/secrets/other/versions/3': ", "403")
+    assert actual.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,6 @@ def test_what_platforms_say_is_shown_without_secrets(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("OPENAI_API_KEY", "key-of-the-llm")
     said = SimpleNamespace(message="the key key-of-the-llm is wrong")
     task = SimpleNamespace(display_name="sampling", error=said, state="FAILED", start_time=None, end_time=None)
-    found = kubeflow._task(task)
-    assert found is not None
-    assert found.error == "the key *** is wrong"
+    result = kubeflow._task(task)
+    assert result is not None
+    assert result.error == "the key *** is wrong"

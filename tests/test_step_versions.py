@@ -160,8 +160,8 @@ def sampling(run: Runner) -> dict[str, Any]:
 
 def annotation(run: Runner) -> dict[str, Any]:
     odd = run.written("odd", odd_rows())
-    found = {metric: content(run("annotation", source=odd, metric=metric)) for metric in METRICS}
-    return {**found, "paper": content(run("annotation", source=odd, preset="paper", seed=1))}
+    result = {metric: content(run("annotation", source=odd, metric=metric)) for metric in METRICS}
+    return {**result, "paper": content(run("annotation", source=odd, preset="paper", seed=1))}
 
 
 def scoring(run: Runner) -> dict[str, Any]:
@@ -250,6 +250,6 @@ def test_results_change_only_with_the_steps_version(step: str, tmp_path: Path) -
         GOLDEN.write_text(json.dumps({**golden, step: now}, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
         return
     assert now["version"] == before.get("version"), f"{step} has a new version: write its results, as above"
-    found = list(differences(now, before))
+    result = list(differences(now, before))
     remedy = f"raise the version of {step} in cappy/steps.py, and of any other step that this test names"
-    assert not found, f"{step}: other results under the same version; {remedy}: {found[:5]}"
+    assert not result, f"{step}: other results under the same version; {remedy}: {result[:5]}"

@@ -1,6 +1,7 @@
 """The shape of the code: few modules, no cycles, layers that hold. Lazy imports and imports by name count too."""
 
 import ast
+import re
 import statistics
 from collections.abc import Iterator
 from functools import cache
@@ -10,6 +11,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("cappy", "components", "pipelines", "serving")
 MAX_MODULES = 240
 LEAST_MEDIAN = 130
+FOLDERS = (*PACKAGES, "benchmarks", "deploy", "docker", "docs", "requirements", "tests")
+BANNED_WORDS = frozenset("told found placed dealt house room dress dressing board shelf purse unwell untold".split())
+"""Participles and metaphors that name nothing a reader could guess; CONTRIBUTING.md has the rule."""
 MAX_FUNCTION_LINES = 80
 MAX_PARAMETERS = 8
 MANY_PARAMETERS = 10
@@ -29,12 +33,12 @@ LAYERS = (
 @cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of every module."""
-    found = {}
+    result = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            found[name.removesuffix(".__init__")] = path
-    return found
+            result[name.removesuffix(".__init__")] = path
+    return result
 
 
 def tree(path: Path) -> ast.Module:
@@ -74,21 +78,21 @@ def imported(name: str, path: Path) -> Iterator[str]:
 def graph() -> dict[str, set[str]]:
     """Module -> the modules of ours that it imports, and the packages around those."""
     known = modules()
-    found: dict[str, set[str]] = {}
+    result: dict[str, set[str]] = {}
     for name, path in known.items():
-        found[name] = {other for other in imported(name, path) if other in known} - {name}
+        result[name] = {other for other in imported(name, path) if other in known} - {name}
     # The worker reaches every step through the table of steps.
-    found["cappy.worker"] |= {
+    result["cappy.worker"] |= {
         str(word.value)
         for node in ast.walk(tree(known["cappy.steps"]))
         if isinstance(node, ast.keyword) and node.arg == "module" and isinstance(word := node.value, ast.Constant)
     }
-    return found
+    return result
 
 
 def cycles() -> list[list[str]]:
     """The sets of modules that reach each other (Tarjan's algorithm)."""
-    edges, index, low, stack, found = graph(), {}, {}, [], []  # type: ignore[var-annotated]
+    edges, index, low, stack, result = graph(), {}, {}, [], []  # type: ignore[var-annotated]
 
     def visit(node: str) -> None:
         index[node] = low[node] = len(index)
@@ -104,12 +108,12 @@ def cycles() -> list[list[str]]:
             while group[-1] != node:
                 group.append(stack.pop())
             if len(group) > 1:
-                found.append(sorted(group))
+                result.append(sorted(group))
 
     for node in edges:
         if node not in index:
             visit(node)
-    return found
+    return result
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
@@ -160,11 +164,11 @@ def test_the_library_imports_nothing_above_it_and_components_only_kfp_and_it() -
 
 
 def test_functions_are_short_and_few_have_many_parameters() -> None:
-    found = dict(functions())
-    assert [name for name, node in found.items() if (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES] == []
+    result = dict(functions())
+    assert [name for name, node in result.items() if (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES] == []
     many = [
         name
-        for name, node in found.items()
+        for name, node in result.items()
         if len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs) > MAX_PARAMETERS
     ]
     assert len(many) <= MANY_PARAMETERS, many
@@ -183,3 +187,32 @@ def test_a_small_module_has_more_than_one_importer() -> None:
     assert (
         sorted(name for name in small if len(importers.get(name, ())) == 1 and not name.startswith("components.")) == []
     )
+
+
+def identifiers(node: ast.AST) -> Iterator[str]:
+    """The names that a module gives: of functions, classes, parameters, variables and attributes."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield child.name
+        elif isinstance(child, ast.arg):
+            yield child.arg
+        elif isinstance(child, ast.Name | ast.Attribute) and isinstance(child.ctx, ast.Store):
+            yield child.id if isinstance(child, ast.Name) else child.attr
+
+
+def words(identifier: str) -> set[str]:
+    """The words of a name in lower case; "not found", as HTTP says it, is none."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", identifier)]
+    return {word for before, word in zip(["", *words], words, strict=False) if (before, word) != ("not", "found")}
+
+
+def test_no_name_has_a_banned_word() -> None:
+    assert words("_FoundRow_told2") == {"found", "row", "told"}
+    banned = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for name in [path.stem, *identifiers(tree(path))]
+        if words(name) & BANNED_WORDS
+    ]
+    assert banned == []

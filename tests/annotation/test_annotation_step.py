@@ -31,8 +31,8 @@ def labelled(instances: list[Instance], **known: Any) -> dict[str, list[tuple[st
 
 
 def test_each_source_has_its_label() -> None:
-    found = labelled([generation("one", "the red cat", "the cat", "dog"), generation("two", "a blue bird")])
-    assert found["one"] == [
+    result = labelled([generation("one", "the red cat", "the cat", "dog"), generation("two", "a blue bird")])
+    assert result["one"] == [
         ("the red cat", "reference", 1.0),
         ("the cat", "llm", 0.8),
         ("dog", "llm", 0.0),
@@ -99,11 +99,11 @@ def test_the_draw_of_mismatches_hangs_on_the_seed_alone() -> None:
 
 def test_the_paper_preset_repeats_the_published_set_with_its_quirks() -> None:
     twice = Instance(instance_id="t", instruction="say t", references=("same", "same"), task="say")
-    found = labelled([twice, generation("u", "other", "same", "other", "")], preset="paper")
+    result = labelled([twice, generation("u", "other", "same", "other", "")], preset="paper")
     # One draw for each reference; one that is a text of the instance is dropped and not drawn again. A repeated
     # reference stays, and a mismatch stands before what was sampled, so that its label wins.
-    assert [row for row in found["t"] if row[1] == "reference"] == [("same", "reference", 1.0)] * 2
-    assert [text for text, source, _ in found["t"] if source == "mismatch"] in ([], ["other"])
+    assert [row for row in result["t"] if row[1] == "reference"] == [("same", "reference", 1.0)] * 2
+    assert [text for text, source, _ in result["t"] if source == "mismatch"] in ([], ["other"])
     wins = {}
     for seed in range(20):
         instance = generation("u", "other", "same", "other", "")
@@ -177,7 +177,7 @@ def test_shards_and_workers_change_nothing_of_what_is_written(tmp_path: Path) ->
     assert [i for n in range(4) for i in read(tmp_path / f"shard{n}")] == list(read(tmp_path / "one"))
 
 
-def test_what_rouge_l_cannot_see_and_mismatches_not_found_are_counted(tmp_path: Path) -> None:
+def test_what_rouge_l_cannot_see_and_mismatches_missing_are_counted(tmp_path: Path) -> None:
     instances = [generation("r", "привет"), generation("s", "cat"), generation("t", "日本"), generation("u", "cat")]
     write(tmp_path / "in", [*instances, replace(generation("alone", "x"), task="alone")])
     run(AnnotationConfig(source=tmp_path / "in", target=tmp_path / "out", work=tmp_path / "work", part_rows=2))
@@ -219,14 +219,17 @@ def test_what_rouge_l_sees_only_a_part_of_is_counted_and_said(tmp_path: Path, te
 
 def test_other_metrics_do_not_count_what_rouge_l_sees(tmp_path: Path) -> None:
     write(tmp_path / "in", [generation("x", "2008年北京奥运会", "2008年上海世博会")])
-    found = {}
+    result = {}
     for metric in ("rougeL", "chrf", "rougeL_unicode", "0.5*rougeL+0.5*chrf"):
         config = AnnotationConfig(
             source=tmp_path / "in", target=tmp_path / metric, work=tmp_path / "work", metric=metric, mismatches=0
         )
-        found[metric] = (run(config).metrics.get("partly_invisible_to_rougeL"), next(read(config.target)).candidates[1])
-    assert [count for count, _ in found.values()] == [1, None, None, 1]
-    labels = [candidate.labels[metric] for metric, (_, candidate) in found.items()]
+        result[metric] = (
+            run(config).metrics.get("partly_invisible_to_rougeL"),
+            next(read(config.target)).candidates[1],
+        )
+    assert [count for count, _ in result.values()] == [1, None, None, 1]
+    labels = [candidate.labels[metric] for metric, (_, candidate) in result.items()]
     assert labels[0] == 1.0, "rouge_score's own value"
     assert max(labels[1:3]) < 0.7
 

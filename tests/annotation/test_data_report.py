@@ -81,18 +81,18 @@ def report_of(*given: Instance) -> DataReport:
 def recounted_pools(given: Sequence[Instance], metric: str) -> dict[str, Any]:
     """`Pools` by its definition, one candidate after the other."""
     pools, ties = [i.selectable for i in given if i.selectable], []
-    found: dict[str, list[float]] = {"random": [], "oracle": [], "no_signal": [], "best_shared": [], "effective": []}
+    result: dict[str, list[float]] = {"random": [], "oracle": [], "no_signal": [], "best_shared": [], "effective": []}
     for pool in pools:
         labels = [c.labels[metric] for c in pool]
         distinct: dict[str, float] = {}
         for c in pool:
             distinct.setdefault(c.response, c.labels[metric])
         shares = [count / len(pool) for count in Counter(c.response for c in pool).values()]
-        found["random"].append(sum(labels) / len(labels))
-        found["oracle"].append(max(labels))
-        found["no_signal"].append(len(set(labels)) == 1)
-        found["best_shared"].append(list(distinct.values()).count(max(distinct.values())) > 1)
-        found["effective"].append(math.exp(-sum(p * math.log(p) for p in shares)))
+        result["random"].append(sum(labels) / len(labels))
+        result["oracle"].append(max(labels))
+        result["no_signal"].append(len(set(labels)) == 1)
+        result["best_shared"].append(list(distinct.values()).count(max(distinct.values())) > 1)
+        result["effective"].append(math.exp(-sum(p * math.log(p) for p in shares)))
         pairs = [one == other for one, other in combinations(distinct.values(), 2)]
         ties += [statistics.mean(pairs)] if pairs else []
     return {
@@ -103,7 +103,7 @@ def recounted_pools(given: Sequence[Instance], metric: str) -> dict[str, Any]:
         "pools": len(pools),
         "comparable": len(ties),
         "ties": mean(ties),
-        **{name: mean(values) for name, values in found.items()},
+        **{name: mean(values) for name, values in result.items()},
     }
 
 
@@ -116,28 +116,28 @@ def recounted_labels(labels: Sequence[float]) -> dict[str, Any]:
 def recounted_lengths(lengths: Sequence[int]) -> dict[str, int]:
     """Nearest-rank quantiles."""
     ordered = sorted(lengths)
-    found = {str(q): ordered[math.ceil(len(ordered) * q / 100) - 1] for q in QUANTILES}
-    return {**found, "max": ordered[-1]}
+    result = {str(q): ordered[math.ceil(len(ordered) * q / 100) - 1] for q in QUANTILES}
+    return {**result, "max": ordered[-1]}
 
 
 def mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def same(found: object, wanted: dict[str, Any]) -> None:
+def same(result: object, wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
-        assert getattr(found, name) == (value if value is None else pytest.approx(value, abs=1e-9)), name
+        assert getattr(result, name) == (value if value is None else pytest.approx(value, abs=1e-9)), name
 
 
 def check(report: DataReport, given: Sequence[Instance], metric: str) -> None:
     """Every number of the report against its plain recount."""
     every = [c for i in given for c in i.candidates]
     same(report.total, recounted_pools(given, metric))
-    for found, key in ((report.tasks, "task"), (report.splits, "split")):
-        assert set(found) == {getattr(i, key) for i in given}
-        for name, pools in found.items():
+    for result, key in ((report.tasks, "task"), (report.splits, "split")):
+        assert set(result) == {getattr(i, key) for i in given}
+        for name, pools in result.items():
             same(pools, recounted_pools([i for i in given if getattr(i, key) == name], metric))
-        assert list(found) == sorted(found, key=lambda name: (-found[name].instances, name))
+        assert list(result) == sorted(result, key=lambda name: (-result[name].instances, name))
     same(report.labels, recounted_labels([c.labels[metric] for c in every]))
     assert set(report.sources) == {c.source for c in every}
     for source, labels in report.sources.items():
@@ -177,10 +177,10 @@ def check_lengths(report: DataReport, given: Sequence[Instance], responses: Sequ
         "response": responses,
     }
     for name, values in texts.items():
-        for found, length in ((report.characters[name], len), (report.words[name], lambda text: len(text.split()))):
-            assert found.texts == len(values)
+        for result, length in ((report.characters[name], len), (report.words[name], lambda text: len(text.split()))):
+            assert result.texts == len(values)
             if values:
-                assert found.quantiles == pytest.approx(recounted_lengths([length(v) for v in values]), rel=1e-3)
+                assert result.quantiles == pytest.approx(recounted_lengths([length(v) for v in values]), rel=1e-3)
 
 
 def drawn(count: int) -> list[Instance]:
@@ -259,9 +259,9 @@ def test_what_is_null_counts_as_its_default() -> None:
         row["group_id"] = [None, "", row["group_id"]][index % 3]
         for name, every in (("task", 4), ("split", 5), ("candidates", 7)):
             row[name] = None if index % every == 0 else row[name]
-        for number, found in enumerate(row["candidates"] or ()):
+        for number, result in enumerate(row["candidates"] or ()):
             for name, every in (("source", 2), ("status", 3), ("generator", 5), ("decoding", 4)):
-                found[name] = None if number % every == 0 else found[name]
+                result[name] = None if number % every == 0 else result[name]
     for batch in pa.Table.from_pylist(rows, schema=SCHEMA).to_batches(max_chunksize=25):
         check(summarize([batch], "m"), list(from_batch(batch)), "m")
 
@@ -289,9 +289,9 @@ def test_memory_does_not_grow_with_rows() -> None:
     def peak(times: int) -> int:
         tracemalloc.start()
         summarize((batch for _ in range(times)), "m")
-        found = tracemalloc.get_traced_memory()[1]
+        result = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return found
+        return result
 
     peak(2)
     # Hashes wait to be merged until there are 4,096 of a split: 80 batches have that many.
@@ -380,10 +380,10 @@ def test_quantiles_are_exact_to_2047_and_a_thousandth_too_small_at_most(lengths:
     totals = LengthTotals()
     for length in lengths:
         totals.add(np.array([length]), np.array([1]))
-    found, wanted = totals.lengths().quantiles, recounted_lengths(lengths)
-    assert found["max"] == wanted["max"]
+    result, wanted = totals.lengths().quantiles, recounted_lengths(lengths)
+    assert result["max"] == wanted["max"]
     for name, length in wanted.items():
-        assert (found[name] == length) if length < 2048 else (0.999 * length <= found[name] <= length)
+        assert (result[name] == length) if length < 2048 else (0.999 * length <= result[name] <= length)
 
 
 ROBUST = {
@@ -417,8 +417,8 @@ def test_responses_that_cannot_be_picked_are_a_caution() -> None:
 
 def test_equal_labels_throughout_are_the_headline() -> None:
     assert to_text(report_of(*ROBUST["labels 0"])).startswith("Selection cannot gain")
-    told = " ".join(to_text(report_of(*ROBUST["one among many empty"])).split())
-    assert_names(told.split(" - ")[0], "m ×100 of 60.0", "70.0", "up to 10.0.")
+    messages = " ".join(to_text(report_of(*ROBUST["one among many empty"])).split())
+    assert_names(messages.split(" - ")[0], "m ×100 of 60.0", "70.0", "up to 10.0.")
 
 
 def test_the_text_stays_within_its_columns_and_folds_what_is_long() -> None:
@@ -479,7 +479,7 @@ def test_a_label_that_is_none_is_an_error(label: float) -> None:
         report_of(instance("one", candidate(), candidate(label=label)))
 
 
-def test_an_error_is_found_wherever_the_batch_begins() -> None:
+def test_an_error_is_detected_wherever_the_batch_begins() -> None:
     given = [instance(f"i{index}", candidate(), candidate()) for index in range(9)]
     given[7] = instance("i7", candidate(), Candidate(response="b", labels={"other": 1.0}))
     (batch,) = batches(given)
@@ -504,12 +504,12 @@ def test_the_metric_is_the_folders_own_or_must_be_named(tmp_path: Path) -> None:
 def test_the_columns_of_the_report_are_enough_and_progress_ends_at_all_rows(tmp_path: Path) -> None:
     given = drawn(90)
     write(tmp_path / "data", given, part_rows=40)
-    told: list[tuple[int, int | None]] = []
+    messages: list[tuple[int, int | None]] = []
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-        told.append((done, total))
+        messages.append((done, total))
 
     report = write_report(tmp_path / "data", tmp_path / "report", "m", progress)
-    assert told == [(0, 90), (40, 90), (80, 90), (90, 90)]
+    assert messages == [(0, 90), (40, 90), (80, 90), (90, 90)]
     assert report == summarize(read_batches(tmp_path / "data", columns=COLUMNS), "m") == report_of(*given)
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["report.html", "report.json"]

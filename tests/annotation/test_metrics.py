@@ -37,8 +37,8 @@ COMPUTED = [name for name in METRICS if name != GIVEN]
 def value(name: str, references: list[str], response: str) -> float:
     instance = Instance(instance_id="i", instruction="go", references=("x",))
     object.__setattr__(instance, "references", tuple(references))  # a metric must cope with what no instance may hold
-    (found,) = load_metric(name)([InstanceResponses(instance, [Candidate(response=response)])])
-    return float(found)
+    (result,) = load_metric(name)([InstanceResponses(instance, [Candidate(response=response)])])
+    return float(result)
 
 
 plain = st.text(alphabet="abc AB09.,;-\n", max_size=40)

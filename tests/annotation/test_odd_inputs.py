@@ -47,16 +47,16 @@ texts = st.one_of(
 def value(name: str, references: list[str], response: str) -> float:
     instance = Instance(instance_id="i", instruction="go", references=("x",))
     object.__setattr__(instance, "references", tuple(references))
-    (found,) = load_metric(name)([InstanceResponses(instance, [Candidate(response=response)])])
-    return float(found)
+    (result,) = load_metric(name)([InstanceResponses(instance, [Candidate(response=response)])])
+    return float(result)
 
 
 @pytest.mark.parametrize(("reference", "response", "expected"), TABLE)
 def test_odd_texts_have_the_values_that_were_decided(
     reference: str, response: str, expected: tuple[float, ...]
 ) -> None:
-    found = [value(name, [reference], response) for name in METRICS]
-    assert found == pytest.approx([float(one) for one in expected])
+    result = [value(name, [reference], response) for name in METRICS]
+    assert result == pytest.approx([float(one) for one in expected])
 
 
 @given(texts, texts)

@@ -54,15 +54,15 @@ def test_columns_equal_rouge_score_to_the_last_bit(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rouge, "CHUNK_CHARACTERS", chunk[0])
         patch.setattr(rouge, "CHUNK_PAIRS", chunk[1])
-        found = rouge_l_pools([first for first, _ in pools], [second for _, second in pools], use_stemmer=stem)
-    assert found.tolist() == expected
+        result = rouge_l_pools([first for first, _ in pools], [second for _, second in pools], use_stemmer=stem)
+    assert result.tolist() == expected
 
 
 def test_every_character_separates_or_joins_as_rouge_score_has_it() -> None:
-    found = [f"a{chr(code)}b {chr(code)}" for code in range(0x110000)]
-    plain = [" ".join(tokenize(text, None)) for text in found]
-    strings, _ = token_strings([*found, *plain], use_stemmer=False)
-    assert strings[: len(found)] == strings[len(found) :]
+    result = [f"a{chr(code)}b {chr(code)}" for code in range(0x110000)]
+    plain = [" ".join(tokenize(text, None)) for text in result]
+    strings, _ = token_strings([*result, *plain], use_stemmer=False)
+    assert strings[: len(result)] == strings[len(result) :]
 
 
 @pytest.mark.parametrize("source", sorted(POOLS.glob("*.gz")) or [None], ids=lambda path: path and path.name)
@@ -78,8 +78,10 @@ def test_columns_equal_rouge_score_on_real_outputs(source: Path | None) -> None:
     responses = [
         [one["text"] for one in rng.sample(row["candidates"], min(4, len(row["candidates"])))] for row in drawn
     ]
-    found = rouge_l_columns(pa.array(references, LISTS), pa.array(responses, LISTS)).to_pylist()
-    assert found == [[reference(refs, text) for text in pool] for refs, pool in zip(references, responses, strict=True)]
+    result = rouge_l_columns(pa.array(references, LISTS), pa.array(responses, LISTS)).to_pylist()
+    assert result == [
+        [reference(refs, text) for text in pool] for refs, pool in zip(references, responses, strict=True)
+    ]
 
 
 def test_a_column_may_be_a_slice_and_hold_nulls_and_empty_lists() -> None:
@@ -102,8 +104,8 @@ def test_the_column_door_gives_what_the_step_writes(tmp_path: Path) -> None:
     ]
     write(tmp_path / "f", instances, part_rows=2)
     batches = read_batches(tmp_path / "f", columns=COLUMNS)
-    found = [labels for batch in batches for labels in rouge_l_batch(batch).to_pylist()]
-    assert found == [[rouge_l((target, "x"), text) for text in texts] for target, texts in pools]
+    result = [labels for batch in batches for labels in rouge_l_batch(batch).to_pylist()]
+    assert result == [[rouge_l((target, "x"), text) for text in texts] for target, texts in pools]
 
 
 @given(st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=4, max_size=12))

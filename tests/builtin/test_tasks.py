@@ -61,14 +61,14 @@ def test_draws_are_the_same_in_every_process_and_differ_by_seed() -> None:
         "from cappy.builtin.tasks import instances\n"
         "print([i.instruction for i in instances('adaptation', num_per_family=3, seed=5)])"
     )
-    told = {
+    actual = {
         subprocess.run(
             [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
         ).stdout
         for seed in ("1", "2")
     }
-    assert len(told) == 1
-    assert eval(told.pop()) == [row.instruction for row in drawn(number=3, seed=5)]
+    assert len(actual) == 1
+    assert eval(actual.pop()) == [row.instruction for row in drawn(number=3, seed=5)]
     assert drawn(number=3, seed=5) != drawn(number=3, seed=6)
 
 
@@ -113,16 +113,16 @@ def test_dates_mean_the_same_day_in_both_notations() -> None:
     formats = ("%B %d, %Y", "%d %B %Y", "%Y-%m-%d", "%d/%m/%Y", "%m/%d/%Y")
 
     def days(text: str) -> set[date]:
-        found = set()
+        result = set()
         for pattern in formats:
             for part in re.findall(
                 r"\d{4}-\d{2}-\d{2}|\d{1,2}/\d{1,2}/\d{4}|[A-Z][a-z]+ \d{1,2}, \d{4}|\d{1,2} [A-Z][a-z]+ \d{4}", text
             ):
                 try:
-                    found.add(datetime.strptime(part, pattern).date())
+                    result.add(datetime.strptime(part, pattern).date())
                 except ValueError:
                     continue
-        return found
+        return result
 
     for row in of("date_formats"):
         assert days(row.references[0]) & days(row.instruction), row

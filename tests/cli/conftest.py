@@ -42,12 +42,12 @@ def flag_rows() -> Callable[[str], dict[str, str]]:
     """`flag_rows(help)`: what a help page says of each long flag, its lines joined."""
 
     def rows(text: str) -> dict[str, str]:
-        found: dict[str, str] = {}
+        result: dict[str, str] = {}
         for row in re.split(r"\n  (?=-)", "\n" + text.split("Options:\n")[1].split("\n\n")[0])[1:]:
             match = re.match(r"(?:-\w, )?(--[\w-]+)(.*)", " ".join(row.split()))
             assert match, row
-            found[match[1]] = match[2]
-        return found
+            result[match[1]] = match[2]
+        return result
 
     return rows
 

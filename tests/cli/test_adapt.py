@@ -46,11 +46,11 @@ def instances() -> list[Instance]:
     ]
 
 
-def finished(folder: Path, files: Mapping[str, Any], step: str, found: Mapping[str, Any]) -> Path:
+def finished(folder: Path, files: Mapping[str, Any], step: str, result: Mapping[str, Any]) -> Path:
     folder.mkdir()
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values))
-    write_manifest(folder, Manifest(step=step, files=describe_files(folder), facts=found))
+    write_manifest(folder, Manifest(step=step, files=describe_files(folder), facts=result))
     return folder
 
 
@@ -87,12 +87,12 @@ def make_outcome(tmp_path: Path) -> Callable[..., RunOutcome]:
     return make
 
 
-def test_a_promotion_is_told_with_the_table_the_reasons_and_the_champions_command(
+def test_a_promotion_is_reported_with_the_table_the_reasons_and_the_champions_command(
     make_outcome: Callable[..., RunOutcome], tmp_path: Path
 ) -> None:
     outcome = make_outcome("promote")
-    found = facts(outcome)
-    text = describe(outcome, found)
+    result = facts(outcome)
+    text = describe(outcome, result)
     for row in ("random choice", "longest", "MBR", "scorer", "oracle", "95% interval"):
         assert row in text
     assert re.search(rf"^report +{re.escape(str(tmp_path))}/evaluation/report\.html$", text, re.MULTILINE)
@@ -102,7 +102,9 @@ def test_a_promotion_is_told_with_the_table_the_reasons_and_the_champions_comman
     assert text.endswith(" cappy serve --scorer models:/mine@champion --port 8080")
 
 
-def test_a_hold_is_told_with_its_reasons_and_the_challengers_command(make_outcome: Callable[..., RunOutcome]) -> None:
+def test_a_hold_is_reported_with_its_reasons_and_the_challengers_command(
+    make_outcome: Callable[..., RunOutcome],
+) -> None:
     outcome = make_outcome("hold")
     text = describe(outcome, facts(outcome))
     assert re.search(r"alias challenger\ndecision  held.*\n +Because of this\.\n", text)
@@ -120,9 +122,9 @@ def test_why_training_kept_other_weights_than_the_last_is_shown_at_the_end(
     manifest = Manifest(step="finetuning", files=(), metrics={"updates": 9}, facts=made)
     write_manifest(trained, manifest)
     outcome = replace(outcome, outputs={**outcome.outputs, "finetuning": trained})
-    found = facts(outcome)
-    assert found["training"] == {"updates": 9, **made}
-    lines = [line for line in describe(outcome, found).splitlines() if line.startswith("training")]
+    result = facts(outcome)
+    assert result["training"] == {"updates": 9, **made}
+    lines = [line for line in describe(outcome, result).splitlines() if line.startswith("training")]
     assert lines == ([f"training  {because}"] if because else [])
     assert describe_step(manifest, trained) == lines
     assert summary(manifest, trained, 1.0).splitlines()[:-1] == lines
@@ -156,13 +158,13 @@ def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_reported_by_adap
 
 
 def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[..., RunOutcome]) -> None:
-    found = facts(make_outcome("hold"))
-    assert json.loads(json.dumps(found)) == found
-    assert found["selectors"]["scorer"]["mean"] == found["selectors"]["oracle"]["mean"] == 1.0
-    random_choice = found["selectors"]["random"]
+    result = facts(make_outcome("hold"))
+    assert json.loads(json.dumps(result)) == result
+    assert result["selectors"]["scorer"]["mean"] == result["selectors"]["oracle"]["mean"] == 1.0
+    random_choice = result["selectors"]["random"]
     assert random_choice["low"] <= random_choice["mean"] <= random_choice["high"]
     assert random_choice["mean"] == pytest.approx(0.5)
-    assert (found["decision"], found["version"], found["from_cache"]) == ("hold", "models:/mine/3", ["evaluation"])
+    assert (result["decision"], result["version"], result["from_cache"]) == ("hold", "models:/mine/3", ["evaluation"])
 
 
 def test_the_command_that_serves_names_another_mlflow(make_outcome: Callable[..., RunOutcome]) -> None:
@@ -239,12 +241,12 @@ def test_adapt_ends_with_the_cautions_of_its_steps(make_outcome: Callable[..., R
         write_manifest(folders[step], Manifest(step=step, files=(), config=config, metrics=metrics))
     assert "cautions" not in facts(outcome)
     outcome = replace(outcome, outputs={**folders, **outcome.outputs})
-    found = facts(outcome)
-    cut, reasoning, partly = found["cautions"]
+    result = facts(outcome)
+    cut, reasoning, partly = result["cautions"]
     assert_names(cut, "32 of 320 responses", "10.0 %", "64 new tokens", "--max-new-tokens 512")
     assert_names(reasoning, "8 of 320 (2.5 %)", "reasoning")
     assert_names(partly, "2 of 40 (5.0 %)", "Rouge-L", "part")
-    assert [line for line in describe(outcome, found).splitlines() if line.startswith("caution")] == [
+    assert [line for line in describe(outcome, result).splitlines() if line.startswith("caution")] == [
         f"caution   {text}" for text in (cut, reasoning, partly)
     ]
 
@@ -289,7 +291,7 @@ def test_compile_writes_the_yaml_to_a_file_or_prints_it(here: Cappy, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("step", "found", "lines"),
+    ("step", "result", "lines"),
     [
         (
             "registration",
@@ -308,8 +310,8 @@ def test_compile_writes_the_yaml_to_a_file_or_prints_it(here: Cappy, tmp_path: P
         ("annotation", {}, []),
     ],
 )
-def test_a_step_says_what_came_of_it(step: str, found: dict[str, Any], lines: list[str]) -> None:
-    assert describe_step(Manifest(step=step, files=(), facts=found), Path("target")) == lines
+def test_a_step_says_what_came_of_it(step: str, result: dict[str, Any], lines: list[str]) -> None:
+    assert describe_step(Manifest(step=step, files=(), facts=result), Path("target")) == lines
 
 
 def test_folds_reach_the_evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

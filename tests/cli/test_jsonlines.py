@@ -14,8 +14,8 @@ from cappy.errors import RecordError
 
 
 def test_blank_lines_are_left_out_and_lines_keep_their_numbers() -> None:
-    found = list(lines(io.BytesIO(b'\xef\xbb\xbf{"a": 1}\n\n  \n{"a": 2}'), "in.jsonl"))
-    assert [(line.where, line.value) for line in found] == [("in.jsonl:1", {"a": 1}), ("in.jsonl:4", {"a": 2})]
+    result = list(lines(io.BytesIO(b'\xef\xbb\xbf{"a": 1}\n\n  \n{"a": 2}'), "in.jsonl"))
+    assert [(line.where, line.value) for line in result] == [("in.jsonl:1", {"a": 1}), ("in.jsonl:4", {"a": 2})]
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_a_line_without_an_end_is_not_read_to_its_end(monkeypatch: pytest.Monkey
     monkeypatch.setattr("cappy.cli.scoring.MAX_LINE_BYTES", 1000)
     whole = b'{"a": "%s"}\n' % (b"x" * 900)
     endless = io.BytesIO(whole + b"x" * 10_000)
-    found = lines(endless, "in.jsonl")
-    assert len(next(found).text("a")) == 900
+    result = lines(endless, "in.jsonl")
+    assert len(next(result).text("a")) == 900
     with pytest.raises(RecordError, match=r"in\.jsonl:2: .* 1,000 bytes"):
-        next(found)
+        next(result)
     assert endless.tell() < 3000
 
 

@@ -28,12 +28,12 @@ def test_a_plan_has_a_row_for_each_step_and_a_column_for_each_number_of_gpus(her
 
 def test_json_says_the_same_with_numbers_and_a_price_only_where_one_is_given(here: Cappy) -> None:
     words = ("plan", "--generators", "flan-t5-xl:7", "--hardware", "l4", "--gpus", "4", *ASSUMED, "--json")
-    found = json.loads(here(*words).stdout)
-    assert found["volumes"]["samples"] == {"flan-t5-xl": 7}
-    assert found["terms"]["mfu"] == 0.4
-    assert "price" not in found["by_devices"]["4"]
+    result = json.loads(here(*words).stdout)
+    assert result["volumes"]["samples"] == {"flan-t5-xl": 7}
+    assert result["terms"]["mfu"] == 0.4
+    assert "price" not in result["by_devices"]["4"]
     assert json.loads(here(*words, "--price", "0.5").stdout)["by_devices"]["4"]["price"] == pytest.approx(
-        0.5 * found["by_devices"]["4"]["device_hours"]
+        0.5 * result["by_devices"]["4"]["device_hours"]
     )
 
 

@@ -23,7 +23,7 @@ def state(done: int, total: int | None, *, resumed: int = 0, seconds: float = 10
         (state(3, 9, seconds=60.0), "3 of 9 rows, 0.05 rows/s, 2 min 00 s left"),
     ],
 )
-def test_done_total_rate_and_time_left_are_told_where_they_are_known(given: ProgressState, text: str) -> None:
+def test_done_total_rate_and_time_left_are_reported_where_they_are_known(given: ProgressState, text: str) -> None:
     assert describe(given) == text
 
 

@@ -100,7 +100,7 @@ def test_images_that_no_digest_pins_are_named(here: Here, kubeflow: Kubeflow, tm
     assert "digest" not in here("pipeline", "submit", recipe(tmp_path), *on_kubeflow(kubeflow)).stderr
 
 
-def test_a_server_that_users_share_is_told_the_namespace(here: Here, kubeflow: Kubeflow, tmp_path: Path) -> None:
+def test_a_server_that_users_share_is_reported_the_namespace(here: Here, kubeflow: Kubeflow, tmp_path: Path) -> None:
     kubeflow.shared = True
     done = here("pipeline", "submit", recipe(tmp_path), *on_kubeflow(kubeflow), "--namespace", "team")
     assert done.returncode == 0, done.stderr
@@ -136,7 +136,7 @@ def test_status_tells_each_step_and_fails_with_the_failed_ones_words(here: Here,
     assert_names(second.stderr, "cappy pipeline: run-1: ", "sampling", "out of credit")
 
 
-def test_shards_are_counted_by_state_and_told_when_that_changes_alone(here: Here, kubeflow: Kubeflow) -> None:
+def test_shards_are_counted_by_state_and_reported_when_that_changes_alone(here: Here, kubeflow: Kubeflow) -> None:
     kubeflow.runs.append({})
 
     def looked(*states: str, over: str = "RUNNING") -> dict[str, Any]:
@@ -170,14 +170,14 @@ def test_logs_come_from_the_pods_each_line_once(here: Here, kubeflow: Kubeflow) 
     assert here("pipeline", "logs", "run-1", *on_kubeflow(kubeflow), "--step", "preparation").stdout.count("\n") == 2
 
 
-def test_a_log_that_is_json_is_told_as_it_was_written(here: Here, kubeflow: Kubeflow) -> None:
+def test_a_log_that_is_json_is_reported_as_it_was_written(here: Here, kubeflow: Kubeflow) -> None:
     kubeflow.pods = [pod("a", "scoring")]
     kubeflow.logs = {"a": '{"rows": 3, "done": true}\n'}
     done = here("pipeline", "logs", "run-1", *on_kubeflow(kubeflow))
     assert (done.returncode, done.stdout) == (0, 'scoring: {"rows": 3, "done": true}\n')
 
 
-def test_lines_of_several_pods_of_a_step_are_told_once_each_while_they_grow(
+def test_lines_of_several_pods_of_a_step_are_reported_once_each_while_they_grow(
     here: Here, kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kubeflow.runs.append({})
@@ -277,8 +277,8 @@ def test_a_dry_run_sends_nothing_and_says_what_it_would_cost(here: Here, kubeflo
     assert "3 x [sampling -> annotation]" in done.stdout
     assert "at most 22.00" in done.stdout
     assert kubeflow.calls == []
-    found = json.loads(here("pipeline", "submit", priced, *on_kubeflow(kubeflow), "--dry-run", "--json").stdout)
-    assert found["most_cost"] == 22.0
+    result = json.loads(here("pipeline", "submit", priced, *on_kubeflow(kubeflow), "--dry-run", "--json").stdout)
+    assert result["most_cost"] == 22.0
 
 
 def on_vertex() -> tuple[str, ...]:
@@ -292,13 +292,13 @@ def test_a_bucket_that_is_none_is_one_line_with_the_rule(here: Here, bucket: str
     assert_names(done.stderr, f"cappy pipeline: --bucket: '{bucket}' ", "gs://NAME", "lower-case letters", "slash")
 
 
-def placed(tmp_path: Path, server: Vertex) -> Path:
+def write_recipe(tmp_path: Path, server: Vertex) -> Path:
     own = {"service_account": "cappy@my-project.example", "network": "projects/1/global/networks/mine"}
     return recipe(tmp_path, vertex={"endpoint": server.address, **own})
 
 
 def test_vertex_is_sent_a_job_that_its_sdk_understands(here: Here, vertex: Vertex, tmp_path: Path) -> None:
-    done = here("pipeline", "submit", placed(tmp_path, vertex), *on_vertex())
+    done = here("pipeline", "submit", write_recipe(tmp_path, vertex), *on_vertex())
     assert done.returncode == 0, done.stderr
     (job,) = vertex.jobs.values()
     assert job["serviceAccount"] == "cappy@my-project.example"
@@ -312,7 +312,7 @@ def test_vertex_is_sent_a_job_that_its_sdk_understands(here: Here, vertex: Verte
 def test_a_yaml_for_this_machine_names_its_runs_otherwise_and_is_not_sent_to_vertex(
     here: Here, vertex: Vertex, tmp_path: Path
 ) -> None:
-    mine, seen = placed(tmp_path, vertex), tmp_path / "seen.yaml"
+    mine, seen = write_recipe(tmp_path, vertex), tmp_path / "seen.yaml"
     assert here("pipeline", "compile", mine, "--on", "local", "--target", seen).returncode == 0
     done = here("pipeline", "submit", mine, *on_vertex(), "--compiled", seen)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
@@ -321,7 +321,7 @@ def test_a_yaml_for_this_machine_names_its_runs_otherwise_and_is_not_sent_to_ver
 
 
 def test_vertex_tells_steps_logs_and_failures(here: Here, vertex: Vertex, tmp_path: Path) -> None:
-    mine = placed(tmp_path, vertex)
+    mine = write_recipe(tmp_path, vertex)
     run = here("pipeline", "submit", mine, *on_vertex()).stdout.split()[1]
     (job,) = vertex.jobs.values()
     detail = {"containerDetail": {"mainJob": "projects/1/locations/us-central1/customJobs/77"}}
@@ -361,7 +361,7 @@ def test_vertex_tells_steps_logs_and_failures(here: Here, vertex: Vertex, tmp_pa
 def test_vertex_tells_what_came_from_the_cache_and_what_was_not_called_for(
     here: Here, vertex: Vertex, tmp_path: Path
 ) -> None:
-    mine = placed(tmp_path, vertex)
+    mine = write_recipe(tmp_path, vertex)
     run = here("pipeline", "submit", mine, *on_vertex()).stdout.split()[1]
     (job,) = vertex.jobs.values()
     states = {"preparation": "SKIPPED", "deployment": "NOT_TRIGGERED"}
@@ -374,7 +374,7 @@ def test_vertex_tells_what_came_from_the_cache_and_what_was_not_called_for(
 
 def test_what_vertex_refuses_is_one_line_with_a_remedy(here: Here, vertex: Vertex, tmp_path: Path) -> None:
     vertex.refuse = (429, "Quota exceeded for custom_model_training_nvidia_l4_gpus")
-    done = here("pipeline", "submit", placed(tmp_path, vertex), *on_vertex())
+    done = here("pipeline", "submit", write_recipe(tmp_path, vertex), *on_vertex())
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert_names(done.stderr, "Quota exceeded", "request more")
     lacking = here("pipeline", "submit", recipe(tmp_path), "--on", "vertex")

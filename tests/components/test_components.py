@@ -34,8 +34,8 @@ def calls(name: str, called: str) -> list[ast.Call]:
 
 def signature(step: str) -> inspect.Signature:
     module = __import__(f"components.{step}", fromlist=[step])
-    found: Any = getattr(module, step).python_func
-    return inspect.signature(found)
+    result: Any = getattr(module, step).python_func
+    return inspect.signature(result)
 
 
 def artifacts(step: str) -> set[str]:

@@ -20,7 +20,7 @@ def script() -> ModuleType:
     return module
 
 
-def test_the_page_holds_what_the_command_prints_and_the_check_found(script: ModuleType) -> None:
+def test_the_page_holds_what_the_command_prints_and_the_check_detected(script: ModuleType) -> None:
     text = script.PAGE.read_text(encoding="utf-8")
     assert len(script.COMMAND.findall(text)) >= 3
     assert script.TABLE.search(text)

@@ -11,8 +11,8 @@ LINE = "components: [../../components/mlflow-login]"
 
 
 def container(objects: list[Object], name: str) -> Object:
-    (found,) = only(objects, "Deployment", name)["spec"]["template"]["spec"]["containers"]
-    return dict(found)
+    (result,) = only(objects, "Deployment", name)["spec"]["template"]["spec"]["containers"]
+    return dict(result)
 
 
 @pytest.mark.parametrize("overlay", ["mlflow-s3", "mlflow-gcs"])

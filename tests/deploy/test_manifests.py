@@ -79,8 +79,8 @@ def test_what_is_written_lies_on_a_volume(overlay: str) -> None:
             assert variables(container)["PGDATA"].startswith("/var/lib/postgresql/data/")
             assert {"/var/lib/postgresql/data", "/var/run/postgresql", "/tmp"} == set(mounts)
         else:
-            told = variables(container)
-            assert {container["workingDir"], told["HOME"], told["TMPDIR"]} <= set(mounts)
+            actual = variables(container)
+            assert {container["workingDir"], actual["HOME"], actual["TMPDIR"]} <= set(mounts)
         assert set(mounts.values()) == names
 
 
@@ -118,8 +118,8 @@ def test_selectors_find_the_pods_beside_them(overlay: str) -> None:
         if one["kind"] in SELECTOR:
             selector = one["spec"][SELECTOR[one["kind"]]]
             wanted = {"matchLabels": selector} if one["kind"] == "Service" else selector
-            found = [pod for pod in pods(objects) if matches(wanted, pod.labels)]
-            assert len(found) == 1, f"{one['kind']} {one['metadata']['name']}: {len(found)} kinds of pods"
+            result = [pod for pod in pods(objects) if matches(wanted, pod.labels)]
+            assert len(result) == 1, f"{one['kind']} {one['metadata']['name']}: {len(result)} kinds of pods"
 
 
 @every_overlay

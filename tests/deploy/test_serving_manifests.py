@@ -19,8 +19,8 @@ PLATFORM_GRACE_SECONDS = 30
 
 
 def serving_container(overlay: str) -> tuple[Object, Object]:
-    (found,) = containers(rendered(overlay))
-    return found[0].spec, found[1]
+    (result,) = containers(rendered(overlay))
+    return result[0].spec, result[1]
 
 
 both = pytest.mark.parametrize("overlay", ["serving", "serving-kserve"])
@@ -33,8 +33,8 @@ def test_probes_ask_for_what_the_service_answers(overlay: str) -> None:
     paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")}
     assert paths == {"startup": "/startup", "readiness": "/ready", "liveness": "/health"}
     assert set(paths.values()) <= routes
-    told = rendered("serving")
-    scraped = only(told, "Deployment")["spec"]["template"]["metadata"]["annotations"]
+    actual = rendered("serving")
+    scraped = only(actual, "Deployment")["spec"]["template"]["metadata"]["annotations"]
     assert scraped["prometheus.io/path"] in routes
     assert int(scraped["prometheus.io/port"]) == container["ports"][0]["containerPort"]
 
@@ -52,11 +52,11 @@ def test_the_command_takes_every_flag_and_listens_where_the_pod_says(overlay: st
 @both
 def test_what_was_accepted_is_answered_before_the_pod_is_killed(overlay: str) -> None:
     pod, container = serving_container(overlay)
-    told = flags(container)
-    needed = int(told["--notice"]) + int(told["--grace"])
+    actual = flags(container)
+    needed = int(actual["--notice"]) + int(actual["--grace"])
     assert needed + 5 <= pod.get("terminationGracePeriodSeconds", PLATFORM_GRACE_SECONDS)
     # A balancer that probes by itself, as often, has noticed by then.
-    assert int(told["--notice"]) >= container["readinessProbe"]["periodSeconds"]
+    assert int(actual["--notice"]) >= container["readinessProbe"]["periodSeconds"]
 
 
 def test_kserve_runs_what_the_deployment_runs() -> None:
@@ -143,9 +143,9 @@ def test_a_database_outside_is_reached_with_tls_and_by_its_address_alone() -> No
 
 def reaches(rules: list[Any], direction: str, labels: dict[str, str]) -> set[int]:
     """Ports that rules of a policy open to a pod of the same namespace by its labels, not those open to everybody."""
-    found = set()
+    result = set()
     for rule in rules:
         for peer in rule.get(direction, ()):
             if "podSelector" in peer and matches(peer["podSelector"], labels):
-                found |= {port["port"] for port in rule["ports"]}
-    return found
+                result |= {port["port"] for port in rule["ports"]}
+    return result

@@ -49,10 +49,10 @@ def test_ranks_find_the_work_folder_on_a_volume_that_all_nodes_may_write_to() ->
     objects = rendered("training")
     claim = only(objects, "PersistentVolumeClaim")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    (found,) = containers(objects)
-    (volume,) = [one for one in found[0].spec["volumes"] if "persistentVolumeClaim" in one]
+    (result,) = containers(objects)
+    (volume,) = [one for one in result[0].spec["volumes"] if "persistentVolumeClaim" in one]
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"] == "cappy-work"
-    assert {"name": volume["name"], "mountPath": "/data"} in found[1]["volumeMounts"]
+    assert {"name": volume["name"], "mountPath": "/data"} in result[1]["volumeMounts"]
 
 
 def test_a_rank_that_fails_takes_its_job_with_it_and_all_begin_again() -> None:
@@ -85,23 +85,23 @@ def followed(client: Any, folder: Path) -> str:
 
 
 def test_the_trainer_sdk_starts_our_runtime_with_our_image_and_two_nodes(tmp_path: Path) -> None:
-    with cluster([runtime("training")], next(pods(rendered("training"))).spec) as told:
-        job = told.jobs[followed(client_of(told), tmp_path)]
+    with cluster([runtime("training")], next(pods(rendered("training"))).spec) as actual:
+        job = actual.jobs[followed(client_of(actual), tmp_path)]
     assert job["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": "cappy-torch"}
     assert job["spec"]["trainer"]["numNodes"] == 2
     assert "image" not in job["spec"]["trainer"], "the runtime's image is the one"
     # The command writes a file into the working folder, which therefore must be writable.
     assert job["spec"]["trainer"]["command"][0] == "bash"
-    (found,) = containers(rendered("training"))
-    assert found[1]["workingDir"] == variables(found[1])["HOME"]
+    (result,) = containers(rendered("training"))
+    assert result[1]["workingDir"] == variables(result[1])["HOME"]
 
 
-def driven(told: Cluster, folder: Path) -> None:
+def driven(actual: Cluster, folder: Path) -> None:
     """Starts a job as a step does, follows it, reads its logs and ends it."""
     places = {"source": folder / "annotated", "target": folder / "scorer", "work": folder / "work"}
     settings = {"scorer": "builtin", "nodes": 2, "parallelism": "ddp", "launcher": "trainjob"}
     plan = build(FinetuningConfig, {**places, **settings, "trainjob": {"namespace": "kubeflow"}})
-    jobs = TrainJobs("finetuning", plan, plan, {}, client=client_of(told))
+    jobs = TrainJobs("finetuning", plan, plan, {}, client=client_of(actual))
     assert jobs.status("cappy-finetuning-0") is None
     jobs.submit("cappy-finetuning-0")
     assert jobs.status("cappy-finetuning-0") is not None
@@ -110,11 +110,11 @@ def driven(told: Cluster, folder: Path) -> None:
 
 
 def test_the_role_allows_all_that_a_step_asks_for_and_not_one_verb_more(tmp_path: Path) -> None:
-    with cluster([runtime("training")], next(pods(rendered("training"))).spec) as told:
-        driven(told, tmp_path)
+    with cluster([runtime("training")], next(pods(rendered("training"))).spec) as actual:
+        driven(actual, tmp_path)
     # The SDK looks for a version note of Kubeflow's own in another namespace, and goes on without.
-    asked = {request for request in told.requests if request.namespace == "kubeflow"}
-    assert {request.resource for request in set(told.requests) - asked} <= {"configmaps"}
+    asked = {request for request in actual.requests if request.namespace == "kubeflow"}
+    assert {request.resource for request in set(actual.requests) - asked} <= {"configmaps"}
     (role,) = (one for one in rendered("training") if one["metadata"]["name"] == "cappy-trainjobs" and "rules" in one)
     assert granted([role]) == {(one.verb, one.group, one.resource) for one in asked}
     assert {one.name for one in asked if one.resource == "trainingruntimes"} == {"cappy-torch"}

@@ -55,11 +55,11 @@ def test_a_version_that_answers_the_stored_pairs_gets_the_command_that_serves_it
     registered: dict[str, Any], tmp_path: Path
 ) -> None:
     run(DeploymentConfig(target=tmp_path / "challenger", **registered))
-    told = json.loads((tmp_path / "challenger" / "endpoint.json").read_text())
-    assert told["uri"] == "models:/cappy/1"
-    assert told["command"] == "cappy serve --scorer models:/cappy@challenger --port 8080"
-    assert told["verified_pairs"] == 3
-    assert told["max_difference"] <= 1e-4
+    actual = json.loads((tmp_path / "challenger" / "endpoint.json").read_text())
+    assert actual["uri"] == "models:/cappy/1"
+    assert actual["command"] == "cappy serve --scorer models:/cappy@challenger --port 8080"
+    assert actual["verified_pairs"] == 3
+    assert actual["max_difference"] <= 1e-4
     given = {key: registered[key] for key in ("version", "report", "work", "tracking_uri")}
     promote(PromotionConfig(target=tmp_path / "decision", **given))
     facts = run(DeploymentConfig(target=tmp_path / "champion", port=9000, **registered)).facts

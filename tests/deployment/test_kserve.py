@@ -21,15 +21,15 @@ def service(**changed: Any) -> dict[str, Any]:
 
 
 def container(**changed: Any) -> dict[str, Any]:
-    found: dict[str, Any] = service(**changed)["spec"]["predictor"]["containers"][0]
-    return found
+    result: dict[str, Any] = service(**changed)["spec"]["predictor"]["containers"][0]
+    return result
 
 
 def test_the_version_runs_by_number_in_the_image_with_that_digest() -> None:
-    found = container()
-    assert found["image"] == IMAGE
-    assert found["args"][:2] == ["--scorer", "models:/cappy/3"]
-    assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow.mlops:5000"} in found["env"]
+    result = container()
+    assert result["image"] == IMAGE
+    assert result["args"][:2] == ["--scorer", "models:/cappy/3"]
+    assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow.mlops:5000"} in result["env"]
     assert service()["metadata"]["annotations"]["cappy/manifest"] == "3" * 64
 
 
@@ -39,9 +39,9 @@ def test_a_canary_gets_its_share_and_a_whole_version_no_entry() -> None:
 
 
 def test_a_copied_scorer_is_read_where_kserve_mounts_it_and_mlflow_is_not_asked() -> None:
-    found = container(kserve={"storage": "gs://bucket/scorer"}, tracking_uri="")
-    assert found["args"][1] == "/mnt/models"
-    names = {one["name"]: one["value"] for one in found["env"]}
+    result = container(kserve={"storage": "gs://bucket/scorer"}, tracking_uri="")
+    assert result["args"][1] == "/mnt/models"
+    names = {one["name"]: one["value"] for one in result["env"]}
     assert names["STORAGE_URI"] == "gs://bucket/scorer"
     assert "MLFLOW_TRACKING_URI" not in names
 
@@ -78,9 +78,9 @@ def test_the_container_may_do_nothing_that_it_need_not() -> None:
 
 
 def test_all_that_the_service_writes_has_a_place_to_go() -> None:
-    found = container()
-    places = [found["workingDir"], *(one["value"] for one in found["env"] if one["name"] in ("HOME", "TMPDIR"))]
-    mounted = {mount["mountPath"]: mount["name"] for mount in found["volumeMounts"]}
+    result = container()
+    places = [result["workingDir"], *(one["value"] for one in result["env"] if one["name"] in ("HOME", "TMPDIR"))]
+    mounted = {mount["mountPath"]: mount["name"] for mount in result["volumeMounts"]}
     assert len(places) == 3
     assert set(places) <= set(mounted)
     assert set(mounted.values()) == {volume["name"] for volume in service()["spec"]["predictor"]["volumes"]}
@@ -88,8 +88,8 @@ def test_all_that_the_service_writes_has_a_place_to_go() -> None:
 
 def test_the_service_has_ended_before_a_cluster_would_kill_it() -> None:
     """30 seconds after SIGTERM where the manifest does not say, and Knative lets none say."""
-    told = container()["args"]
-    seconds = [int(told[told.index(flag) + 1]) for flag in ("--notice", "--grace")]
+    actual = container()["args"]
+    seconds = [int(actual[actual.index(flag) + 1]) for flag in ("--notice", "--grace")]
     assert sum(seconds) <= 25
     assert "terminationGracePeriodSeconds" not in service()["spec"]["predictor"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from google.api_core.exceptions import GoogleAPIError, RetryError
-from vertex_scenario import IMAGE, connect, life, settings, told, version
+from vertex_scenario import IMAGE, connect, deployment_facts, life, settings, version
 from vertex_server import vertex_server
 from wording import raises_naming
 
@@ -31,15 +31,15 @@ def scorer(tmp_path: Path) -> Path:
 
 
 def test_a_first_version_a_canary_and_the_whole_traffic(scorer: Path) -> None:
-    found = life(scorer)
-    first, canary, again, whole, back = found["steps"]
+    result = life(scorer)
+    first, canary, again, whole, back = result["steps"]
     assert first["shares"] == {"cappy-1": 100}
     assert canary["shares"] == again["shares"] == {"cappy-1": 80, "cappy-2": 20}
     assert whole["shares"] == {"cappy-2": 100}
     assert whole["undeployed"] == ["cappy-1"]
     assert back["shares"] == {"cappy-1": 50, "cappy-2": 50}
-    assert found["models"] == 2, "a version that was uploaded once is found again"
-    assert found["changes"] == [
+    assert result["models"] == 2, "a version that was uploaded once is found again"
+    assert result["changes"] == [
         "models:upload",
         "endpoints",
         "2000:deployModel",
@@ -52,16 +52,16 @@ def test_a_first_version_a_canary_and_the_whole_traffic(scorer: Path) -> None:
 
 
 def test_the_model_has_our_image_its_routes_and_the_verified_files(scorer: Path) -> None:
-    found = life(scorer)
-    container = found["model"]["containerSpec"]
+    result = life(scorer)
+    container = result["model"]["containerSpec"]
     assert container["imageUri"] == IMAGE
     assert (container["predictRoute"], container["healthRoute"]) == ("/predict", "/ready")
     assert {"name": "MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "value": "false"} in container["env"]
-    assert found["objects"] == ["config.json", "model.safetensors"]
-    assert found["model"]["artifactUri"].startswith("gs://bucket/")
-    assert found["dedicated"] is True
-    assert found["resources"]["machineSpec"]["machineType"] == "g2-standard-8"
-    assert found["resources"]["machineSpec"]["acceleratorCount"] == 1
+    assert result["objects"] == ["config.json", "model.safetensors"]
+    assert result["model"]["artifactUri"].startswith("gs://bucket/")
+    assert result["dedicated"] is True
+    assert result["resources"]["machineSpec"]["machineType"] == "g2-standard-8"
+    assert result["resources"]["machineSpec"]["acceleratorCount"] == 1
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_the_model_has_our_image_its_routes_and_the_verified_files(scorer: Path)
 def test_the_rest_of_the_traffic_is_shared_as_it_was(
     present: dict[str, int], share: int, expected: dict[str, int]
 ) -> None:
-    found = vertex.split_traffic(present, share)
-    assert found == expected
-    assert sum(found.values()) == 100
+    result = vertex.split_traffic(present, share)
+    assert result == expected
+    assert sum(result.values()) == 100
 
 
 def test_a_refusal_is_one_line_and_the_same_command_goes_on(scorer: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_refusal_is_one_line_and_the_same_command_goes_on(scorer: Path) -> Non
             vertex.deploy(settings(), version(1), scorer)
         assert "\n" not in str(caught.value)
         server.refuse = None
-        assert told(server, scorer, 1)["shares"] == {"cappy-1": 100}
+        assert deployment_facts(server, scorer, 1)["shares"] == {"cappy-1": 100}
 
 
 def test_what_the_sdk_itself_refuses_is_one_line_too(scorer: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_service_that_gives_no_answer_is_one_line_and_the_same_command_goes_on
             with raises_naming(ConfigError, "my-project", *named, "same command") as caught:
                 vertex.deploy(settings(), version(1), scorer)
         assert "\n" not in str(caught.value)
-        assert told(server, scorer, 1)["shares"] == {"cappy-1": 100}
+        assert deployment_facts(server, scorer, 1)["shares"] == {"cappy-1": 100}
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_what_the_project_asks_for_is_in_the_pins_else_run_make_image_locks(name
     ]
     names = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in wanted}
     have = {
-        found for layer in ("torch-cpu", *LAYERS[name]) for found in pins(DOCKER / "requirements" / f"{layer}.lock")
+        result for layer in ("torch-cpu", *LAYERS[name]) for result in pins(DOCKER / "requirements" / f"{layer}.lock")
     }
     assert names - have == set()
 
@@ -127,6 +127,6 @@ def test_a_disk_that_is_nearly_full_is_left_alone(tmp_path: Path, monkeypatch: p
         pytest.fail("there is no room")
 
 
-def test_the_commit_and_the_source_are_told_or_unknown() -> None:
+def test_the_commit_and_the_source_are_reported_or_unknown() -> None:
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", images.commit())
     assert re.match("https://|git@|unknown$", images.source())

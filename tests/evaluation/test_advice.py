@@ -24,7 +24,9 @@ def report(instances: list[Instance], score: Score) -> Report:
     return evaluate(instances, score=score, probe=False)
 
 
-def found(report: Report, needed: int | None = 60, spread: float | None = 0.5, **bounds: tuple[float, float]) -> Report:
+def change(
+    report: Report, needed: int | None = 60, spread: float | None = 0.5, **bounds: tuple[float, float]
+) -> Report:
     """The report with these intervals of the scorer's differences, of the hybrid's to MBR and of MBR's to random.
 
     `spread` is how far the scores of an instance's responses are apart.
@@ -61,39 +63,39 @@ WON, LOST, OPEN = (0.02, 0.06), (-0.06, -0.02), (-0.01, 0.03)
 
 def test_a_scorer_that_beats_everything_is_promoted(report: Report) -> None:
     level = replace(report, curve={"scorer": (MeanEstimate(mean=0.5, low=0.4, high=0.6),) * 6}, pays_until=1)
-    assert advice(found(level, random=WON, mbr=WON)).startswith("Promote:")
+    assert advice(change(level, random=WON, mbr=WON)).startswith("Promote:")
 
 
 def test_a_curve_that_still_rises_asks_for_more_samples(report: Report) -> None:
     curve = tuple(MeanEstimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
     rising = replace(report, curve={"scorer": curve}, pays_until=6)
-    assert_names(advice(found(rising, random=WON, mbr=WON)), "Promote", "sample more", "candidate 6", "1.0")
+    assert_names(advice(change(rising, random=WON, mbr=WON)), "Promote", "sample more", "candidate 6", "1.0")
 
 
 def test_a_cross_fitted_report_promotes_as_the_gate_does(report: Report) -> None:
-    recipe = replace(found(report, random=WON, mbr=WON), folds=5)
+    recipe = replace(change(report, random=WON, mbr=WON), folds=5)
     assert advice(recipe).startswith("Promote")
     assert decide(recipe.to_dict(), has_champion=False).decision == "promote"
 
 
 def test_a_leak_comes_before_everything(report: Report) -> None:
-    leaking = replace(found(report, random=WON, mbr=WON), leaks={"challenger": 2})
+    leaking = replace(change(report, random=WON, mbr=WON), leaks={"challenger": 2})
     assert advice(leaking).startswith("Hold")
     assert_names(advice(leaking), "challenger", "in training", "splits")
 
 
 def test_a_scorer_below_mbr_gives_way_to_it(report: Report) -> None:
-    text = advice(found(report, random=WON, mbr=LOST, hybrid=OPEN))
+    text = advice(change(report, random=WON, mbr=LOST, hybrid=OPEN))
     assert text.startswith("Use MBR")
     assert_names(text, "worse", "−4.0")
 
 
 def test_a_hybrid_that_wins_is_used(report: Report) -> None:
-    assert_names(advice(found(report, random=WON, mbr=OPEN, hybrid=WON)), "Promote", "scorer + MBR (weight")
+    assert_names(advice(change(report, random=WON, mbr=OPEN, hybrid=WON)), "Promote", "scorer + MBR (weight")
 
 
 def test_an_open_gain_says_how_many_groups_would_show_it(report: Report) -> None:
-    text = advice(found(report, random=OPEN))
+    text = advice(change(report, random=OPEN))
     assert text.startswith("More data")
     assert_names(text, "+1.0", "random choice", "40 groups", "about 60")
 
@@ -105,7 +107,7 @@ def test_the_same_picks_as_the_champion_are_no_reason_to_promote(instances: list
 
 
 def test_what_no_data_would_show_is_held(report: Report) -> None:
-    text = advice(found(report, needed=100_000, random=OPEN))
+    text = advice(change(report, needed=100_000, random=OPEN))
     assert text.startswith("Hold")
     assert_names(text, "not shown", "random choice", "40 groups", "below 3.0")
 
@@ -114,15 +116,15 @@ def test_what_no_data_would_show_is_held(report: Report) -> None:
 def test_the_verdict_and_the_advice_agree_on_how_much_data_is_within_reach(
     report: Report, needed: int, reach: bool
 ) -> None:
-    made = found(report, needed=needed, random=OPEN)
+    made = change(report, needed=needed, random=OPEN)
     said = next(sentence for sentence in verdict(made) if "random choice" in sentence and "groups can show" in sentence)
     assert advice(made).startswith("More data") == ("needs about" in said) == reach
     assert ("far smaller" in said) == (not reach)
 
 
 def test_a_scorer_worse_than_chance_is_held(report: Report) -> None:
-    assert advice(found(report, random=LOST)).startswith("Hold")
-    assert_names(advice(found(report, random=LOST)), "worse", "random choice")
+    assert advice(change(report, random=LOST)).startswith("Hold")
+    assert_names(advice(change(report, random=LOST)), "worse", "random choice")
 
 
 @pytest.mark.parametrize(("bounds", "start"), [(WON, "Promote: "), (LOST, "Hold: "), (OPEN, "More data: ")])
@@ -130,10 +132,10 @@ def test_beside_a_champion_the_champion_decides(
     instances: list[Instance], score: Score, bounds: tuple[float, float], start: str
 ) -> None:
     both = evaluate(instances, score=score, champion=score, probe=False)
-    assert advice(found(both, random=WON, mbr=LOST, champion=bounds)).startswith(start)
+    assert advice(change(both, random=WON, mbr=LOST, champion=bounds)).startswith(start)
 
 
-def test_a_pool_without_room_is_promoted_and_asks_for_other_candidates(instances: list[Instance]) -> None:
+def test_a_pool_without_headroom_is_promoted_and_asks_for_other_candidates(instances: list[Instance]) -> None:
     labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
     report = evaluate(instances, score=lambda p: [labels[x] for x in p], probe=False)
     assert_names(advice(report), "Promote", "other candidates", "oracle", "0.0 above")
@@ -142,13 +144,13 @@ def test_a_pool_without_room_is_promoted_and_asks_for_other_candidates(instances
 def test_closed_choices_are_never_asked_for_more_samples(report: Report) -> None:
     curve = tuple(MeanEstimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
     choices = replace(report, curve={"scorer": curve}, pays_until=6, tasks=(replace(report.tasks[0], kind="choice"),))
-    text = advice(found(choices, random=WON))
+    text = advice(change(choices, random=WON))
     assert text.startswith("Promote:")
     assert "sample" not in text
 
 
 def test_a_scorer_below_the_likelihood_is_held_whatever_else_it_beats(report: Report) -> None:
-    text = advice(found(report, random=WON, likelihood=LOST, mbr=WON))
+    text = advice(change(report, random=WON, likelihood=LOST, mbr=WON))
     assert text.startswith("Hold")
     assert_names(text, "worse", "likelihood", "−4.0")
 
@@ -160,7 +162,7 @@ def test_nothing_is_advised_to_be_promoted_that_the_gate_would_hold(report: Repo
     promoted = 0
     for ends in itertools.product(one_of[:3], one_of, one_of, (WON, OPEN, None), one_of, (WON, OPEN, None)):
         given: dict[str, Any] = {name: own for name, own in zip(names, ends, strict=True) if own is not None}
-        made = found(report, **given)
+        made = change(report, **given)
         same = {key: replace(one, standard_error=0.0) for key, one in made.comparisons.items()}
         for case in (
             made,
@@ -179,13 +181,13 @@ def test_the_fewest_groups_are_those_of_the_gate() -> None:
 
 
 def test_with_fewer_groups_than_decide_anything_more_test_instances_are_asked_for(report: Report) -> None:
-    few = found(replace(report, facts={**report.facts, "groups": 12}), random=WON, mbr=WON)
+    few = change(replace(report, facts={**report.facts, "groups": 12}), random=WON, mbr=WON)
     assert advice(few).startswith("Hold")
     assert_names(advice(few), "12 groups", "30", "more test instances", "--folds")
 
 
 def test_a_champion_that_could_not_be_compared_with_is_no_reason_to_promote(report: Report) -> None:
-    lacking = replace(found(report, random=WON, mbr=WON), unavailable={"champion": "its picks are of other instances"})
+    lacking = replace(change(report, random=WON, mbr=WON), unavailable={"champion": "its picks are of other instances"})
     assert advice(lacking).startswith("Hold")
     assert_names(advice(lacking), "champion: its picks are of other instances")
 
@@ -195,35 +197,35 @@ def test_a_scorer_that_hardly_tells_responses_apart_needs_another_encoder_and_no
     report: Report, random: Bounds
 ) -> None:
     """GSM8K from the built-in start: the scores of four solutions differ by 0.001, and no such data mends it."""
-    text = advice(found(report, spread=0.001, random=random))
+    text = advice(change(report, spread=0.001, random=random))
     assert_names(text, "0.1 of 100", "median", "larger encoder", "use MBR")
     assert "More data" not in text
     assert "more instances" not in text
 
 
 def test_close_scores_that_pick_well_are_no_fault(report: Report) -> None:
-    assert advice(found(report, spread=0.001, random=WON, mbr=WON)).startswith("Promote")
+    assert advice(change(report, spread=0.001, random=WON, mbr=WON)).startswith("Promote")
 
 
 @pytest.mark.parametrize("random", [OPEN, LOST])
 def test_where_mbr_is_proven_and_the_scorer_is_not_mbr_is_advised(report: Report, random: Bounds) -> None:
-    proven = with_means(found(report, random=random, mbr=OPEN, mbr_random=WON), mbr=0.9)
+    proven = with_means(change(report, random=random, mbr=OPEN, mbr_random=WON), mbr=0.9)
     assert advice(proven).startswith("Use MBR")
     assert_names(advice(proven), "random choice", "+4.0", "2.0 to 6.0", "the scorer")
-    unproven = with_means(found(report, random=random, mbr=OPEN, mbr_random=OPEN), mbr=0.9)
+    unproven = with_means(change(report, random=random, mbr=OPEN, mbr_random=OPEN), mbr=0.9)
     assert not advice(unproven).startswith("Use MBR")
 
 
 def test_where_one_greedy_call_is_better_than_the_scorers_pick_it_is_advised(report: Report) -> None:
-    made = with_means(found(report, random=WON, greedy=LOST, mbr=OPEN, mbr_random=WON), greedy=0.8, mbr=0.7)
+    made = with_means(change(report, random=WON, greedy=LOST, mbr=OPEN, mbr_random=WON), greedy=0.8, mbr=0.7)
     assert advice(made).startswith("Use one greedy")
     assert_names(advice(made), "worse", "−4.0")
-    ahead = with_means(found(report, random=WON, greedy=LOST, mbr=OPEN, mbr_random=WON), greedy=0.7, mbr=0.8)
+    ahead = with_means(change(report, random=WON, greedy=LOST, mbr=OPEN, mbr_random=WON), greedy=0.7, mbr=0.8)
     assert advice(ahead).startswith("Use MBR")
 
 
 def test_a_greedy_response_that_may_be_as_good_is_no_reason_to_promote(report: Report) -> None:
-    made = with_means(found(report, random=WON, greedy=OPEN, mbr=WON), greedy=0.7)
+    made = with_means(change(report, random=WON, greedy=OPEN, mbr=WON), greedy=0.7)
     assert advice(made).startswith("More data")
     assert_names(advice(made), "+1.0", "greedy response")
 

@@ -73,13 +73,13 @@ def uneven(number: int, size: int, seed: int) -> tuple[list[Pool], list[np.ndarr
 def drawn(pools: Sequence[Pool], scores: Sequence[np.ndarray], n: int, seed: int) -> calibration.Picks:
     """The picks among `n` random candidates of each pool."""
     rng = np.random.default_rng(seed)
-    found, values = [], []
+    result, values = [], []
     for pool, own in zip(pools, scores, strict=True):
         of = rng.choice(len(own), n, replace=False)
         candidates = tuple(pool.candidates[index] for index in of)
-        found.append(Pool(instance=pool.instance, candidates=candidates, labels=pool.labels[of]))
+        result.append(Pool(instance=pool.instance, candidates=candidates, labels=pool.labels[of]))
         values.append(own[of])
-    return calibration.collect_picks(found, values)
+    return calibration.collect_picks(result, values)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
@@ -180,9 +180,9 @@ def test_of_fewer_groups_than_20_nothing_is_fitted_however_many_picks_they_have(
         return calibration.fit(own, scores, "rougeL")
 
     assert fit(calibration.MIN_GROUPS - 1) is None
-    found = fit(calibration.MIN_GROUPS)
-    assert found is not None
-    assert all(len(set(one.expected)) <= 2 for one in found.maps), "two levels of ten groups"
+    result = fit(calibration.MIN_GROUPS)
+    assert result is not None
+    assert all(len(set(one.expected)) <= 2 for one in result.maps), "two levels of ten groups"
 
 
 def test_an_n_that_few_groups_reach_has_no_map_of_its_own() -> None:
@@ -196,22 +196,22 @@ def test_the_report_calibrates_each_parts_picks_by_its_own_map() -> None:
     parts = [uneven(50, 4, seed=seed) for seed in (6, 7)]
     picks = [calibration.collect_picks(*part) for part in parts]
     maps = [straight({1: 0.2}), straight({1: 0.8})]
-    found = calibration.measure_calibration(list(zip(picks, maps, strict=True)))
+    result = calibration.measure_calibration(list(zip(picks, maps, strict=True)))
     both = np.concatenate([own.expected_labels(fitted) for own, fitted in zip(picks, maps, strict=True)])
     labels = np.concatenate([own.labels for own in picks])
-    assert found.calibrated == calibration.measure_reliability(both, labels)
-    assert found.fitted_on == 160
+    assert result.calibrated == calibration.measure_reliability(both, labels)
+    assert result.fitted_on == 160
     lacking = calibration.measure_calibration([(picks[0], maps[0]), (picks[1], None)])
     assert (lacking.calibrated, lacking.fitted_on) == (None, 0)
-    assert lacking.raw == found.raw
+    assert lacking.raw == result.raw
 
 
 def test_a_map_goes_to_a_folder_and_back(tmp_path: Path) -> None:
-    found = calibration.fit(*uneven(50, 4, seed=8), "rougeL")
-    assert found is not None
+    result = calibration.fit(*uneven(50, 4, seed=8), "rougeL")
+    assert result is not None
     assert read_calibration(tmp_path) is None
-    (tmp_path / "calibration.json").write_text(found.to_json())
-    assert read_calibration(tmp_path) == found
+    (tmp_path / "calibration.json").write_text(result.to_json())
+    assert read_calibration(tmp_path) == result
 
 
 POINTS: dict[str, Any] = {"n": 1, "scores": [0, 1], "expected": [0, 1]}
@@ -254,7 +254,7 @@ def test_a_map_of_all_candidates_by_an_older_version_is_refused_as_it_overrates_
 
 
 def test_answering_the_surest_half_is_better_than_answering_all() -> None:
-    found = calibration.measure_coverage(SCORES.tolist(), SCORES)
-    assert found.quality[-1] == pytest.approx(found.random) == pytest.approx(SCORES.mean())
-    assert list(found.quality) == sorted(found.quality, reverse=True)
-    assert found.quality[4] == pytest.approx(np.sort(SCORES)[2000:].mean())
+    result = calibration.measure_coverage(SCORES.tolist(), SCORES)
+    assert result.quality[-1] == pytest.approx(result.random) == pytest.approx(SCORES.mean())
+    assert list(result.quality) == sorted(result.quality, reverse=True)
+    assert result.quality[4] == pytest.approx(np.sort(SCORES)[2000:].mean())

@@ -46,7 +46,7 @@ def test_every_instance_is_tested_once_held_out_once_and_trained_on_otherwise(
     for fold in crossfit.split_folds(grouped, count, seed=0):
         for one in fold:
             seen[one.instance_id][one.split] += 1
-    assert all(dict(found) == {"test": 1, "validation": 1, "train": count - 2} for found in seen.values())
+    assert all(dict(result) == {"test": 1, "validation": 1, "train": count - 2} for result in seen.values())
 
 
 def test_groups_stay_together_and_tasks_are_spread(grouped: list[Instance]) -> None:
@@ -260,7 +260,7 @@ def test_a_real_recipe_is_trained_for_each_fold_and_leaves_its_picks(
     write_manifest(tmp_path / "scorer", made)
     write(tmp_path / "annotated", grouped[:30])
     places = {"source": tmp_path / "annotated", "scorer": tmp_path / "scorer", "work": tmp_path / "work"}
-    told: list[str] = []
+    messages: list[str] = []
     updates: list[int] = []
     update = TrainingRun.update
 
@@ -271,14 +271,14 @@ def test_a_real_recipe_is_trained_for_each_fold_and_leaves_its_picks(
     monkeypatch.setattr(TrainingRun, "update", counted)
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-        told.append(note)
+        messages.append(note)
 
     config = build(EvaluationConfig, {"target": tmp_path / "report", "folds": 3, **places})
     first = run(config, progress)
     report = read_report(tmp_path / "report")
     assert (report.folds, report.facts["instances"], report.split) == (3, 30, "cross-fitted")
     assert report.leaks == {"challenger": 0}
-    assert {note.split(",")[0] for note in told} >= {"fold 1 of 3", "fold 2 of 3", "fold 3 of 3"}
+    assert {note.split(",")[0] for note in messages} >= {"fold 1 of 3", "fold 2 of 3", "fold 3 of 3"}
     left = crossfit.read_out_of_fold(tmp_path / "report")
     assert left is not None
     assert (left.folds, left.leaks, len(left.scores)) == (3, 0, 30)

@@ -25,9 +25,9 @@ def test_the_baselines_of_the_e2e_pool_are_the_known_ones() -> None:
     assert best is not None
     picks = [pool.labels[pick(prefer_system(pool, best))] for pool in pools]
     report = evaluate(instances, score=None)
-    found = {name: round(100 * report.selectors[name].estimate.mean, 1) for name in ("random", "mbr", "oracle")}
+    result = {name: round(100 * report.selectors[name].estimate.mean, 1) for name in ("random", "mbr", "oracle")}
     assert len(instances) == 630
-    assert found == {"random": 65.1, "mbr": 71.0, "oracle": 84.4}
+    assert result == {"random": 65.1, "mbr": 71.0, "oracle": 84.4}
     assert round(100 * sum(picks) / len(picks), 1) == 70.8
     assert report.curve["mbr"][-1].mean == pytest.approx(report.selectors["mbr"].estimate.mean)
 

@@ -58,17 +58,17 @@ def test_a_report_of_another_schema_is_refused(report: Report, schema: object, r
 
 
 def test_the_headline_tells_apart_better_open_and_worse(report: Report) -> None:
-    found = verdict(judged(report, random=(0.01, 0.03), likelihood=(-0.01, 0.02), mbr=(-0.04, -0.02)))
-    better, not_shown, worse = found[0].split(";")
+    result = verdict(judged(report, random=(0.01, 0.03), likelihood=(-0.01, 0.02), mbr=(-0.04, -0.02)))
+    better, not_shown, worse = result[0].split(";")
     assert_names(better, "beats random choice")
     assert_names(not_shown, "not shown", "the likelihood")
     assert_names(worse, "does not", "MBR")
-    assert any("worse" in sentence and "MBR" in sentence for sentence in found)
+    assert any("worse" in sentence and "MBR" in sentence for sentence in result)
 
 
 def test_what_it_does_not_beat_is_joined_by_or(report: Report) -> None:
-    found = verdict(judged(report, random=(-0.03, -0.01), mbr=(-0.04, -0.02)))
-    assert_names(found[0], "does not", "random choice or MBR")
+    result = verdict(judged(report, random=(-0.03, -0.01), mbr=(-0.04, -0.02)))
+    assert_names(result[0], "does not", "random choice or MBR")
 
 
 def test_the_same_picks_are_called_the_same(report: Report) -> None:

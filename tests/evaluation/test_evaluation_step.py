@@ -89,7 +89,7 @@ def test_the_step_writes_a_report_that_can_be_verified_and_read(
     assert (folders / "report" / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_threshold_is_found_in_the_picks_and_knows_their_groups(
+def test_a_threshold_is_detected_in_the_picks_and_knows_their_groups(
     folders: Path, instances: list[Instance], score: Score
 ) -> None:
     paired = [replace(one, group_id=f"row {index // 2}") for index, one in enumerate(instances)]
@@ -97,11 +97,11 @@ def test_a_threshold_is_found_in_the_picks_and_knows_their_groups(
     nothing = trained_on_first_three(instances, "")
     own = config(folders, source=folders / "paired")
     evaluate_folder(own, silent, load=lambda path: FakeScorer(score), trained_on=nothing)
-    found = find_threshold(folders / "report", precision=0.0, good=0.5)
-    assert found is not None
-    assert found.reported == 40
-    assert found.coverage > 0.9
-    assert round(found.coverage * 40) / 2 <= found.groups <= 20
+    result = find_threshold(folders / "report", precision=0.0, good=0.5)
+    assert result is not None
+    assert result.reported == 40
+    assert result.coverage > 0.9
+    assert round(result.coverage * 40) / 2 <= result.groups <= 20
 
 
 def test_the_probe_holds_selectable_test_pairs_with_their_scores(

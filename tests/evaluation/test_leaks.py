@@ -62,7 +62,7 @@ def test_a_row_under_another_template_is_a_leak_by_its_group_and_by_its_text(tmp
     assert count_seen_by_kind(flat, known) == {"prompts": 0, "groups": 0, "rows": 40}
 
 
-def test_a_group_of_a_short_row_is_found_by_its_content_id(tmp_path: Path) -> None:
+def test_a_group_of_a_short_row_is_detected_by_its_content_id(tmp_path: Path) -> None:
     content, texts = "t:{:016x}", rows(40, length=2)
     known = training_data(trained(tmp_path, instances(FIRST, texts, content)))
     assert count_seen_by_kind(instances(SECOND, texts, content, split="test"), known) == {
@@ -77,7 +77,7 @@ def test_row_numbers_that_are_equal_by_chance_are_no_leak(tmp_path: Path) -> Non
     assert count_seen(instances(FIRST, rows(200, seed=1), split="test"), known) == 0
 
 
-def test_a_group_of_a_users_own_is_found_where_it_shares_text(tmp_path: Path) -> None:
+def test_a_group_of_a_users_own_is_detected_where_it_shares_text(tmp_path: Path) -> None:
     passages = rows(40)
     asked = [f"{passage} Who came {number} times?" for number, passage in enumerate(passages)]
     others = [f"{passage[:120]} Which {WORDS[number % 32]} went?" for number, passage in enumerate(passages)]
@@ -116,11 +116,11 @@ def test_a_scorer_without_groups_and_rows_is_judged_by_prompts_and_it_is_said(tm
 def test_what_is_known_and_seen_is_described(tmp_path: Path) -> None:
     folder = trained(tmp_path, instances(FIRST, rows(40), "t:{:016x}"))
     assert {GROUPS, ROWS} <= {path.name for path in folder.iterdir()}
-    (found,) = describe_leak_check(
+    (result,) = describe_leak_check(
         instances(SECOND, rows(5), split="test"), {"challenger": training_data(folder)}
     ).values()
-    assert (found["groups"], found["rows"], found["rows_drawn_from"], found["found_by_rows"]) == (40, 40, 40, 5)
-    assert "near-duplicates" in str(found["sees"])
+    assert (result["groups"], result["rows"], result["rows_drawn_from"], result["found_by_rows"]) == (40, 40, 40, 5)
+    assert "near-duplicates" in str(result["sees"])
 
 
 def test_no_instances_have_no_leaks() -> None:

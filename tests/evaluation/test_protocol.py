@@ -26,10 +26,10 @@ def means(report: Report) -> dict[str, float]:
 def test_every_selector_lies_between_the_worst_and_the_oracle(instances: list[Instance], score: Score) -> None:
     report = evaluate(instances, score=score, champion=score)
     worst = np.mean([min(c.labels["rougeL"] for c in i.candidates) for i in instances if i.split == "test"])
-    found = means(report)
+    result = means(report)
     assert set(report.unavailable) == {"greedy"}
-    assert list(found) == [name for name in SELECTORS if name != "greedy"]
-    assert all(worst <= mean <= found["oracle"] for mean in found.values())
+    assert list(result) == [name for name in SELECTORS if name != "greedy"]
+    assert all(worst <= mean <= result["oracle"] for mean in result.values())
     assert all(row.estimate.low <= row.estimate.mean <= row.estimate.high for row in report.selectors.values())
 
 
@@ -55,8 +55,8 @@ def test_a_planted_reference_is_never_picked(instances: list[Instance], score: S
 def test_a_scorer_that_knows_the_labels_is_the_oracle_and_its_hybrids_are_it(instances: list[Instance]) -> None:
     labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
     report = evaluate(instances, score=lambda pairs: [labels.get(pair, 0.0) for pair in pairs])
-    found = means(report)
-    assert found["scorer"] == found["hybrid_mbr"] == found["hybrid_likelihood"] == found["oracle"]
+    result = means(report)
+    assert result["scorer"] == result["hybrid_mbr"] == result["hybrid_likelihood"] == result["oracle"]
     assert report.selectors["hybrid_mbr"].detail == "weight 0"
     assert report.curve["scorer"] == report.curve["oracle"]
 
@@ -95,8 +95,8 @@ def test_the_greedy_response_is_what_a_user_has_without_a_selector(instances: li
     expected = np.mean([one.candidates[1].labels["rougeL"] for one in given if one.split == "test"])
     assert means(report)["greedy"] == pytest.approx(expected)
     assert report.selectors["greedy"].detail == "llm greedy"
-    found = report.comparisons["scorer-greedy"]
-    assert found.difference == pytest.approx(means(report)["scorer"] - expected)
+    result = report.comparisons["scorer-greedy"]
+    assert result.difference == pytest.approx(means(report)["scorer"] - expected)
 
 
 def test_of_several_greedy_responses_the_better_one_on_held_out_instances_is_compared(
@@ -137,7 +137,7 @@ def test_ties_with_another_label_are_counted_and_worth_their_mean(instances: lis
 
 def test_the_gate_finds_its_comparisons(instances: list[Instance], score: Score) -> None:
     report = evaluate(instances, score=score, champion=lambda pairs: [-value for value in score(pairs)])
-    found = means(report)
+    result = means(report)
     for key, other in {
         "scorer-random": "random",
         "scorer-likelihood": report.better_likelihood,
@@ -145,9 +145,9 @@ def test_the_gate_finds_its_comparisons(instances: list[Instance], score: Score)
         "scorer-champion": "champion",
     }.items():
         difference = report.comparisons[key]
-        assert difference.difference == pytest.approx(found["scorer"] - found[other])
+        assert difference.difference == pytest.approx(result["scorer"] - result[other])
         assert difference.low <= difference.difference <= difference.high
-    assert found[report.better_likelihood] == max(found["likelihood_sum"], found["likelihood_mean"])
+    assert result[report.better_likelihood] == max(result["likelihood_sum"], result["likelihood_mean"])
     assert report.comparisons["scorer-champion"].low > 0
 
 
@@ -211,7 +211,7 @@ def test_choices_give_accuracy_by_task_and_template() -> None:
 
 
 def test_progress_counts_every_pair(instances: list[Instance], score: Score) -> None:
-    told: list[tuple[int, int | None, str]] = []
+    messages: list[tuple[int, int | None, str]] = []
     sizes: list[int] = []
 
     def counted(pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -219,13 +219,13 @@ def test_progress_counts_every_pair(instances: list[Instance], score: Score) -> 
         return score(pairs)
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-        told.append((done, total, unit))
+        messages.append((done, total, unit))
 
     many = [replace(i, instance_id=f"{i.instance_id}.{n}") for i in instances for n in range(12)]
     evaluate(many, score=counted, champion=score, progress=progress)
-    assert told[-1] == (told[-1][1], told[-1][1], "pairs")
+    assert messages[-1] == (messages[-1][1], messages[-1][1], "pairs")
     assert max(sizes) <= CHUNK_PAIRS
-    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert [done for done, _, _ in messages] == sorted(done for done, _, _ in messages)
 
 
 def test_nothing_to_report_on_says_what_to_do(instances: list[Instance], score: Score) -> None:

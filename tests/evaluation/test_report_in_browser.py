@@ -34,13 +34,13 @@ def path(tmp_path: Path, make_instance: Callable[..., Instance], score: Score) -
 @pytest.fixture
 def opened(browser: Any, path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[str]]]:
     """The page, and everything that it asked the network for or complained of."""
-    told: list[str] = []
+    messages: list[str] = []
     view = browser.new_page(viewport={"width": getattr(request, "param", 1100), "height": 900})
-    view.on("request", lambda asked: told.append(asked.url) if not asked.url.startswith("file:") else None)
-    view.on("console", lambda message: told.append(message.text))
-    view.on("pageerror", lambda error: told.append(str(error)))
+    view.on("request", lambda asked: messages.append(asked.url) if not asked.url.startswith("file:") else None)
+    view.on("console", lambda message: messages.append(message.text))
+    view.on("pageerror", lambda error: messages.append(str(error)))
     view.goto(path.as_uri())
-    yield view, told
+    yield view, messages
     view.close()
 
 
@@ -51,17 +51,17 @@ def column(view: Any, index: int) -> list[str]:
 
 @pytest.mark.parametrize("opened", [1100, 390], indirect=True, ids=["laptop", "phone"])
 def test_the_page_needs_nothing_and_fits_the_width(opened: tuple[Any, list[str]]) -> None:
-    view, told = opened
-    assert told == []
-    width, room = view.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-    assert width <= room
+    view, messages = opened
+    assert messages == []
+    width, env = view.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert width <= env
     shown = [plot for plot in view.locator("section svg").all() if plot.is_visible()]
     assert len(shown) == 2
     assert view.locator("h1").inner_text().startswith("The scorer")
 
 
 def test_a_click_on_a_head_sorts_by_numbers_and_a_second_turns_the_order(opened: tuple[Any, list[str]]) -> None:
-    view, told = opened
+    view, messages = opened
     head = view.locator("table.sorted >> nth=0 >> th").nth(2).locator("button")
     for reverse in (True, False):
         head.click()
@@ -70,7 +70,7 @@ def test_a_click_on_a_head_sorts_by_numbers_and_a_second_turns_the_order(opened:
         assert len(set(values)) > 1
     view.locator("table.sorted >> nth=0 >> th").first.locator("button").press("Enter")
     assert column(view, 1) == ["west", "south", "north", "east"]
-    assert told == []
+    assert messages == []
 
 
 def test_the_average_stays_below_the_sorted_tasks(opened: tuple[Any, list[str]]) -> None:

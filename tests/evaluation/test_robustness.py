@@ -41,15 +41,15 @@ def test_what_is_kept_without_the_instruction_is_what_the_response_alone_tells(
     gain of a half over random choice it keeps what yes gains."""
     instances = [choice(make_instance(index), f"{index}?", "yes" if index < yes else "no") for index in range(40)]
     labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
-    found = probed(instances, lambda pairs: [labels.get(pair, float(pair[1] == "yes")) for pair in pairs])
-    assert found["response only"].value == pytest.approx(kept)
-    assert words in found["response only"].meaning
+    result = probed(instances, lambda pairs: [labels.get(pair, float(pair[1] == "yes")) for pair in pairs])
+    assert result["response only"].value == pytest.approx(kept)
+    assert words in result["response only"].meaning
 
 
-def test_a_scorer_of_length_alone_is_found(instances: list[Instance]) -> None:
-    found = probed(instances, lambda pairs: [len(response) / 100 for _, response in pairs])
-    assert found["length"].value > 0.3
-    assert "prefers longer" in found["length"].meaning
+def test_a_scorer_of_length_alone_is_detected(instances: list[Instance]) -> None:
+    result = probed(instances, lambda pairs: [len(response) / 100 for _, response in pairs])
+    assert result["length"].value > 0.3
+    assert "prefers longer" in result["length"].meaning
     assert (
         "prefers shorter" in probed(instances, lambda pairs: [-len(text) / 100 for _, text in pairs])["length"].meaning
     )
@@ -58,14 +58,14 @@ def test_a_scorer_of_length_alone_is_found(instances: list[Instance]) -> None:
 def test_scores_that_are_the_labels_have_no_bias_of_length(
     instances: list[Instance], labels: dict[tuple[str, str], float]
 ) -> None:
-    found = probed(instances, lambda pairs: [labels.get(pair, 0.0) for pair in pairs])
-    assert found["length"].value == pytest.approx(0.0)
+    result = probed(instances, lambda pairs: [labels.get(pair, 0.0) for pair in pairs])
+    assert result["length"].value == pytest.approx(0.0)
 
 
-def test_a_score_that_depends_on_its_batch_is_found(instances: list[Instance], score: Score) -> None:
+def test_a_score_that_depends_on_its_batch_is_detected(instances: list[Instance], score: Score) -> None:
     assert probed(instances, score)["order and batch"].value == 0.0
-    found = probed(instances, lambda pairs: [value + 0.01 * len(pairs) / 240 for value in score(pairs)])
-    assert found["order and batch"].value == pytest.approx(0.01, rel=0.5)
+    result = probed(instances, lambda pairs: [value + 0.01 * len(pairs) / 240 for value in score(pairs)])
+    assert result["order and batch"].value == pytest.approx(0.01, rel=0.5)
 
 
 def test_the_spread_over_templates_is_the_standard_deviation(make_instance: Callable[..., Instance]) -> None:
@@ -74,8 +74,8 @@ def test_the_spread_over_templates_is_the_standard_deviation(make_instance: Call
         for index in range(10)
         for template in ("good", "bad")
     ]
-    found = probed(
+    result = probed(
         [replace(one, instance_id=str(place)) for place, one in enumerate(instances)],
         lambda pairs: [float((answer == "yes") == instruction.startswith("good")) for instruction, answer in pairs],
     )
-    assert found["template"].value == pytest.approx(0.5)
+    assert result["template"].value == pytest.approx(0.5)

@@ -48,9 +48,9 @@ SHAPES: dict[str, Draw] = {
 def test_scorers_that_are_equal_in_truth_are_seldom_shown_to_differ(shape: str, groups: int, most: float) -> None:
     """2,000 draws a case; benchmarks/intervals.py has more draws, more shapes and the intervals that do worse."""
     rng = np.random.default_rng(1)
-    found = [against_nothing(SHAPES[shape](rng, groups)) for _ in range(2000)]
-    shown = np.mean([one.low > 0 and bool(one.standard_error) for one in found])
-    held = np.mean([one.low <= 0 <= one.high for one in found])
+    result = [against_nothing(SHAPES[shape](rng, groups)) for _ in range(2000)]
+    shown = np.mean([one.low > 0 and bool(one.standard_error) for one in result])
+    held = np.mean([one.low <= 0 <= one.high for one in result])
     assert shown <= (most if "loss" in shape else 0.035)
     assert held >= 0.93 or "skewed to losses" in shape
 
@@ -58,9 +58,9 @@ def test_scorers_that_are_equal_in_truth_are_seldom_shown_to_differ(shape: str, 
 def test_without_skewness_it_is_students_interval() -> None:
     half = np.random.default_rng(0).normal(size=20) / 5
     values = np.concatenate([half, -half]) + 0.03
-    found, expected = against_nothing(values), ttest_1samp(values, 0)
+    result, expected = against_nothing(values), ttest_1samp(values, 0)
     interval = expected.confidence_interval(0.95)
-    assert (found.low, found.high, found.p_value) == pytest.approx((interval.low, interval.high, expected.pvalue))
+    assert (result.low, result.high, result.p_value) == pytest.approx((interval.low, interval.high, expected.pvalue))
 
 
 def test_intervals_of_grouped_data_hold_the_true_mean_as_often_as_they_say() -> None:
@@ -69,8 +69,8 @@ def test_intervals_of_grouped_data_hold_the_true_mean_as_often_as_they_say() -> 
     held = 0
     for _ in range(400):
         values = 0.5 + (rng.normal(size=60).repeat(4) + rng.normal(size=240) / 2) / 20
-        (found,) = estimate_means(values[:, None], groups)
-        held += found.low <= 0.5 <= found.high
+        (result,) = estimate_means(values[:, None], groups)
+        held += result.low <= 0.5 <= result.high
     assert 0.92 <= held / 400 <= 0.98
 
 
@@ -86,9 +86,9 @@ def test_a_few_large_groups_do_not_pass_for_many() -> None:
 
 
 def test_instances_of_one_group_are_no_evidence_however_many() -> None:
-    found = against_nothing(np.random.default_rng(0).random(200), ["one"] * 200)
-    assert (found.low, found.high, found.p_value, found.standard_error) == (-1.0, 1.0, 1.0, None)
-    assert compute_power(found).groups_needed is None
+    result = against_nothing(np.random.default_rng(0).random(200), ["one"] * 200)
+    assert (result.low, result.high, result.p_value, result.standard_error) == (-1.0, 1.0, 1.0, None)
+    assert compute_power(result).groups_needed is None
 
 
 def test_groups_of_one_value_make_wider_intervals_than_the_same_instances_drawn_alone() -> None:
@@ -99,10 +99,10 @@ def test_groups_of_one_value_make_wider_intervals_than_the_same_instances_drawn_
     assert together.standard_error == pytest.approx(2 * alone_error, rel=0.01)
 
 
-def test_a_difference_that_never_varies_leaves_room_for_what_was_not_drawn() -> None:
+def test_a_difference_that_never_varies_allows_for_what_was_not_drawn() -> None:
     """Of 30 draws, a share of 11.6 % is missed with a probability of 2.5 %."""
-    found = against_nothing(np.full(30, 0.05))
-    assert (found.low, found.p_value) == (pytest.approx(0.05 - 0.1157 * 1.05, abs=1e-3), 1.0)
+    result = against_nothing(np.full(30, 0.05))
+    assert (result.low, result.p_value) == (pytest.approx(0.05 - 0.1157 * 1.05, abs=1e-3), 1.0)
     same = against_nothing(np.zeros(30))
     assert (same.low, same.high, same.p_value) == (0.0, 0.0, 1.0)
 
@@ -110,17 +110,17 @@ def test_a_difference_that_never_varies_leaves_room_for_what_was_not_drawn() -> 
 def test_the_p_value_is_the_level_at_which_the_interval_touches_zero() -> None:
     rng = np.random.default_rng(0)
     for values in (rng.exponential(size=50) - 0.8, 0.8 - rng.exponential(size=50), rng.normal(size=50) + 0.2):
-        found = against_nothing(values / 10)
+        result = against_nothing(values / 10)
         turned = against_nothing(-values / 10)
-        assert turned.p_value == pytest.approx(found.p_value)
-        better = found if found.difference > 0 else turned
+        assert turned.p_value == pytest.approx(result.p_value)
+        better = result if result.difference > 0 else turned
         assert lower_bound(better, 1 - better.p_value) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_another_level_gives_another_bound() -> None:
-    found = against_nothing(np.random.default_rng(0).random(50) - 0.3)
-    assert lower_bound(found, 0.95) == pytest.approx(found.low)
-    assert lower_bound(found, 0.9974) < found.low
+    result = against_nothing(np.random.default_rng(0).random(50) - 0.3)
+    assert lower_bound(result, 0.95) == pytest.approx(result.low)
+    assert lower_bound(result, 0.9974) < result.low
 
 
 def test_intervals_stay_where_labels_are() -> None:
@@ -142,37 +142,37 @@ def test_the_interval_of_a_share_holds_the_truth_however_alike_the_picks_of_a_gr
     for _ in range(200):
         chances = rng.beta((1 / alike - 1) * truth, (1 / alike - 1) * (1 - truth), size=20).repeat(4)
         good = (rng.random(80) < chances).astype(np.float64)
-        found = estimate_share(good, groups)
-        held += found.low <= truth <= found.high
+        result = estimate_share(good, groups)
+        held += result.low <= truth <= result.high
     assert held / 200 >= 0.92
 
 
 def test_a_share_of_instances_on_their_own_has_the_exact_interval() -> None:
     good = np.array([1.0] * 70 + [0.0] * 30)
-    found = estimate_share(good, [str(index) for index in range(100)])
+    result = estimate_share(good, [str(index) for index in range(100)])
     exact = binomtest(70, 100).proportion_ci(method="exact")
-    assert (found.mean, found.low, found.high) == pytest.approx((0.7, exact.low, exact.high), abs=0.005)
+    assert (result.mean, result.low, result.high) == pytest.approx((0.7, exact.low, exact.high), abs=0.005)
 
 
 def test_instances_of_a_group_that_are_not_alike_count_each() -> None:
     good = (np.random.default_rng(0).random(400) < 0.7).astype(np.float64)
-    found = estimate_share(good, [str(index // 4) for index in range(400)])
+    result = estimate_share(good, [str(index // 4) for index in range(400)])
     exact = binomtest(int(good.sum()), 400).proportion_ci(method="exact")
-    assert found.high - found.low == pytest.approx(exact.high - exact.low, rel=0.15)
+    assert result.high - result.low == pytest.approx(exact.high - exact.low, rel=0.15)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_where_all_are_alike_each_group_counts_once(value: float) -> None:
-    found = estimate_share(np.full(40, value), [str(index // 4) for index in range(40)])
+    result = estimate_share(np.full(40, value), [str(index // 4) for index in range(40)])
     exact = binomtest(int(10 * value), 10).proportion_ci(method="exact")
-    assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+    assert (result.low, result.high) == pytest.approx((exact.low, exact.high))
 
 
 def test_differences_are_paired() -> None:
     base = np.random.default_rng(0).random(100)
-    found = compare(base + 0.01 * np.tile([1, 2], 50), base, alone(100))
-    assert found.difference == pytest.approx(0.015)
-    assert 0.013 < found.low < found.high < 0.017
+    result = compare(base + 0.01 * np.tile([1, 2], 50), base, alone(100))
+    assert result.difference == pytest.approx(0.015)
+    assert 0.013 < result.low < result.high < 0.017
 
 
 def test_a_difference_of_the_smallest_size_is_shown_in_four_of_five_tries() -> None:
@@ -198,7 +198,7 @@ def test_a_difference_half_the_smallest_needs_four_times_the_groups() -> None:
 
 def test_holm_multiplies_the_smallest_by_all_and_never_turns_the_order() -> None:
     """The example of three hypotheses at 0.01, 0.02 and 0.04: 3 x 0.01, 2 x 0.02, then the highest so far."""
-    found = adjust_p_values({"c": 0.04, "a": 0.01, "b": 0.02})
-    assert list(found) == ["c", "a", "b"]
-    assert found == pytest.approx({"a": 0.03, "b": 0.04, "c": 0.04})
+    result = adjust_p_values({"c": 0.04, "a": 0.01, "b": 0.02})
+    assert list(result) == ["c", "a", "b"]
+    assert result == pytest.approx({"a": 0.03, "b": 0.04, "c": 0.04})
     assert adjust_p_values({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}

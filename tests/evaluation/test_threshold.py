@@ -45,8 +45,8 @@ def test_a_promised_precision_is_kept_in_19_of_20_cases_and_the_luckiest_thresho
     for _ in range(400):
         scores = rng.random(number)
         good = rng.random(number) < worth + slope * scores
-        found, other = find_lowest(scores, good, apart(number), wanted), luckiest(scores, good, wanted)
-        broken += found is not None and kept(found, worth, slope) < wanted
+        result, other = find_lowest(scores, good, apart(number), wanted), luckiest(scores, good, wanted)
+        broken += result is not None and kept(result, worth, slope) < wanted
         lucky += other is not None and kept(other, worth, slope) < wanted
     assert broken <= 400 * 0.05 + 13, "three standard errors"
     assert lucky > 400 * 0.3
@@ -66,12 +66,12 @@ def test_groups_whose_picks_are_alike_break_no_promise() -> None:
 def test_more_picks_promise_more() -> None:
     def share(number: int) -> float:
         rng = np.random.default_rng(2)
-        found = []
+        result = []
         for _ in range(50):
             scores = rng.random(number)
             least = find_lowest(scores, rng.random(number) < 0.4 + 0.6 * scores, apart(number), 0.75)
-            found.append(0.0 if least is None else float((scores >= least).mean()))
-        return float(np.mean(found))
+            result.append(0.0 if least is None else float((scores >= least).mean()))
+        return float(np.mean(result))
 
     assert share(60) < share(240) < share(1200)
 
@@ -152,33 +152,33 @@ def report(tmp_path: Path) -> Path:
 
 
 def test_the_threshold_is_chosen_held_out_and_tried_on_what_is_reported(report: Path) -> None:
-    found = find_threshold(report, precision=0.8, good=0.5)
-    assert found is not None
-    assert 0.45 <= found.threshold <= 0.52
-    own = [label for score, label, *_ in HELD if score >= found.threshold]
-    assert found.held_out_precision == pytest.approx(np.mean(own))
-    assert 0.8 <= found.held_out_low < found.held_out_precision
-    assert found.coverage == pytest.approx(5 / 9)
-    assert found.precision == pytest.approx(4 / 5)
+    result = find_threshold(report, precision=0.8, good=0.5)
+    assert result is not None
+    assert 0.45 <= result.threshold <= 0.52
+    own = [label for score, label, *_ in HELD if score >= result.threshold]
+    assert result.held_out_precision == pytest.approx(np.mean(own))
+    assert 0.8 <= result.held_out_low < result.held_out_precision
+    assert result.coverage == pytest.approx(5 / 9)
+    assert result.precision == pytest.approx(4 / 5)
     expected = binomtest(4, 5).proportion_ci(method="exact")
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
-    text = describe_threshold(found, precision=0.8, good=0.5)
-    assert_names(text, f"at least {100 * found.held_out_low:.1f}%", "95% confidence", "5 groups", "do not prove")
-    assert found.floor is None
+    assert (result.low, result.high) == pytest.approx((expected.low, expected.high), abs=0.02)
+    text = describe_threshold(result, precision=0.8, good=0.5)
+    assert_names(text, f"at least {100 * result.held_out_low:.1f}%", "95% confidence", "5 groups", "do not prove")
+    assert result.floor is None
     assert "--floor" not in text
 
 
 def test_a_calibrated_report_says_which_floor_a_gateway_needs(report: Path) -> None:
     (report / "calibration.json").write_text(straight({1: 1.0, 4: 0.5}).to_json())
-    found = find_threshold(report, precision=0.8, good=0.5)
-    assert found is not None
-    assert found.floor == pytest.approx(found.threshold / 2)
-    assert f"--floor {found.floor:.6g}" in describe_threshold(found, precision=0.8, good=0.5)
+    result = find_threshold(report, precision=0.8, good=0.5)
+    assert result is not None
+    assert result.floor == pytest.approx(result.threshold / 2)
+    assert f"--floor {result.floor:.6g}" in describe_threshold(result, precision=0.8, good=0.5)
 
 
 def test_more_confidence_asks_for_a_higher_threshold(report: Path) -> None:
     least = [find_threshold(report, precision=0.8, good=0.5, confidence=value) for value in (0.6, 0.95, 0.999)]
-    values = [found.threshold for found in least if found is not None]
+    values = [result.threshold for result in least if result is not None]
     assert len(values) == 3
     assert values == sorted(values)
     assert values[0] < values[-1]
@@ -187,10 +187,10 @@ def test_more_confidence_asks_for_a_higher_threshold(report: Path) -> None:
 def test_reported_picks_of_one_group_prove_as_much_as_one_of_them(report: Path) -> None:
     def proven(copies: int) -> tuple[float | None, float | None]:
         write(report, {"held_out": HELD, "reported": [pick for pick in REPORTED for _ in range(copies)]})
-        found = find_threshold(report, precision=0.8, good=0.5)
-        assert found is not None
-        assert (found.groups, found.precision) == (5, pytest.approx(4 / 5))
-        return found.low, found.high
+        result = find_threshold(report, precision=0.8, good=0.5)
+        assert result is not None
+        assert (result.groups, result.precision) == (5, pytest.approx(4 / 5))
+        return result.low, result.high
 
     assert proven(1) == pytest.approx(proven(4), abs=0.02)
 
@@ -212,13 +212,13 @@ def folded(shift: float) -> list[tuple[float, float, str, int, int]]:
 
 
 def test_a_cross_fitted_threshold_is_kept_by_picks_of_folds_that_did_not_choose_it(tmp_path: Path) -> None:
-    found = find_threshold(write(tmp_path, {"out_of_fold": folded(0.0)}, folds=4), precision=0.8, good=0.5)
-    assert found is not None
-    assert (found.folds, found.held_out, found.reported) == (4, 200, 200)
-    assert 0.4 < found.threshold <= 0.52
-    assert found.precision is not None
-    assert found.precision >= 0.8
-    assert_names(describe_threshold(found, precision=0.8, good=0.5), "other folds", "each of 4", "scale")
+    result = find_threshold(write(tmp_path, {"out_of_fold": folded(0.0)}, folds=4), precision=0.8, good=0.5)
+    assert result is not None
+    assert (result.folds, result.held_out, result.reported) == (4, 200, 200)
+    assert 0.4 < result.threshold <= 0.52
+    assert result.precision is not None
+    assert result.precision >= 0.8
+    assert_names(describe_threshold(result, precision=0.8, good=0.5), "other folds", "each of 4", "scale")
 
 
 def test_folds_on_other_scales_are_seen_in_what_is_kept(tmp_path: Path) -> None:

@@ -51,20 +51,20 @@ def serving(repositories: Mapping[str, Mapping[str, Files]]) -> Iterator[str]:
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
-            found = re.fullmatch(
+            result = re.fullmatch(
                 r"(/api)?/datasets/([^/]+/[^/]+)/(revision|tree|resolve)/(refs/convert/parquet|[^/]+)/?(.*)", path
             )
-            revisions = repositories.get(found[2], {}) if found else {}
+            revisions = repositories.get(result[2], {}) if result else {}
             at = {**revisions, **{commit_of(files): files for files in revisions.values()}}
-            files = at.get(found[4]) if found else None
-            if found is None or files is None:
+            files = at.get(result[4]) if result else None
+            if result is None or files is None:
                 return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-            if found[3] == "resolve":
-                return self.resolve(files, found[5])
-            if found[3] == "tree":
-                return self.answer(200, tree(files, found[5]))
+            if result[3] == "resolve":
+                return self.resolve(files, result[5])
+            if result[3] == "tree":
+                return self.answer(200, tree(files, result[5]))
             siblings = [{"rfilename": name} for name in files]
-            known = {"id": found[2], "sha": commit_of(files), "siblings": siblings, "tags": []}
+            known = {"id": result[2], "sha": commit_of(files), "siblings": siblings, "tags": []}
             return self.answer(200, {**known, "private": False, "gated": False, "disabled": False})
 
         def resolve(self, files: Files, name: str) -> None:
@@ -96,12 +96,12 @@ def serving(repositories: Mapping[str, Mapping[str, Files]]) -> Iterator[str]:
 def tree(files: Files, folder: str) -> list[dict[str, Any]]:
     """The files and folders right under a folder."""
     inside = [name for name in files if not folder or name.startswith(f"{folder}/")]
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for name in inside:
         first, *rest = name[len(folder) :].strip("/").split("/")
         path = "/".join(filter(None, (folder, first)))
         if rest:
-            found[path] = {"type": "directory", "path": path, "oid": "0" * 40}
+            result[path] = {"type": "directory", "path": path, "oid": "0" * 40}
         else:
-            found[path] = {"type": "file", "path": path, "size": len(files[name]), "oid": "0" * 40}
-    return list(found.values())
+            result[path] = {"type": "file", "path": path, "size": len(files[name]), "oid": "0" * 40}
+    return list(result.values())

@@ -51,11 +51,11 @@ class Kubeflow:
             return self.experiment(method, query, body)
         if path == f"{API}/runs" and method == "POST":
             return self.start(body)
-        found = re.fullmatch(rf"{API}/runs/([^/:]+)(:terminate)?", path)
-        if found and found[2]:
-            self.ended.append(found[1])
+        result = re.fullmatch(rf"{API}/runs/([^/:]+)(:terminate)?", path)
+        if result and result[2]:
+            self.ended.append(result[1])
             return {}
-        if found and found[1] == "run-1" and self.runs:
+        if result and result[1] == "run-1" and self.runs:
             # Each look takes the next state, and the last one stays.
             state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
             return {"run_id": "run-1", "experiment_id": "e-1", **state}
@@ -164,13 +164,13 @@ def kubeflow_server() -> Iterator[Kubeflow]:
             kubeflow.headers.append(dict(self.headers))
             try:
                 status = 200
-                told = kubeflow.answer(method, path, parse_qs(parts.query), json.loads(data) if data else {})
+                actual = kubeflow.answer(method, path, parse_qs(parts.query), json.loads(data) if data else {})
             except Refusal as refusal:
                 status, words = refusal.args
-                told = {"error": words, "code": status, "message": words}
-            payload = (told if isinstance(told, str) else json.dumps(told)).encode()
+                actual = {"error": words, "code": status, "message": words}
+            payload = (actual if isinstance(actual, str) else json.dumps(actual)).encode()
             self.send_response(status)
-            self.send_header("content-type", "text/plain" if isinstance(told, str) else "application/json")
+            self.send_header("content-type", "text/plain" if isinstance(actual, str) else "application/json")
             self.send_header("content-length", str(len(payload)))
             self.end_headers()
             self.wfile.write(payload)

@@ -48,9 +48,9 @@ class Cluster:
         watched = "watch" in parse_qs(parts.query)
         verb = VERBS.get(method) or ("watch" if watched else "get" if name else "list")
         self.requests.append(Request(verb, group, kind, namespace, name[0] if name else ""))
-        return self._found(verb, kind, name[0] if name else "", namespace, body)
+        return self._answer_for(verb, kind, name[0] if name else "", namespace, body)
 
-    def _found(self, verb: str, kind: str, name: str, namespace: str, body: Any) -> Any:
+    def _answer_for(self, verb: str, kind: str, name: str, namespace: str, body: Any) -> Any:
         if kind == "trainjobs" and verb == "create":
             metadata = {**body["metadata"], "namespace": namespace, "creationTimestamp": BORN}
             self.jobs[body["metadata"]["name"]] = {**body, "metadata": metadata}
@@ -79,15 +79,15 @@ def cluster(runtimes: list[dict[str, Any]], pod_spec: dict[str, Any]) -> Iterato
         "spec": pod_spec,
         "status": {"phase": "Running"},
     }
-    told = Cluster({one["metadata"]["name"]: one for one in runtimes}, pod)
+    actual = Cluster({one["metadata"]["name"]: one for one in runtimes}, pod)
 
     class Handler(BaseHTTPRequestHandler):
         def _handle(self) -> None:
             length = int(self.headers.get("content-length", 0))
             body = json.loads(self.rfile.read(length)) if length else None
-            found = told.answer(self.command, self.path, body)
-            status = 200 if found is not None else 404
-            content = {"kind": "Status", "code": 404} if found is None else found
+            result = actual.answer(self.command, self.path, body)
+            status = 200 if result is not None else 404
+            content = {"kind": "Status", "code": 404} if result is None else result
             data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("content-type", "text/plain" if isinstance(content, str) else "application/json")
@@ -101,5 +101,5 @@ def cluster(runtimes: list[dict[str, Any]], pod_spec: dict[str, Any]) -> Iterato
             """Says nothing."""
 
     with handled_by(Handler) as address:
-        told.address = address
-        yield told
+        actual.address = address
+        yield actual

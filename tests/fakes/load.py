@@ -103,11 +103,11 @@ async def _ask(
 
 
 def _check(
-    found: Mapping[str, object], headers: httpx.Headers, pool: Sequence[Pair], expected: Expected, outcome: Outcome
+    result: Mapping[str, object], headers: httpx.Headers, pool: Sequence[Pair], expected: Expected, outcome: Outcome
 ) -> None:
-    version = str(found["version"])
+    version = str(result["version"])
     outcome.versions[version] += 1
-    scores = found["scores"]
+    scores = result["scores"]
     right = [expected(version, pair) for pair in pool]
     if headers["x-cappy-version"] != version or not isinstance(scores, list):
         outcome.wrong.append(f"{version} says {headers['x-cappy-version']}")

@@ -72,8 +72,8 @@ class LocalTrainJobs:
     def get_job(self, name: str) -> Any:
         if name not in self.nodes:
             raise RuntimeError(f"Failed to get TrainJob: local/{name}") from kubernetes.ApiException(status=404)
-        found = [self.client.get_job(node).status for node in self.nodes[name]]
-        status = next((one for one in ("Failed", "Created", "Running") if one in found), "Complete")
+        result = [self.client.get_job(node).status for node in self.nodes[name]]
+        status = next((one for one in ("Failed", "Created", "Running") if one in result), "Complete")
         return SimpleNamespace(name=name, status=status)
 
     def delete_job(self, name: str) -> None:
@@ -119,12 +119,12 @@ class LocalTrainJobs:
 
 def processes(node: str) -> list[psutil.Process]:
     """The node's process that runs the trainer's function: what a container's first process is."""
-    found = []
+    result = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # It may end while it is looked at.
             if any(word.endswith(f"train_{node}.py") for word in process.cmdline()):
-                found.append(process)
-    return found
+                result.append(process)
+    return result
 
 
 if __name__ == "__main__":

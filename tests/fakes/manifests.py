@@ -31,9 +31,9 @@ def _program() -> tuple[str, ...] | None:
     for command, asked in ((("kustomize", "build"), ["version"]), (("kubectl", "kustomize"), ["version", "--client"])):
         if shutil.which(command[0]) is None:
             continue
-        told = subprocess.run([command[0], *asked], capture_output=True, text=True).stdout
-        found = re.search(r"(?:Kustomize Version: |^)v(\d+)\.", told, re.MULTILINE)
-        if found and int(found[1]) >= 5:
+        actual = subprocess.run([command[0], *asked], capture_output=True, text=True).stdout
+        result = re.search(r"(?:Kustomize Version: |^)v(\d+)\.", actual, re.MULTILINE)
+        if result and int(result[1]) >= 5:
             return command
     return None
 
@@ -71,9 +71,9 @@ def namespace() -> Object:
 
 def only(objects: list[Object], kind: str, name: str = "") -> Object:
     """The one object of a kind (and a name)."""
-    found = [one for one in objects if one["kind"] == kind and name in ("", one["metadata"]["name"])]
-    assert len(found) == 1, f"{kind} {name}: {len(found)} of them"
-    return found[0]
+    result = [one for one in objects if one["kind"] == kind and name in ("", one["metadata"]["name"])]
+    assert len(result) == 1, f"{kind} {name}: {len(result)} of them"
+    return result[0]
 
 
 def pods(objects: list[Object]) -> Iterator[Pod]:
@@ -118,6 +118,6 @@ def matches(selector: Object, labels: dict[str, str]) -> bool:
 
 def quantity(text: str) -> float:
     """A quantity of Kubernetes as a number of cores, bytes or devices."""
-    found = re.fullmatch(r"([0-9.]+)(m|Mi|Gi|Ti|)", str(text))
-    assert found, text
-    return float(found[1]) * {"m": 1e-3, "": 1.0, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}[found[2]]
+    result = re.fullmatch(r"([0-9.]+)(m|Mi|Gi|Ti|)", str(text))
+    assert result, text
+    return float(result[1]) * {"m": 1e-3, "": 1.0, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}[result[2]]

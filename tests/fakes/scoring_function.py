@@ -35,10 +35,10 @@ class FakeEngine:
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
         """Pairs, found again by their ids."""
-        found = []
+        result = []
         for instruction, response in pairs:
-            found.append(EncodedPair(ids=(*map(ord, instruction), -1, *map(ord, response)), types=()))
-        return found
+            result.append(EncodedPair(ids=(*map(ord, instruction), -1, *map(ord, response)), types=()))
+        return result
 
     def fits(self, pairs: Sequence[Pair]) -> bool:
         """Whether no pair has more than `longest` characters."""

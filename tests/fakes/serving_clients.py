@@ -49,11 +49,11 @@ def jina_client(address: str) -> dict[str, Any]:
 
     key = Secret.from_token("any-key")
     ranker = JinaRanker(api_key=key, model="cappy", top_k=2, base_url=f"{address}/v1/rerank")
-    found = ranker.run(QUERY, [Document(content=text) for text in TEXTS])
+    result = ranker.run(QUERY, [Document(content=text) for text in TEXTS])
     other = JinaRanker(api_key=key, model="other", base_url=f"{address}/v1/rerank")
     return {
-        "ranked": [(document.content, document.score) for document in found["documents"]],
-        "meta": found["meta"],
+        "ranked": [(document.content, document.score) for document in result["documents"]],
+        "meta": result["meta"],
         "unknown": refusal(lambda: other.run(QUERY, [Document(content="x")])),
     }
 
@@ -67,8 +67,8 @@ def tei_client(address: str) -> dict[str, Any]:
     ranked = {}
     for raw in (False, True):
         ranker = HuggingFaceTEIRanker(url=address, top_k=2, raw_scores=raw, token=None, max_retries=0)
-        found = ranker.run(query=QUERY, documents=documents)["documents"]
-        ranked["raw" if raw else "scores"] = [(document.content, document.score) for document in found]
+        result = ranker.run(query=QUERY, documents=documents)["documents"]
+        ranked["raw" if raw else "scores"] = [(document.content, document.score) for document in result]
     return ranked
 
 
@@ -78,7 +78,7 @@ def triton_client(address: str) -> dict[str, Any]:
     import tritonclient.http as triton
 
     client = triton.InferenceServerClient(address.removeprefix("http://"))
-    found: dict[str, Any] = {
+    actual: dict[str, Any] = {
         "live": client.is_server_live(),
         "ready": client.is_server_ready() and client.is_model_ready("cappy"),
         "metadata": client.get_model_metadata("cappy"),
@@ -92,9 +92,9 @@ def triton_client(address: str) -> dict[str, Any]:
             inputs.append(tensor.set_data_from_numpy(array, binary_data=binary))
         wanted = None if binary else [triton.InferRequestedOutput("score")]
         result = client.infer("cappy", inputs, request_id="mine", outputs=wanted)
-        found["binary" if binary else "json"] = result.as_numpy("score").tolist()
-    found["unknown"] = refusal(lambda: client.infer("other", inputs))
-    return found
+        actual["binary" if binary else "json"] = result.as_numpy("score").tolist()
+    actual["unknown"] = refusal(lambda: client.infer("other", inputs))
+    return actual
 
 
 def kserve_client(address: str) -> dict[str, Any]:

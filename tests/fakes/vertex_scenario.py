@@ -46,15 +46,20 @@ def connect(vertex: Vertex) -> None:
     )
 
 
-def told(vertex: Vertex, scorer: Path, number: int, **changed: Any) -> dict[str, Any]:
+def deployment_facts(vertex: Vertex, scorer: Path, number: int, **changed: Any) -> dict[str, Any]:
     """Deploys, and what the endpoint looks like then: version -> percent."""
     from cappy.deployment.vertex import deploy
 
-    found = deploy(settings(**changed), version(number), scorer)
+    result = deploy(settings(**changed), version(number), scorer)
     deployed = vertex.endpoints[0]["deployedModels"]
     shares = {one["displayName"]: vertex.endpoints[0]["trafficSplit"].get(one["id"], 0) for one in deployed}
     assert len(shares) == len(deployed), "a version is deployed twice"
-    return {"shares": shares, "undeployed": found["undeployed"], "model": found["model"], "endpoint": found["endpoint"]}
+    return {
+        "shares": shares,
+        "undeployed": result["undeployed"],
+        "model": result["model"],
+        "endpoint": result["endpoint"],
+    }
 
 
 def life(scorer: Path) -> dict[str, Any]:
@@ -62,11 +67,11 @@ def life(scorer: Path) -> dict[str, Any]:
     with vertex_server() as vertex:
         connect(vertex)
         steps = [
-            told(vertex, scorer, 1),
-            told(vertex, scorer, 2, traffic=20),
-            told(vertex, scorer, 2, traffic=20),
-            told(vertex, scorer, 2),
-            told(vertex, scorer, 1, traffic=50),
+            deployment_facts(vertex, scorer, 1),
+            deployment_facts(vertex, scorer, 2, traffic=20),
+            deployment_facts(vertex, scorer, 2, traffic=20),
+            deployment_facts(vertex, scorer, 2),
+            deployment_facts(vertex, scorer, 1, traffic=50),
         ]
         asked = [call for call in vertex.calls if "/locations/" in call and not call.startswith("GET")]
         deployed = vertex.endpoints[0]["deployedModels"][0]

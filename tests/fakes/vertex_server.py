@@ -137,10 +137,10 @@ class Vertex:
     @staticmethod
     def find(among: list[dict[str, Any]], name: str) -> dict[str, Any]:
         bare, _, version = name.partition("@")
-        found = [one for one in among if one["name"] == bare and (not version or one.get("versionId") == version)]
-        if not found:
+        result = [one for one in among if one["name"] == bare and (not version or one.get("versionId") == version)]
+        if not result:
             raise Refusal(404, f"{name} not found")
-        return found[-1]
+        return result[-1]
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], data: bytes) -> dict[str, Any]:
         """What a request gets."""
@@ -236,11 +236,11 @@ def vertex_server() -> Iterator[Vertex]:
             data = self.rfile.read(int(self.headers.get("content-length", 0)))
             vertex.calls.append(f"{method} {unquote(parts.path)}")
             try:
-                status, told = 200, vertex.answer(method, unquote(parts.path), parse_qs(parts.query), data)
+                status, actual = 200, vertex.answer(method, unquote(parts.path), parse_qs(parts.query), data)
             except Refusal as refusal:
                 code, words = refusal.args
-                status, told = code, {"error": {"code": code, "message": words, "status": "FAILED_PRECONDITION"}}
-            payload = json.dumps(told).encode()
+                status, actual = code, {"error": {"code": code, "message": words, "status": "FAILED_PRECONDITION"}}
+            payload = json.dumps(actual).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(payload)))

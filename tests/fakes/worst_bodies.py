@@ -214,11 +214,11 @@ def service(*words: str) -> Iterator[Watched]:
 
 
 def _watched(process: int, port: int) -> Iterator[Watched]:
-    found = Watched(process, f"http://127.0.0.1:{port}")
+    result = Watched(process, f"http://127.0.0.1:{port}")
     try:
-        yield found
+        yield result
     finally:
-        found.close()
+        result.close()
 
 
 @contextlib.contextmanager

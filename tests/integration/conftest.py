@@ -46,10 +46,10 @@ def as_postgres(command: list[str]) -> list[str]:
 @pytest.fixture(scope="session")
 def database() -> Iterator[Callable[[str], str]]:
     """database("name") makes an empty database and gives its address, for SQLAlchemy."""
-    found = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
-    if found is None:
+    result = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
+    if result is None:
         pytest.skip("no PostgreSQL server here; apt-get install postgresql")
-    programs = Path(found).resolve().parent
+    programs = Path(result).resolve().parent
     # Its own user must reach the folder, which pytest's are closed to.
     folder = Path(
         subprocess.run(as_postgres(["mktemp", "-d"]), capture_output=True, text=True, check=True).stdout.strip()
@@ -92,7 +92,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
         yield Bucket(
             f"s3://{BUCKET}",
             {**S3_KEYS, "MLFLOW_S3_ENDPOINT_URL": address},
-            lambda: [found["Key"] for found in client.list_objects_v2(Bucket=BUCKET)["Contents"]],
+            lambda: [result["Key"] for result in client.list_objects_v2(Bucket=BUCKET)["Contents"]],
             lambda name: client.get_object(Bucket=BUCKET, Key=name)["Body"].read(),
             lambda name, data: client.put_object(Bucket=BUCKET, Key=name, Body=data),
         )
@@ -119,7 +119,7 @@ def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
         yield Bucket(
             f"gs://{BUCKET}",
             {"STORAGE_EMULATOR_HOST": address},
-            lambda: [found.name for found in bucket.list_blobs()],
+            lambda: [result.name for result in bucket.list_blobs()],
             lambda name: bucket.blob(name).download_as_bytes(),
             lambda name, data: bucket.blob(name).upload_from_string(data, "application/octet-stream"),
         )

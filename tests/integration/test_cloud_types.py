@@ -22,10 +22,10 @@ SERVERS = ROOT / ".venv-servers"
 
 
 def packages() -> Path:
-    found = next(SERVERS.glob("lib/python*/site-packages"), None)
-    if found is None:
+    result = next(SERVERS.glob("lib/python*/site-packages"), None)
+    if result is None:
         pytest.skip("neither KServe's models nor another Vertex AI SDK here; make integration installs them")
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")

@@ -95,17 +95,17 @@ class Containers:
 
     def inspect(self, name: str) -> dict[str, Any]:
         """The configuration of an image."""
-        found: dict[str, Any] = json.loads(self.docker("image", "inspect", images.tag(name)).stdout)[0]["Config"]
-        return found
+        result: dict[str, Any] = json.loads(self.docker("image", "inspect", images.tag(name)).stdout)[0]["Config"]
+        return result
 
     @contextlib.contextmanager
     def running(self, *words: str) -> Iterator[str]:
         """The id of a container in the background, removed with the block."""
-        found = self.docker("run", "--detach", *LOCKED_DOWN, *words).stdout.strip()
+        result = self.docker("run", "--detach", *LOCKED_DOWN, *words).stdout.strip()
         try:
-            yield found
+            yield result
         finally:
-            self.docker("rm", "--force", "--volumes", found, check=False)
+            self.docker("rm", "--force", "--volumes", result, check=False)
 
     @contextlib.contextmanager
     def files(self, name: str) -> Iterator[tarfile.TarFile]:
@@ -190,18 +190,18 @@ def test_the_user_is_a_fixed_one_that_owns_nothing(containers: Containers, name:
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_name_version_commit_and_source(containers: Containers, name: str) -> None:
     labels = containers.inspect(name)["Labels"]
-    found = {key.rpartition(".")[2]: value for key, value in labels.items() if key.startswith("org.opencontainers")}
-    assert found["title"] == images.IMAGES[name]
-    assert found["version"] == cappy.__version__
-    assert found["revision"] == images.commit()
-    assert found["source"] == images.source()
+    result = {key.rpartition(".")[2]: value for key, value in labels.items() if key.startswith("org.opencontainers")}
+    assert result["title"] == images.IMAGES[name]
+    assert result["version"] == cappy.__version__
+    assert result["revision"] == images.commit()
+    assert result["source"] == images.source()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bill_of_materials_lists_what_is_installed(containers: Containers, name: str) -> None:
     with containers.files(name) as archive:
         bill = next(json.load(archive.extractfile(member)) for member in archive if member.name == BILL)  # type: ignore[arg-type]
-    listed = {found["name"].lower(): found["version"] for found in bill["components"]}
+    listed = {result["name"].lower(): result["version"] for result in bill["components"]}
     program = "import json, importlib.metadata as m; print(json.dumps({d.name: d.version for d in m.distributions()}))"
     installed = json.loads(containers.python(name, program))
     assert {"torch", "transformers"} <= set(installed)
@@ -211,14 +211,14 @@ def test_the_bill_of_materials_lists_what_is_installed(containers: Containers, n
 
 
 def test_pinned_versions_are_those_of_the_lock(containers: Containers) -> None:
-    found = [re.findall(r"^([\w.-]+)==([^\s;\\]+)", path.read_text(), re.MULTILINE) for path in locks.LOCKED]
-    pins = {name.lower(): version for pairs in found for name, version in pairs}
+    result = [re.findall(r"^([\w.-]+)==([^\s;\\]+)", path.read_text(), re.MULTILINE) for path in locks.LOCKED]
+    pins = {name.lower(): version for pairs in result for name, version in pairs}
     assert {"torch", "transformers", "numpy"} <= pins.keys()
     program = "import json, importlib.metadata as m; print(json.dumps({d.name: d.version for d in m.distributions()}))"
     for name in NAMES:
         installed = json.loads(containers.python(name, program))
-        told = {key: version.partition("+")[0] for key, version in installed.items() if key.lower() in pins}
-        assert told == {key: pins[key.lower()] for key in told}
+        actual = {key: version.partition("+")[0] for key, version in installed.items() if key.lower() in pins}
+        assert actual == {key: pins[key.lower()] for key in actual}
 
 
 def test_the_serving_image_has_no_shell_compiler_or_package_manager(containers: Containers) -> None:
@@ -249,19 +249,19 @@ def test_the_serving_image_keeps_the_contract_of_vertex(containers: Containers, 
         "AIP_PREDICT_ROUTE": f"{place}:predict",
         "AIP_STORAGE_URI": "/model",
     }
-    told = [word for name, value in variables.items() for word in ("--env", f"{name}={value}")]
+    actual = [word for name, value in variables.items() for word in ("--env", f"{name}={value}")]
     mount = ("--mount", f"type=bind,source={model},target=/model,readonly", "--publish", f"127.0.0.1:{port}:9000")
     address = f"http://127.0.0.1:{port}"
-    with containers.running(*told, *mount, images.tag("serving")) as container:
+    with containers.running(*actual, *mount, images.tag("serving")) as container:
 
         def said() -> str:
             return containers.docker("logs", container).stderr
 
         wait_for(lambda: answer(address + place)[0] == 200, f"an answer of {address}{place}", said)
-        status, told_scores = answer(f"{address}{place}:predict", {"instances": PAIRS})
+        status, service_scores = answer(f"{address}{place}:predict", {"instances": PAIRS})
         here = Scorer.load(str(model)).score([(one, two) for one, two in PAIRS])
         assert status == 200
-        assert [found["score"] for found in told_scores["predictions"]] == pytest.approx(here, abs=1e-4)
+        assert [result["score"] for result in service_scores["predictions"]] == pytest.approx(here, abs=1e-4)
 
         def state(part: str) -> str:
             return containers.docker("inspect", "--format", f"{{{{.State.{part}}}}}", container).stdout.strip()
@@ -308,12 +308,12 @@ def test_the_pipeline_adapt_runs_in_the_images(containers: Containers, folder: P
         ).returncode
     assert done == 0, log.read_text(errors="replace")[-6000:]
     records = [json.loads(path.read_text()) for path in (place / "work/records").glob("*.json")]
-    steps = {found["step"]: found["status"] for found in records}
+    steps = {result["step"]: result["status"] for result in records}
     # So few instances show too little for the gate to promote; where it does, deployment runs as well.
     assert steps.pop("deployment", "done") == "done"
     assert steps == dict.fromkeys(set(PIPELINES["adapt"].steps) - {"deployment"}, "done")
     assert {path.stat().st_uid for path in (place / "work/records").glob("*.json")} == {USER}
-    sampled = next(found["target"] for found in records if found["step"] == "sampling")
+    sampled = next(result["target"] for result in records if result["step"] == "sampling")
     assert any(instance.candidates for instance in read(Path(sampled)))
     assert (place / "mlflow.db").exists()
 
@@ -330,10 +330,10 @@ def test_the_verb_runs_a_pipeline_in_the_images(containers: Containers, folder: 
     command = [CAPPY, *words, "--set", "scoring.scorer=builtin"]
     done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr + "".join(path.read_text() for path in place.glob(".cappy/runs/*/run.log"))
-    told = json.loads(done.stdout)
-    (instance,) = read(Path(told["scored"]))
+    actual = json.loads(done.stdout)
+    (instance,) = read(Path(actual["scored"]))
     assert [candidate.response for candidate in instance.candidates] == ["2", "fish"]
-    assert all(told["version"] in candidate.scores for candidate in instance.candidates)
+    assert all(actual["version"] in candidate.scores for candidate in instance.candidates)
 
 
 def test_a_run_in_the_images_that_is_asked_to_end_leaves_no_container(containers: Containers, folder: Path) -> None:
@@ -343,9 +343,9 @@ def test_a_run_in_the_images_that_is_asked_to_end_leaves_no_container(containers
     command = [CAPPY, "pipeline", "run", "adapt", "--on", "docker", "--set", "preparation.num_per_family=500"]
 
     def running() -> str:
-        found = place.glob(".cappy/runs/*")
+        result = place.glob(".cappy/runs/*")
         return "".join(
-            containers.docker("ps", "--quiet", "--filter", f"label=cappy.run={path.name}").stdout for path in found
+            containers.docker("ps", "--quiet", "--filter", f"label=cappy.run={path.name}").stdout for path in result
         )
 
     with subprocess.Popen(command, env=environment, cwd=place, stderr=subprocess.PIPE, text=True) as process:

@@ -45,8 +45,8 @@ def refusals(objects: list[Object]) -> list[str]:
     program = [str(SERVERS / "bin" / "python"), "-c", VALIDATE]
     done = subprocess.run(program, input=json.dumps(asked), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    found: list[str] = json.loads(done.stdout)
-    return found
+    result: list[str] = json.loads(done.stdout)
+    return result
 
 
 def test_kubernetes_own_schemas_know_every_field() -> None:
@@ -59,9 +59,9 @@ def test_the_schemas_refuse_a_misspelt_field_and_a_wrong_type() -> None:
     deployment["spec"]["template"]["spec"]["serviceAccount_name"] = "cappy-serving"
     scaler = only(rendered("serving"), "HorizontalPodAutoscaler")
     scaler["spec"]["maxReplicas"] = "six"
-    told = refusals([deployment, scaler])
-    assert len(told) == 2 * len(RELEASES)
-    assert "serviceAccount_name" in told[0]
+    messages = refusals([deployment, scaler])
+    assert len(messages) == 2 * len(RELEASES)
+    assert "serviceAccount_name" in messages[0]
 
 
 def status(url: str, **headers: str) -> int:
@@ -101,16 +101,16 @@ def test_mlflow_starts_as_its_deployment_says_and_answers_its_probes(
     ):
         assert place.partition("://")[0] == settings[name].partition("://")[0]
         settings[name] = place
-    told = {name: value for name, value in variables(container).items() if isinstance(value, str)}
-    told |= {name: str(tmp_path) for name in ("HOME", "TMPDIR")}
+    messages = {name: value for name, value in variables(container).items() if isinstance(value, str)}
+    messages |= {name: str(tmp_path) for name in ("HOME", "TMPDIR")}
     # What a Service named mlflow would set; the port of the arguments must win over it.
-    told |= {"MLFLOW_PORT": "tcp://10.0.0.1:5000", **settings, **s3.environment, "PGPASSWORD": "not-asked-for"}
+    messages |= {"MLFLOW_PORT": "tcp://10.0.0.1:5000", **settings, **s3.environment, "PGPASSWORD": "not-asked-for"}
     port = free_port()
     address, log = f"http://127.0.0.1:{port}", tmp_path / "log"
     monkeypatch.chdir(tmp_path)
     command = started_as(container, port)
     command[command.index("--workers") + 1] = "1"
-    with running(command, log, PYTHONPATH=str(ROOT), **told) as process:
+    with running(command, log, PYTHONPATH=str(ROOT), **messages) as process:
         wait_for(f"{address}/health", process, log, seconds=150)
         assert {status(f"{address}{path}") for path in probes(container)} == {200}
         search = f"{address}/api/2.0/mlflow/registered-models/search"
@@ -142,9 +142,9 @@ def test_the_service_starts_as_its_pod_says_answers_its_probes_and_ends_well(tmp
     command = started_as(container, port)
     command[command.index("--scorer") + 1] = "builtin"
     command[command.index("--notice") + 1] = "1"
-    told = {name: value for name, value in variables(container).items() if isinstance(value, str)}
-    told |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "CAPPY_API_KEYS": "a-key-of-a-test"}
-    with running(command, log, PYTHONPATH=str(ROOT), **told) as process:
+    messages = {name: value for name, value in variables(container).items() if isinstance(value, str)}
+    messages |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "CAPPY_API_KEYS": "a-key-of-a-test"}
+    with running(command, log, PYTHONPATH=str(ROOT), **messages) as process:
         wait_for(f"{address}/startup", process, log, seconds=150)
         wait_for(f"{address}/ready", process, log)
         assert {status(f"{address}{path}") for path in {*probes(container), "/metrics"}} == {200}

@@ -24,7 +24,7 @@ from cappy.registry.registration import RegistrationConfig
 from cappy.registry.registration import run as register
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-FOUND = difference(0.19, 0.2)
+GAINS = difference(0.19, 0.2)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def evaluated(folder: Path, scorer: Path, champion: Path | None = None) -> Path:
         versions["champion"] = read_manifest(champion).hash[:12]
         others.append("champion")
     folder.mkdir()
-    comparisons = {f"scorer-{other}": FOUND for other in others}
+    comparisons = {f"scorer-{other}": GAINS for other in others}
     values = {
         "schema": SCHEMA,
         "comparisons": comparisons,
@@ -120,7 +120,7 @@ def test_a_byte_that_changed_in_the_bucket_is_refused_by_name(
     registered(uri, name, scorer, evaluated(tmp_path / "report", scorer), tmp_path / "version")
     source = registry.resolve(f"models:/{name}/1", tracking_uri=uri).source
     run = source.split("/artifacts")[0].rsplit("/", 1)[1]
-    weights = next(found for found in bucket.names() if run in found and found.endswith(".safetensors"))
+    weights = next(result for result in bucket.names() if run in result and result.endswith(".safetensors"))
     data = bytearray(bucket.read(weights))
     assert data == (scorer / "model.safetensors").read_bytes()
     data[-1] ^= 1
@@ -181,8 +181,8 @@ def test_mlflows_own_model_server_gives_our_scores(
             {"content-type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
-            told = json.loads(answer.read())["predictions"]
-    assert told == pytest.approx(Scorer.load(str(scorer)).score(pairs), abs=1e-4)
+            actual = json.loads(answer.read())["predictions"]
+    assert actual == pytest.approx(Scorer.load(str(scorer)).score(pairs), abs=1e-4)
 
 
 def test_the_database_address_alone_is_a_registry_too(
@@ -191,7 +191,9 @@ def test_the_database_address_alone_is_a_registry_too(
     """Without MLflow's server: the client writes to PostgreSQL itself, artifacts to a folder."""
     monkeypatch.chdir(tmp_path)
     postgresql, scorer = database("direct"), scorers("one")
-    found = registered(postgresql, "cappy-direct", scorer, evaluated(tmp_path / "report", scorer), tmp_path / "version")
-    assert found["version"] == 1
+    result = registered(
+        postgresql, "cappy-direct", scorer, evaluated(tmp_path / "report", scorer), tmp_path / "version"
+    )
+    assert result["version"] == 1
     folder = registry.download("models:/cappy-direct/1", tracking_uri=postgresql, cache=tmp_path / "models")
     assert verify(folder).hash == read_manifest(scorer).hash

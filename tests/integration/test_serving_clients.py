@@ -44,50 +44,50 @@ def ask(address: str) -> Ask:
         quiet = {**os.environ, "HAYSTACK_TELEMETRY_ENABLED": "False", "PYTHONPATH": ""}
         run = subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=120, check=False)
         assert run.returncode == 0, run.stderr[-3000:]
-        found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-        return found
+        result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+        return result
 
     return asked
 
 
 def test_coheres_sdk_reranks_by_both_of_its_versions(ask: Ask) -> None:
-    found = ask("cohere")
-    assert found["first"] == [[1, 3.004, "xxxx"], [0, 3.001, "x"]]
-    assert found["second"] == [[1, 3.004], [2, 3.002]]
-    assert found["tokens"] == TOKENS
-    assert found["unknown"].startswith("NotFoundError: ")
-    assert "ask for cappy" in found["unknown"]
-    assert found["empty"].startswith("BadRequestError: ")
-    assert "documents: " in found["empty"]
+    result = ask("cohere")
+    assert result["first"] == [[1, 3.004, "xxxx"], [0, 3.001, "x"]]
+    assert result["second"] == [[1, 3.004], [2, 3.002]]
+    assert result["tokens"] == TOKENS
+    assert result["unknown"].startswith("NotFoundError: ")
+    assert "ask for cappy" in result["unknown"]
+    assert result["empty"].startswith("BadRequestError: ")
+    assert "documents: " in result["empty"]
 
 
 def test_haystacks_ranker_for_jina_ranks(ask: Ask) -> None:
-    found = ask("jina")
-    assert found["ranked"] == [["xxxx", 3.004], ["yy", 3.002]]
-    assert found["meta"] == {"model": "cappy", "usage": {"prompt_tokens": TOKENS, "total_tokens": TOKENS}}
-    assert "ask for cappy" in found["unknown"]
+    result = ask("jina")
+    assert result["ranked"] == [["xxxx", 3.004], ["yy", 3.002]]
+    assert result["meta"] == {"model": "cappy", "usage": {"prompt_tokens": TOKENS, "total_tokens": TOKENS}}
+    assert "ask for cappy" in result["unknown"]
 
 
 def test_haystacks_ranker_for_text_embeddings_inference_ranks(ask: Ask) -> None:
-    found = ask("tei")
-    assert found["scores"] == [["xxxx", 3.004], ["yy", 3.002]]
-    assert found["raw"] == [["xxxx", pytest.approx(30.04)], ["yy", pytest.approx(30.02)]]
+    result = ask("tei")
+    assert result["scores"] == [["xxxx", 3.004], ["yy", 3.002]]
+    assert result["raw"] == [["xxxx", pytest.approx(30.04)], ["yy", pytest.approx(30.02)]]
 
 
 def test_tritons_client_infers_with_binary_tensors_and_with_json(ask: Ask) -> None:
-    found = ask("triton")
-    assert found["binary"] == found["json"] == [[score] for score in SCORES]
-    assert (found["live"], found["ready"]) == (True, True)
-    assert found["metadata"]["inputs"][0] == {"name": "instruction", "datatype": "BYTES", "shape": [-1]}
-    assert found["server"]["name"] == "cappy"
-    assert "ask for cappy" in found["unknown"]
+    result = ask("triton")
+    assert result["binary"] == result["json"] == [[score] for score in SCORES]
+    assert (result["live"], result["ready"]) == (True, True)
+    assert result["metadata"]["inputs"][0] == {"name": "instruction", "datatype": "BYTES", "shape": [-1]}
+    assert result["server"]["name"] == "cappy"
+    assert "ask for cappy" in result["unknown"]
 
 
 def test_kserves_client_predicts_and_infers(ask: Ask) -> None:
-    found = ask("kserve")
-    assert found["first"] == {"predictions": [{"score": score} for score in SCORES]}
-    assert found["second"] == SCORES
-    assert (found["live"], found["ready"], found["models"]) == (True, True, [True, True])
+    result = ask("kserve")
+    assert result["first"] == {"predictions": [{"score": score} for score in SCORES]}
+    assert result["second"] == SCORES
+    assert (result["live"], result["ready"], result["models"]) == (True, True, [True, True])
 
 
 def test_mlflows_client_of_its_scoring_server_gets_the_scores(address: str) -> None:

@@ -103,13 +103,13 @@ def browser() -> Iterator[Any]:
 def opened(browser: Any, path: Path, width: int = 1100) -> tuple[Any, list[str], list[str]]:
     """The page, what it asked the network for, and what the browser complained of."""
     asked: list[str] = []
-    told: list[str] = []
+    messages: list[str] = []
     view = browser.new_page(viewport={"width": width, "height": 900})
     view.on("request", lambda request: asked.append(request.url) if not request.url.startswith("file:") else None)
-    view.on("console", lambda message: told.append(message.text))
-    view.on("pageerror", lambda error: told.append(str(error)))
+    view.on("console", lambda message: messages.append(message.text))
+    view.on("pageerror", lambda error: messages.append(str(error)))
     view.goto(path.as_uri())
-    return view, asked, told
+    return view, asked, messages
 
 
 @needs_chromium
@@ -119,8 +119,8 @@ def test_a_page_draws_all_that_it_has_under_its_policy(
     browser: Any, make: Callable[[], str], width: int, tmp_path: Path
 ) -> None:
     (tmp_path / "page.html").write_text(make(), encoding="utf-8")
-    view, asked, told = opened(browser, tmp_path / "page.html", width)
-    assert (asked, told) == ([], [])
+    view, asked, messages = opened(browser, tmp_path / "page.html", width)
+    assert (asked, messages) == ([], [])
     assert view.evaluate("getComputedStyle(document.querySelector('main')).maxWidth") == "1080px"
     assert view.evaluate("getComputedStyle(document.querySelector('svg path')).strokeLinecap") == "butt"
     bars = view.evaluate(

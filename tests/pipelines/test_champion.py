@@ -40,7 +40,7 @@ class Registry:
 
     def finetuned(self, submission: Submission, manifest_hash: str) -> None:
         """Writes what a finetuning under the submission's fingerprint would leave."""
-        told = StepRecord(
+        actual = StepRecord(
             step="finetuning",
             fingerprint=submission.fingerprints["finetuning"],
             run="run-1",
@@ -51,9 +51,9 @@ class Registry:
             target="",
             manifest_hash=manifest_hash,
         )
-        path = record_path(self.folder / "work", told.fingerprint)
+        path = record_path(self.folder / "work", actual.fingerprint)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(told)))
+        path.write_text(json.dumps(asdict(actual)))
 
 
 @pytest.fixture
@@ -93,10 +93,10 @@ def test_a_champion_that_this_finetuning_made_is_compared_with_its_predecessor(r
 
 def test_a_scorer_named_by_alias_is_passed_by_number(registry: Registry) -> None:
     registry.add("aaaa", champion=True)
-    found = registry.submitted(scorer="models:/cappy@champion")
-    assert found.arguments["scorer"] == "models:/cappy/1"
+    result = registry.submitted(scorer="models:/cappy@champion")
+    assert result.arguments["scorer"] == "models:/cappy/1"
     registry.add("bbbb", champion=True)
     assert (
         registry.submitted(scorer="models:/cappy@champion").fingerprints["finetuning"]
-        != found.fingerprints["finetuning"]
+        != result.fingerprints["finetuning"]
     )

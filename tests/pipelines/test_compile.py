@@ -107,12 +107,12 @@ def test_platforms_change_neither_what_a_task_reads_nor_what_its_container_runs(
 
     local = core("local")
     for platform in PLATFORMS[1:]:
-        found = core(platform)
+        result = core(platform)
         if platform == "vertex":  # It names a run by the job, not by its number.
-            found = json.loads(json.dumps(found).replace("pipeline_job_name", "pipeline_job_uuid"))
-            assert found == json.loads(json.dumps(local))
+            result = json.loads(json.dumps(result).replace("pipeline_job_name", "pipeline_job_uuid"))
+            assert result == json.loads(json.dumps(local))
         else:
-            assert found == local, platform
+            assert result == local, platform
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -130,20 +130,20 @@ def test_kubeflow_alone_has_a_second_document_which_vertex_would_refuse() -> Non
 
 
 def tasks(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for component in (document["root"], *document["components"].values()):
-        found |= component.get("dag", {}).get("tasks", {})
-    return found
+        result |= component.get("dag", {}).get("tasks", {})
+    return result
 
 
 def test_shards_are_one_loop_whose_parts_come_together_in_one_folder() -> None:
     document = yaml.safe_load(compiled("pretrain", shards=64))
-    found = tasks(document)
-    loop = next(task for task in found.values() if "parameterIterator" in task)
+    result = tasks(document)
+    loop = next(task for task in result.values() if "parameterIterator" in task)
     assert yaml.safe_load(loop["parameterIterator"]["items"]["raw"]) == [f"{index}/64" for index in range(64)]
     for step in ("sampling", "annotation"):
-        assert "loop-item" in found[step]["inputs"]["parameters"]["part"]["componentInputParameter"]
-    source = found["pretraining"]["inputs"]["artifacts"]["annotated"]["taskOutputArtifact"]
+        assert "loop-item" in result[step]["inputs"]["parameters"]["part"]["componentInputParameter"]
+    source = result["pretraining"]["inputs"]["artifacts"]["annotated"]["taskOutputArtifact"]
     assert source["producerTask"] == "gathering"
 
 
@@ -176,10 +176,10 @@ def test_a_step_gets_what_its_recipe_says_and_the_others_do_not() -> None:
 def test_every_attempt_but_the_exit_steps_is_repeated_and_every_step_has_a_limit() -> None:
     for platform in ("kubeflow", "vertex"):
         document = next(yaml.safe_load_all(compiled("adapt", platform)))
-        found = tasks(document)
-        steps = [name for name in found if name in PIPELINES["adapt"].steps]
-        assert {found[name]["retryPolicy"]["maxRetryCount"] for name in steps} == {2}
-        assert "retryPolicy" not in found["tracking"]
+        result = tasks(document)
+        steps = [name for name in result if name in PIPELINES["adapt"].steps]
+        assert {result[name]["retryPolicy"]["maxRetryCount"] for name in steps} == {2}
+        assert "retryPolicy" not in result["tracking"]
         for container in (each["container"] for each in document["deploymentSpec"]["executors"].values()):
             values = {each["name"]: each["value"] for each in container["env"]}
             assert float(values["CAPPY_TIMEOUT"]) == 24 * 3600
@@ -222,13 +222,13 @@ def test_what_a_platform_lacks_is_refused_before_submission(
 def test_a_tpu_is_for_training_by_jax_on_one_machine_and_has_an_image_of_its_own() -> None:
     needs = {"accelerator": "tpu-v6e", "count": 4, "node_selector": {"cloud.google.com/gke-tpu-topology": "2x2"}}
     by_jax = {"settings": {"finetuning": {"parallelism": "jax"}}}
-    found, _ = executors(compiled("adapt", "kubeflow", resources={"finetuning": needs}, **by_jax))
-    assert found["exec-finetuning"]["image"] == "cappy-python-trainer-tpu:0.1.0"
-    asked = found["exec-finetuning"]["resources"]["accelerator"]
+    result, _ = executors(compiled("adapt", "kubeflow", resources={"finetuning": needs}, **by_jax))
+    assert result["exec-finetuning"]["image"] == "cappy-python-trainer-tpu:0.1.0"
+    asked = result["exec-finetuning"]["resources"]["accelerator"]
     assert (asked["resourceType"], asked["resourceCount"]) == ("google.com/tpu", "4")
     named = {"images": {"trainer": "mine:gpu", "trainer-tpu": "mine:tpu"}}
-    found, _ = executors(compiled("adapt", "kubeflow", resources={"finetuning": needs}, **by_jax, **named))
-    assert found["exec-finetuning"]["image"] == "mine:tpu"
+    result, _ = executors(compiled("adapt", "kubeflow", resources={"finetuning": needs}, **by_jax, **named))
+    assert result["exec-finetuning"]["image"] == "mine:tpu"
     for platform, changed, more, names in (
         ("kubeflow", {}, {}, ("tpu-v6e", "settings.finetuning.parallelism: jax")),
         ("kubeflow", {"nodes": 2}, by_jax, ("finetuning.nodes: 2", "JAX")),
@@ -241,9 +241,9 @@ def test_a_tpu_is_for_training_by_jax_on_one_machine_and_has_an_image_of_its_own
 
 def test_a_step_whose_job_trains_on_nodes_asks_for_little_itself() -> None:
     needs = {"cpu": "64", "memory": "512Gi", "accelerator": "nvidia-l4", "count": 8, "nodes": 2}
-    found, _ = executors(compiled("adapt", "kubeflow", resources={"finetuning": needs}))
-    assert found["exec-finetuning"]["resources"]["resourceCpuLimit"] == "1"
-    assert found["exec-finetuning"]["resources"]["resourceMemoryLimit"] == "2Gi"
+    result, _ = executors(compiled("adapt", "kubeflow", resources={"finetuning": needs}))
+    assert result["exec-finetuning"]["resources"]["resourceCpuLimit"] == "1"
+    assert result["exec-finetuning"]["resources"]["resourceMemoryLimit"] == "2Gi"
     for name, value in NEEDS["kubeflow"]["preparation"].items():
         if name in ("spot", "node_selector", "tolerations", "secrets"):
             with raises_naming(ConfigError, f"finetuning.{name}: ", "TrainingRuntime cappy-torch"):

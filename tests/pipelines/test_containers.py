@@ -61,8 +61,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_an_image_that_is_here_will_do_and_one_that_cannot_be_pulled_is_one_line(engine: None) -> None:
-    found = check_images(check_recipe({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}}))
-    assert found == dict.fromkeys(PIPELINES["adapt"].steps, "sha256:1")
+    result = check_images(check_recipe({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}}))
+    assert result == dict.fromkeys(PIPELINES["adapt"].steps, "sha256:1")
     with raises_naming(ConfigError, "mine:2: ", "denied", "make"):
         check_images(check_recipe({"pipeline": "adapt", "images": {"worker": HERE, "trainer": "mine:2"}}))
     exit_step = {"resources": {"tracking": {"image": "mine:3"}}}

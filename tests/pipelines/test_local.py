@@ -48,10 +48,10 @@ def test_a_second_run_comes_from_the_cache_and_another_fingerprint_runs_again(
     record = read_record(tmp_path / "work-python3", "1" * 8)
     assert record is not None
     assert record.run == first.run_id
-    told = capfd.readouterr()
-    assert told.out == ""
-    assert str(first.log) in told.err
-    assert "preparation: done, 10 rows" in told.err
+    actual = capfd.readouterr()
+    assert actual.out == ""
+    assert str(first.log) in actual.err
+    assert "preparation: done, 10 rows" in actual.err
 
     second = start(made_up(), show=True)
     assert second.run_id != first.run_id
@@ -75,9 +75,9 @@ def test_a_defect_shows_the_end_of_the_steps_own_log(
 ) -> None:
     with raises_naming(CappyError, "preparation: ZeroDivisionError: a defect of ours", "run.log"):
         start(made_up(first={"fail": "defect"}), show=True)
-    told = capfd.readouterr().err
-    assert "Traceback" in told or 'raise ZeroDivisionError("a defect of ours")' in told
-    assert "farewell" not in told
+    actual = capfd.readouterr().err
+    assert "Traceback" in actual or 'raise ZeroDivisionError("a defect of ours")' in actual
+    assert "farewell" not in actual
 
 
 def test_a_killed_step_is_said_to_be_killed(made_up: MakeUp, start: Callable[..., RunOutcome]) -> None:
@@ -122,15 +122,15 @@ def test_nothing_outlives_the_process_that_started_the_run(
 
 def _processes(folder: Path) -> list[str]:
     """Command lines of living processes that have the folder in their environment."""
-    found = []
+    result = []
     for process in Path("/proc").iterdir():
         try:
             environment, line = (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
         except OSError:
             continue
         if str(folder / "beat").encode() in environment and line and process.name != str(os.getpid()):
-            found.append(line.decode(errors="replace"))
-    return found
+            result.append(line.decode(errors="replace"))
+    return result
 
 
 class _other_process:  # noqa: N801 (read as a verb in a with statement)

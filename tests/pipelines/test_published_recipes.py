@@ -117,10 +117,10 @@ def computed(recipe: Recipe) -> Mapping[str, Any]:
 
 def deviations(recipe: Recipe, published: Values) -> Iterator[str]:
     """Each value of the recipe that is not the published one."""
-    found = computed(recipe)
+    result = computed(recipe)
     for step, values in published.items():
         for setting, value in values.items():
-            if (own := getattr(found[step], setting)) != value:
+            if (own := getattr(result[step], setting)) != value:
                 yield f"{step}.{setting}: {own!r}, published {value!r}"
 
 
@@ -159,7 +159,7 @@ OTHERS: Mapping[str, Any] = {
         if setting in OTHERS and (step, setting) != ("evaluation", "metric")
     ],
 )
-def test_a_recipe_that_says_otherwise_is_found(name: str, step: str, setting: str) -> None:
+def test_a_recipe_that_says_otherwise_is_detected(name: str, step: str, setting: str) -> None:
     recipe = read_recipe(RECIPES / f"{name}.yaml")
     settings = {one: dict(values) for one, values in recipe.settings.items()}
     settings.setdefault(step, {})[setting] = OTHERS[setting]
@@ -167,8 +167,8 @@ def test_a_recipe_that_says_otherwise_is_found(name: str, step: str, setting: st
         settings[step]["unit"] = "instance"  # A single row has no others to be compared with.
     parameters = {one: value for one, value in recipe.parameters.items() if not one.endswith("seed") and one != setting}
     changed = replace(recipe, settings=settings, parameters=parameters)
-    found = list(deviations(changed, PUBLISHED[name]))
-    assert any(line.startswith(f"{step}.{setting}: ") for line in found)
+    result = list(deviations(changed, PUBLISHED[name]))
+    assert any(line.startswith(f"{step}.{setting}: ") for line in result)
 
 
 def test_the_seventeen_candidates_are_those_of_the_published_code() -> None:
@@ -221,8 +221,8 @@ def test_a_pair_that_is_too_long_loses_the_end_of_its_longer_text() -> None:
     """Section 2: `truncation=True`, "longest_first", from the right."""
     assert PAPER_TRUNCATION == "longest_first"
     for name in ("pretrain-360m", "bigbench45-flan-t5-xl"):
-        found = computed(read_recipe(RECIPES / f"{name}.yaml"))
-        assert (found.get("pretraining") or found["finetuning"]).preset == "paper"
+        result = computed(read_recipe(RECIPES / f"{name}.yaml"))
+        assert (result.get("pretraining") or result["finetuning"]).preset == "paper"
 
 
 def test_the_tasks_are_forty_five_and_eleven_and_all_of_t0s_mixture() -> None:
@@ -247,6 +247,6 @@ def test_our_own_pretraining_differs_from_the_published_one_in_its_training_alon
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("pretrain-*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_that_reports_on_validation_does_not_stop_by_it(path: Path) -> None:
-    found = computed(read_recipe(path))
-    assert found["evaluation"].split == "validation"
-    assert found["pretraining"].keep == "last"
+    result = computed(read_recipe(path))
+    assert result["evaluation"].split == "validation"
+    assert result["pretraining"].keep == "last"

@@ -24,8 +24,8 @@ def test_every_recipe_of_the_repository_is_one_that_kubeflow_would_get(path: Pat
     assert len(list(built(recipe, "kubeflow").pipeline_spec.components)) > 3
     if path.stem not in ("adapt", "batch-score"):  # These are for a person to fill.
         check(recipe, "kubeflow")
-        told = path.read_text()
-        assert_names(" ".join(told.replace("#", " ").split()), "published number", "reproduced")
+        actual = path.read_text()
+        assert_names(" ".join(actual.replace("#", " ").split()), "published number", "reproduced")
 
 
 def test_the_recipes_of_the_paper_are_those_of_the_paper() -> None:
@@ -135,12 +135,12 @@ def test_a_file_of_decodings_must_lie_where_the_steps_see_it(tmp_path: Path) -> 
 
 def test_what_the_submitter_cannot_see_changes_the_fingerprints_through_the_revision(tmp_path: Path) -> None:
     values = {"pipeline": "pretrain", "parameters": {"source": "/data/mine.jsonl", "generator": []}, **PLACES}
-    found = [
+    result = [
         submission_of(check_recipe({**values, "revision": revision}), "kubeflow").fingerprints
         for revision in ("1", "1", "2")
     ]
-    assert found[0] == found[1]
-    assert all(found[0][step] != found[2][step] for step in found[0])
+    assert result[0] == result[1]
+    assert all(result[0][step] != result[2][step] for step in result[0])
 
 
 def test_work_lies_where_every_step_of_the_platform_sees_it() -> None:
@@ -172,16 +172,18 @@ def test_the_preview_adds_up() -> None:
     assert costs["pretraining"] == pytest.approx(3 * 8 * 5 * 2.0)
     machines = {line.step: line.machines for line in estimate_steps(recipe)}
     assert (machines["sampling"], machines["pretraining"], machines["evaluation"]) == (4, 3, 1)
-    found: Any = to_json(recipe, "kubeflow")
-    assert found["most_cost"] == pytest.approx(48 + 4 + 240 + 4 * 1.0)
-    assert found["most_cost_with_retries"] == pytest.approx(found["most_cost"] + 48)
+    result: Any = to_json(recipe, "kubeflow")
+    assert result["most_cost"] == pytest.approx(48 + 4 + 240 + 4 * 1.0)
+    assert result["most_cost_with_retries"] == pytest.approx(result["most_cost"] + 48)
     assert_names(to_text(recipe, "kubeflow"), "at most 296.00", "344.00 with all retries")
     unpriced = check_recipe({"pipeline": "pretrain"})
     assert to_json(unpriced, "local")["most_cost"] is None
     assert_names(to_text(unpriced, "local"), "no price", "preparation")
 
 
-def test_a_cluster_is_told_its_own_address_and_this_machine_asks_at_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_is_reported_its_own_address_and_this_machine_asks_at_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     recipe = check_recipe({"pipeline": "adapt", **PLACES})
     assert (registry_of(recipe, "kubeflow"), registry_of(recipe, "local")) == (
@@ -190,8 +192,8 @@ def test_a_cluster_is_told_its_own_address_and_this_machine_asks_at_its_own(monk
     )
     with pytest.raises(UnreachableError, match="127.0.0.1:9"):
         submission_of(recipe, "kubeflow")
-    found = submission_of(check_recipe({"pipeline": "pretrain", **PLACES}), "kubeflow").arguments
-    assert decode(str(found["registration_settings"]))["tracking_uri"] == PLACES["tracking_uri"]
+    result = submission_of(check_recipe({"pipeline": "pretrain", **PLACES}), "kubeflow").arguments
+    assert decode(str(result["registration_settings"]))["tracking_uri"] == PLACES["tracking_uri"]
 
 
 def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_has_no_accelerator() -> None:
@@ -202,7 +204,7 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
     places = {**PLACES, "vertex": {**cloud, "network": "projects/1/global/networks/n"}, "kubeflow": cluster}
     vertex = check_recipe({"pipeline": "adapt", "resources": {"finetuning": {**needs, "spot": True}}, **places})
     check(vertex, "vertex")
-    told = settings_of(vertex, "vertex")["finetuning"]
+    actual = settings_of(vertex, "vertex")["finetuning"]
     job = {"nodes": 4, "devices": 8, "image": "mine:1", "max_restarts": 7, "timeout_hours": pytest.approx(45.6)}
     expected = {
         "launcher": "customjob",
@@ -218,12 +220,12 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
             "spot": True,
         },
     }
-    assert {name: told[name] for name in expected} == expected
+    assert {name: actual[name] for name in expected} == expected
     del needs["machine_type"]
     needs |= {"cpu": "64", "memory": "512Gi"}
     kubeflow = check_recipe({"pipeline": "adapt", "resources": {"finetuning": needs}, **places})
     check(kubeflow, "kubeflow")
-    told = settings_of(kubeflow, "kubeflow")["finetuning"]
+    actual = settings_of(kubeflow, "kubeflow")["finetuning"]
     expected = {
         "launcher": "trainjob",
         **job,
@@ -236,7 +238,7 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
             "runtime": "cappy-torch",
         },
     }
-    assert {name: told[name] for name in expected} == expected
+    assert {name: actual[name] for name in expected} == expected
     assert "launcher" not in settings_of(kubeflow, "local")["finetuning"]
     both: tuple[tuple[Recipe, Platform], ...] = ((vertex, "vertex"), (kubeflow, "kubeflow"))
     for recipe, platform in both:

@@ -67,13 +67,13 @@ def reached(submission: Submission, step: str) -> dict[str, Any]:
 
 def keys(name: str, **parameters: Any) -> dict[str, str]:
     """The name of the work of each step, its inputs aside."""
-    found = {}
+    result = {}
     for step, values in plan_settings(name, {**NEEDED[name], **parameters}, {}).items():
         config = build(
             config_class(step), {**values, **{artifact: Path("x") for artifact in STEP_SPECS[step].artifacts}}
         )
-        found[step] = work_key(step, identity(config)).name
-    return found
+        result[step] = work_key(step, identity(config)).name
+    return result
 
 
 @pytest.mark.parametrize(("name", "seed"), CASES)

@@ -53,15 +53,15 @@ def test_one_byte_of_the_input_changes_every_fingerprint(file: Path, tmp_path: P
 
 
 def test_a_setting_changes_the_fingerprints_of_its_step_and_of_those_after_it(file: Path, tmp_path: Path) -> None:
-    before = fingerprints(_placed(plan(file), tmp_path))
+    before = fingerprints(_with_paths(plan(file), tmp_path))
     more = plan(file, settings={"evaluation": {"folds": 5}})
-    after = fingerprints(_placed(more, tmp_path))
+    after = fingerprints(_with_paths(more, tmp_path))
     assert changed(before, after) == ["evaluation", "registration", "promotion", "deployment"]
 
 
 def test_where_things_lie_changes_no_fingerprint(file: Path, tmp_path: Path) -> None:
-    one = fingerprints(_placed(plan(file), tmp_path))
-    assert fingerprints(_placed(plan(file, tracking_uri="sqlite:///elsewhere.db"), tmp_path / "elsewhere")) == one
+    one = fingerprints(_with_paths(plan(file), tmp_path))
+    assert fingerprints(_with_paths(plan(file, tracking_uri="sqlite:///elsewhere.db"), tmp_path / "elsewhere")) == one
 
 
 def test_a_generator_folder_that_changes_is_sampled_again(file: Path, tmp_path: Path) -> None:
@@ -69,19 +69,19 @@ def test_a_generator_folder_that_changes_is_sampled_again(file: Path, tmp_path: 
     llm.mkdir()
     (llm / "model.safetensors").write_bytes(b"one")
     for spec in (str(llm), f"vllm:{llm}"):
-        before = fingerprints(_placed(plan(file, generator=(spec,), strategy="greedy"), tmp_path))
+        before = fingerprints(_with_paths(plan(file, generator=(spec,), strategy="greedy"), tmp_path))
         with (llm / "model.safetensors").open("ab") as weights:
             weights.write(b"two")
-        after = fingerprints(_placed(plan(file, generator=(spec,), strategy="greedy"), tmp_path))
+        after = fingerprints(_with_paths(plan(file, generator=(spec,), strategy="greedy"), tmp_path))
         assert changed(before, after) == list(PIPELINES["adapt"].steps)[1:]
 
 
 def test_a_file_of_decodings_that_changes_is_sampled_again(file: Path, tmp_path: Path) -> None:
     decodings = tmp_path / "mine.yaml"
     decodings.write_text("- topk40x4")
-    before = fingerprints(_placed(plan(file, strategy=str(decodings)), tmp_path))
+    before = fingerprints(_with_paths(plan(file, strategy=str(decodings)), tmp_path))
     decodings.write_text("- topk40x8")
-    after = fingerprints(_placed(plan(file, strategy=str(decodings)), tmp_path))
+    after = fingerprints(_with_paths(plan(file, strategy=str(decodings)), tmp_path))
     assert changed(before, after) == list(PIPELINES["adapt"].steps)[1:]
 
 
@@ -104,9 +104,9 @@ def test_a_folder_beside_the_source_that_changes_is_read_again(name: str, file: 
     mixture = {"mixture": "t0"} if name == "local" else {}
     own = {"preparation": {name: given, **mixture}}
     source = {"source": "builtin"} if mixture else {}
-    before = fingerprints(_placed(plan(file, settings=own, **source), tmp_path))
+    before = fingerprints(_with_paths(plan(file, settings=own, **source), tmp_path))
     (folder / "data.jsonl").write_text("two")
-    after = fingerprints(_placed(plan(file, settings=own, **source), tmp_path))
+    after = fingerprints(_with_paths(plan(file, settings=own, **source), tmp_path))
     assert changed(before, after) == list(PIPELINES["adapt"].steps)
 
 
@@ -133,23 +133,23 @@ def test_a_wrong_setting_is_said_before_anything_runs(file: Path, tmp_path: Path
 
 def test_every_setting_reaches_its_step_as_a_parameter_or_encoded(file: Path, tmp_path: Path) -> None:
     choices = plan(file, name="notes", seed=7, tracking_uri="sqlite:///my.db", settings={"promotion": {"margin": 0.1}})
-    found = prepare("adapt", choices, work=tmp_path / "work").arguments
-    assert (found["name"], found["training_seed"], found["margin"], found["source"]) == ("notes", 7, 0.1, str(file))
+    result = prepare("adapt", choices, work=tmp_path / "work").arguments
+    assert (result["name"], result["training_seed"], result["margin"], result["source"]) == ("notes", 7, 0.1, str(file))
     work = str(tmp_path / "work")
-    assert decode(str(found["registration_settings"])) == {"tracking_uri": "sqlite:///my.db", "work": work}
-    assert decode(str(found["tracking_settings"])) == {"tracking_uri": "sqlite:///my.db", "work": work}
-    assert set(json.loads(str(found["fingerprints"]))) == set(PIPELINES["adapt"].steps)
+    assert decode(str(result["registration_settings"])) == {"tracking_uri": "sqlite:///my.db", "work": work}
+    assert decode(str(result["tracking_settings"])) == {"tracking_uri": "sqlite:///my.db", "work": work}
+    assert set(json.loads(str(result["fingerprints"]))) == set(PIPELINES["adapt"].steps)
     known = build(check_recipe({"pipeline": "adapt"})).pipeline_spec.root.input_definitions.parameters
-    assert set(found) <= set(known)
+    assert set(result) <= set(known)
 
 
 def test_pretraining_on_the_builtin_tasks_is_judged_on_validation(tmp_path: Path) -> None:
     steps = PIPELINES["pretrain"].settings({})
     assert steps["preparation"]["pool"] == "pretraining"
     assert steps["evaluation"]["split"] == "validation"
-    found = prepare("pretrain", steps, work=tmp_path).arguments
+    result = prepare("pretrain", steps, work=tmp_path).arguments
     known = build(check_recipe({"pipeline": "pretrain"})).pipeline_spec.root.input_definitions.parameters
-    assert set(found) <= set(known)
+    assert set(result) <= set(known)
 
 
 def test_a_missing_version_is_said_before_anything_runs(file: Path, tmp_path: Path, empty_database: Path) -> None:
@@ -159,5 +159,5 @@ def test_a_missing_version_is_said_before_anything_runs(file: Path, tmp_path: Pa
         prepare("adapt", plan(file, scorer="models:/general@champion", tracking_uri=uri), work=tmp_path)
 
 
-def _placed(steps: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+def _with_paths(steps: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
     return {step: {**values, "work": str(folder / "work")} for step, values in steps.items()}

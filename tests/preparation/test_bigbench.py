@@ -35,8 +35,8 @@ def test_a_prompt_is_the_zero_shot_one_of_the_benchmark(prepare: Prepare, tmp_pa
         {"input": "Both?", "target_scores": {"b": 1, "a": 1, "c": 0}},
     ]
     path = task(tmp_path / "tense/task.json", examples, task_prefix="Do this.\n")
-    _, found = prepare(path)
-    by_input = {text.instruction.split("\nQ: ")[1].split("\n")[0]: text for text in found}
+    _, result = prepare(path)
+    by_input = {text.instruction.split("\nQ: ")[1].split("\n")[0]: text for text in result}
     first = by_input["She runs."]
     assert (first.instruction, first.references) == ("Do this.\n\nQ: She runs.\nA: ", ("She ran.", "She had run."))
     asked = by_input["Is it?"]
@@ -46,7 +46,7 @@ def test_a_prompt_is_the_zero_shot_one_of_the_benchmark(prepare: Prepare, tmp_pa
     assert (asked.references, set(asked.choices)) == (("yes",), {"yes", "no"})
     assert [candidate.response for candidate in asked.candidates] == list(asked.choices)
     assert set(by_input["Both?"].references) == {"a", "b"}
-    assert {instance.task for instance in found} == {"tense"}
+    assert {instance.task for instance in result} == {"tense"}
 
 
 def test_prefixes_and_choices_in_the_prompt_are_the_tasks_own(prepare: Prepare, tmp_path: Path) -> None:
@@ -73,8 +73,8 @@ def test_subtasks_share_the_sixteen_and_validation_comes_out_of_train(prepare: P
     for number in range(4):
         task(tmp_path / f"all/whole/sub{number}/task.json", sums(18, first=100 * number))
     task(tmp_path / "all/other/task.json", sums(18, first=1000))
-    _, found = prepare(tmp_path / "all", validation=0.25)
-    splits = Counter((instance.task, instance.split) for instance in found)
+    _, result = prepare(tmp_path / "all", validation=0.25)
+    splits = Counter((instance.task, instance.split) for instance in result)
     assert {splits[f"sub{number}", "test"] for number in range(4)} == {4}
     assert splits["other", "test"] == 16
     assert splits["sub0", "validation"] == 3
@@ -85,19 +85,19 @@ def test_a_prompt_stands_once_whatever_its_case_and_task(prepare: Prepare, tmp_p
     twice = [{"input": text, "target": "x"} for text in ("Same", "same ", "other", "more")]
     task(tmp_path / "all/one/task.json", twice)
     task(tmp_path / "all/two/task.json", [*twice, {"input": "new", "target": "y"}, {"input": "newer", "target": "y"}])
-    _, found = prepare(tmp_path / "all", validation=0)
-    assert Counter(instance.task for instance in found) == {"one": 3, "two": 2}
+    _, result = prepare(tmp_path / "all", validation=0)
+    assert Counter(instance.task for instance in result) == {"one": 3, "two": 2}
 
 
 @given(st.integers(1, 60), st.floats(0, 0.5), st.integers(0, 3))
 def test_every_row_has_one_split_and_the_draw_hangs_on_the_seed(count: int, validation: float, seed: int) -> None:
     rows: list[tuple[str, Any]] = [(f"w{n}", {"instruction": f"i{n}"}) for n in range(count)]
-    found = list(split_rows(BigBenchTask(name="t", rows=rows), seed=seed, shares=HeldOutShares(validation=validation)))
-    assert [where for where, _ in found] == [where for where, _ in rows]
-    assert found == list(
+    result = list(split_rows(BigBenchTask(name="t", rows=rows), seed=seed, shares=HeldOutShares(validation=validation)))
+    assert [where for where, _ in result] == [where for where, _ in rows]
+    assert result == list(
         split_rows(BigBenchTask(name="t", rows=rows), seed=seed, shares=HeldOutShares(validation=validation))
     )
-    splits = Counter(values["split"] for _, values in found)
+    splits = Counter(values["split"] for _, values in result)
     assert splits["train"] >= 1
     assert splits["test"] == min(max(16, count // 5), count - 1)
 
@@ -190,8 +190,8 @@ def test_b3_a_task_without_a_name_is_called_after_its_file_or_by_the_flag(prepar
 def test_b3_a_folder_of_json_tasks_is_read_task_by_task(prepare: Prepare, tmp_path: Path) -> None:
     for name in ("navigate", "snarks", "word_sorting"):
         hard(tmp_path / f"bbh/{name}.json", 50)
-    _, found = prepare(tmp_path / "bbh", validation=0)
-    splits = Counter((one.task, one.split) for one in found)
+    _, result = prepare(tmp_path / "bbh", validation=0)
+    splits = Counter((one.task, one.split) for one in result)
     assert splits == {
         (name, split): count
         for name in ("navigate", "snarks", "word_sorting")

@@ -38,19 +38,19 @@ def test_b2_lists_that_pandas_wrote_are_lists_again(prepare: Prepare, tmp_path: 
         "instruction": "Capital?", "references": kind(["Paris", "Paris, France"]), "responses": kind(responses),
         "labels": kind([1.0, 0.0, 0.5]), "choices": kind(["Paris", "Rome"]),
     }  # fmt: skip
-    (found,) = prepare(frame(tmp_path / "in.csv", [row]), **WHOLE)[1]
-    assert [(one.response, one.labels["given"]) for one in found.candidates] == [
+    (result,) = prepare(frame(tmp_path / "in.csv", [row]), **WHOLE)[1]
+    assert [(one.response, one.labels["given"]) for one in result.candidates] == [
         (text, label) for text, label in zip(responses, (1.0, 0.0, 0.5), strict=True)
     ]
-    assert (found.references, found.choices) == (("Paris", "Paris, France"), ("Paris", "Rome"))
+    assert (result.references, result.choices) == (("Paris", "Paris, France"), ("Paris", "Rome"))
 
 
 def test_b2_lists_that_datasets_wrote_are_lists_again(prepare: Prepare, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [{"instruction": "Say.", "reference": "a", "responses": ["a", "b c", "d\ne"]}]
     datasets.Dataset.from_list(rows).to_csv(str(tmp_path / "in.csv"))
-    (found,) = prepare(tmp_path / "in.csv", **WHOLE)[1]
-    assert [one.response for one in found.candidates] == ["a", "b c", "d\ne"]
+    (result,) = prepare(tmp_path / "in.csv", **WHOLE)[1]
+    assert [one.response for one in result.candidates] == ["a", "b c", "d\ne"]
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_b2_lists_that_datasets_wrote_are_lists_again(prepare: Prepare, tmp_path
 def test_b2_a_cell_of_responses_holds_these(prepare: Prepare, tmp_path: Path, cell: str, texts: list[str]) -> None:
     quoted = cell.replace('"', '""')
     (tmp_path / "in.csv").write_text(f'instruction,reference,responses\nSay.,a,"{quoted}"\n')
-    (found,) = prepare(tmp_path / "in.csv", **WHOLE)[1]
-    assert [one.response for one in found.candidates] == texts
+    (result,) = prepare(tmp_path / "in.csv", **WHOLE)[1]
+    assert [one.response for one in result.candidates] == texts
 
 
 @pytest.mark.parametrize("cell", ["['a', 'b'", "['a' 'b', 'c']", "['a', b]", "['a' ... 'b']", "['a', \"b']"])
@@ -156,8 +156,8 @@ def test_b2_an_empty_list_and_no_value_are_no_response(
 
 def test_b2_a_list_may_stand_as_text_in_json_lines_and_under_a_mapped_name(prepare: Prepare, json_lines: Any) -> None:
     path = json_lines({"instruction": "Say.", "answers": "['a', 'b']", "reference": "x", "responses": "[1, 2]"})
-    (found,) = prepare(path, columns=("references=answers",), **WHOLE)[1]
-    assert (found.references, [one.response for one in found.candidates]) == (("a", "b"), ["[1, 2]"])
+    (result,) = prepare(path, columns=("references=answers",), **WHOLE)[1]
+    assert (result.references, [one.response for one in result.candidates]) == (("a", "b"), ["[1, 2]"])
 
 
 @given(TEXTS)

@@ -24,14 +24,14 @@ ALPACA = [
 
 
 def test_b1_the_input_of_an_alpaca_row_stands_below_its_instruction(prepare: Prepare, json_lines: JsonLines) -> None:
-    _, found = prepare(json_lines(*ALPACA), columns=("reference=output",), **WHOLE)
-    assert [(one.instruction, one.references) for one in found] == [
+    _, result = prepare(json_lines(*ALPACA), columns=("reference=output",), **WHOLE)
+    assert [(one.instruction, one.references) for one in result] == [
         ("Translate the word into French.\n\ncat", ("chat",)),
         ("Translate the word into French.\n\ndog", ("chien",)),
         ("Translate the word into French.", ("rien",)),
     ]
-    _, found = prepare(json_lines({"instruction": "Double it.", "input": "4", "reference": "8"}), **WHOLE)
-    assert found[0].instruction == "Double it.\n\n4"
+    _, result = prepare(json_lines({"instruction": "Double it.", "input": "4", "reference": "8"}), **WHOLE)
+    assert result[0].instruction == "Double it.\n\n4"
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_b1_the_flags_of_the_refusal_do_what_they_say(prepare: Prepare, json_lin
     assert prepare(path, ignore_columns=("context",), **WHOLE)[1][0].instruction == "Who sat?"
     path = json_lines({"prompt": "Hi", "chosen": "Hello", "rejected": "Go"})
     columns = ("instruction=prompt", "reference=chosen", "response=rejected")
-    (found,) = prepare(path, columns=columns, **WHOLE)[1]
-    assert (found.references, [one.response for one in found.candidates]) == (("Hello",), ["Go"])
+    (result,) = prepare(path, columns=columns, **WHOLE)[1]
+    assert (result.references, [one.response for one in result.candidates]) == (("Hello",), ["Go"])
 
 
 def test_b1_a_column_that_matters_is_not_missed_where_it_is_empty_or_read_already(
@@ -249,8 +249,8 @@ def test_b5_a_label_of_another_meaning_is_not_read_where_columns_are_mapped(
     path = tmp_path / "sst.csv"
     path.write_text("text,label,label_text\nfine film,1,positive\ndull film,0,negative\n")
     with caplog.at_level(logging.WARNING):
-        _, found = prepare(path, columns=("instruction=text", "reference=label_text"), **WHOLE)
-    assert [(one.instruction, one.references, one.candidates) for one in found] == [
+        _, result = prepare(path, columns=("instruction=text", "reference=label_text"), **WHOLE)
+    assert [(one.instruction, one.references, one.candidates) for one in result] == [
         ("fine film", ("positive",), ()),
         ("dull film", ("negative",), ()),
     ]
@@ -276,8 +276,8 @@ def test_b5_a_column_of_a_fields_name_may_mean_something_else(
     prepare: Prepare, json_lines: JsonLines, own: dict[str, Any]
 ) -> None:
     path = json_lines({"q": "one", "a": "1", **own}, {"q": "two", "a": "2", **own})
-    _, found = prepare(path, columns=("instruction=q", "reference=a"), **WHOLE)
-    assert [(one.instruction, one.references, one.candidates) for one in found] == [
+    _, result = prepare(path, columns=("instruction=q", "reference=a"), **WHOLE)
+    assert [(one.instruction, one.references, one.candidates) for one in result] == [
         ("one", ("1",), ()),
         ("two", ("2",), ()),
     ]
@@ -286,17 +286,17 @@ def test_b5_a_column_of_a_fields_name_may_mean_something_else(
 def test_b5_a_column_is_read_as_one_field_alone(prepare: Prepare, json_lines: JsonLines) -> None:
     # Dolly: the answer stands under `response`, which is not a sampled response once it is the reference.
     path = json_lines({"instruction": "Who?", "response": "Ann", "label": 9})
-    (found,) = prepare(path, columns=("reference=response",), **WHOLE)[1]
-    assert (found.references, found.candidates) == (("Ann",), ())
+    (result,) = prepare(path, columns=("reference=response",), **WHOLE)[1]
+    assert (result.references, result.candidates) == (("Ann",), ())
 
 
 def test_b5_responses_and_what_names_a_row_are_read_where_only_prompt_and_answer_are_mapped(
     prepare: Prepare, json_lines: JsonLines
 ) -> None:
     row = {"q": "Who?", "a": "Ann", "responses": ["Ann", "Bob"], "labels": [1, 0], "group_id": "g", "split": "test"}
-    (found,) = prepare(json_lines(row), columns=("instruction=q", "reference=a"))[1]
-    assert [(one.response, one.labels["given"]) for one in found.candidates] == [("Ann", 1.0), ("Bob", 0.0)]
-    assert (found.group_id, found.split) == ("g", "test")
+    (result,) = prepare(json_lines(row), columns=("instruction=q", "reference=a"))[1]
+    assert [(one.response, one.labels["given"]) for one in result.candidates] == [("Ann", 1.0), ("Bob", 0.0)]
+    assert (result.group_id, result.split) == ("g", "test")
 
 
 @pytest.mark.parametrize("mapped", [("reference=a",), ("instruction=q", "reference=a")])
@@ -311,8 +311,8 @@ def test_b5_labels_that_are_none_of_the_responses_are_not_read_where_columns_are
     prompt = "q" if "instruction=q" in mapped else "instruction"
     row = {"a": "Ann", "responses": ["Ann", "Bob"], "labels": labels}
     with caplog.at_level(logging.WARNING):
-        _, found = prepare(json_lines(*({prompt: f"Who {n}?", **row} for n in range(3))), columns=mapped, **WHOLE)
-    assert [[(one.response, dict(one.labels)) for one in each.candidates] for each in found] == [
+        _, result = prepare(json_lines(*({prompt: f"Who {n}?", **row} for n in range(3))), columns=mapped, **WHOLE)
+    assert [[(one.response, dict(one.labels)) for one in each.candidates] for each in result] == [
         [("Ann", {}), ("Bob", {})]
     ] * 3
     assert len(caplog.records) == 1
@@ -322,24 +322,24 @@ def test_b5_labels_that_are_none_of_the_responses_are_not_read_where_columns_are
 def test_b5_labels_in_the_cells_of_a_table_go_with_its_responses(prepare: Prepare, tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
     path.write_text("q,a,responses,labels\nWho?,Ann,\"['Ann', 'Bob']\",\"[1, 0]\"\n")
-    (found,) = prepare(path, columns=("instruction=q", "reference=a"), **WHOLE)[1]
-    assert [one.labels["given"] for one in found.candidates] == [1.0, 0.0]
+    (result,) = prepare(path, columns=("instruction=q", "reference=a"), **WHOLE)[1]
+    assert [one.labels["given"] for one in result.candidates] == [1.0, 0.0]
     path.write_text("q,a,response,label\nWho?,Ann,Ann,1\nWho?,Ann,Bob,0\n")
-    (found,) = prepare(path, columns=("instruction=q", "reference=a"), **WHOLE)[1]
-    assert [one.labels["given"] for one in found.candidates] == [1.0, 0.0]
+    (result,) = prepare(path, columns=("instruction=q", "reference=a"), **WHOLE)[1]
+    assert [one.labels["given"] for one in result.candidates] == [1.0, 0.0]
 
 
 def test_b5_a_score_is_the_label_where_it_is_mapped(prepare: Prepare, tmp_path: Path) -> None:
     path = tmp_path / "rated.jsonl"
     rows = [{"prompt": f"p{n}", "response": "r", "score": 0.5, "label": "spam"} for n in range(2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, found = prepare(path, columns=("instruction=prompt", "label=score"), **WHOLE)
-    assert [dict(one.candidates[0].labels) for one in found] == [{"given": 0.5}] * 2
+    _, result = prepare(path, columns=("instruction=prompt", "label=score"), **WHOLE)
+    assert [dict(one.candidates[0].labels) for one in result] == [{"given": 0.5}] * 2
 
 
 def test_b1_rows_of_squad_are_read_whole(prepare: Prepare, json_lines: JsonLines) -> None:
     answers = {"text": ["Ann", "Ann", "Ann Lee"], "answer_start": [0, 0, 0]}
     path = json_lines({"question": "Who sat?", "context": "Ann Lee sat.", "answers": answers})
     columns = ("instruction=question", "input=context", "references=answers")
-    (found,) = prepare(path, columns=columns, **WHOLE)[1]
-    assert (found.instruction, found.references) == ("Who sat?\n\nAnn Lee sat.", ("Ann", "Ann Lee"))
+    (result,) = prepare(path, columns=columns, **WHOLE)[1]
+    assert (result.instruction, result.references) == ("Who sat?\n\nAnn Lee sat.", ("Ann", "Ann Lee"))

@@ -107,8 +107,8 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_b6_the_same_rows_are_read_from_every_format(prepare: Prepare, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(FILES[name])
-    _, found = prepare(tmp_path / name)
-    assert [(one.instruction, one.references) for one in found] == [
+    _, result = prepare(tmp_path / name)
+    assert [(one.instruction, one.references) for one in result] == [
         (row["instruction"], (row["reference"],)) for row in ROWS
     ]
 
@@ -117,8 +117,8 @@ def test_b6_a_return_within_quotes_is_text_and_lines_that_returns_end_are_counte
     prepare: Prepare, tmp_path: Path
 ) -> None:
     (tmp_path / "in.csv").write_bytes(b'instruction,reference\r"a\rb",1\r"c\r\nd",2\r')
-    found = prepare(tmp_path / "in.csv", test=0, validation=0)[1]
-    assert [(one.instruction, one.references) for one in found] == [("a\rb", ("1",)), ("c\r\nd", ("2",))]
+    result = prepare(tmp_path / "in.csv", test=0, validation=0)[1]
+    assert [(one.instruction, one.references) for one in result] == [("a\rb", ("1",)), ("c\r\nd", ("2",))]
     (tmp_path / "in.csv").write_bytes(b"instruction,reference\ra,1\r,2\r")
     with pytest.raises(RecordError, match=r"in\.csv:3: instruction"):
         prepare(tmp_path / "in.csv", test=0, validation=0)
@@ -145,14 +145,14 @@ def test_b6_what_is_wrong_within_an_array_is_not_its_end(tmp_path: Path, wrong: 
 def test_b6_a_header_with_a_comma_and_other_marks_is_parted_by_commas(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("instruction,reference;s,reference\na;b,x,1|2\nc;d,y,3|4\n")
     (tmp_path / "in.csv").write_text("instruction,reference\na;b;c,1|2\nc;d,3|4\n")
-    found = prepare(tmp_path / "in.csv", test=0, validation=0)[1]
-    assert [(one.instruction, one.references) for one in found] == [("a;b;c", ("1|2",)), ("c;d", ("3|4",))]
+    result = prepare(tmp_path / "in.csv", test=0, validation=0)[1]
+    assert [(one.instruction, one.references) for one in result] == [("a;b;c", ("1|2",)), ("c;d", ("3|4",))]
 
 
 def test_b6_a_semicolon_file_with_commas_in_its_texts_is_parted_by_semicolons(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("instruction;reference\nHello, you, there;x\nGood;y, z\n")
-    found = prepare(tmp_path / "in.csv", test=0, validation=0)[1]
-    assert [(one.instruction, one.references) for one in found] == [("Hello, you, there", ("x",)), ("Good", ("y, z",))]
+    result = prepare(tmp_path / "in.csv", test=0, validation=0)[1]
+    assert [(one.instruction, one.references) for one in result] == [("Hello, you, there", ("x",)), ("Good", ("y, z",))]
 
 
 def tar() -> bytes:

@@ -36,12 +36,12 @@ def test_b4_rows_of_one_prompt_are_one_instance_and_it_is_said_once(
 ) -> None:
     path = json_lines(*rated(by_model=by_model))
     with caplog.at_level(logging.WARNING):
-        manifest, found = prepare(path, columns=COLUMNS)
+        manifest, result = prepare(path, columns=COLUMNS)
     expected = {f"Say {n}.": [(f"{model} {n}", i / 2) for i, model in enumerate(MODELS)] for n in range(20)}
     assert {
-        one.instruction: [(each.response, each.labels["given"]) for each in one.candidates] for one in found
+        one.instruction: [(each.response, each.labels["given"]) for each in one.candidates] for one in result
     } == expected
-    assert len(found) == len({one.instance_id for one in found}) == 20
+    assert len(result) == len({one.instance_id for one in result}) == 20
     (line,) = [record.getMessage() for record in caplog.records]
     assert_names(line, str(path), "60 rows into 20 instances", "--group-responses never")
     assert manifest.facts["notes"] == {"grouped": line.removeprefix(f"{path}: ")}
@@ -62,16 +62,16 @@ def test_b4_row_numbers_as_ids_and_groups_do_not_keep_rows_of_a_prompt_apart(
 
 def test_b4_rows_of_another_reference_or_split_are_other_instances(prepare: Prepare, json_lines: JsonLines) -> None:
     rows = [{"instruction": "Sum up.", "reference": text, "response": "x"} for text in ("a", "b", "a", "c")]
-    _, found = prepare(json_lines(*rows), **WHOLE)
-    assert sorted((one.references, len(one.candidates)) for one in found) == [(("a",), 2), (("b",), 1), (("c",), 1)]
+    _, result = prepare(json_lines(*rows), **WHOLE)
+    assert sorted((one.references, len(one.candidates)) for one in result) == [(("a",), 2), (("b",), 1), (("c",), 1)]
 
 
 def test_b4_rows_with_several_responses_are_joined_only_where_asked(prepare: Prepare, json_lines: JsonLines) -> None:
     rows = [{"instruction": "Say.", "reference": "a", "responses": ["x", str(number)]} for number in range(3)]
     path = json_lines(*rows)
     assert len(prepare(path, **WHOLE)[1]) == 3
-    (found,) = prepare(path, group_responses="always", **WHOLE)[1]
-    assert [one.response for one in found.candidates] == ["x", "0", "x", "1", "x", "2"]
+    (result,) = prepare(path, group_responses="always", **WHOLE)[1]
+    assert [one.response for one in result.candidates] == ["x", "0", "x", "1", "x", "2"]
 
 
 def test_b4_rows_without_responses_stay_as_they_are(prepare: Prepare, json_lines: JsonLines) -> None:

@@ -76,8 +76,8 @@ def test_a_dataset_is_streamed_at_the_commit_that_its_revision_is_now(
 ) -> None:
     columns = ["--columns", "instruction=question", "--columns", "reference=answer"]
     files = {"data/train-00000-of-00001.parquet": QUIZ, "data/test-00000-of-00001.parquet": CHANGED}
-    manifest, found = prepared({"org/quiz": {"main": files}}, "--source", "hub:org/quiz", *columns)
-    assert [(i.instruction, i.references) for i in found] == [(f"q{n}", (f"a{n}",)) for n in range(12)]
+    manifest, result = prepared({"org/quiz": {"main": files}}, "--source", "hub:org/quiz", *columns)
+    assert [(i.instruction, i.references) for i in result] == [(f"q{n}", (f"a{n}",)) for n in range(12)]
     assert manifest.facts["made_of"] == {"hub:org/quiz@main": commit_of(files)}
     assert manifest.parents == (commit_of(files),)
     moved = {**files, "data/train-00000-of-00001.parquet": CHANGED}
@@ -117,14 +117,14 @@ def test_a_big_bench_task_of_the_mixture_keeps_its_published_test_split(
         "tense/train.parquet": rows(*(f"t{n}" for n in range(20)), "Shared"),
         "tense/validation.parquet": rows("v0", "v1", "shared"),
     }
-    manifest, found = prepared(
+    manifest, result = prepared(
         {"tasksource/bigbench": {"main": files}}, "--mixture", "bigbench45", "--subsets", "tense", "--validation", "0.2"
     )
-    test = [instance.instruction for instance in found if instance.split == "test"]
+    test = [instance.instruction for instance in result if instance.split == "test"]
     assert test == ["Q: v0", "Q: v1", "Q: shared"]
-    assert {i.instruction for i in found if i.split != "test"} == {f"Q: t{n}" for n in range(20)}
-    assert {i.split for i in found} == {"train", "validation", "test"}
-    assert {i.task for i in found} == {"tense"}
+    assert {i.instruction for i in result if i.split != "test"} == {f"Q: t{n}" for n in range(20)}
+    assert {i.split for i in result} == {"train", "validation", "test"}
+    assert {i.task for i in result} == {"tense"}
     assert manifest.metrics["dropped_shared_with_held_out"] == 1
     assert manifest.facts["made_of"]["hub:tasksource/bigbench:tense@main"] == commit_of(files)
     assert set(manifest.facts["made_of"]) == {"mixture bigbench45", "hub:tasksource/bigbench:tense@main"}
@@ -141,11 +141,11 @@ def test_the_converted_branch_is_read_by_folder(
         "    name: say\n    reference: ''\n"
     )
     files = {"original/train/0000.parquet": QUIZ, "masked/train/0000.parquet": CHANGED}
-    _, found = prepared(
+    _, result = prepared(
         {"QAngaroo/wiki_hop": {"refs/convert/parquet": files, "main": {"wiki_hop.py": b"raise SystemExit"}}},
         "--mixture", "t0", "--subsets", "wiki_hop/*", "--templates", str(tmp_path / "templates"), "--validation", "0",
     )  # fmt: skip
-    assert [(i.instruction, i.references) for i in found] == [(f"Say q{n}", (f"a{n}",)) for n in range(12)]
+    assert [(i.instruction, i.references) for i in result] == [(f"Say q{n}", (f"a{n}",)) for n in range(12)]
 
 
 def test_what_the_hub_does_not_have_is_one_line_with_the_remedy(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_no_picture_of_a_row_is_opened(
     facts = {"info": {"features": {**features, "picture": {"_type": "Image"}}}}
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(facts)}), buffer)
-    _, found = prepared(
+    _, result = prepared(
         {"org/quiz": {"main": {"train.parquet": buffer.getvalue()}}}, "--source", "hub:org/quiz", *TRAIN
     )
-    assert [instance.instruction for instance in found] == ["q"]
+    assert [instance.instruction for instance in result] == ["q"]

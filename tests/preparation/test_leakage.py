@@ -67,8 +67,8 @@ def leaks(folder: Path, work: Path) -> int:
 def test_no_row_of_the_report_was_trained_on_whatever_the_file(
     prepare: Prepare, json_lines: JsonLines, tmp_path: Path, given: Callable[[], list[str]], seed: int
 ) -> None:
-    _, found = prepare(json_lines(*rows(given())), seed=seed, target=tmp_path / "target")
-    assert {one.split for one in found} == {"train", "validation", "test"}
+    _, result = prepare(json_lines(*rows(given())), seed=seed, target=tmp_path / "target")
+    assert {one.split for one in result} == {"train", "validation", "test"}
     assert leaks(tmp_path / "target", tmp_path / "scorer") == 0
 
 
@@ -86,8 +86,8 @@ def test_few_near_duplicates_move_no_row_to_another_split_and_are_counted_and_sa
     # Splits go by the groups: with the same groups and other texts they are the same.
     _, apart = prepare(json_lines(*rows(texts(500, seed=1)), name="apart.jsonl"))
     with caplog.at_level(logging.WARNING):
-        manifest, found = prepare(json_lines(*rows(some_pairs())))
-    before, after = ({one.instance_id: one.split for one in found} for found in (apart, found))
+        manifest, result = prepare(json_lines(*rows(some_pairs())))
+    before, after = ({one.instance_id: one.split for one in result} for result in (apart, result))
     left_out = before.keys() - after.keys()
     assert after.items() <= before.items()
     assert left_out
@@ -104,8 +104,8 @@ def test_few_near_duplicates_move_no_row_to_another_split_and_are_counted_and_sa
 def test_where_most_would_be_left_out_near_duplicates_are_kept_in_one_split(
     prepare: Prepare, json_lines: JsonLines
 ) -> None:
-    manifest, found = prepare(json_lines(*rows(clusters())))
-    split_of = {int(one.instance_id): one.split for one in found}
+    manifest, result = prepare(json_lines(*rows(clusters())))
+    split_of = {int(one.instance_id): one.split for one in result}
     assert len({split_of[number] for number in (0, 1, 2, 3, 4)}) == 1
     assert manifest.rows > 0.95 * 400
     assert "merged into groups" in manifest.facts["notes"]["near_duplicates"]
@@ -113,9 +113,9 @@ def test_where_most_would_be_left_out_near_duplicates_are_kept_in_one_split(
 
 def test_shards_leave_out_what_the_whole_leaves_out(prepare: Prepare, json_lines: JsonLines, tmp_path: Path) -> None:
     path = json_lines(*rows(some_pairs()))
-    whole, found = prepare(path)
+    whole, result = prepare(path)
     shards = [prepare(path, shard=f"{n}/3", target=tmp_path / f"shards/{n}") for n in range(3)]
-    assert [one for _, part in shards for one in part] == found
+    assert [one for _, part in shards for one in part] == result
     dropped = sum(manifest.metrics.get("dropped_near_held_out", 0) for manifest, _ in shards)
     assert dropped == whole.metrics["dropped_near_held_out"]
 
@@ -128,8 +128,8 @@ def test_splits_that_the_rows_give_stay_as_they_are(prepare: Prepare, json_lines
 def test_a_task_of_bigbench_leaves_near_duplicates_out(prepare: Prepare, tmp_path: Path) -> None:
     task = {"name": "t", "examples": [{"input": text, "target": "x"} for text in some_pairs()]}
     (tmp_path / "task.json").write_text(json.dumps(task))
-    manifest, found = prepare(tmp_path / "task.json", target=tmp_path / "target")
-    assert manifest.metrics["dropped_near_held_out"] == 500 - len(found) > 0
+    manifest, result = prepare(tmp_path / "task.json", target=tmp_path / "target")
+    assert manifest.metrics["dropped_near_held_out"] == 500 - len(result) > 0
     assert leaks(tmp_path / "target", tmp_path / "scorer") == 0
 
 
@@ -160,13 +160,13 @@ def test_a_row_under_templates_is_left_out_under_each_of_them(
     path = json_lines(*({"text": text, "label": "x"} for text in some_pairs()))
     known = {"templates": templates, "dataset": "topics"}
     with caplog.at_level(logging.WARNING):
-        manifest, found = prepare(path, target=tmp_path / "target", **known)
-    assert manifest.metrics["dropped_near_held_out"] == 1_000 - len(found) > 0
+        manifest, result = prepare(path, target=tmp_path / "target", **known)
+    assert manifest.metrics["dropped_near_held_out"] == 1_000 - len(result) > 0
     assert sum("near-duplicates" in record.message for record in caplog.records) == 1
     assert manifest.facts["notes"]["near_held_out"] in caplog.text
     assert leaks(tmp_path / "target", tmp_path / "scorer") == 0
     shards = [one for n in range(3) for one in prepare(path, shard=f"{n}/3", **known)[1]]
-    assert {one.instance_id for one in shards} == {one.instance_id for one in found}
+    assert {one.instance_id for one in shards} == {one.instance_id for one in result}
 
 
 def cut_and_changed(seed: int) -> list[str]:
@@ -200,8 +200,8 @@ def test_rows_beyond_those_that_are_looked_at_are_held_against_the_held_out_ones
 ) -> None:
     monkeypatch.setattr(prompted, "MAX_ROWS", 50)
     path = json_lines(*({"text": text, "label": "x"} for text in some_pairs()))
-    manifest, found = prepare(path, target=tmp_path / "target", templates=templates, dataset="topics")
-    assert 0 < manifest.metrics["dropped_near_held_out"] == 1_000 - len(found) < 100
+    manifest, result = prepare(path, target=tmp_path / "target", templates=templates, dataset="topics")
+    assert 0 < manifest.metrics["dropped_near_held_out"] == 1_000 - len(result) < 100
     assert leaks(tmp_path / "target", tmp_path / "scorer") == 0
 
 
@@ -210,8 +210,8 @@ def test_long_templates_over_short_rows_make_no_near_duplicates(
     prepare: Prepare, json_lines: JsonLines, templates: Path, count: int
 ) -> None:
     path = json_lines(*({"text": f"word{number}", "label": "x"} for number in range(count)))
-    manifest, found = prepare(path, templates=templates, dataset="topics", seed=2)
-    assert len(found) == 2 * count, manifest.metrics
+    manifest, result = prepare(path, templates=templates, dataset="topics", seed=2)
+    assert len(result) == 2 * count, manifest.metrics
     assert len(prepare(json_lines(*rows([f"word{number}" for number in range(count)])))[1]) == count
 
 
@@ -251,14 +251,14 @@ def held_out(tmp_path: Path) -> Path:
     return tmp_path / "heldout"
 
 
-def test_a_row_of_an_evaluation_set_is_found_under_another_template(
+def test_a_row_of_an_evaluation_set_is_detected_under_another_template(
     prepare: Prepare, json_lines: JsonLines, held_out: Path
 ) -> None:
     path = json_lines(*rows_under(SECOND, [*texts(40, length=30)[:10], *texts(40, seed=1, length=30)]))
     with raises_naming(RecordError, "of split train", "the text of a row", str(held_out), "--leaked drop"):
         prepare(path, against=(held_out,), test=0, validation=0)
-    manifest, found = prepare(path, against=(held_out,), leaked="drop", test=0, validation=0)
-    assert (len(found), manifest.metrics["dropped_leaked"]) == (40, 10)
+    manifest, result = prepare(path, against=(held_out,), leaked="drop", test=0, validation=0)
+    assert (len(result), manifest.metrics["dropped_leaked"]) == (40, 10)
 
 
 def test_other_rows_under_the_same_template_stay(prepare: Prepare, json_lines: JsonLines, held_out: Path) -> None:
@@ -266,7 +266,7 @@ def test_other_rows_under_the_same_template_stay(prepare: Prepare, json_lines: J
     assert len(prepare(path, against=(held_out,), test=0, validation=0)[1]) == 200
 
 
-def test_a_short_row_is_found_by_a_group_that_is_made_of_its_content(
+def test_a_short_row_is_detected_by_a_group_that_is_made_of_its_content(
     prepare: Prepare, json_lines: JsonLines, tmp_path: Path
 ) -> None:
     group = "quiz:00112233445566aa"

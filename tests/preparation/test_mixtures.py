@@ -95,7 +95,7 @@ def test_t0_has_the_published_subsets_and_templates() -> None:
 def test_t0_prompts_as_many_examples_of_each_dataset_as_published() -> None:
     t0 = load_mixture("t0")
     planned = plan_mixture(t0)
-    found = {
+    result = {
         subset.name: (
             subset.rows["train"],
             len(subset.templates),
@@ -104,7 +104,7 @@ def test_t0_prompts_as_many_examples_of_each_dataset_as_published() -> None:
         )
         for subset in t0.subsets
     }
-    assert {name: found[name] for name in T0} == T0
+    assert {name: result[name] for name in T0} == T0
     assert planned.examples() == 17_277_798
     assert planned.examples("choices") == 7_268_684
     assert planned.examples("open-ended") == 10_009_114
@@ -117,7 +117,7 @@ def test_t0_makes_the_pairs_of_the_reconstruction() -> None:
 
 
 def test_heldout_has_the_published_tasks_sizes_and_template_counts() -> None:
-    found = {
+    result = {
         subset.name: (
             *next(iter(subset.rows.items())),
             len(subset.templates),
@@ -125,7 +125,7 @@ def test_heldout_has_the_published_tasks_sizes_and_template_counts() -> None:
         )
         for subset in load_mixture("heldout").subsets
     }
-    assert found == HELDOUT
+    assert result == HELDOUT
 
 
 def test_bigbench45_has_45_tasks_without_templates_one_of_unknown_size() -> None:

@@ -47,8 +47,8 @@ def test_labels_that_users_bring_are_kept_and_need_no_reference(prepare: Prepare
     else:
         path.write_text("\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]))
     _, instances = prepare(path)
-    found = [(instance.references, [dict(one.labels) for one in instance.candidates]) for instance in instances]
-    assert found == [((), [{"given": label}]) for _, label in values]
+    result = [(instance.references, [dict(one.labels) for one in instance.candidates]) for instance in instances]
+    assert result == [((), [{"given": label}]) for _, label in values]
 
 
 def test_labels_stand_beside_their_responses(prepare: Prepare, json_lines: JsonLines) -> None:
@@ -210,16 +210,16 @@ def test_the_manifest_names_the_file_by_its_sha256_and_counts_what_it_holds(
 
 
 def test_progress_counts_instances_to_the_end(json_lines: JsonLines, ten_rows: list[Any], tmp_path: Path) -> None:
-    told: list[tuple[int, int | None, str]] = []
+    messages: list[tuple[int, int | None, str]] = []
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-        told.append((done, total, unit))
+        messages.append((done, total, unit))
 
     config = PreparationConfig(
         source=str(json_lines(*ten_rows)), target=tmp_path / "t", work=tmp_path / "w", part_rows=4
     )
     run(config, progress)
-    assert told == [(0, None, "instances checked"), *((n, 10, "instances") for n in (0, 4, 8, 10))]
+    assert messages == [(0, None, "instances checked"), *((n, 10, "instances") for n in (0, 4, 8, 10))]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(

@@ -81,14 +81,14 @@ def test_a_row_makes_one_prompt_per_template_and_is_one_group(
 def test_splits_cut_no_group_and_share_no_prompt(prepare: Prepare, json_lines: Any, templates: Path) -> None:
     # Five topics: the second template gives the same prompt for many rows.
     path = json_lines(*quiz(200, topics=5), *quiz(3))
-    manifest, found = prepare(path, templates=templates, dataset="quiz", test=0.2, validation=0.2)
+    manifest, result = prepare(path, templates=templates, dataset="quiz", test=0.2, validation=0.2)
     splits_of_group, splits_of_prompt = defaultdict(set), defaultdict(set)
-    for instance in found:
+    for instance in result:
         splits_of_group[instance.group_id].add(instance.split)
         splits_of_prompt[prompt_hash(instance.instruction)].add(instance.split)
     assert {len(splits) for splits in chain(splits_of_group.values(), splits_of_prompt.values())} == {1}
-    assert {instance.split for instance in found} == {"train", "validation", "test"}
-    assert manifest.metrics["dropped_shared_with_held_out"] == 2 * 203 - len(found) > 0
+    assert {instance.split for instance in result} == {"train", "validation", "test"}
+    assert manifest.metrics["dropped_shared_with_held_out"] == 2 * 203 - len(result) > 0
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
@@ -123,8 +123,8 @@ def test_a_template_that_fails_fails_the_run_above_the_threshold(
     with raises_naming(RecordError, *failed, "--template", "--max-failed"):
         prepare(path, target=tmp_path / "never", **known)
     assert not (tmp_path / "never").exists()
-    manifest, found = prepare(path, max_failed=0.1, **known)
-    assert Counter(instance.template for instance in found) == {"ask": 9, "write a question": 10}
+    manifest, result = prepare(path, max_failed=0.1, **known)
+    assert Counter(instance.template for instance in result) == {"ask": 9, "write a question": 10}
     assert manifest.facts["failed_templates"]["quiz ask"]["rows"] == 1
     assert {instance.template for instance in prepare(path, template=["write*"], **known)[1]} == {"write a question"}
 
@@ -155,8 +155,8 @@ def test_missing_fields_are_holes_that_are_counted_or_failures(
 ) -> None:
     path = json_lines(*[{"question": f"{n}?", "label": 0} for n in range(3)])
     known = {"templates": templates, "dataset": "quiz", "test": 0, "validation": 0}
-    manifest, found = prepare(path, **known)
-    assert [instance.instruction for instance in found][1] == "Ask about ."
+    manifest, result = prepare(path, **known)
+    assert [instance.instruction for instance in result][1] == "Ask about ."
     assert manifest.metrics["with_missing_fields"] == 3
     assert_names(manifest.facts["missing_fields"]["quiz write a question"], "topic", "lacks")
     with raises_naming(RecordError, "data.jsonl:1: quiz", "'write a question'", "topic"):
@@ -165,8 +165,8 @@ def test_missing_fields_are_holes_that_are_counted_or_failures(
 
 def test_blank_renders_are_dropped_and_counted(prepare: Prepare, json_lines: Any, templates: Path) -> None:
     path = json_lines({"question": "Is it?", "topic": "t", "label": -1})
-    manifest, found = prepare(path, templates=templates, dataset="quiz", test=0, validation=0)
-    assert [instance.template for instance in found] == ["write a question"]
+    manifest, result = prepare(path, templates=templates, dataset="quiz", test=0, validation=0)
+    assert [instance.template for instance in result] == ["write a question"]
     assert manifest.metrics["dropped_blank"] == 1
 
 
@@ -201,12 +201,12 @@ def test_a_mixture_is_read_from_files_at_hand_with_its_cap_and_splits(
             validation=0,
         )
     )
-    found = list(read(tmp_path / "t0"))
+    result = list(read(tmp_path / "t0"))
     assert cap_rows(8_530, 2) == 10
-    assert Counter(instance.template for instance in found) == {"ask": 10, "write a question": 10}
-    assert {instance.split for instance in found} == {"train"}
+    assert Counter(instance.template for instance in result) == {"ask": 10, "write a question": 10}
+    assert {instance.split for instance in result} == {"train"}
     by_template = defaultdict(set)
-    for instance in found:
+    for instance in result:
         by_template[instance.template].add(instance.group_id)
     assert not by_template["ask"] & by_template["write a question"]
 
@@ -289,8 +289,8 @@ def test_training_instances_that_stand_in_an_evaluation_set_are_refused_or_dropp
     with raises_naming(RecordError, "instance '2' of split train", str(tmp_path / "heldout"), "--leaked drop"):
         prepare(path, target=tmp_path / "never", **known)
     assert not (tmp_path / "never").exists()
-    manifest, found = prepare(path, leaked="drop", **known)
-    assert [instance.instance_id for instance in found] == [str(n) for n in range(10) if n != 2]
+    manifest, result = prepare(path, leaked="drop", **known)
+    assert [instance.instance_id for instance in result] == [str(n) for n in range(10) if n != 2]
     assert (manifest.metrics["dropped_leaked"], manifest.metrics["train"]) == (1, 9)
 
 
@@ -337,15 +337,15 @@ def test_texts_that_no_file_takes_are_failures_of_their_row(
     known = {"templates": templates, "dataset": "quiz"}
     with pytest.raises(RecordError, match=rf"data\.jsonl:21: quiz: template 'ask': instruction .*{what}"):
         prepare(path, **known)
-    manifest, found = prepare(path, max_failed=0.1, **known)
+    manifest, result = prepare(path, max_failed=0.1, **known)
     assert manifest.metrics["failed"] == 2
-    assert len(found) == 40
+    assert len(result) == 40
 
 
 def test_templates_can_be_left_out_by_name(prepare: Prepare, json_lines: Any, templates: Path) -> None:
     path = json_lines(*quiz(5))
-    _, found = prepare(path, templates=templates, dataset="quiz", template=("!write*",))
-    assert {instance.template for instance in found} == {"ask"}
+    _, result = prepare(path, templates=templates, dataset="quiz", template=("!write*",))
+    assert {instance.template for instance in result} == {"ask"}
 
 
 def test_nothing_left_to_train_on_is_refused(prepare: Prepare, json_lines: Any, templates: Path) -> None:

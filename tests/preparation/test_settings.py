@@ -141,9 +141,9 @@ def test_b8_a_setting_that_a_source_does_not_heed_is_refused(
 def test_b8_excluded_systems_do_not_get_in_whatever_the_source(
     prepare: Prepare, source: Callable[..., dict[str, Any]], kind: str
 ) -> None:
-    _, found = prepare(**source(kind), exclude=("primary/*",))
-    assert len(found) == 12
-    assert Counter(one.generator for instance in found for one in instance.candidates) == {"all/y": 12}
+    _, result = prepare(**source(kind), exclude=("primary/*",))
+    assert len(result) == 12
+    assert Counter(one.generator for instance in result for one in instance.candidates) == {"all/y": 12}
 
 
 @pytest.mark.parametrize("kind", ["file", "tables", "hub", "records"])
@@ -243,7 +243,7 @@ def test_b8_what_is_heeded_without_more_runs(
 ) -> None:
     values = source(kind)
     values = {"source": "builtin", **values} if kind == "mixture" else values
-    manifest, found = prepare(**values, part_rows=5)
-    assert found
-    assert manifest.rows == len(found)
-    assert list(read(values["source"])) == found if kind == "records" else True
+    manifest, result = prepare(**values, part_rows=5)
+    assert result
+    assert manifest.rows == len(result)
+    assert list(read(values["source"])) == result if kind == "records" else True

@@ -35,9 +35,9 @@ def split(pairs: list[tuple[str, str]], **settings: Any) -> list[Instance]:
             yield SourceRow(f"row {number}", instance, has_id=False, has_split=False)
 
     plan = assign_splits(Source(name="rows", format="", rows=rows), config(**settings), silent)
-    found = list(apply_splits(rows(), plan))
-    kept = [instance for instance in found if instance is not None]
-    assert len(kept) == len(found), "none is left out"
+    result = list(apply_splits(rows(), plan))
+    kept = [instance for instance in result if instance is not None]
+    assert len(kept) == len(result), "none is left out"
     return kept
 
 
@@ -66,8 +66,8 @@ def test_splits_share_no_group_and_no_prompt_whatever_the_groups_are(pairs: list
 )
 def test_three_groups_are_enough_for_three_splits(count: int, seed: int, shares: tuple[float, float]) -> None:
     test, validation = shares
-    found = {instance.split for instance in split(numbered(count), seed=seed, test=test, validation=validation)}
-    assert found == {"train", "validation", "test"}
+    result = {instance.split for instance in split(numbered(count), seed=seed, test=test, validation=validation)}
+    assert result == {"train", "validation", "test"}
 
 
 def test_a_split_of_fraction_nothing_stays_empty() -> None:
@@ -106,14 +106,14 @@ def test_tied_groups_have_one_representative_and_others_keep_their_own(pairs: li
     groups, prompts = (
         np.array([hash64(str(value)) for value in values], dtype=np.uint64) for values in zip(*pairs, strict=True)
     )
-    found = merge_groups(groups, prompts).tolist()
+    result = merge_groups(groups, prompts).tolist()
     component: dict[int, set[int]] = {}
     for group, prompt in zip(groups.tolist(), prompts.tolist(), strict=True):
         merged = {group, -prompt}.union(*(component.get(key, set()) for key in (group, -prompt)))
         component.update(dict.fromkeys(merged, merged))
-    for one, mine in zip(groups.tolist(), found, strict=True):
+    for one, mine in zip(groups.tolist(), result, strict=True):
         assert mine in component[one]
-        for other, theirs in zip(groups.tolist(), found, strict=True):
+        for other, theirs in zip(groups.tolist(), result, strict=True):
             assert (mine == theirs) == (component[one] is component[other])
 
 

@@ -26,8 +26,8 @@ def shards(folder: Path, rows: list[dict[str, str]], names: list[str]) -> Path:
     return folder
 
 
-def said(found: list[Instance]) -> list[str]:
-    return [one.instruction for one in found]
+def said(result: list[Instance]) -> list[str]:
+    return [one.instruction for one in result]
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_b7_a_folder_of_parquet_shards_is_one_table(prepare: Prepare, tmp_path: 
     (folder / "_SUCCESS").touch()
     (folder / ".part-0.parquet.crc").write_bytes(b"x")
     (folder / "README.md").write_text("A dataset.")
-    manifest, found = prepare(folder)
-    assert said(found) == [row["instruction"] for row in ROWS]
-    assert {one.task for one in found} == {"quiz"}
+    manifest, result = prepare(folder)
+    assert said(result) == [row["instruction"] for row in ROWS]
+    assert {one.task for one in result} == {"quiz"}
     assert len(manifest.parents) == len(names)
 
 
@@ -95,7 +95,7 @@ NAMES = [
 
 @pytest.mark.parametrize("suffix", WRITERS)
 @pytest.mark.parametrize(("train", "other", "split"), NAMES)
-def test_b7_splits_that_files_or_folders_name_are_told_apart_in_every_format(
+def test_b7_splits_that_files_or_folders_name_are_reported_apart_in_every_format(
     prepare: Prepare,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -145,9 +145,9 @@ def test_b7_a_dataset_that_was_saved_to_disk_is_read(prepare: Prepare, tmp_path:
     datasets = pytest.importorskip("datasets")
     saved = datasets.Dataset.from_list(ROWS)
     saved.save_to_disk(tmp_path / "whole", num_shards=3)
-    manifest, found = prepare(tmp_path / "whole")
-    assert said(found) == [row["instruction"] for row in ROWS]
-    assert (len(manifest.parents), {one.task for one in found}) == (3, {"whole"})
+    manifest, result = prepare(tmp_path / "whole")
+    assert said(result) == [row["instruction"] for row in ROWS]
+    assert (len(manifest.parents), {one.task for one in result}) == (3, {"whole"})
     saved.shuffle(seed=1).select(range(5)).save_to_disk(tmp_path / "few")
     assert len(prepare(tmp_path / "few")[1]) == 5
     one = tmp_path / "whole" / "data-00000-of-00003.arrow"
@@ -166,8 +166,8 @@ def test_b7_a_dictionary_of_splits_that_was_saved_to_disk_is_read_by_split(
     made = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(OTHERS)}
     datasets.DatasetDict(made).save_to_disk(tmp_path / "both")
     with caplog.at_level(logging.WARNING):
-        manifest, found = prepare(tmp_path / "both")
-    assert said(found) == [row["instruction"] for row in ROWS]
+        manifest, result = prepare(tmp_path / "both")
+    assert said(result) == [row["instruction"] for row in ROWS]
     assert_names(manifest.facts["notes"]["splits"], "split train", "not test", "--split")
     assert said(prepare(tmp_path / "both", split="test")[1]) == [row["instruction"] for row in OTHERS]
     with raises_naming(ConfigError, str(tmp_path / "both"), "no split 'dev'", "train, test", "--split"):

@@ -100,7 +100,7 @@ def test_a_missing_and_an_unfinished_folder_are_refused(tmp_path: Path) -> None:
         next(read(folder))
 
 
-def test_a_file_and_a_folder_of_folders_are_told_apart(tmp_path: Path) -> None:
+def test_a_file_and_a_folder_of_folders_are_reported_apart(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with raises_naming(FolderError, f"{tmp_path / 'file'}: is a file", "give the folder"):
         read_manifest(tmp_path / "file")
@@ -120,11 +120,11 @@ def test_a_damaged_part_is_refused_before_a_row_of_it_is_read(tmp_path: Path, da
     part.write_bytes(data if damage == "changed" else data[:-1])
     if damage == "missing":
         part.unlink()
-    found: list[Instance] = []
+    result: list[Instance] = []
     what = "is missing" if damage == "missing" else "is damaged (sha256 "
     with raises_naming(FolderError, f"{part}: {what}", f"delete {folder}", "again"):
-        found.extend(read(folder))
-    assert found == [] or found == list(some(2))
+        result.extend(read(folder))
+    assert result == [] or result == list(some(2))
     with pytest.raises(FolderError, match=r"part-00001\.parquet"):
         verify(folder)
 

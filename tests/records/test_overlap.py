@@ -27,7 +27,7 @@ def prompts(template: str, rows: Sequence[str], group: Callable[[int], str] = st
     return [PromptRow(template.format(row), "task", group(number)) for number, row in enumerate(rows)]
 
 
-def found(trained: Sequence[PromptRow], tested: Sequence[PromptRow]) -> list[bool]:
+def matches(trained: Sequence[PromptRow], tested: Sequence[PromptRow]) -> list[bool]:
     index, frequent = RowIndex(sketch_rows(trained)), frequent_shingles(tested)
     return [index.holds(one, frequent) for one in tested]
 
@@ -37,55 +37,55 @@ def none(number: int) -> str:
 
 
 @pytest.mark.parametrize("length", [12, 20, 80])
-def test_a_row_is_found_under_another_template_and_with_other_marks(length: int) -> None:
+def test_a_row_is_detected_under_another_template_and_with_other_marks(length: int) -> None:
     rows = texts(60, length)
     trained = prompts(FIRST, rows)
-    assert all(found(trained, prompts(SECOND, rows, none)))
-    assert all(found(trained, prompts(SECOND, [row.upper().replace(" ", ",  ") for row in rows], none)))
+    assert all(matches(trained, prompts(SECOND, rows, none)))
+    assert all(matches(trained, prompts(SECOND, [row.upper().replace(" ", ",  ") for row in rows], none)))
     both = [*trained, *prompts("Q: {} A:", rows, lambda number: f"again {number}")]
-    assert all(found(both, prompts(SECOND, rows, none)))
+    assert all(matches(both, prompts(SECOND, rows, none)))
 
 
-def test_other_rows_under_the_same_template_are_not_found() -> None:
+def test_other_rows_under_the_same_template_are_missing() -> None:
     trained, others = texts(300), texts(300, seed=1)
-    assert not any(found(prompts(FIRST, trained), prompts(FIRST, others, none)))
+    assert not any(matches(prompts(FIRST, trained), prompts(FIRST, others, none)))
 
 
 def test_a_row_with_many_other_words_is_another_row() -> None:
     rows = texts(60, 30)
     edited = [" ".join(["other" if n % 10 == 4 else word for n, word in enumerate(row.split())]) for row in rows]
-    assert not any(found(prompts(FIRST, rows), prompts(FIRST, edited, none)))
+    assert not any(matches(prompts(FIRST, rows), prompts(FIRST, edited, none)))
 
 
 @pytest.mark.parametrize("length", [1, 3, 6])
 def test_short_rows_under_a_long_template_are_no_alarm(length: int) -> None:
     trained, others = texts(200, length), texts(200, length, seed=1)
-    assert not any(found(prompts(FIRST, trained), prompts(FIRST, others, none)))
+    assert not any(matches(prompts(FIRST, trained), prompts(FIRST, others, none)))
 
 
 @pytest.mark.parametrize("count", [4, 8, 12, 40])
 def test_few_rows_under_one_template_are_no_alarm(count: int) -> None:
-    assert not any(found(prompts(FIRST, texts(count, 8)), prompts(FIRST, texts(count, 8, seed=1), none)))
+    assert not any(matches(prompts(FIRST, texts(count, 8)), prompts(FIRST, texts(count, 8, seed=1), none)))
 
 
 def test_half_a_row_is_another_row_unless_it_is_of_the_same_group() -> None:
     rows = texts(60, 40)
     halves = [row[: len(row) // 2] + other for row, other in zip(rows, texts(60, 20, seed=3), strict=True)]
-    assert not any(found(prompts(FIRST, rows), prompts(SECOND, halves, none)))
-    assert all(found(prompts(FIRST, rows), prompts(SECOND, halves)))
+    assert not any(matches(prompts(FIRST, rows), prompts(SECOND, halves, none)))
+    assert all(matches(prompts(FIRST, rows), prompts(SECOND, halves)))
 
 
 def test_groups_that_are_equal_by_chance_are_no_alarm() -> None:
     # Row numbers of two sources under one task name.
-    assert not any(found(prompts(FIRST, texts(300)), prompts(FIRST, texts(300, seed=1))))
+    assert not any(matches(prompts(FIRST, texts(300)), prompts(FIRST, texts(300, seed=1))))
 
 
 def test_text_without_spaces_between_words_is_known_by_its_characters() -> None:
     rng = random.Random(0)
     rows = ["".join(chr(0x4E00 + rng.randrange(3_000)) for _ in range(30)) for _ in range(80)]
     trained, others = rows[:40], rows[40:]
-    assert all(found(prompts("请总结：{}", trained), prompts("概要 {}", trained, none)))
-    assert not any(found(prompts("请总结：{}", trained), prompts("请总结：{}", others, none)))
+    assert all(matches(prompts("请总结：{}", trained), prompts("概要 {}", trained, none)))
+    assert not any(matches(prompts("请总结：{}", trained), prompts("请总结：{}", others, none)))
 
 
 def test_what_is_kept_is_bounded_and_drawn_by_content(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_nothing_comes_of_nothing() -> None:
     assert len(sketch_rows([]).table) == 0
     assert len(shingles("two words")) == 0
     assert len(frequent_shingles([])) == 0
-    assert found([], prompts(FIRST, ["a b c d"])) == [False]
+    assert matches([], prompts(FIRST, ["a b c d"])) == [False]
 
 
 def test_ten_thousand_rows_take_a_few_megabytes_and_seconds(tmp_path: Path) -> None:

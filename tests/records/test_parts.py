@@ -56,8 +56,8 @@ def slow(part: list[Instance]) -> Iterator[Instance]:
 def test_a_range_of_rows_is_read_whatever_the_parts(tmp_path: Path, part_rows: int, rows: range) -> None:
     write(tmp_path / "f", some(20), part_rows=part_rows)
     assert list(read(tmp_path / "f", rows=rows)) == some(20)[rows.start : rows.stop]
-    found = [name for batch in read_batches(tmp_path / "f", rows=rows) for name in batch["instance_id"].to_pylist()]
-    assert found == [str(row) for row in rows]
+    result = [name for batch in read_batches(tmp_path / "f", rows=rows) for name in batch["instance_id"].to_pylist()]
+    assert result == [str(row) for row in rows]
 
 
 def test_a_range_leaves_other_parts_unopened(tmp_path: Path) -> None:
@@ -101,10 +101,10 @@ def test_a_finished_part_is_done_again_where_its_counts_say_so(tmp_path: Path) -
 
 def test_workers_write_what_one_process_writes(tmp_path: Path) -> None:
     write(tmp_path / "f", some(20), part_rows=6)
-    told: list[int] = []
+    messages: list[int] = []
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-        told.append(done)
+        messages.append(done)
 
     results = []
     for workers in (1, 3):
@@ -124,7 +124,7 @@ def test_workers_write_what_one_process_writes(tmp_path: Path) -> None:
         )
     assert results[0] == results[1]
     assert (results[0].rows, results[0].counts) == (18, {"even": 9})
-    assert told == [0, 4, 8, 12, 16, 18] * 2
+    assert messages == [0, 4, 8, 12, 16, 18] * 2
 
 
 def test_a_bad_row_in_a_worker_is_the_error_and_finished_parts_are_kept(tmp_path: Path) -> None:

@@ -100,15 +100,15 @@ def test_a_damaged_part_is_done_again_and_no_other(tmp_path: Path, damage: str) 
 
 
 def test_progress_tells_what_an_earlier_start_had_finished(tmp_path: Path) -> None:
-    told: list[tuple[int, int | None, int]] = []
+    messages: list[tuple[int, int | None, int]] = []
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-        told.append((done, total, resumed))
+        messages.append((done, total, resumed))
 
     with pytest.raises(RuntimeError):
         do(tmp_path, Counting(fail_at="4"))
     do(tmp_path, Counting(), progress=progress)
-    assert told == [(0, 10, 0), (3, 10, 3), (6, 10, 3), (9, 10, 3), (10, 10, 3)]
+    assert messages == [(0, 10, 0), (3, 10, 3), (6, 10, 3), (9, 10, 3), (10, 10, 3)]
 
 
 def test_other_steps_settings_and_parents_are_other_work(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_fresh_work_starts_anew_unless_a_fresh_start_was_not_finished(tmp_path: 
     assert left("three") == []
 
 
-def test_the_name_of_a_fresh_start_is_found_before_all_inputs_are_known(tmp_path: Path) -> None:
+def test_the_name_of_a_fresh_start_is_detected_before_all_inputs_are_known(tmp_path: Path) -> None:
     def name(fresh: str, settings: dict[str, Any] | None = None) -> str:
         return fresh_name(tmp_path, "annotation", settings or {"a": [1]}, ["parent"], fresh)
 

@@ -26,7 +26,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass(frozen=True)
-class Room:
+class RegistryEnv:
     """A folder with an MLflow database, and what a test writes into it."""
 
     folder: Path
@@ -48,7 +48,7 @@ class Room:
         """The folder of an evaluation that found the scorer better than everything by 19 to 21."""
         folder = self.folder / name
         folder.mkdir()
-        found = difference(0.19, 0.2)
+        result = difference(0.19, 0.2)
         others = ("random", "likelihood", "mbr") if champion is None else ("random", "likelihood", "mbr", "champion")
         values: dict[str, Any] = {
             "schema": SCHEMA,
@@ -58,7 +58,7 @@ class Room:
             "facts": {"instances": 240, "groups": 100},
             "tested_groups": "0000000100000002",
             "selectors": {"scorer": {"estimate": {"mean": 0.5, "low": 0.4, "high": 0.6}}},
-            "comparisons": {f"scorer-{other}": found for other in others},
+            "comparisons": {f"scorer-{other}": result for other in others},
             "leaks": {"challenger": 0},
             "versions": {"challenger": version_of(scorer), **({"champion": version_of(champion)} if champion else {})},
         }
@@ -92,23 +92,23 @@ def version_of(scorer: Path) -> str:
 
 
 @pytest.fixture
-def room(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Room:
+def env(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> RegistryEnv:
     """An empty registry in a folder of its own, which is also the current folder."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(empty_database, tmp_path / "mlflow.db")
-    return Room(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return RegistryEnv(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 
 @pytest.fixture
-def registered(room: Room) -> Callable[..., tuple[Path, Path]]:
+def registered(env: RegistryEnv) -> Callable[..., tuple[Path, Path]]:
     """registered("a", 1.0) -> (scorer, report) of a scorer that is registered."""
 
     def make(name: str, value: float = 0.0, champion: Path | None = None, **changes: Any) -> tuple[Path, Path]:
-        scorer = room.scorer(name, value)
-        report = room.report(f"report-{name}", scorer, champion, **changes)
-        room.register(scorer, report)
+        scorer = env.scorer(name, value)
+        report = env.report(f"report-{name}", scorer, champion, **changes)
+        env.register(scorer, report)
         return scorer, report
 
     return make

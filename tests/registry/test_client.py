@@ -39,7 +39,7 @@ def killed_among_the_tables(folder: Path) -> None:
 def test_a_run_killed_while_the_tables_are_made_leaves_nothing_that_the_next_one_refuses(tmp_path: Path) -> None:
     killed_among_the_tables(tmp_path)
     with connect(f"sqlite:///{tmp_path / 'mlflow.db'}") as client:
-        assert [found.name for found in client.search_experiments()] == ["Default"]
+        assert [result.name for result in client.search_experiments()] == ["Default"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [".mlflow.db.lock", "mlflow.db"]
 
 

@@ -28,7 +28,7 @@ def report(leaks: Mapping[str, int] | None = None, **lows: float) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("found", "has_champion", "margin", "expected"),
+    ("result", "has_champion", "margin", "expected"),
     [
         (report(random=0.1, likelihood=0.1), False, 0.0, "promote"),
         (report(random=0.1), False, 0.0, "promote"),
@@ -58,9 +58,9 @@ def report(leaks: Mapping[str, int] | None = None, **lows: float) -> dict[str, A
     ],
 )
 def test_the_gate_opens_only_for_what_is_proven(
-    found: dict[str, Any], has_champion: bool, margin: float, expected: str
+    result: dict[str, Any], has_champion: bool, margin: float, expected: str
 ) -> None:
-    decision = decide(found, has_champion=has_champion, margin=margin)
+    decision = decide(result, has_champion=has_champion, margin=margin)
     assert decision.decision == expected
     assert decision.reasons
     assert all(reason.endswith(".") for reason in decision.reasons)
@@ -87,8 +87,8 @@ def test_a_later_attempt_on_the_same_groups_must_be_surer(attempt: int, expected
     """2.2 standard errors are enough the first time, 3.1 every time, and nothing is from the 21st on."""
     weak, strong = report(random=0.005), report(random=0.02, champion=0.02)
     assert decide(weak, has_champion=False, attempt=attempt).decision == expected
-    for found in strong["comparisons"].values():
-        found["standard_error"] = found["difference"] / 3.2
+    for result in strong["comparisons"].values():
+        result["standard_error"] = result["difference"] / 3.2
     assert decide(strong, has_champion=True, attempt=attempt).decision == "promote"
     assert decide(strong, has_champion=True, attempt=21).decision == "hold"
     assert "new test split" in " ".join(decide(strong, has_champion=True, attempt=21).reasons)
@@ -96,9 +96,9 @@ def test_a_later_attempt_on_the_same_groups_must_be_surer(attempt: int, expected
 
 @pytest.mark.parametrize("error", [0.0, None])
 def test_differences_that_do_not_vary_prove_nothing(error: float | None) -> None:
-    found = report()
-    found["comparisons"]["scorer-random"] = difference(0.1, 0.1, standard_error=error)
-    decision = decide(found, has_champion=False)
+    result = report()
+    result["comparisons"]["scorer-random"] = difference(0.1, 0.1, standard_error=error)
+    decision = decide(result, has_champion=False)
     assert (decision.decision, "no standard error" in decision.reasons[0]) == ("hold", True)
 
 
@@ -111,145 +111,145 @@ def test_comparisons_of_another_form_are_one_line(comparisons: Any) -> None:
 
 
 def test_the_reason_that_a_cross_fitted_report_has_no_champion_is_the_gates_reason() -> None:
-    found = {**report(random=0.1), "folds": 5, "unavailable": {"champion": "its picks are of 52 other instances"}}
-    decision = decide(found, has_champion=True)
+    result = {**report(random=0.1), "folds": 5, "unavailable": {"champion": "its picks are of 52 other instances"}}
+    decision = decide(result, has_champion=True)
     assert decision.decision == "hold"
     (reason,) = decision.reasons
     assert_names(reason, "champion", "its picks are of 52 other instances")
 
 
-def test_a_promoted_version_is_champion_and_challenger_no_more(room: Any, registered: Any) -> None:
-    _, found = registered("a")
-    told = room.promote(found)
-    assert (told["decision"], told["serve"]) == ("promote", "cappy serve --scorer models:/cappy@champion")
-    assert json.loads((room.folder / "decision-0" / "decision.json").read_text())["version"] == 1
-    assert registry.resolve("models:/cappy@champion", tracking_uri=room.uri).aliases == ("champion",)
+def test_a_promoted_version_is_champion_and_challenger_no_more(env: Any, registered: Any) -> None:
+    _, result = registered("a")
+    actual = env.promote(result)
+    assert (actual["decision"], actual["serve"]) == ("promote", "cappy serve --scorer models:/cappy@champion")
+    assert json.loads((env.folder / "decision-0" / "decision.json").read_text())["version"] == 1
+    assert registry.resolve("models:/cappy@champion", tracking_uri=env.uri).aliases == ("champion",)
 
 
-def test_a_held_version_stays_challenger_and_can_be_served(room: Any, registered: Any) -> None:
-    _, found = registered("a", leaks={"challenger": 1})
-    told = room.promote(found)
-    assert (told["decision"], told["serve"]) == ("hold", "cappy serve --scorer models:/cappy@challenger")
-    assert registry.champion("cappy", tracking_uri=room.uri) is None
+def test_a_held_version_stays_challenger_and_can_be_served(env: Any, registered: Any) -> None:
+    _, result = registered("a", leaks={"challenger": 1})
+    actual = env.promote(result)
+    assert (actual["decision"], actual["serve"]) == ("hold", "cappy serve --scorer models:/cappy@challenger")
+    assert registry.champion("cappy", tracking_uri=env.uri) is None
 
 
-def test_promotion_told_twice_stays_promoted(room: Any, registered: Any) -> None:
-    _, found = registered("a")
-    room.promote(found)
-    again = room.promote(found)
+def test_promotion_reported_twice_stays_promoted(env: Any, registered: Any) -> None:
+    _, result = registered("a")
+    env.promote(result)
+    again = env.promote(result)
     assert again["decision"] == "promote"
     (reason,) = again["reasons"]
     assert_names(reason, "Version 1", "already champion")
 
 
-def test_a_report_on_another_scorer_opens_no_gate(room: Any, registered: Any) -> None:
-    other = room.scorer("other", 9.0)
+def test_a_report_on_another_scorer_opens_no_gate(env: Any, registered: Any) -> None:
+    other = env.scorer("other", 9.0)
     registered("a", 1.0)
-    told = room.promote(room.report("report-other", other))
-    assert told["decision"] == "hold"
-    assert_names(told["reasons"][0], read_manifest(other).hash[:12], "not on version 1")
-    assert registry.champion("cappy", tracking_uri=room.uri) is None
+    actual = env.promote(env.report("report-other", other))
+    assert actual["decision"] == "hold"
+    assert_names(actual["reasons"][0], read_manifest(other).hash[:12], "not on version 1")
+    assert registry.champion("cappy", tracking_uri=env.uri) is None
 
 
-def test_a_report_that_was_edited_is_refused(room: Any, registered: Any) -> None:
-    _, found = registered("a", 1.0, leaks={"challenger": 3})
-    values = json.loads((found / "report.json").read_text())
-    (found / "report.json").write_text(json.dumps({**values, "leaks": {}}))
+def test_a_report_that_was_edited_is_refused(env: Any, registered: Any) -> None:
+    _, result = registered("a", 1.0, leaks={"challenger": 3})
+    values = json.loads((result / "report.json").read_text())
+    (result / "report.json").write_text(json.dumps({**values, "leaks": {}}))
     with raises_naming(FolderError, "report.json", "damaged"):
-        room.promote(found)
+        env.promote(result)
 
 
 def test_a_user_without_a_name_moves_the_alias_by_number(
-    room: Any, registered: Any, monkeypatch: pytest.MonkeyPatch
+    env: Any, registered: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nameless() -> str:
         raise KeyError("getpwuid(): uid not found: 12345")
 
     monkeypatch.setattr("getpass.getuser", nameless)
-    _, found = registered("a", 1.0)
-    room.promote(found)
-    assert registry.history("cappy", tracking_uri=room.uri)[0].by.startswith("uid ")
+    _, result = registered("a", 1.0)
+    env.promote(result)
+    assert registry.history("cappy", tracking_uri=env.uri)[0].by.startswith("uid ")
 
 
-def test_a_champion_that_moved_since_the_report_holds_the_version(room: Any, registered: Any) -> None:
+def test_a_champion_that_moved_since_the_report_holds_the_version(env: Any, registered: Any) -> None:
     one, first = registered("a", 1.0)
-    room.promote(first)
+    env.promote(first)
     _, second = registered("b", 2.0, champion=one)
-    room.promote(second)
+    env.promote(second)
     _, late = registered("c", 3.0, champion=one)
-    told = room.promote(late)
-    assert told["decision"] == "hold"
-    assert_names(told["reasons"][0], "champion", "now version 2", "--champion models:/cappy@champion")
+    actual = env.promote(late)
+    assert actual["decision"] == "hold"
+    assert_names(actual["reasons"][0], "champion", "now version 2", "--champion models:/cappy@champion")
 
 
-def test_a_report_without_the_champion_holds_the_version(room: Any, registered: Any) -> None:
+def test_a_report_without_the_champion_holds_the_version(env: Any, registered: Any) -> None:
     _, first = registered("a", 1.0)
-    room.promote(first)
+    env.promote(first)
     _, blind = registered("b", 2.0)
-    assert room.promote(blind)["decision"] == "hold"
+    assert env.promote(blind)["decision"] == "hold"
 
 
 def test_rollback_gives_the_alias_back_and_refuses_where_nothing_was_before(
-    room: Any, registered: Any, capsys: pytest.CaptureFixture[str]
+    env: Any, registered: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RegistryError, match="no such model"):
-        registry.rollback("cappy", tracking_uri=room.uri)
+        registry.rollback("cappy", tracking_uri=env.uri)
     one, first = registered("a", 1.0)
     with raises_naming(RegistryError, "models:/cappy", "no champion"):
-        registry.rollback("cappy", tracking_uri=room.uri)
-    room.promote(first)
+        registry.rollback("cappy", tracking_uri=env.uri)
+    env.promote(first)
     _, second = registered("b", 2.0, champion=one)
-    room.promote(second)
+    env.promote(second)
     with pytest.raises(SystemExit) as ended:
-        main(["promotion", "--rollback", "--reason", "wrong task", "--tracking-uri", room.uri])
+        main(["promotion", "--rollback", "--reason", "wrong task", "--tracking-uri", env.uri])
     assert ended.value.code == 0
     assert re.fullmatch(r"models:/cappy@champion .*models:/cappy/1\b.*models:/cappy/2\n", capsys.readouterr().out)
-    present = registry.champion("cappy", tracking_uri=room.uri)
+    present = registry.champion("cappy", tracking_uri=env.uri)
     assert present is not None
     assert present.number == 1
 
 
 def test_a_first_champion_can_be_taken_back_and_does_not_return_by_itself(
-    room: Any, registered: Any, capsys: pytest.CaptureFixture[str]
+    env: Any, registered: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, first = registered("a", 1.0)
-    room.promote(first)
+    env.promote(first)
     with pytest.raises(SystemExit) as ended:
-        main(["promotion", "--rollback", "--tracking-uri", room.uri])
+        main(["promotion", "--rollback", "--tracking-uri", env.uri])
     assert ended.value.code == 0
     expected = "models:/cappy has no champion now: there was none before models:/cappy/1, which stays registered\n"
     assert capsys.readouterr().out == expected
-    assert registry.champion("cappy", tracking_uri=room.uri) is None
-    assert room.promote(first)["decision"] == "hold"
-    assert [(move.kind, move.version, move.former) for move in registry.history("cappy", tracking_uri=room.uri)] == [
+    assert registry.champion("cappy", tracking_uri=env.uri) is None
+    assert env.promote(first)["decision"] == "hold"
+    assert [(move.kind, move.version, move.former) for move in registry.history("cappy", tracking_uri=env.uri)] == [
         ("promotion", 1, 0),
         ("rollback", 0, 1),
     ]
     _, second = registered("b", 2.0)
-    assert room.promote(second)["decision"] == "promote"
+    assert env.promote(second)["decision"] == "promote"
 
 
 def test_a_rollback_tells_the_champion_that_it_took_the_alias_from(
-    room: Any, registered: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    env: Any, registered: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A promotion that was first at the lock has moved the alias by the time that it is the rollback's turn."""
     one, first = registered("a", 1.0)
-    room.promote(first)
+    env.promote(first)
     two, second = registered("b", 2.0, champion=one)
-    room.promote(second)
+    env.promote(second)
     _, third = registered("c", 3.0, champion=two)
     alone, others = aliases.lock_alias, [third]
 
     @contextlib.contextmanager
     def second_at_the_lock(client: Any, name: str) -> Iterator[None]:
         if others:
-            room.promote(others.pop())
+            env.promote(others.pop())
         with alone(client, name):
             yield
 
     monkeypatch.setattr(aliases, "lock_alias", second_at_the_lock)
     with pytest.raises(SystemExit):
-        main(["promotion", "--rollback", "--json", "--tracking-uri", room.uri])
+        main(["promotion", "--rollback", "--json", "--tracking-uri", env.uri])
     assert json.loads(capsys.readouterr().out) == {"champion": "models:/cappy/2", "was": "models:/cappy/3"}
 
 
@@ -290,8 +290,8 @@ def test_the_strict_gate_asks_for_mbr_too(lows: dict[str, float], expected: str)
 
 
 def guarded(low: float, champion: bool = True) -> dict[str, Any]:
-    found, other = difference(low), difference(-1.0, -0.9)
-    row = {"task": "rte", "gain": other if champion else found, "against_champion": found if champion else None}
+    result, other = difference(low), difference(-1.0, -0.9)
+    row = {"task": "rte", "gain": other if champion else result, "against_champion": result if champion else None}
     return {**report(random=0.1, likelihood=0.1, champion=0.1), "tasks": [row, {"task": "cb", "gain": other}]}
 
 
@@ -317,57 +317,57 @@ def test_a_guard_that_is_none_is_refused(text: str) -> None:
     assert parse_guards(["a=b=0.5"]) == {"a=b": 0.5}
 
 
-def test_hold_leaves_its_evidence(room: Any, registered: Any) -> None:
-    _, found = registered("a", leaks={"challenger": 1})
-    room.promote(found, baseline="mbr", margin=0.05)
-    told = json.loads((room.folder / "decision-0" / "decision.json").read_text())["basis"]
-    assert (told["baseline"], told["margin"], told["leaks"]) == ("mbr", 0.05, {"challenger": 1})
-    assert set(told["comparisons"]) == {"scorer-random", "scorer-likelihood", "scorer-mbr"}
+def test_hold_leaves_its_evidence(env: Any, registered: Any) -> None:
+    _, result = registered("a", leaks={"challenger": 1})
+    env.promote(result, baseline="mbr", margin=0.05)
+    actual = json.loads((env.folder / "decision-0" / "decision.json").read_text())["basis"]
+    assert (actual["baseline"], actual["margin"], actual["leaks"]) == ("mbr", 0.05, {"challenger": 1})
+    assert set(actual["comparisons"]) == {"scorer-random", "scorer-likelihood", "scorer-mbr"}
 
 
-def test_a_dry_run_explains_and_moves_nothing(room: Any, registered: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    _, found = registered("a")
-    version = next(room.folder.glob("version-*"))
-    words = ["--version", str(version), "--report", str(found), "--tracking-uri", room.uri]
+def test_a_dry_run_explains_and_moves_nothing(env: Any, registered: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, result = registered("a")
+    version = next(env.folder.glob("version-*"))
+    words = ["--version", str(version), "--report", str(result), "--tracking-uri", env.uri]
     with pytest.raises(SystemExit) as ended:
         main(["promotion", "--dry-run", *words])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    assert_names(told.splitlines()[0], "would promote", "nothing was moved")
-    assert "random choice" in told.splitlines()[1]
-    assert registry.champion("cappy", tracking_uri=room.uri) is None
+    actual = capsys.readouterr().out
+    assert_names(actual.splitlines()[0], "would promote", "nothing was moved")
+    assert "random choice" in actual.splitlines()[1]
+    assert registry.champion("cappy", tracking_uri=env.uri) is None
 
 
-def test_a_version_that_was_rolled_back_stays_so_until_somebody_forces_it(room: Any, registered: Any) -> None:
+def test_a_version_that_was_rolled_back_stays_so_until_somebody_forces_it(env: Any, registered: Any) -> None:
     one, first = registered("a", 1.0)
-    room.promote(first)
+    env.promote(first)
     _, second = registered("b", 2.0, champion=one)
-    room.promote(second)
-    registry.rollback("cappy", tracking_uri=room.uri)
-    again = room.promote(second)
+    env.promote(second)
+    registry.rollback("cappy", tracking_uri=env.uri)
+    again = env.promote(second)
     assert again["decision"] == "hold"
     assert_names(again["reasons"][0], "Version 2", "rolled back", "--force")
-    assert room.promote(second, force=True)["decision"] == "promote"
-    assert "already champion" in room.promote(second)["reasons"][0]
-    registry.rollback("cappy", tracking_uri=room.uri)
-    assert room.promote(second)["decision"] == "hold"
+    assert env.promote(second, force=True)["decision"] == "promote"
+    assert "already champion" in env.promote(second)["reasons"][0]
+    registry.rollback("cappy", tracking_uri=env.uri)
+    assert env.promote(second)["decision"] == "hold"
 
 
-def test_force_opens_the_gate_for_nothing_but_a_rollback(room: Any, registered: Any) -> None:
-    _, found = registered("a", leaks={"challenger": 1})
-    assert room.promote(found, force=True)["decision"] == "hold"
+def test_force_opens_the_gate_for_nothing_but_a_rollback(env: Any, registered: Any) -> None:
+    _, result = registered("a", leaks={"challenger": 1})
+    assert env.promote(result, force=True)["decision"] == "hold"
 
 
-def test_a_version_that_a_rollback_brought_back_is_not_held(room: Any, registered: Any) -> None:
+def test_a_version_that_a_rollback_brought_back_is_not_held(env: Any, registered: Any) -> None:
     one, first = registered("a", 1.0)
-    room.promote(first)
+    env.promote(first)
     _, second = registered("b", 2.0, champion=one)
-    room.promote(second)
-    registry.rollback("cappy", tracking_uri=room.uri)
+    env.promote(second)
+    registry.rollback("cappy", tracking_uri=env.uri)
     _, third = registered("c", 3.0, champion=one)
-    assert room.promote(third)["decision"] == "promote"
-    with connect(room.uri) as client:
-        versions = {number: registry.resolve(f"models:/cappy/{number}", tracking_uri=room.uri) for number in (1, 2, 3)}
+    assert env.promote(third)["decision"] == "promote"
+    with connect(env.uri) as client:
+        versions = {number: registry.resolve(f"models:/cappy/{number}", tracking_uri=env.uri) for number in (1, 2, 3)}
         assert [aliases.was_rolled_back(client, versions[number]) for number in (1, 2, 3)] == [False, True, False]
 
 
@@ -389,53 +389,53 @@ OTHER = "".join(f"{number:08x}" for number in range(100, 200))
     ids=["the same groups", "a row more", "other groups between", "a new split", "two that had 40% of the groups"],
 )
 def test_attempts_are_counted_by_the_groups_that_versions_share(
-    room: Any, registered: Any, tested: list[str], attempts: list[int]
+    env: Any, registered: Any, tested: list[str], attempts: list[int]
 ) -> None:
     made = []
     for number, groups in enumerate(tested):
-        _, found = registered(f"s{number}", float(number), tested_groups=groups, leaks={"challenger": 1})
-        room.promote(found)
-        made.append(json.loads((room.folder / f"decision-{number}" / "decision.json").read_text())["attempt"])
+        _, result = registered(f"s{number}", float(number), tested_groups=groups, leaks={"challenger": 1})
+        env.promote(result)
+        made.append(json.loads((env.folder / f"decision-{number}" / "decision.json").read_text())["attempt"])
     assert made == attempts
-    assert registry.resolve("models:/cappy/3", tracking_uri=room.uri).tags["cappy.attempt"] == str(attempts[-1])
+    assert registry.resolve("models:/cappy/3", tracking_uri=env.uri).tags["cappy.attempt"] == str(attempts[-1])
 
 
-def test_a_rerun_is_no_further_attempt(room: Any, registered: Any) -> None:
+def test_a_rerun_is_no_further_attempt(env: Any, registered: Any) -> None:
     registered("a")
     other, second = registered("b", 2.0)
     for _ in range(3):
-        room.register(other, second)
-        room.promote(second)
-    told = [json.loads(path.read_text())["attempt"] for path in room.folder.glob("decision-*/decision.json")]
-    assert told == [2, 2, 2]
+        env.register(other, second)
+        env.promote(second)
+    actual = [json.loads(path.read_text())["attempt"] for path in env.folder.glob("decision-*/decision.json")]
+    assert actual == [2, 2, 2]
 
 
-def test_attempts_are_not_counted_where_a_person_says_so_and_the_version_says_it(room: Any, registered: Any) -> None:
+def test_attempts_are_not_counted_where_a_person_says_so_and_the_version_says_it(env: Any, registered: Any) -> None:
     registered("a", 1.0)
     _, second = registered("b", 2.0)
-    room.promote(second, count_attempts=False)
-    assert registry.resolve("models:/cappy/2", tracking_uri=room.uri).tags["cappy.attempt"] == "not counted"
+    env.promote(second, count_attempts=False)
+    assert registry.resolve("models:/cappy/2", tracking_uri=env.uri).tags["cappy.attempt"] == "not counted"
 
 
-def test_a_decision_says_whether_its_evidence_is_of_the_scorer_or_of_its_recipe(room: Any, registered: Any) -> None:
-    _, found = registered("a", folds=5, split="cross-fitted")
-    assert room.promote(found)["decision"] == "promote"
-    assert json.loads((room.folder / "decision-0" / "decision.json").read_text())["evidence"] == "recipe"
-    assert registry.resolve("models:/cappy@champion", tracking_uri=room.uri).tags["cappy.evidence"] == "recipe"
+def test_a_decision_says_whether_its_evidence_is_of_the_scorer_or_of_its_recipe(env: Any, registered: Any) -> None:
+    _, result = registered("a", folds=5, split="cross-fitted")
+    assert env.promote(result)["decision"] == "promote"
+    assert json.loads((env.folder / "decision-0" / "decision.json").read_text())["evidence"] == "recipe"
+    assert registry.resolve("models:/cappy@champion", tracking_uri=env.uri).tags["cappy.evidence"] == "recipe"
 
 
 def test_every_move_is_in_the_history_with_who_when_and_why(
-    room: Any, registered: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    env: Any, registered: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "anna")
     one, first = registered("a", 1.0)
-    assert registry.history("cappy", tracking_uri=room.uri) == []
-    room.promote(first)
+    assert registry.history("cappy", tracking_uri=env.uri) == []
+    env.promote(first)
     _, second = registered("b", 2.0, champion=one)
-    room.promote(second)
-    room.promote(second)
-    registry.rollback("cappy", why="answers got worse", tracking_uri=room.uri)
-    moves = registry.history("cappy", tracking_uri=room.uri)
+    env.promote(second)
+    env.promote(second)
+    registry.rollback("cappy", why="answers got worse", tracking_uri=env.uri)
+    moves = registry.history("cappy", tracking_uri=env.uri)
     assert [(move.kind, move.version, move.former) for move in moves] == [
         ("promotion", 1, 0),
         ("promotion", 2, 1),
@@ -446,54 +446,55 @@ def test_every_move_is_in_the_history_with_who_when_and_why(
     assert moves[2].why == "answers got worse"
     assert [move.at for move in moves] == sorted(move.at for move in moves)
     with pytest.raises(SystemExit):
-        main(["promotion", "--history", "--tracking-uri", room.uri])
+        main(["promotion", "--history", "--tracking-uri", env.uri])
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["when", "what", "version", "before", "who", "why"]
     assert "rollback" in table[3]
     assert "answers got worse" in table[3]
 
 
-def test_the_history_of_a_model_that_is_not_there_is_one_line(room: Any) -> None:
+def test_the_history_of_a_model_that_is_not_there_is_one_line(env: Any) -> None:
     with raises_naming(RegistryError, "models:/nobody", "no such model"):
-        registry.history("nobody", tracking_uri=room.uri)
+        registry.history("nobody", tracking_uri=env.uri)
 
 
-def test_of_two_promotions_at_once_one_wins_and_the_other_says_so(room: Any, registered: Any) -> None:
+def test_of_two_promotions_at_once_one_wins_and_the_other_says_so(env: Any, registered: Any) -> None:
     """Both were compared with the first champion, and both are better: whoever is second is held."""
     one, first = registered("a", 1.0)
-    room.promote(first)
+    env.promote(first)
     rivals = []
     for name, value in (("b", 2.0), ("c", 3.0)):
-        _, found = registered(name, value, champion=one)
-        version = max(room.folder.glob("version-*"), key=lambda path: int(path.name.partition("-")[2]))
-        rivals.append((version, found))
+        _, result = registered(name, value, champion=one)
+        version = max(env.folder.glob("version-*"), key=lambda path: int(path.name.partition("-")[2]))
+        rivals.append((version, result))
     start = multiprocessing.get_context("spawn").Barrier(2)
     workers = [
         multiprocessing.get_context("spawn").Process(
-            target=race.promote, args=(start, str(version), str(found), room.uri, str(room.folder / f"told-{index}"))
+            target=race.promote,
+            args=(start, str(version), str(result), env.uri, str(env.folder / f"told-{index}")),
         )
-        for index, (version, found) in enumerate(rivals)
+        for index, (version, result) in enumerate(rivals)
     ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
-    told = [json.loads((room.folder / f"told-{index}" / "decision.json").read_text()) for index in (0, 1)]
-    assert sorted(one["decision"] for one in told) == ["hold", "promote"]
-    winner, loser = sorted(told, key=lambda one: one["decision"], reverse=True)
+    actual = [json.loads((env.folder / f"told-{index}" / "decision.json").read_text()) for index in (0, 1)]
+    assert sorted(one["decision"] for one in actual) == ["hold", "promote"]
+    winner, loser = sorted(actual, key=lambda one: one["decision"], reverse=True)
     assert_names(loser["reasons"][0], "champion", f"now version {winner['version']}")
-    present = registry.champion("cappy", tracking_uri=room.uri)
+    present = registry.champion("cappy", tracking_uri=env.uri)
     assert present is not None
     assert present.number == winner["version"]
-    assert [move.version for move in registry.history("cappy", tracking_uri=room.uri)] == [1, winner["version"]]
+    assert [move.version for move in registry.history("cappy", tracking_uri=env.uri)] == [1, winner["version"]]
 
 
 def test_a_lock_that_a_dead_process_left_is_broken_and_a_live_one_waited_for(
-    room: Any, registered: Any, monkeypatch: pytest.MonkeyPatch
+    env: Any, registered: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registered("a")
     monkeypatch.setattr(aliases, "WAIT_SECONDS", 0.5)
-    with connect(room.uri) as client:
+    with connect(env.uri) as client:
         client.create_registered_model(f"cappy{aliases.LOCK}")
         with (
             raises_naming(RegistryError, "models:/cappy@champion", "another promotion"),
@@ -506,28 +507,28 @@ def test_a_lock_that_a_dead_process_left_is_broken_and_a_live_one_waited_for(
         assert not client.search_registered_models(f"name LIKE '%{aliases.LOCK}'")
 
 
-def test_whoever_lost_the_lock_leaves_the_next_ones_alone(room: Any, registered: Any) -> None:
+def test_whoever_lost_the_lock_leaves_the_next_ones_alone(env: Any, registered: Any) -> None:
     registered("a")
     lock = f"cappy{aliases.LOCK}"
-    with connect(room.uri) as client:
+    with connect(env.uri) as client:
         with aliases.lock_alias(client, "cappy"):
             client.delete_registered_model(lock)
             client.create_registered_model(lock, tags={aliases.OWNER_TAG: "another"})
         assert client.get_registered_model(lock).tags[aliases.OWNER_TAG] == "another"
 
 
-def test_a_lock_that_is_gone_when_the_move_is_done_is_no_error(room: Any, registered: Any) -> None:
+def test_a_lock_that_is_gone_when_the_move_is_done_is_no_error(env: Any, registered: Any) -> None:
     registered("a")
-    with connect(room.uri) as client, aliases.lock_alias(client, "cappy"):
+    with connect(env.uri) as client, aliases.lock_alias(client, "cappy"):
         client.delete_registered_model(f"cappy{aliases.LOCK}")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"uri": 5}', "[" * 100_000])
-def test_a_registration_that_names_no_version_is_one_line(room: Any, text: str) -> None:
+def test_a_registration_that_names_no_version_is_one_line(env: Any, text: str) -> None:
     from cappy.errors import FolderError
     from cappy.registry.promotion import read_version
 
-    folder = room.folder / "version"
+    folder = env.folder / "version"
     folder.mkdir()
     (folder / "version.json").write_text(text)
     write_manifest(folder, Manifest(step="registration", files=describe_files(folder)))

@@ -18,64 +18,64 @@ from cappy.records.folder import describe_files, verify, write_manifest
 from cappy.scoring.calibration import read_calibration, read_probe
 
 
-def test_the_same_scorer_twice_is_one_version_with_the_alias_challenger(room: Any) -> None:
-    scorer = room.scorer("a")
-    report = room.report("report", scorer)
-    first = room.register(scorer, report, pipeline_run="run-1")
-    second = room.register(scorer, report, pipeline_run="run-2")
+def test_the_same_scorer_twice_is_one_version_with_the_alias_challenger(env: Any) -> None:
+    scorer = env.scorer("a")
+    report = env.report("report", scorer)
+    first = env.register(scorer, report, pipeline_run="run-1")
+    second = env.register(scorer, report, pipeline_run="run-2")
     assert first == second
     assert (first["version"], first["alias"], first["uri"]) == (1, "challenger", "models:/cappy/1")
     assert first["manifest_hash"] == read_manifest(scorer).hash
 
 
-def test_another_scorer_is_another_version_and_takes_the_alias(room: Any, registered: Any) -> None:
+def test_another_scorer_is_another_version_and_takes_the_alias(env: Any, registered: Any) -> None:
     registered("a", 1.0)
     registered("b", 2.0)
-    found = registry.resolve("models:/cappy@challenger", tracking_uri=room.uri)
-    assert found.number == 2
-    assert registry.resolve("models:/cappy/1", tracking_uri=room.uri).aliases == ()
+    result = registry.resolve("models:/cappy@challenger", tracking_uri=env.uri)
+    assert result.number == 2
+    assert registry.resolve("models:/cappy/1", tracking_uri=env.uri).aliases == ()
 
 
-def test_version_json_says_which_version_it_is(room: Any, registered: Any) -> None:
+def test_version_json_says_which_version_it_is(env: Any, registered: Any) -> None:
     registered("a")
-    told = json.loads((room.folder / "version-0" / "version.json").read_text())
-    assert told["uri"] == "models:/cappy/1"
-    verify(room.folder / "version-0")
+    actual = json.loads((env.folder / "version-0" / "version.json").read_text())
+    assert actual["uri"] == "models:/cappy/1"
+    verify(env.folder / "version-0")
 
 
-def test_a_champion_that_is_registered_again_stays_champion(room: Any, registered: Any) -> None:
+def test_a_champion_that_is_registered_again_stays_champion(env: Any, registered: Any) -> None:
     scorer, report = registered("a")
-    room.promote(report)
-    assert room.register(scorer, report)["alias"] == "champion"
-    assert registry.resolve("models:/cappy@champion", tracking_uri=room.uri).aliases == ("champion",)
+    env.promote(report)
+    assert env.register(scorer, report)["alias"] == "champion"
+    assert registry.resolve("models:/cappy@champion", tracking_uri=env.uri).aliases == ("champion",)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt", "deep/extra.pkl", "last.ckpt"])
-def test_a_pickle_among_the_files_is_refused(room: Any, name: str) -> None:
-    scorer = room.scorer("a")
+def test_a_pickle_among_the_files_is_refused(env: Any, name: str) -> None:
+    scorer = env.scorer("a")
     (scorer / name).parent.mkdir(exist_ok=True)
     (scorer / name).write_bytes(b"\x80\x04.")
     with pytest.raises(FolderError, match=Path(name).name):
-        room.register(scorer, room.report("report", scorer))
+        env.register(scorer, env.report("report", scorer))
 
 
-def test_a_damaged_scorer_is_refused(room: Any) -> None:
-    scorer = room.scorer("a")
-    report = room.report("report", scorer)
+def test_a_damaged_scorer_is_refused(env: Any) -> None:
+    scorer = env.scorer("a")
+    report = env.report("report", scorer)
     (scorer / "model.safetensors").write_bytes(b"other")
     with raises_naming(FolderError, "model.safetensors", "damaged"):
-        room.register(scorer, report)
+        env.register(scorer, report)
 
 
-def test_a_report_on_another_scorer_is_refused(room: Any) -> None:
-    one, other = room.scorer("a", 1.0), room.scorer("b", 2.0)
+def test_a_report_on_another_scorer_is_refused(env: Any) -> None:
+    one, other = env.scorer("a", 1.0), env.scorer("b", 2.0)
     with raises_naming(FolderError, "another scorer", read_manifest(one).hash[:12], read_manifest(other).hash[:12]):
-        room.register(one, room.report("report", other))
+        env.register(one, env.report("report", other))
 
 
-def test_the_version_has_card_signature_report_and_no_pickle(room: Any, registered: Any) -> None:
+def test_the_version_has_card_signature_report_and_no_pickle(env: Any, registered: Any) -> None:
     registered("a")
-    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=env.uri).source.removeprefix("file://"))
     card = (source / "MODEL_CARD.md").read_text()
     assert "| scorer | 50.0 | 40.0 to 60.0 |" in card
     assert "The scorer beats random choice." in card
@@ -86,45 +86,45 @@ def test_the_version_has_card_signature_report_and_no_pickle(room: Any, register
     assert not any(name.endswith((".pkl", ".bin", ".pickle")) for name in names)
 
 
-def test_a_report_on_a_mixture_of_metrics_is_registered(room: Any) -> None:
-    scorer = room.scorer("a")
-    report = room.report("report", scorer, metric="0.5*rougeL+0.5*exact_match")
-    assert room.register(scorer, report)["version"] == 1
+def test_a_report_on_a_mixture_of_metrics_is_registered(env: Any) -> None:
+    scorer = env.scorer("a")
+    report = env.report("report", scorer, metric="0.5*rougeL+0.5*exact_match")
+    assert env.register(scorer, report)["version"] == 1
 
 
-def test_files_that_are_gone_from_the_store_are_put_back(room: Any, registered: Any) -> None:
+def test_files_that_are_gone_from_the_store_are_put_back(env: Any, registered: Any) -> None:
     scorer, report = registered("a")
-    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=env.uri).source.removeprefix("file://"))
     (source / "artifacts" / "scorer" / "model.safetensors").unlink()
-    assert room.register(scorer, report)["version"] == 1
-    verify(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
+    assert env.register(scorer, report)["version"] == 1
+    verify(registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models"))
 
 
-def test_a_file_that_is_damaged_in_the_store_is_put_there_again(room: Any, registered: Any) -> None:
+def test_a_file_that_is_damaged_in_the_store_is_put_there_again(env: Any, registered: Any) -> None:
     scorer, report = registered("a")
-    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=env.uri).source.removeprefix("file://"))
     stored = source / "artifacts" / "scorer" / "model.safetensors"
     whole = stored.read_bytes()
     stored.unlink()  # not written over: the store may have linked it to the scorer's own
     stored.write_bytes(bytes([whole[0] ^ 1, *whole[1:]]))
     with raises_naming(RegistryError, "artifacts/scorer/model.safetensors", "damaged"):
-        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
-    assert room.register(scorer, report)["version"] == 1
-    verify(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
+        registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models")
+    assert env.register(scorer, report)["version"] == 1
+    verify(registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models"))
 
 
-def test_a_scorer_with_a_file_that_its_manifest_does_not_list_is_not_registered(room: Any) -> None:
-    scorer = room.scorer("a")
+def test_a_scorer_with_a_file_that_its_manifest_does_not_list_is_not_registered(env: Any) -> None:
+    scorer = env.scorer("a")
     (scorer / "notes.txt").write_text("private")
     with raises_naming(FolderError, "notes.txt", "manifest.json"):
-        room.register(scorer, room.report("report", scorer))
+        env.register(scorer, env.report("report", scorer))
 
 
 @pytest.mark.parametrize("name", ["special_tokens_map.json", "deep/added_tokens.json"])
-def test_a_cached_version_with_a_file_more_is_downloaded_again(room: Any, name: str) -> None:
-    scorer = room.scorer("a")
-    room.register(scorer, room.report("report", scorer))
-    places = {"tracking_uri": room.uri, "cache": room.folder / "models"}
+def test_a_cached_version_with_a_file_more_is_downloaded_again(env: Any, name: str) -> None:
+    scorer = env.scorer("a")
+    env.register(scorer, env.report("report", scorer))
+    places = {"tracking_uri": env.uri, "cache": env.folder / "models"}
     folder = registry.download("models:/cappy@challenger", **places)
     whole = sorted(path.name for path in folder.iterdir())
     (folder / name).parent.mkdir(exist_ok=True)
@@ -132,24 +132,24 @@ def test_a_cached_version_with_a_file_more_is_downloaded_again(room: Any, name: 
     assert sorted(path.name for path in registry.download("models:/cappy@challenger", **places).iterdir()) == whole
 
 
-def test_a_file_that_was_laid_beside_a_version_in_the_store_is_refused(room: Any) -> None:
-    scorer = room.scorer("a")
-    room.register(scorer, room.report("report", scorer))
-    (stored,) = (path.parent for path in room.folder.rglob("artifacts/scorer/manifest.json"))
+def test_a_file_that_was_laid_beside_a_version_in_the_store_is_refused(env: Any) -> None:
+    scorer = env.scorer("a")
+    env.register(scorer, env.report("report", scorer))
+    (stored,) = (path.parent for path in env.folder.rglob("artifacts/scorer/manifest.json"))
     (stored / "special_tokens_map.json").write_text("{}")
     with raises_naming(RegistryError, "special_tokens_map.json", "register the scorer again"):
-        registry.download("models:/cappy@challenger", tracking_uri=room.uri, cache=room.folder / "models")
+        registry.download("models:/cappy@challenger", tracking_uri=env.uri, cache=env.folder / "models")
 
 
-def test_files_in_folders_of_the_scorer_are_registered_too(room: Any) -> None:
-    scorer = room.scorer("a")
+def test_files_in_folders_of_the_scorer_are_registered_too(env: Any) -> None:
+    scorer = env.scorer("a")
     (scorer / "tokenizer").mkdir()
     (scorer / "tokenizer" / "vocab.json").write_text("{}")
     write_manifest(scorer, Manifest(step="finetuning", files=describe_files(scorer)))
-    report = room.report("report", scorer)
-    room.register(scorer, report)
-    assert room.register(scorer, report)["version"] == 1
-    folder = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+    report = env.report("report", scorer)
+    env.register(scorer, report)
+    assert env.register(scorer, report)["version"] == 1
+    folder = registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models")
     assert (folder / "tokenizer" / "vocab.json").read_text() == "{}"
 
 
@@ -159,74 +159,74 @@ def calibrated(report: Path, top: float = 0.9) -> Path:
     return report
 
 
-def test_a_calibration_that_an_earlier_evaluation_left_is_not_taken(room: Any) -> None:
-    scorer = room.scorer("a")
-    report = room.report("report", scorer)
+def test_a_calibration_that_an_earlier_evaluation_left_is_not_taken(env: Any) -> None:
+    scorer = env.scorer("a")
+    report = env.report("report", scorer)
     (report / "calibration.json").write_text("left by another")
-    room.register(scorer, report)
-    folder = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+    env.register(scorer, report)
+    folder = registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models")
     assert read_calibration(folder) is None
 
 
 @pytest.mark.parametrize("lost", ["calibration.json", "model.safetensors"])
-def test_a_version_that_lost_a_file_is_mended_by_registering_it_again_with_another_report(room: Any, lost: str) -> None:
-    scorer = room.scorer("a")
-    room.register(scorer, calibrated(room.report("report", scorer)))
-    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+def test_a_version_that_lost_a_file_is_mended_by_registering_it_again_with_another_report(env: Any, lost: str) -> None:
+    scorer = env.scorer("a")
+    env.register(scorer, calibrated(env.report("report", scorer)))
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=env.uri).source.removeprefix("file://"))
     (source / "artifacts" / "scorer" / lost).unlink()
-    room.register(scorer, calibrated(room.report("later", scorer), top=0.7))
-    found = read_calibration(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
-    assert found is not None
-    assert found.apply([1.0], n=1) == [0.7]
+    env.register(scorer, calibrated(env.report("later", scorer), top=0.7))
+    result = read_calibration(registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models"))
+    assert result is not None
+    assert result.apply([1.0], n=1) == [0.7]
 
 
-def test_the_out_of_fold_scores_of_a_cross_fitted_report_travel_with_the_version(room: Any) -> None:
-    scorer = room.scorer("a")
-    report = room.report("report", scorer, folds=5)
+def test_the_out_of_fold_scores_of_a_cross_fitted_report_travel_with_the_version(env: Any) -> None:
+    scorer = env.scorer("a")
+    report = env.report("report", scorer, folds=5)
     (report / OUT_OF_FOLD).write_text('{"metric": "rougeL", "folds": 5, "leaks": 0, "scores": {"ab": [0.5, 1.0]}}')
     write_manifest(report, Manifest(step="evaluation", files=describe_files(report)))
-    room.register(scorer, report)
-    folder = registry.download("models:/cappy@challenger", tracking_uri=room.uri, cache=room.folder / "models")
-    found = read_out_of_fold(folder)
-    assert found is not None
-    assert found.scores == {"ab": [0.5, 1.0]}
-    assert registry.resolve("models:/cappy/1", tracking_uri=room.uri).tags["cappy.evidence"] == "recipe"
+    env.register(scorer, report)
+    folder = registry.download("models:/cappy@challenger", tracking_uri=env.uri, cache=env.folder / "models")
+    result = read_out_of_fold(folder)
+    assert result is not None
+    assert result.scores == {"ab": [0.5, 1.0]}
+    assert registry.resolve("models:/cappy/1", tracking_uri=env.uri).tags["cappy.evidence"] == "recipe"
 
 
-def test_a_new_report_on_a_version_replaces_what_the_old_one_left(room: Any) -> None:
-    scorer = room.scorer("a")
-    room.register(scorer, calibrated(room.report("report", scorer), top=0.9))
-    room.register(scorer, calibrated(room.report("later", scorer), top=0.7))
-    found = read_calibration(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
-    assert found is not None
-    assert found.apply([1.0], n=1) == [0.7]
+def test_a_new_report_on_a_version_replaces_what_the_old_one_left(env: Any) -> None:
+    scorer = env.scorer("a")
+    env.register(scorer, calibrated(env.report("report", scorer), top=0.9))
+    env.register(scorer, calibrated(env.report("later", scorer), top=0.7))
+    result = read_calibration(registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models"))
+    assert result is not None
+    assert result.apply([1.0], n=1) == [0.7]
 
 
-def test_the_calibration_of_the_evaluation_travels_with_the_scorer(room: Any) -> None:
-    scorer = room.scorer("a")
-    room.register(scorer, calibrated(room.report("report", scorer)))
-    cache = room.folder / "models"
+def test_the_calibration_of_the_evaluation_travels_with_the_scorer(env: Any) -> None:
+    scorer = env.scorer("a")
+    env.register(scorer, calibrated(env.report("report", scorer)))
+    cache = env.folder / "models"
     for _ in ("from the store", "from the cache"):
-        folder = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=cache)
-        found = read_calibration(folder)
-        assert found is not None
-        assert found.apply([0.5], n=1) == [0.5]
+        folder = registry.download("models:/cappy/1", tracking_uri=env.uri, cache=cache)
+        result = read_calibration(folder)
+        assert result is not None
+        assert result.apply([0.5], n=1) == [0.5]
 
 
-def test_one_scorer_with_two_calibrations_is_kept_twice_and_fetched_once_each(room: Any) -> None:
-    scorer, cache = room.scorer("a"), room.folder / "models"
+def test_one_scorer_with_two_calibrations_is_kept_twice_and_fetched_once_each(env: Any) -> None:
+    scorer, cache = env.scorer("a"), env.folder / "models"
     for name, top in (("careful", 0.7), ("bold", 0.9)):
-        room.register(scorer, calibrated(room.report(f"report-{name}", scorer), top=top), name=name)
-    room.register(scorer, room.report("report-plain", scorer), name="plain")
+        env.register(scorer, calibrated(env.report(f"report-{name}", scorer), top=top), name=name)
+    env.register(scorer, env.report("report-plain", scorer), name="plain")
     names = ("careful", "bold", "plain")
-    first = {name: registry.download(f"models:/{name}/1", tracking_uri=room.uri, cache=cache) for name in names}
+    first = {name: registry.download(f"models:/{name}/1", tracking_uri=env.uri, cache=cache) for name in names}
     for name in names:
-        source = registry.resolve(f"models:/{name}/1", tracking_uri=room.uri).source
+        source = registry.resolve(f"models:/{name}/1", tracking_uri=env.uri).source
         shutil.rmtree(source.removeprefix("file://"))
-    again = {name: registry.download(f"models:/{name}/1", tracking_uri=room.uri, cache=cache) for name in names}
+    again = {name: registry.download(f"models:/{name}/1", tracking_uri=env.uri, cache=cache) for name in names}
     assert again == first
-    found = [read_calibration(folder) for folder in again.values()]
-    assert [one and one.apply([1.0], n=1) for one in found] == [[0.7], [0.9], None]
+    result = [read_calibration(folder) for folder in again.values()]
+    assert [one and one.apply([1.0], n=1) for one in result] == [[0.7], [0.9], None]
 
 
 def probed(report: Path, score: float = 0.5) -> Path:
@@ -235,34 +235,34 @@ def probed(report: Path, score: float = 0.5) -> Path:
     return report
 
 
-def test_the_stored_pairs_of_the_evaluation_travel_with_the_scorer_and_its_calibration(room: Any) -> None:
-    scorer = room.scorer("a")
-    report = probed(calibrated(room.report("report", scorer)))
-    assert room.register(scorer, report)["version"] == 1
-    assert room.register(scorer, report)["version"] == 1
-    folder = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+def test_the_stored_pairs_of_the_evaluation_travel_with_the_scorer_and_its_calibration(env: Any) -> None:
+    scorer = env.scorer("a")
+    report = probed(calibrated(env.report("report", scorer)))
+    assert env.register(scorer, report)["version"] == 1
+    assert env.register(scorer, report)["version"] == 1
+    folder = registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models")
     assert read_probe(folder) == [("who", "a bird", 0.5)]
     assert read_calibration(folder) is not None
     assert read_manifest(folder).hash == read_manifest(scorer).hash
 
 
-def test_one_scorer_with_two_evaluations_keeps_the_stored_pairs_of_each(room: Any) -> None:
-    scorer, cache = room.scorer("a"), room.folder / "models"
+def test_one_scorer_with_two_evaluations_keeps_the_stored_pairs_of_each(env: Any) -> None:
+    scorer, cache = env.scorer("a"), env.folder / "models"
     for name, score in (("one", 0.25), ("other", 0.75)):
-        room.register(scorer, probed(room.report(f"report-{name}", scorer), score), name=name)
-    found = [registry.download(f"models:/{name}/1", tracking_uri=room.uri, cache=cache) for name in ("one", "other")]
-    assert [read_probe(folder)[0][2] for folder in found] == [0.25, 0.75]
+        env.register(scorer, probed(env.report(f"report-{name}", scorer), score), name=name)
+    result = [registry.download(f"models:/{name}/1", tracking_uri=env.uri, cache=cache) for name in ("one", "other")]
+    assert [read_probe(folder)[0][2] for folder in result] == [0.25, 0.75]
 
 
 @pytest.mark.parametrize("text", ["[]", None], ids=["changed", "gone"])
-def test_other_stored_pairs_than_were_registered_are_refused(room: Any, text: str | None) -> None:
-    scorer = room.scorer("a")
-    room.register(scorer, probed(room.report("report", scorer)))
-    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+def test_other_stored_pairs_than_were_registered_are_refused(env: Any, text: str | None) -> None:
+    scorer = env.scorer("a")
+    env.register(scorer, probed(env.report("report", scorer)))
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=env.uri).source.removeprefix("file://"))
     path = source / "artifacts" / "scorer" / "probe.json"
     path.unlink() if text is None else path.write_text(text)
     with raises_naming(RegistryError, "models:/cappy/1", "probe.json", "register it again"):
-        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+        registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models")
 
 
 @pytest.mark.parametrize("text", ["{", "[[1, 2, 3]]", '[["a", "b"]]', '[["a", "b", "c"]]', "7"])
@@ -273,56 +273,56 @@ def test_stored_pairs_that_are_none_are_refused_in_one_line(tmp_path: Path, text
 
 
 @pytest.mark.parametrize("text", ["{}", None], ids=["changed", "gone"])
-def test_another_calibration_than_was_registered_is_refused(room: Any, text: str | None) -> None:
-    scorer = room.scorer("a")
-    room.register(scorer, calibrated(room.report("report", scorer)))
-    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+def test_another_calibration_than_was_registered_is_refused(env: Any, text: str | None) -> None:
+    scorer = env.scorer("a")
+    env.register(scorer, calibrated(env.report("report", scorer)))
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=env.uri).source.removeprefix("file://"))
     path = source / "artifacts" / "scorer" / "calibration.json"
     path.unlink() if text is None else path.write_text(text)
     with raises_naming(RegistryError, "models:/cappy/1", "calibration.json", "register it again"):
-        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+        registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models")
 
 
-def test_a_calibration_that_somebody_added_is_refused(room: Any, registered: Any) -> None:
+def test_a_calibration_that_somebody_added_is_refused(env: Any, registered: Any) -> None:
     registered("a")
-    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=env.uri).source.removeprefix("file://"))
     (source / "artifacts" / "scorer" / "calibration.json").write_text("{}")
     with raises_naming(RegistryError, "calibration.json", "registered none", "register it again"):
-        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+        registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models")
 
 
-def test_the_card_says_what_the_scorer_is_for_and_what_nobody_stated(room: Any) -> None:
-    scorer = room.scorer("a")
-    report = room.report("report", scorer, next="Promote: it is better.", calibration={"raw": {"ece": 0.05}})
-    room.register(scorer, report)
-    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+def test_the_card_says_what_the_scorer_is_for_and_what_nobody_stated(env: Any) -> None:
+    scorer = env.scorer("a")
+    report = env.report("report", scorer, next="Promote: it is better.", calibration={"raw": {"ece": 0.05}})
+    env.register(scorer, report)
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=env.uri).source.removeprefix("file://"))
     card = (source / "MODEL_CARD.md").read_text()
     assert_names(card, "not judge truth", "Promote: it is better.", "5.0 uncalibrated", "not stated")
     assert "license: other" in card
 
 
-def test_a_stated_licence_stands_in_the_card(room: Any) -> None:
-    scorer = room.scorer("a")
-    room.register(scorer, room.report("report", scorer), licence="mit")
-    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+def test_a_stated_licence_stands_in_the_card(env: Any) -> None:
+    scorer = env.scorer("a")
+    env.register(scorer, env.report("report", scorer), licence="mit")
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=env.uri).source.removeprefix("file://"))
     assert "license: mit" in (source / "MODEL_CARD.md").read_text()
 
 
-def test_a_report_of_a_newer_schema_registers_nothing(room: Any) -> None:
-    scorer = room.scorer("a")
+def test_a_report_of_a_newer_schema_registers_nothing(env: Any) -> None:
+    scorer = env.scorer("a")
     with raises_naming(RecordError, "schema 99", "update cappy"):
-        room.register(scorer, room.report("report", scorer, schema=99))
+        env.register(scorer, env.report("report", scorer, schema=99))
     with pytest.raises(RegistryError, match="no such model"):
-        registry.resolve("models:/cappy/1", tracking_uri=room.uri)
+        registry.resolve("models:/cappy/1", tracking_uri=env.uri)
 
 
-def test_a_version_that_another_tool_made_with_our_tag_does_not_stand_for_ours(room: Any) -> None:
+def test_a_version_that_another_tool_made_with_our_tag_does_not_stand_for_ours(env: Any) -> None:
     from cappy.records import read_manifest
     from cappy.registry.client import connect
 
-    scorer = room.scorer("a")
-    with connect(room.uri) as client:
+    scorer = env.scorer("a")
+    with connect(env.uri) as client:
         client.create_registered_model("cappy")
         tags = {"cappy.manifest": read_manifest(scorer).hash}
         client.create_model_version("cappy", source="file:///elsewhere/model", tags=tags)
-    assert room.register(scorer, room.report("report", scorer))["version"] == 2
+    assert env.register(scorer, env.report("report", scorer))["version"] == 2

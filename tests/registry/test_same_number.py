@@ -9,13 +9,13 @@ from cappy.registry import download
 from cappy.scoring import Scorer
 
 
-def test_a1_a_downloaded_scorer_has_one_number_everywhere(room: Any) -> None:
-    folder = room.folder / "scorer"
+def test_a1_a_downloaded_scorer_has_one_number_everywhere(env: Any) -> None:
+    folder = env.folder / "scorer"
     scorer = Scorer.load("builtin", device="cpu", precision="fp32")
     scorer.save(folder)
-    room.register(folder, room.report("report", folder))
-    room.promote(room.folder / "report")
-    kept = download("models:/cappy@champion", tracking_uri=room.uri, cache=room.folder / "cache")
+    env.register(folder, env.report("report", folder))
+    env.promote(env.folder / "report")
+    kept = download("models:/cappy@champion", tracking_uri=env.uri, cache=env.folder / "cache")
     expected = scorer.score(PAIRS)
     assert Scorer.load(str(kept), device="cpu", precision="fp32").score(PAIRS) == pytest.approx(expected, abs=1e-6)
     assert by_transformers(kept) == pytest.approx(expected, abs=1e-4)

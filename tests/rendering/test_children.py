@@ -105,17 +105,17 @@ def test_a_child_that_answers_nonsense_costs_the_job_that_it_answered(monkeypatc
 
 
 def test_threads_have_children_of_their_own() -> None:
-    found: list[list[object]] = []
+    result: list[list[object]] = []
 
     def many(name: str) -> None:
-        found.extend(jobs.run("promptsource", (hello(name) for _ in range(200))))
+        result.extend(jobs.run("promptsource", (hello(name) for _ in range(200))))
 
     threads = [threading.Thread(target=many, args=(name,)) for name in "abcd"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    texts = [str(one) for one in found]
+    texts = [str(one) for one in result]
     assert len(texts) == 800
     assert all(texts.count(f"[['Hello {name}', 'y', []]]") == 200 for name in "abcd")
 

@@ -117,11 +117,11 @@ def test_greedy_and_beams_are_those_of_generate_on_each_instruction_alone(
     model.generation_config = GenerationConfig()
     for instruction, (drawn,) in zip(PROMPTS, generator.respond(PROMPTS, [decoding], seed=0), strict=True):
         ids = torch.tensor([prompt_ids(folder, instruction)])
-        found = model.generate(
+        result = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=decoding.num_beams,
             num_return_sequences=decoding.num_samples, max_new_tokens=64, eos_token_id=1, pad_token_id=0,
         )[:, ids.shape[1] :]  # fmt: skip
-        expected = [row[: row.index(1) + 1 if 1 in row else None] for row in found.tolist()]
+        expected = [row[: row.index(1) + 1 if 1 in row else None] for row in result.tolist()]
         assert [list(response.tokens) for response in drawn] == expected
 
 

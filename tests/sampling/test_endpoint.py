@@ -75,16 +75,16 @@ def test_a_sample_depends_on_its_instruction_alone(make: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["n", "temperature", "top_p", "seed", "logprobs", "max_tokens"])
-def test_a_refused_parameter_is_asked_for_once_and_told(make: Make, model: Model, name: str) -> None:
+def test_a_refused_parameter_is_asked_for_once_and_reported(make: Make, model: Model, name: str) -> None:
     model.refused = (name,)
     endpoint = make(concurrency=1)
     drawn = endpoint.sample(["one", "two", "three"], [SAMPLING], seed=0)
     assert [len(group) for group in drawn] == [4, 4, 4]
     assert {c.status for g in drawn for c in g} == {"ok"}
     assert sum(name in body for body in model.asked) == 1
-    told = {key.rpartition("/")[2] for key in endpoint.take_counts() if key.startswith("not_asked/")}
+    actual = {key.rpartition("/")[2] for key in endpoint.take_counts() if key.startswith("not_asked/")}
     # The limit on length has another name to go by.
-    assert told == ({name} - {"max_tokens"})
+    assert actual == ({name} - {"max_tokens"})
     assert all((name == "max_tokens") == ("max_completion_tokens" in body) for body in model.asked[1:])
     assert all((c.seed is None) == (name == "seed") for g in drawn for c in g)
     assert all((c.logprob_sum is None) == (name == "logprobs") for g in drawn for c in g)

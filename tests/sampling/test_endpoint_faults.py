@@ -507,8 +507,8 @@ def test_d6_azures_key_goes_into_its_own_header(monkeypatch: pytest.MonkeyPatch)
             endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), EndpointConfig(max_retries=0))
             endpoint.sample(["one"], [PLAIN], seed=0)
             endpoint.close()
-        found = {name: value for name, value in script.headers[0].items() if name in ("api-key", "authorization")}
-        assert found == dict([header])
+        result = {name: value for name, value in script.headers[0].items() if name in ("api-key", "authorization")}
+        assert result == dict([header])
     assert key_headers("http://h/v1", "") == {}
 
 

@@ -351,12 +351,12 @@ def test_the_key_stands_nowhere(
             run(config_at(tmp_path, url, source=tmp_path / "bad", target=tmp_path / "never"))
     assert model.keys == {canary}
     error: BaseException | None = caught.value
-    told = []
+    messages = []
     while error is not None:
-        told.append(f"{error!r} {error}")
+        messages.append(f"{error!r} {error}")
         error = error.__cause__ or error.__context__
-    assert "Incorrect API key provided: ***" in told[0]
-    assert canary not in " ".join(told)
+    assert "Incorrect API key provided: ***" in messages[0]
+    assert canary not in " ".join(messages)
     assert canary not in caplog.text
     assert len(caplog.records) > 10
     assert canary not in repr(to_values(config))

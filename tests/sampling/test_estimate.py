@@ -32,16 +32,16 @@ def test_an_estimate_is_what_a_run_takes_at_most(tmp_path: Path) -> None:
     model = Model()
     with serving(model) as url:
         config = config_at(tmp_path, url, price_input=1.0, price_output=2.0, concurrency=4, max_new_tokens=64)
-        (found,) = estimate(config)
+        (result,) = estimate(config)
         assert model.asked == []
         run(config)
-    assert (found.instances, found.candidates, found.requests, found.answered) == (60, 480, 480, 0)
-    assert found.input_tokens == 8 * sum(estimate_tokens(prompt) for prompt in PROMPTS) == 8 * (10 * 2 + 50 * 3)
-    assert found.fewest_input_tokens == 3 * (10 * 2 + 50 * 3)
-    assert found.output_tokens == 480 * 64
-    assert found.cost == pytest.approx((found.input_tokens + 2 * found.output_tokens) / 1e6)
-    assert found.minutes == pytest.approx(480 * (SECONDS_PER_REQUEST + 64 / TOKENS_PER_SECOND) / 4 / 60)
-    assert len(model.asked) == found.fewest_requests == 180
+    assert (result.instances, result.candidates, result.requests, result.answered) == (60, 480, 480, 0)
+    assert result.input_tokens == 8 * sum(estimate_tokens(prompt) for prompt in PROMPTS) == 8 * (10 * 2 + 50 * 3)
+    assert result.fewest_input_tokens == 3 * (10 * 2 + 50 * 3)
+    assert result.output_tokens == 480 * 64
+    assert result.cost == pytest.approx((result.input_tokens + 2 * result.output_tokens) / 1e6)
+    assert result.minutes == pytest.approx(480 * (SECONDS_PER_REQUEST + 64 / TOKENS_PER_SECOND) / 4 / 60)
+    assert len(model.asked) == result.fewest_requests == 180
     (after,) = estimate(config)
     assert (after.requests, after.answered, after.cost) == (0, 480, 0)
 
@@ -50,9 +50,9 @@ def test_limits_choices_shards_and_answers_shape_the_estimate(tmp_path: Path) ->
     instances(tmp_path / "in", closed=20)
     with serving(Model()) as url:
         config = config_at(tmp_path, url, requests_per_minute=10)
-        (found,) = estimate(config)
-        assert (found.instances, found.requests, found.minutes) == (40, 320, 32.0)
-        assert "--requests-per-minute 10" in describe([found], endpoint_config(config))
+        (result,) = estimate(config)
+        assert (result.instances, result.requests, result.minutes) == (40, 320, 32.0)
+        assert "--requests-per-minute 10" in describe([result], endpoint_config(config))
         tokens = config_at(tmp_path, url, tokens_per_minute=100)
         (by_tokens,) = estimate(tokens)
         assert by_tokens.minutes == pytest.approx((by_tokens.input_tokens + by_tokens.output_tokens) / 100)

@@ -33,8 +33,8 @@ def foreign() -> Foreign:
 
 @pytest.fixture(scope="module")
 def url(foreign: Foreign) -> Iterator[str]:
-    with answering(foreign) as found:
-        yield found
+    with answering(foreign) as result:
+        yield result
 
 
 def sample(url: str, folder: Path | None = None, **terms: float) -> list[Candidate]:
@@ -42,8 +42,8 @@ def sample(url: str, folder: Path | None = None, **terms: float) -> list[Candida
     made = EndpointConfig(folder=folder, max_retries=1, first_wait=0.001, **{"timeout": 20.0, **terms})  # type: ignore[arg-type]
     endpoint = Endpoint(parse_spec(f"openai:m@{url}"), made)
     try:
-        (found,) = endpoint.sample(["say it"], [TWO], seed=1)
-        return found
+        (result,) = endpoint.sample(["say it"], [TWO], seed=1)
+        return result
     finally:
         endpoint.close()
 
@@ -70,8 +70,8 @@ def test_no_body_of_an_endpoint_is_a_traceback(foreign: Foreign, url: str, name:
 @pytest.mark.parametrize("name", sorted(set(RESPONSES) - {"Retry-After of NaN"}))
 def test_no_response_of_an_endpoint_is_a_traceback(foreign: Foreign, url: str, name: str) -> None:
     foreign.parts = [RESPONSES[name]()]
-    found = ends_well(url)
-    assert not [candidate for candidate in found if candidate.status != "failed"]
+    result = ends_well(url)
+    assert not [candidate for candidate in result if candidate.status != "failed"]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -148,12 +148,12 @@ def test_the_key_is_taken_out_before_a_text_is_cut(foreign: Foreign, url: str, m
             endpoint = Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(max_retries=1, first_wait=0.001))
             try:
                 endpoint.sample(["say it"], [TWO], seed=1)
-                told = " ".join(endpoint.take_counts())
-                assert "400 " in told
+                actual = " ".join(endpoint.take_counts())
+                assert "400 " in actual
             except GeneratorError as error:
-                told = str(error)
+                actual = str(error)
             endpoint.close()
-            assert not [end for end in range(5, len(KEY) + 1) if KEY[:end] in told], told
+            assert not [end for end in range(5, len(KEY) + 1) if KEY[:end] in actual], actual
 
 
 def test_a_key_that_an_answer_repeats_is_in_no_candidate(
@@ -188,8 +188,8 @@ def test_json_is_refused_before_it_is_built() -> None:
 
 
 def test_a_refusal_is_read_in_every_shape_and_types_of_others_are_texts() -> None:
-    found = read_error_body(b'{"error": {"message": [1, "\\u001b[2Jx"], "type": {}, "param": 5, "code": null}}')
-    assert (found.message, found.kind, found.param, found.code) == ("[1, '\\x1b[2Jx']", "{}", "5", "")
+    result = read_error_body(b'{"error": {"message": [1, "\\u001b[2Jx"], "type": {}, "param": 5, "code": null}}')
+    assert (result.message, result.kind, result.param, result.code) == ("[1, '\\x1b[2Jx']", "{}", "5", "")
     assert read_error_body(b'{"detail": "no"}').message == "no"
     assert read_error_body(b"<b>\x1b[31mno\n</b>").message == "<b> [31mno </b>"
     assert read_error_body(b'"no"').message == "no"
@@ -280,8 +280,8 @@ def test_a_filter_that_left_nothing_is_a_filter() -> None:
 
 def test_answers_share_out_what_their_request_took() -> None:
     choices = [{"index": number, "message": {"content": f"response {number}"}} for number in range(3)]
-    told = answers(body(*choices, usage={"prompt_tokens": 9, "completion_tokens": 11}), 3)
-    assert [(one.requests, one.input_tokens, one.output_tokens) for one in told] == [(1, 9, 4), (0, 0, 4), (0, 0, 3)]
+    actual = answers(body(*choices, usage={"prompt_tokens": 9, "completion_tokens": 11}), 3)
+    assert [(one.requests, one.input_tokens, one.output_tokens) for one in actual] == [(1, 9, 4), (0, 0, 4), (0, 0, 3)]
     guessed = answers(body(*choices, usage={"prompt_tokens": -1, "completion_tokens": "many"}), 3)
     assert sum(one.input_tokens for one in guessed) == estimate_tokens("say it")
     assert sum(one.output_tokens for one in guessed) == 3 * estimate_tokens("response 0")

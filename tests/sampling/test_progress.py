@@ -75,26 +75,26 @@ def test_a_local_llm_says_after_each_token_how_far_its_candidates_are(generator:
 
 def test_the_time_left_is_known_before_an_instance_is_complete() -> None:
     progress = Records()
-    told = made(progress)
-    told(0, 440, unit="instances")
-    told.add_candidates(1, in_progress=0.5)
+    actual = made(progress)
+    actual(0, 440, unit="instances")
+    actual.add_candidates(1, in_progress=0.5)
     assert progress.lines[-1].startswith("0 of 440 instances, 1 candidates (")
     assert progress.lines[-1].endswith(" left")
-    told.add_candidates(0, in_progress=39.0)
+    actual.add_candidates(0, in_progress=39.0)
     # Ten instances' worth of work: the line says it as for whole ones, and the time left once.
     assert progress.lines[-1].startswith("10 of 440 instances")
     assert_names(progress.lines[-1], "1 instances/s", "7 min 10 s left", "1 candidates (")
     assert progress.lines[-1].count("left") == 1
-    told(64, 440)
+    actual(64, 440)
     assert progress.lines[-1].startswith("64 of 440 instances")
     assert progress.dones == sorted(progress.dones)
 
 
 def test_work_under_way_never_counts_beyond_the_total() -> None:
     progress = Records()
-    told = made(progress)
-    told(0, 3)
-    told.add_candidates(12, in_progress=9.0)
+    actual = made(progress)
+    actual(0, 3)
+    actual.add_candidates(12, in_progress=9.0)
     assert progress.dones == [0, 3]
 
 
@@ -114,11 +114,11 @@ def test_a_silent_generator_does_not_silence_the_progress(monkeypatch: pytest.Mo
         if len(progress.lines) >= 10:
             enough.set()
 
-    with fast_heartbeat(monkeypatch), SamplingProgress(counted, [], []) as told:
-        told(1, 5)
+    with fast_heartbeat(monkeypatch), SamplingProgress(counted, [], []) as actual:
+        actual(1, 5)
         assert enough.wait(30)
     said = len(progress.lines)
-    assert not [thread for thread in threading.enumerate() if thread is told._heartbeat]
+    assert not [thread for thread in threading.enumerate() if thread is actual._heartbeat]
     assert len(progress.lines) == said
 
 
@@ -126,19 +126,19 @@ def test_the_heart_stops_where_a_step_fails(monkeypatch: pytest.MonkeyPatch) -> 
     with (
         fast_heartbeat(monkeypatch),
         pytest.raises(ValueError, match="broken"),
-        SamplingProgress(silent, [], []) as told,
+        SamplingProgress(silent, [], []) as actual,
     ):
         raise ValueError("broken")
-    assert not told._heartbeat.is_alive()
+    assert not actual._heartbeat.is_alive()
 
 
 def test_progress_that_cannot_be_written_ends_the_heart_and_not_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         raise OSError("no space left")
 
-    with fast_heartbeat(monkeypatch), SamplingProgress(full, [], []) as told:
-        told._heartbeat.join(30)
-        assert not told._heartbeat.is_alive()
+    with fast_heartbeat(monkeypatch), SamplingProgress(full, [], []) as actual:
+        actual._heartbeat.join(30)
+        assert not actual._heartbeat.is_alive()
 
 
 def test_a_log_hears_at_least_every_fifteen_seconds() -> None:

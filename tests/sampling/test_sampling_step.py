@@ -97,8 +97,8 @@ class Silent(Echo):
 def test_choices_learn_their_likelihood_from_the_first_generator_that_knows() -> None:
     choices = tuple(Candidate(response=text, source="choice") for text in ("x", "yes"))
     closed = instance(1, choices=("x", "yes"), candidates=choices)
-    (told,) = sample([closed], [Silent(), Echo()], [GREEDY], seed=0)
-    assert [(one.logprob_sum, one.num_tokens) for one in told.candidates] == [(-1.0, 2), (-3.0, 2)]
+    (actual,) = sample([closed], [Silent(), Echo()], [GREEDY], seed=0)
+    assert [(one.logprob_sum, one.num_tokens) for one in actual.candidates] == [(-1.0, 2), (-3.0, 2)]
     assert list(sample([closed], [Silent()], [GREEDY], seed=0)) == [closed]
 
 
@@ -124,8 +124,8 @@ def test_a_generator_is_only_asked_for_what_is_its_own(tmp_path: Path, llm_folde
         generators = (str(llm_folder), f"openai:m@{url}")
         paths: dict[str, Any] = {"source": tmp_path / "in", "target": tmp_path / "out", "work": tmp_path / "work"}
         run(SamplingConfig(**paths, generator=generators, strategy=str(tmp_path / "s.yaml")))
-    (told,) = read(tmp_path / "out")
-    assert [(one.generator, one.decoding) for one in told.candidates] == [
+    (actual,) = read(tmp_path / "out")
+    assert [(one.generator, one.decoding) for one in actual.candidates] == [
         (generators[0], "b"),
         *[(generators[1], "s")] * 2,
     ]

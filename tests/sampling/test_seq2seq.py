@@ -113,8 +113,8 @@ def test_every_candidate_is_as_likely_as_in_a_forward_pass(generator: Seq2Seq, l
     responses = generator.respond(PROMPTS, decodings, seed=1)
     candidates = generator.sample(PROMPTS, decodings, seed=1)
     lengths = set()
-    for prompt, drawn, told in zip(PROMPTS, responses, candidates, strict=True):
-        for response, candidate in zip([one for own in drawn for one in own], told, strict=True):
+    for prompt, drawn, actual in zip(PROMPTS, responses, candidates, strict=True):
+        for response, candidate in zip([one for own in drawn for one in own], actual, strict=True):
             expected = plain_likelihood(llm_folder, prompt, response.tokens)
             assert candidate.logprob_sum == pytest.approx(expected, abs=1e-4)
             assert candidate.logprob_mean == pytest.approx(expected / len(response.tokens), abs=1e-4)
@@ -135,12 +135,12 @@ def test_greedy_and_beams_are_those_of_generate_on_each_instruction_alone(
     tokenizer = AutoTokenizer.from_pretrained(llm_folder)
     prompts = [*PROMPTS, "no " * 40, "a", "the bird flew in a tree " * 3]
     for prompt, (drawn,) in zip(prompts, generator.respond(prompts, [decoding], seed=0), strict=True):
-        found = model.generate(
+        result = model.generate(
             **tokenizer(prompt, return_tensors="pt"), do_sample=False, num_beams=decoding.num_beams,
             num_return_sequences=decoding.num_samples, max_new_tokens=64, eos_token_id=1, pad_token_id=0,
             decoder_start_token_id=0,
         )  # fmt: skip
-        expected = [row[1 : row.index(1) + 1 if 1 in row else None] for row in found.tolist()]
+        expected = [row[1 : row.index(1) + 1 if 1 in row else None] for row in result.tolist()]
         assert [list(response.tokens) for response in drawn] == expected
 
 

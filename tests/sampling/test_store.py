@@ -295,16 +295,16 @@ def test_a_file_cut_at_any_byte_or_damaged_gives_whole_sets_or_none(tmp_path: Pa
     for length in range(0, len(whole) + 1, 3):
         file.write_bytes(whole[:length])
         with CandidateStore(tmp_path, ORIGIN) as store:
-            found = store.get(keys)
-        assert found.items() <= expected.items()
-        sizes.append(len(found))
+            result = store.get(keys)
+        assert result.items() <= expected.items()
+        sizes.append(len(result))
     assert sizes == sorted(sizes)
     for place in range(0, len(whole), 11):
         file.write_bytes(whole[:place] + b"\0" + whole[place + 1 :])
         with CandidateStore(tmp_path, ORIGIN) as store:
-            found = store.get(keys)
+            result = store.get(keys)
         # A changed letter in a text cannot be known; a key, a place or a shape that is wrong can.
-        assert all(len(one) == 2 and one[0].seed == 7 for one in found.values())
+        assert all(len(one) == 2 and one[0].seed == 7 for one in result.values())
 
 
 def test_a_block_is_seen_once_it_is_whole(tmp_path: Path) -> None:
@@ -326,18 +326,18 @@ def test_the_longest_set_of_a_key_counts_and_what_failed_is_not_kept(tmp_path: P
         assert store.get([key(1), key(2), key(3)]) == {key(1): tuple(drawn(1, 3))}
 
 
-def test_many_sets_in_many_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_sets_in_many_files_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cappy.sampling.store._MAX_FILE_BYTES", 5000)
     with CandidateStore(tmp_path, ORIGIN) as store:
         for first in range(0, 300, 20):
             store.put({key(number): drawn(number) for number in range(first, first + 20)})
-            found = store.get([key(number) for number in range(300)])
-            assert len(found) == first + 20
-        assert all(found[key(number)] == tuple(drawn(number)) for number in range(300))
+            result = store.get([key(number) for number in range(300)])
+            assert len(result) == first + 20
+        assert all(result[key(number)] == tuple(drawn(number)) for number in range(300))
     assert len(list(tmp_path.rglob("*.jsonl"))) > 3
 
 
-def test_after_a_write_that_was_broken_off_what_is_kept_next_is_found(
+def test_after_a_write_that_was_broken_off_what_is_kept_next_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(file: IO[bytes], block: bytes) -> None:
@@ -354,7 +354,9 @@ def test_after_a_write_that_was_broken_off_what_is_kept_next_is_found(
         assert store.get([key(1), key(2), key(3)]) == {key(1): tuple(drawn(1)), key(3): tuple(drawn(3))}
 
 
-def test_keys_that_share_a_place_in_the_index_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_share_a_place_in_the_index_are_reported_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("cappy.sampling.store._key_number", lambda key: 7)
     with CandidateStore(tmp_path, ORIGIN) as store:
         store.put({key(number): drawn(number) for number in range(5)})

@@ -54,8 +54,8 @@ def test_a_response_is_truncated_exactly_where_no_end_token_came(generator: Loca
 def test_a_response_whose_last_allowed_token_is_the_end_is_whole(generator: LocalLLM) -> None:
     word = generator.tokenizer("cat", add_special_tokens=False).input_ids
     for tokens, status in (((*word, END), "ok"), (tuple(word), "truncated"), ((END,), "empty"), ((), "empty")):
-        found = generator._candidate(Response(tokens, -1.0), GREEDY, seed=0)
-        assert (found.status, found.response) == (status, "" if status == "empty" else "cat")
+        result = generator._candidate(Response(tokens, -1.0), GREEDY, seed=0)
+        assert (result.status, result.response) == (status, "" if status == "empty" else "cat")
 
 
 def test_any_of_several_end_tokens_ends_a_response(causal_folder: Path, tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_a_share_of_cut_responses_above_a_twentieth_is_said(cut: int, said: bool
     """D8: from the manifest alone, so for whichever generator, and for shards that were gathered."""
     config = {"decodings": [{"max_new_tokens": 64}, {"max_new_tokens": 600}]}
     manifest = Manifest(step="sampling", files=(), config=config, metrics={"sampled": 100, "truncated": cut})
-    found = cautions(manifest)
-    assert bool(found) == said
-    assert not said or ("600 new tokens" in found[0] and "--max-new-tokens 1200 " in found[0])
+    result = cautions(manifest)
+    assert bool(result) == said
+    assert not said or ("600 new tokens" in result[0] and "--max-new-tokens 1200 " in result[0])
 
 
 def test_what_was_not_sampled_cannot_be_cut() -> None:

@@ -44,8 +44,8 @@ class LLM:
     def _one(self, ids: list[int], own: SamplingParams) -> Any:
         texts = [f" {own.seed} {n} " for n in range(own.n)] if hasattr(own, "n") else []
         outputs = [SimpleNamespace(text=text, token_ids=[5, 6, 1], cumulative_logprob=-1.5) for text in texts]
-        told = [None, *({token: SimpleNamespace(logprob=-0.25), 3: None} for token in ids[1:])]
-        return SimpleNamespace(outputs=outputs, prompt_logprobs=told)
+        actual = [None, *({token: SimpleNamespace(logprob=-0.25), 3: None} for token in ids[1:])]
+        return SimpleNamespace(outputs=outputs, prompt_logprobs=actual)
 
 
 @pytest.fixture
@@ -96,10 +96,10 @@ def test_a_seed_belongs_to_its_instruction_and_decoding(folder: Path) -> None:
 
 
 def test_likelihoods_come_from_the_prompts_own_tokens(folder: Path) -> None:
-    found = VLLM("tiny", open_model_folder(folder)).likelihoods([("who", "no"), ("where is the dog", "")])
+    result = VLLM("tiny", open_model_folder(folder)).likelihoods([("who", "no"), ("where is the dog", "")])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     counts = [len(tokenizer("no", add_special_tokens=False).input_ids) + 1, 1]
-    assert found == [(-0.25 * count, count) for count in counts]
+    assert result == [(-0.25 * count, count) for count in counts]
     assert all(own.prompt_logprobs == 0 and own.max_tokens == 1 for _, own in LLM.asked)
     assert LLM.asked[0][0] == [*tokenizer("who", add_special_tokens=False).input_ids, *tokenizer("no").input_ids]
 

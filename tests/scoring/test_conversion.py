@@ -85,7 +85,9 @@ def test_weights_in_half_precision_are_written_in_fp32(published: Path, tmp_path
     assert {tensor.dtype for tensor in load_file(tmp_path / "scorer/model.safetensors").values()} == {torch.float32}
 
 
-def test_a_file_with_another_hash_is_not_read_and_the_found_hash_is_told(published: Path, tmp_path: Path) -> None:
+def test_a_file_with_another_hash_is_not_read_and_the_detected_hash_is_reported(
+    published: Path, tmp_path: Path
+) -> None:
     (published / "pytorch_model.bin").write_bytes(b"never parsed")
     with pytest.raises(FolderError, match=f"{hash_of(published)}.*{'0' * 64}.*--sha256"):
         convert(str(published), tmp_path / "scorer", sha256="0" * 64)

@@ -18,6 +18,6 @@ def test_a_gpu_scores_as_a_cpu_does(scorer_folder: Path) -> None:
     )
     low = Scorer.load(str(scorer_folder), device="cuda")
     assert low.precision == "bf16"
-    found = low.score(PAIRS)
-    assert found == pytest.approx(exact, abs=0.05), "the weights of this scorer are large, and so is what bf16 loses"
-    assert [low.score([pair])[0] for pair in PAIRS] == pytest.approx(found, abs=5e-3)
+    result = low.score(PAIRS)
+    assert result == pytest.approx(exact, abs=0.05), "the weights of this scorer are large, and so is what bf16 loses"
+    assert [low.score([pair])[0] for pair in PAIRS] == pytest.approx(result, abs=5e-3)

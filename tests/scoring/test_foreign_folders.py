@@ -75,9 +75,9 @@ def sigmoid(logits: list[float]) -> list[float]:
 def test_a2_a_folder_of_cross_encoder_6_has_its_number(activation: torch.nn.Module, modular: Any) -> None:
     folder = modular(activation)
     assert "activation_fn" in json.loads((folder / "config_sentence_transformers.json").read_text())
-    found = load(folder)
-    assert found.score(PAIRS) == pytest.approx(by_cross_encoder(folder), abs=1e-4)
-    assert (min(found.score(PAIRS)) < 0) == (found.head == "mse") == isinstance(activation, torch.nn.Identity)
+    result = load(folder)
+    assert result.score(PAIRS) == pytest.approx(by_cross_encoder(folder), abs=1e-4)
+    assert (min(result.score(PAIRS)) < 0) == (result.head == "mse") == isinstance(activation, torch.nn.Identity)
 
 
 @pytest.mark.parametrize("head", ["mse", "bce"])
@@ -94,9 +94,9 @@ def test_a2_a_folder_of_cross_encoder_6_has_its_number(activation: torch.nn.Modu
 )
 def test_a2_an_activation_in_config_json_counts_as_every_version_wrote_it(head: str, config: Any, bare: Path) -> None:
     edit(bare / "config.json", **config({"mse": IDENTITY, "bce": SIGMOID}[head]))
-    found = load(bare)
-    assert found.head == head
-    assert found.score(PAIRS) == pytest.approx(by_cross_encoder(bare), abs=1e-4)
+    result = load(bare)
+    assert result.head == head
+    assert result.score(PAIRS) == pytest.approx(by_cross_encoder(bare), abs=1e-4)
 
 
 def test_a2_a_folder_that_states_no_activation_is_a_sigmoid_and_said_to_be_one_once(
@@ -320,7 +320,7 @@ def test_a4_a_roberta_counts_positions_from_behind_its_padding(make_scorer: Call
 
 
 @pytest.mark.parametrize("length", [3, 0, -1])
-def test_a4_a_length_in_which_no_pair_has_room_is_refused(length: int, bare: Path) -> None:
+def test_a4_a_length_in_which_no_pair_fits_is_refused(length: int, bare: Path) -> None:
     edit(bare / "tokenizer_config.json", model_max_length=length)
     with pytest.raises(FolderError, match=f"model_max_length .* 8 tokens.*{length}"):
         load(bare)
@@ -353,10 +353,10 @@ def test_a4_a_pair_that_is_too_long_has_cross_encoders_number_too(
     folder = modular(torch.nn.Identity(), max_length=length)
     edit(folder / "tokenizer_config.json", truncation_side=side)
     expected = CrossEncoder(str(folder), device="cpu").predict(LONG).tolist()
-    found = load(folder)
-    assert found.score(LONG) == pytest.approx(expected, abs=1e-4)
-    assert found.cuts.cut == 4
-    found.save(tmp_path / "saved")
+    result = load(folder)
+    assert result.score(LONG) == pytest.approx(expected, abs=1e-4)
+    assert result.cuts.cut == 4
+    result.save(tmp_path / "saved")
     assert load(tmp_path / "saved").score(LONG) == pytest.approx(expected, abs=1e-4)
     assert by_cross_encoder(tmp_path / "saved", LONG) == pytest.approx(expected, abs=1e-4)
 

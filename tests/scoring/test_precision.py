@@ -100,9 +100,9 @@ def test_logits_without_padding_equal_transformers_own(roberta: Scorer) -> None:
         for seed in range(4):
             batch = scorer.encoder.encode(pairs(9, seed))
             assert len({len(pair.ids) for pair in batch}) > 3
-            found = scorer.forward(batch).tolist()
-            assert found == pytest.approx(padded(scorer, batch), abs=1e-5)
-            assert max(found) - min(found) > 0.05
+            result = scorer.forward(batch).tolist()
+            assert result == pytest.approx(padded(scorer, batch), abs=1e-5)
+            assert max(result) - min(result) > 0.05
 
 
 def test_a_padding_token_inside_a_text_counts_as_transformers_counts_it(roberta: Scorer) -> None:
@@ -118,11 +118,11 @@ def test_gradients_without_padding_equal_transformers_own(roberta: Scorer) -> No
     for scorer in (roberta, bert()):
         batch = scorer.encoder.encode(pairs(9, 1))
         weights = torch.linspace(-1, 1, len(batch))
-        found, expected = (
+        result, expected = (
             torch.autograd.grad((logits * weights).sum(), list(scorer.model.parameters()))
             for logits in (scorer.logits(batch), own_logits(scorer, batch))
         )
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(result, expected, strict=True):
             assert (ours - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max()))
 
 
@@ -168,8 +168,8 @@ def test_threads_get_the_scores_that_one_alone_gets(roberta: Scorer) -> None:
     work = [pairs(12, seed) for seed in range(24)]
     alone = [roberta.score(part) for part in work]
     with ThreadPoolExecutor(6) as threads:
-        for found, expected in zip(threads.map(roberta.score, work), alone, strict=True):
-            assert found == pytest.approx(expected, abs=1e-4)
+        for result, expected in zip(threads.map(roberta.score, work), alone, strict=True):
+            assert result == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_tokenizer_set_to_truncate_by_others_cuts_nothing_here(make_scorer: Callable[..., Path]) -> None:
@@ -223,7 +223,7 @@ def test_auto_is_bf16_only_where_the_processor_has_it(scorer_folder: Path, monke
         ({"avx512_bf16": True}, "bf16"),
         ({"amx_bf16": True}, "bf16"),
     ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda result=capabilities: result)
         assert choose_precision("auto", CPU) == expected
         assert Scorer.load(str(scorer_folder), device="cpu").precision == expected
         assert choose_precision("fp32", CPU) == "fp32"

@@ -58,7 +58,7 @@ def scorer(folder: Path) -> Scorer:
 @pytest.fixture(scope="module")
 def pools(scorer: Scorer) -> list[tuple[str, list[str]]]:
     """Pools of every set whose pairs are within the model's length."""
-    found = []
+    result = []
     for path in sorted((SHARED / "candidates").glob("*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
@@ -66,8 +66,8 @@ def pools(scorer: Scorer) -> list[tuple[str, list[str]]]:
             texts = [candidate["text"] for candidate in row["candidates"][:6]]
             encoded = scorer.encoder.encode([(row["instruction"], text) for text in texts])
             if texts and max(len(pair.ids) for pair in encoded) < LENGTH:
-                found.append((row["instruction"], texts))
-    return found
+                result.append((row["instruction"], texts))
+    return result
 
 
 @pytest.fixture(scope="module")

@@ -61,12 +61,18 @@ def trained(annotated: Path, tmp_path: Path) -> Trained:
     """trained("pretraining", **settings) -> the scorer folder of a short training by the step itself."""
 
     def make(step: str, **settings: object) -> Path:
-        room = tmp_path / step
+        env = tmp_path / step
         kind = finetuning.FinetuningConfig if step == "finetuning" else pretraining.PretrainingConfig
-        given = {"source": annotated, "target": room / "scorer", "work": room / "work", "epochs": 1.0, "checks": 1}
+        given = {
+            "source": annotated,
+            "target": env / "scorer",
+            "work": env / "work",
+            "epochs": 1.0,
+            "checks": 1,
+        }
         run = finetuning.run if step == "finetuning" else pretraining.run
         run(build(kind, {**given, **settings}))  # type: ignore[arg-type]
-        return room / "scorer"
+        return env / "scorer"
 
     return make
 

@@ -46,9 +46,9 @@ def scored(instances: Path, tmp_path: Path, **more: Any) -> dict[tuple[str, str]
 
 def test_every_response_has_the_scorers_score_under_its_version(instances: Path, tmp_path: Path) -> None:
     scorer = Scorer.load("builtin", precision="fp32")
-    found = scored(instances, tmp_path)
-    assert len(found) == 6
-    for (instruction, response), scores in found.items():
+    result = scored(instances, tmp_path)
+    assert len(result) == 6
+    for (instruction, response), scores in result.items():
         if not response:
             assert scores == {}
             continue

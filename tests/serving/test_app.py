@@ -122,15 +122,15 @@ def test_a_body_of_another_shape_is_refused_with_its_field_and_the_right_shape(
         ("/v2/rerank", {"query": "a", "documents": ["a"], "top_n": 0}, r"top_n: .*1"),
     ],
 )
-def test_a_wrong_field_is_told_in_words_of_json_not_of_our_types(
+def test_a_wrong_field_is_reported_in_words_of_json_not_of_our_types(
     serve: Serve, path: str, body: object, said: str
 ) -> None:
-    found = serve().post(path, json=body).json()
-    told = found.get("detail") or found.get("message") or found["error"]
-    assert re.match(f"{said}[^{{]*; send {{", told if isinstance(told, str) else told["message"])
+    result = serve().post(path, json=body).json()
+    actual = result.get("detail") or result.get("message") or result["error"]
+    assert re.match(f"{said}[^{{]*; send {{", actual if isinstance(actual, str) else actual["message"])
 
 
-def test_a_path_a_method_or_a_version_that_is_not_here_is_told_with_what_is(serve: Serve) -> None:
+def test_a_path_a_method_or_a_version_that_is_not_here_is_reported_with_what_is(serve: Serve) -> None:
     client = serve()
     assert_names(client.get("/nowhere").json()["detail"], "/nowhere: ", "GET /openapi.json")
     wrong = client.get("/score")

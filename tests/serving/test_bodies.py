@@ -135,7 +135,7 @@ def test_bodies_that_are_held_at_once_have_a_limit_and_leave_it_when_they_are_an
     assert budget.used_bytes == 0
 
 
-def test_more_bodies_than_there_is_room_for_are_503_and_the_others_are_answered(serve: Serve) -> None:
+def test_more_bodies_than_the_budget_holds_are_503_and_the_others_are_answered(serve: Serve) -> None:
     client = serve(FakeEngine(delay=0.5), Options(limits=RequestLimits(max_body_mb=0.001)))
     answers: list[int] = []
 

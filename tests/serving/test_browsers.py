@@ -47,8 +47,8 @@ def front(model: Model) -> Iterator[Callable[..., TestClient]]:
 
 def sentence(body: Any) -> str:
     """What a refusal says, in whatever shape."""
-    found = body.get("detail") or body.get("message") or body.get("error")
-    return str(found["message"] if isinstance(found, dict) else found)
+    result = body.get("detail") or body.get("message") or body.get("error")
+    return str(result["message"] if isinstance(result, dict) else result)
 
 
 SIMPLE = [None, "text/plain", "text/plain; charset=application/json", "application/x-www-form-urlencoded", "text/json"]

@@ -71,12 +71,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def wait_for_address(process: "subprocess.Popen[bytes]", log: Path) -> str:
     """The address that the service writes when it listens."""
-    found = wait_until(
+    result = wait_until(
         lambda: re.search(r" at (https?://[\d.]+:\d+)", log.read_text()),
         "the line with the address", seconds=90, pause=0.05, process=process, details=log.read_text,
     )  # fmt: skip
-    assert found is not None
-    return found[1]
+    assert result is not None
+    return result[1]
 
 
 def connect(host: str, port: int) -> socket.socket:
@@ -207,7 +207,7 @@ class Fake:
         self.evicted = True
 
 
-def test_the_longest_idle_connection_makes_room_and_one_with_a_request_never_does() -> None:
+def test_the_longest_idle_connection_is_closed_and_one_with_a_request_never_does() -> None:
     counted = Connections(3)
     first, second, third, fourth, fifth, sixth, seventh = (Fake() for _ in range(7))
     for one in (first, second, third):

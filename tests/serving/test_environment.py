@@ -33,7 +33,7 @@ def test_without_the_variables_the_usual_is_served() -> None:
 
 
 def test_the_variables_say_where_the_model_lies_and_where_to_answer() -> None:
-    found = read_environment(
+    result = read_environment(
         {
             "AIP_STORAGE_URI": "gs://bucket/models/7/",
             "AIP_HTTP_PORT": "9000",
@@ -41,7 +41,7 @@ def test_the_variables_say_where_the_model_lies_and_where_to_answer() -> None:
             "AIP_HEALTH_ROUTE": PLACE,
         }
     )
-    assert found == Environment(
+    assert result == Environment(
         settings={"scorer": "gs://bucket/models/7", "host": "0.0.0.0", "port": 9000, "allowed_hosts": ("*",)},
         routes={f"{PLACE}:predict": "vertex"},
         ready_path=PLACE,
@@ -86,15 +86,15 @@ def test_a_buckets_folder_is_copied_whole_and_gone_afterwards() -> None:
     bucket = fsspec.filesystem("memory")
     bucket.pipe({"/models/7/manifest.json": b"{}", "/models/7/deep/weights": b"w", "/models/77/other": b"o"})
     with local_scorer("memory://models/7") as place:
-        found = {path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()}
-        assert found == {"manifest.json", "deep/weights"}
+        result = {path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()}
+        assert result == {"manifest.json", "deep/weights"}
         assert Path(place).name == "7"
     assert not Path(place).exists()
     with local_scorer("builtin") as place:
         assert place == "builtin"
 
 
-def test_a_bucket_that_cannot_be_read_or_holds_no_manifest_is_told_in_one_line() -> None:
+def test_a_bucket_that_cannot_be_read_or_holds_no_manifest_is_reported_in_one_line() -> None:
     fsspec.filesystem("memory").pipe({"/models/8/weights": b"w"})
     with (
         raises_naming(FolderError, "'memory://models/8'", "manifest.json"),

@@ -67,13 +67,13 @@ class Registry:
             return self.odd
         return version(self.number)
 
-    def load(self, found: Version) -> Model:
-        self.loaded.append(found.number)
+    def load(self, result: Version) -> Model:
+        self.loaded.append(result.number)
         if self.gate is not None:
             assert self.gate.wait(20)
-        if found.number in self.wrong:
-            raise self.wrong[found.number]
-        return self.model(found.number)
+        if result.number in self.wrong:
+            raise self.wrong[result.number]
+        return self.model(result.number)
 
     def model(self, number: int) -> Model:
         facts: dict[str, Any] = {"engine": engine(number, delay=0.001), "version": name_of(number), "spec": ALIAS}
@@ -121,18 +121,18 @@ def test_swaps_under_load_lose_no_request_and_every_answer_names_the_version_tha
     ended = threading.Event()
 
     def ask(client_number: int) -> list[int]:
-        found, asked = [], 0
+        result, asked = [], 0
         while not ended.is_set() or asked < 5:
             asked += 1
             pairs = [["a" * (client_number + 1), "b" * (asked % 7)], ["a", "b" * client_number]]
             answer = client.post("/score", json={"pairs": pairs})
             assert answer.status_code == 200, answer.text
-            told = answer.json()
-            number = int(told["version"], 16)
-            assert told["scores"] == [1000 * number + lengths((one, other)) for one, other in pairs]
-            assert answer.headers["X-Cappy-Version"] == told["version"]
-            found.append(number)
-        return found
+            actual = answer.json()
+            number = int(actual["version"], 16)
+            assert actual["scores"] == [1000 * number + lengths((one, other)) for one, other in pairs]
+            assert answer.headers["X-Cappy-Version"] == actual["version"]
+            result.append(number)
+        return result
 
     with ThreadPoolExecutor(8) as threads:
         asking = [threads.submit(ask, number) for number in range(8)]
@@ -177,7 +177,7 @@ def damaged() -> Exception:
     ],
     ids=["hash", "load", "no number", "probe"],
 )
-def test_a_bad_version_never_serves_is_loaded_once_and_is_told_in_a_line(
+def test_a_bad_version_never_serves_is_loaded_once_and_is_reported_in_a_line(
     start: Start, caplog: pytest.LogCaptureFixture, wrong: Exception | None, facts: dict[str, Any], said: str
 ) -> None:
     client, registry = start()
@@ -255,7 +255,7 @@ def test_a_registry_that_is_away_is_warned_of_once_and_the_model_goes_on(
     assert sum("can be read again" in record.message for record in caplog.records) == 1
 
 
-def test_after_a_defect_the_model_goes_on_its_trouble_is_told_and_the_next_sound_look_ends_it(
+def test_after_a_defect_the_model_goes_on_its_trouble_is_reported_and_the_next_sound_look_ends_it(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     client, registry = start()
@@ -423,7 +423,7 @@ def test_what_is_no_alias_is_not_followed(spec: str) -> None:
         ServeConfig(scorer=spec, follow_seconds=5)
 
 
-def test_an_alias_is_followed_every_30_seconds_unless_told_otherwise() -> None:
+def test_an_alias_is_followed_every_30_seconds_unless_reported_otherwise() -> None:
     intervals = [ServeConfig(scorer=ALIAS, follow_seconds=asked).follow_interval for asked in (None, 0, 2.5)]
     assert intervals == [30, 0, 2.5]
 

@@ -71,17 +71,17 @@ def test_a_running_service_follows_the_alias_of_a_real_registry(
             assert process.stderr is not None
             assert select.select([process.stderr], [], [], 120)[0]
             line = process.stderr.readline()
-            found = re.fullmatch(r"cappy serve: scorer \w+ at (http://127\.0\.0\.1:\d+) \(.*\)\n", line)
-            assert found, line + process.stderr.read()
+            result = re.fullmatch(r"cappy serve: scorer \w+ at (http://127\.0\.0\.1:\d+) \(.*\)\n", line)
+            assert result, line + process.stderr.read()
             headers = {"Authorization": f"Bearer {KEY}"}
-            with httpx.Client(base_url=found[1], headers=headers, timeout=30) as client:
+            with httpx.Client(base_url=result[1], headers=headers, timeout=30) as client:
                 wait_until(lambda: client.get("/ready").status_code == 200, "a ready service")
 
                 def answers(number: int) -> bool:
-                    told = client.post("/score", json={"pairs": PAIRS}).json()
+                    actual = client.post("/score", json={"pairs": PAIRS}).json()
                     expected = scores[int(client.get("/model").json()["current"]["registered"].rpartition("/")[2])]
-                    assert max(abs(one - other) for one, other in zip(told["scores"], expected, strict=True)) < 5e-3
-                    return bool(told["version"] == read_manifest(folders[number]).hash[:12])
+                    assert max(abs(one - other) for one, other in zip(actual["scores"], expected, strict=True)) < 5e-3
+                    return bool(actual["version"] == read_manifest(folders[number]).hash[:12])
 
                 assert answers(1)
                 promote(2)

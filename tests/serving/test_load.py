@@ -77,7 +77,7 @@ def run(process: "subprocess.Popen[bytes]", address: str, seconds: float, end_af
     return asyncio.run(main())
 
 
-def test_twice_the_capacity_is_answered_or_told_to_wait_while_the_model_changes(
+def test_twice_the_capacity_is_answered_or_reported_to_wait_while_the_model_changes(
     server: "tuple[subprocess.Popen[bytes], str]",
 ) -> None:
     process, address = server

@@ -52,14 +52,14 @@ def address(request: pytest.FixtureRequest) -> Iterator[str]:
 def opened(browser: Any, address: str, request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[str]]]:
     """The page, and everything that it asked of others or complained of."""
     width, scheme = getattr(request, "param", (1100, "light"))
-    told: list[str] = []
+    messages: list[str] = []
     view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    view.on("request", lambda asked: None if asked.url.startswith((address, "data:")) else told.append(asked.url))
-    view.on("console", lambda message: told.append(message.text))
-    view.on("pageerror", lambda error: told.append(str(error)))
+    view.on("request", lambda asked: None if asked.url.startswith((address, "data:")) else messages.append(asked.url))
+    view.on("console", lambda message: messages.append(message.text))
+    view.on("pageerror", lambda error: messages.append(str(error)))
     view.goto(address)
     view.wait_for_selector("#score:not([hidden])")
-    yield view, told
+    yield view, messages
     view.close()
 
 
@@ -71,7 +71,7 @@ def fill(view: Any) -> None:
 
 @pytest.mark.parametrize("opened", [(1100, "light"), (390, "dark")], indirect=True, ids=["laptop", "phone"])
 def test_the_page_scores_with_the_keyboard_alone_and_marks_the_pick(opened: tuple[Any, list[str]]) -> None:
-    view, told = opened
+    view, messages = opened
     assert "version abc" in view.inner_text("#about")
     view.focus("#instruction")
     view.keyboard.type("Name a fruit")
@@ -87,17 +87,17 @@ def test_the_page_scores_with_the_keyboard_alone_and_marks_the_pick(opened: tupl
     assert "<b>pear</b>" in picks.inner_text(), "text, not markup"
     assert view.locator(".number").all_inner_texts() == ["0.100", "0.050", "1.100", "0.550"]
     assert view.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "it fits the width"
-    assert told == []
+    assert messages == []
 
 
 def test_two_versions_are_compared(opened: tuple[Any, list[str]]) -> None:
-    view, told = opened
+    view, messages = opened
     fill(view)
     view.check("#compare")
     view.click("#score button.main")
     view.wait_for_selector("#outcome:not([hidden])")
     assert view.locator(".number").all_inner_texts() == ["0.100", "0.050", "0.250", "1.100", "0.550", "0.250"]
-    assert told == []
+    assert messages == []
 
 
 def test_the_request_is_copied_as_curl_and_python_and_works(opened: tuple[Any, list[str]], address: str) -> None:

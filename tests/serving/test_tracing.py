@@ -52,9 +52,9 @@ def received(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
         def do_POST(self) -> None:
             body = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
-            for found in body.resource_spans:
-                own = {one.key: one.value.string_value for one in found.resource.attributes}
-                spans.extend((self.path, own, span) for part in found.scope_spans for span in part.spans)
+            for result in body.resource_spans:
+                own = {one.key: one.value.string_value for one in result.resource.attributes}
+                spans.extend((self.path, own, span) for part in result.scope_spans for span in part.spans)
             answer = ExportTraceServiceResponse().SerializeToString()
             self.send_response(200)
             self.send_header("Content-Length", str(len(answer)))
@@ -77,10 +77,10 @@ def test_each_request_of_a_dialect_is_a_span_that_continues_its_clients_trace(re
             raise RuntimeError
         return 0.5
 
-    found = start_tracing()
-    assert found is not None
+    result = start_tracing()
+    assert result is not None
     started = time.time_ns()
-    with TestClient(create_app(Models(model(FakeEngine(score=score, delay=0.05))), tracing=found)) as client:
+    with TestClient(create_app(Models(model(FakeEngine(score=score, delay=0.05))), tracing=result)) as client:
         until_ready(client)
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": "mine-1"}
         client.post("/score", json={"pairs": [["secret", "b"], ["secret", "bc"]]}, headers=headers)
@@ -97,9 +97,9 @@ def test_each_request_of_a_dialect_is_a_span_that_continues_its_clients_trace(re
     assert spans[1].trace_id.hex() != TRACE
     assert started < first.start_time_unix_nano < first.end_time_unix_nano < time.time_ns()
     assert first.end_time_unix_nano - first.start_time_unix_nano > 5e7
-    told = attributes(first)
-    assert 0 < told.pop("cappy.batch_wait_seconds") < 5
-    assert told == {
+    actual = attributes(first)
+    assert 0 < actual.pop("cappy.batch_wait_seconds") < 5
+    assert actual == {
         "http.request.method": "POST",
         "http.response.status_code": 200,
         "http.route": "/score",
@@ -122,10 +122,10 @@ def test_each_chat_of_the_gateway_is_a_span_whatever_becomes_of_it(received: lis
             raise RuntimeError(f"no score for {response} secret")
         return 0.5
 
-    broken, found = False, start_tracing()
+    broken, result = False, start_tracing()
     body = {"model": "m", "messages": [{"role": "user", "content": "secret"}], "stream": stream}
     with serving(Model()) as upstream:
-        made = create_gateway_app(gateway(upstream, scoring=scoring(score)), tracing=found)
+        made = create_gateway_app(gateway(upstream, scoring=scoring(score)), tracing=result)
         with TestClient(made, raise_server_exceptions=False) as client:
             headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": "mine-1"}
             client.post("/v1/chat/completions", json=body, headers=headers)

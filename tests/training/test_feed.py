@@ -71,9 +71,9 @@ def test_an_order_holds_every_row_once_and_another_key_gives_another(size: int) 
 
 def test_an_order_needs_no_memory_for_rows_that_nobody_asked_for() -> None:
     size = 10**12
-    found = permute(np.array([0, 1, size - 1], dtype=np.uint64), size, "key")
-    assert len(set(found.tolist())) == 3
-    assert max(found.tolist()) < size
+    result = permute(np.array([0, 1, size - 1], dtype=np.uint64), size, "key")
+    assert len(set(result.tolist())) == 3
+    assert max(result.tolist()) < size
 
 
 def test_every_row_is_as_likely_at_every_place() -> None:
@@ -137,8 +137,8 @@ def test_a_folder_is_tokenized_once_and_anew_for_another_folder(
     write(tmp_path / "b", rows[:-3])
 
     def opened(name: str, encoder: PairEncoder = encoder) -> tuple[int, int, int]:
-        found = open_corpora(tmp_path / name, tmp_path / "cache", tokenizer, encoder, metric="rougeL", sources=())
-        return len(found.train), len(found.validation), len(found.prompts)
+        result = open_corpora(tmp_path / name, tmp_path / "cache", tokenizer, encoder, metric="rougeL", sources=())
+        return len(result.train), len(result.validation), len(result.prompts)
 
     trainable = sum(len(row.candidates) > 1 for row in rows if row.split == "train")
     assert opened("a") == (trainable, 10, 20)
@@ -165,8 +165,8 @@ def test_a_build_that_was_killed_is_done_again(encoder: PairEncoder, scorer_fold
         open_corpora(
             tmp_path / "in", tmp_path / "cache", tokenizer, Dies(tokenizer, LENGTH), metric="rougeL", sources=()
         )
-    found = open_corpora(tmp_path / "in", tmp_path / "cache", tokenizer, encoder, metric="rougeL", sources=())
-    assert len(found.train) == 4
+    result = open_corpora(tmp_path / "in", tmp_path / "cache", tokenizer, encoder, metric="rougeL", sources=())
+    assert len(result.train) == 4
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
@@ -201,10 +201,12 @@ def test_memory_does_not_grow_with_rows(encoder: PairEncoder, scorer_folder: Pat
     for count in (1024, 4096):
         write(tmp_path / str(count), (labelled(n, "train") for n in range(count)))
         tracemalloc.start()
-        found = open_corpora(tmp_path / str(count), tmp_path / "cache", tokenizer, encoder, metric="rougeL", sources=())
+        result = open_corpora(
+            tmp_path / str(count), tmp_path / "cache", tokenizer, encoder, metric="rougeL", sources=()
+        )
         for update in range(8):
-            draw_batch(found.train, update, 16, 2, seed=0)
+            draw_batch(result.train, update, 16, 2, seed=0)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert len(found.train) == 4096
+    assert len(result.train) == 4096
     assert peaks[1] < 1.2 * peaks[0], peaks

@@ -55,11 +55,11 @@ def test_the_published_schedule_rises_from_0_to_0_62_of_the_peak_and_never_falls
 
 
 def test_the_preset_is_the_published_run_but_for_what_flags_say(plan: Plan) -> None:
-    found = untouched(plan(), preset="paper")
-    assert (found.unit, found.batch_instances, found.train_rows) == ("row", 128, 102_400)
-    assert (found.learning_rate, found.schedule, found.warmup) == (2e-5, "published", 0.1)
-    assert (found.relative, found.listwise, found.weight_decay, found.clip) == (0.0, 0.0, 0.0, 0.0)
-    assert found.keep == "last"
+    result = untouched(plan(), preset="paper")
+    assert (result.unit, result.batch_instances, result.train_rows) == ("row", 128, 102_400)
+    assert (result.learning_rate, result.schedule, result.warmup) == (2e-5, "published", 0.1)
+    assert (result.relative, result.listwise, result.weight_decay, result.clip) == (0.0, 0.0, 0.0, 0.0)
+    assert result.keep == "last"
     assert untouched(plan(), preset="paper", train_rows=640, clip=0.5).train_rows == 640
     assert untouched(plan(), preset="paper", clip=0.5).clip == 0.5
     assert untouched(plan(), preset="paper", epochs=2.0).train_rows is None
@@ -70,12 +70,12 @@ def test_the_preset_is_the_published_run_but_for_what_flags_say(plan: Plan) -> N
 @pytest.mark.parametrize("name", ["weight_decay", "clip", "batch_instances", "keep", "schedule", "warmup", "epochs"])
 def test_a_setting_that_is_given_wins_over_the_preset_also_at_its_default(plan: Plan, name: str) -> None:
     default = FinetuningConfig.__dataclass_fields__[name].default
-    found = untouched(plan(), preset="paper", **{name: default})
-    assert getattr(found, name) == default
-    assert found.train_rows == (None if name == "epochs" else 102_400)
-    again = build(FinetuningConfig, to_values(found))
-    assert again == found, "a run that is started anew from its settings is the same"
-    assert replace(found, seed=3).train_rows == found.train_rows
+    result = untouched(plan(), preset="paper", **{name: default})
+    assert getattr(result, name) == default
+    assert result.train_rows == (None if name == "epochs" else 102_400)
+    again = build(FinetuningConfig, to_values(result))
+    assert again == result, "a run that is started anew from its settings is the same"
+    assert replace(result, seed=3).train_rows == result.train_rows
 
 
 def test_a_flag_that_nobody_gave_leaves_the_preset_alone(plan: Plan, tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_a_flag_that_nobody_gave_leaves_the_preset_alone(plan: Plan, tmp_path: P
     command = make_step_command("finetuning", "Train.", FinetuningConfig, record)
     words = ["--source", "a", "--target", "b", "--preset", "paper", "--weight-decay", "0.01"]
     command(words, standalone_mode=False)
-    (found,) = asked
-    assert (found.weight_decay, found.clip, found.batch_instances, found.train_rows) == (0.01, 0.0, 128, 102_400)
+    (result,) = asked
+    assert (result.weight_decay, result.clip, result.batch_instances, result.train_rows) == (0.01, 0.0, 128, 102_400)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_pretraining_follows_the_preset_too(plan: Plan, tmp_path: Path, scorer_f
         ({"unit": "row", "weights": ("llm=0.5",)}, ("--weights:", "--unit instance")),
     ],
 )
-def test_what_would_train_nothing_or_otherwise_than_told_is_one_line(
+def test_what_would_train_nothing_or_otherwise_than_reported_is_one_line(
     values: dict[str, object], names: tuple[str, ...], plan: Plan, make_scorer: Callable[..., Path]
 ) -> None:
     with raises_naming(ConfigError, *names) as caught:

@@ -14,7 +14,7 @@ from cappy.errors import ConfigError
 from cappy.training.pretraining import PretrainingConfig
 
 
-def test_a_narrow_new_encoder_is_trained_and_told_as_json_alone(source: Path, tmp_path: Path) -> None:
+def test_a_narrow_new_encoder_is_trained_and_reported_as_json_alone(source: Path, tmp_path: Path) -> None:
     places = ("--source", source, "--target", tmp_path / "scorer", "--work", tmp_path / "work")
     shape = ("--hidden-size", "64", "--layers", "1", "--train-rows", "64", "--json")
     command = [str(Path(sys.executable).with_name("cappy")), "pretraining", *map(str, places), *shape]

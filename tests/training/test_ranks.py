@@ -272,7 +272,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_to_the_same_bits_and_on_one_
 
 def ranks_of(parent: int) -> dict[int, int]:
     """Rank -> process id of the ranks that this process started."""
-    found = {}
+    result = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError, ValueError):
             if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
@@ -280,8 +280,8 @@ def ranks_of(parent: int) -> dict[int, int]:
                     part.split("=", 1) for part in (folder / "environ").read_text().split("\0") if "=" in part
                 )
                 if "cappy.training" in (folder / "cmdline").read_text():
-                    found[int(environment["RANK"])] = int(folder.name)
-    return found
+                    result[int(environment["RANK"])] = int(folder.name)
+    return result
 
 
 def kill_a_rank(plan: FinetuningConfig, update: int) -> None:
@@ -340,8 +340,8 @@ def test_the_place_of_a_machine_is_read_from_what_the_platform_tells(plan: Plan)
     assert topology(plan(), {"CLUSTER_SPEC": json.dumps(CLUSTER)}).nodes == 3
     alone = {"cluster": {"workerpool0": ["first:2222"]}, "task": {"type": "workerpool0", "index": 0}}
     assert topology(plan(), {"CLUSTER_SPEC": json.dumps(alone)}) == Topology()
-    told = {"NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
-    assert topology(plan(nodes=2), told) == Topology(1, 2, "first", 29500)
+    actual = {"NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    assert topology(plan(nodes=2), actual) == Topology(1, 2, "first", 29500)
     with raises_naming(ConfigError, "CLUSTER_SPEC", "'{'", "Vertex AI"):
         topology(plan(), {"CLUSTER_SPEC": "{"})
     with raises_naming(ConfigError, "--nodes 4:", "3 machines;"):

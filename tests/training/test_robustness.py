@@ -59,13 +59,13 @@ class Stop:
 
 
 def checkpoints(plan: FinetuningConfig) -> Path:
-    (found,) = plan.work.glob("finetuning/*/.checkpoints")
-    return found
+    (result,) = plan.work.glob("finetuning/*/.checkpoints")
+    return result
 
 
 def weights(plan: FinetuningConfig) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = load_file(plan.target / "model.safetensors")
-    return found
+    result: dict[str, torch.Tensor] = load_file(plan.target / "model.safetensors")
+    return result
 
 
 def equal(first: FinetuningConfig, second: FinetuningConfig) -> bool:
@@ -89,10 +89,10 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(fi
     else:
         data = (generations[-1] / file).read_bytes()
         (generations[-1] / file).write_bytes(data[: len(data) // 2])
-    told = Stop()
-    run(plan("b"), told)
-    assert told.updates[0] == 6
-    for note in told.notes:
+    actual = Stop()
+    run(plan("b"), actual)
+    assert actual.updates[0] == 6
+    for note in actual.notes:
         assert_names(note, "update 6 is damaged", "from update 5")
     assert equal(plan("a"), plan("b"))
 
@@ -154,9 +154,9 @@ def overwrite(generation: Path, name: str, data: bytes) -> None:
 def test_a_damaged_generation_gives_way_to_the_one_before(tmp_path: Path, name: str, text: str) -> None:
     saved(tmp_path, 1)
     overwrite(saved(tmp_path, 2), name, text.encode())
-    found, said = load(tmp_path)
-    assert found is not None
-    assert found.state.update == 1
+    result, said = load(tmp_path)
+    assert result is not None
+    assert result.state.update == 1
     assert_names(said, "update 2 is damaged", "from update 1")
 
 
@@ -175,9 +175,9 @@ def test_a_folder_named_by_other_digits_is_no_generation(tmp_path: Path) -> None
 def test_checkpoints_are_written_every_so_many_updates(plan: Plan) -> None:
     stopped(plan(checkpoint_updates=4), after=10)
     assert [path.name for path in sorted(checkpoints(plan()).iterdir())] == ["000000004", "000000008"]
-    found, note = load(checkpoints(plan()))
-    assert found is not None
-    assert (found.state.update, note) == (8, "")
+    result, note = load(checkpoints(plan()))
+    assert result is not None
+    assert (result.state.update, note) == (8, "")
 
 
 def started(plan: FinetuningConfig, *, threads: str = "1") -> "subprocess.Popen[str]":
@@ -217,26 +217,26 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_one_line(plan: Plan) -> None:
     assert process.returncode == 1
     (line,) = said.splitlines()
     assert line.startswith("cappy finetuning: ")
-    found, _ = load(checkpoints(plan()))
-    assert found is not None
-    assert_names(line, f"SIGTERM after update {found.state.update} of", "same command")
+    result, _ = load(checkpoints(plan()))
+    assert result is not None
+    assert_names(line, f"SIGTERM after update {result.state.update} of", "same command")
 
 
-class Unwell(Scorer):
+class Diverging(Scorer):
     """A scorer whose training passes go wrong as `harm` says."""
 
     harm: Callable[[Any], Any]
 
     def logits(self, batch: Any) -> torch.Tensor:
-        found = super().logits(batch)
-        return self.harm(found) if self.model.training else found
+        result = super().logits(batch)
+        return self.harm(result) if self.model.training else result
 
 
-def train_unwell(plan: FinetuningConfig, harm: Callable[[Any], Any]) -> None:
+def train_diverging(plan: FinetuningConfig, harm: Callable[[Any], Any]) -> None:
     """Finetunes a scorer that does `harm` to the logits of every training pass."""
 
     def start() -> Scorer:
-        scorer = Unwell.load(plan.scorer, precision="fp32")
+        scorer = Diverging.load(plan.scorer, precision="fp32")
         scorer.harm = harm  # type: ignore[attr-defined]
         return scorer
 
@@ -261,7 +261,7 @@ def test_a_loss_that_is_nothing_to_go_on_with_stops_with_what_one_needs_to_know(
     harm: Callable[[Any], Any], what: str, plan: Plan, instances: list[Instance]
 ) -> None:
     with pytest.raises(TrainingError, match=rf"^update \d+: .*{what}") as caught:
-        train_unwell(plan(batch_tokens=2048), after(5, harm))
+        train_diverging(plan(batch_tokens=2048), after(5, harm))
     text = str(caught.value)
     update = int(text.split(":")[0].split()[1])
     names = text.split("instances ")[1].split(";")[0].split(", ")
@@ -269,10 +269,10 @@ def test_a_loss_that_is_nothing_to_go_on_with_stops_with_what_one_needs_to_know(
     assert set(names) <= {one.instance_id for one in instances if one.split == "train"}
     assert_names(text, f"{checkpoints(plan())}/{update - 1:09d};", "--learning-rate")
     assert "\n" not in text
-    found, _ = load(checkpoints(plan()))
-    assert found is not None
-    assert found.state.update == update - 1
-    assert all(tensor.isfinite().all() for tensor in found.weights.values())
+    result, _ = load(checkpoints(plan()))
+    assert result is not None
+    assert result.state.update == update - 1
+    assert all(tensor.isfinite().all() for tensor in result.weights.values())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["gpu", "cpu"])
@@ -286,7 +286,7 @@ def test_when_memory_runs_out_the_budget_is_halved_and_the_update_done_again(err
             raise error
         return logits
 
-    train_unwell(plan("b", **given), after(3, once))
+    train_diverging(plan("b", **given), after(3, once))
     log = json.loads((plan("b").target / "training.json").read_text())
     (event,) = log["events"]
     assert_names(event, "update 4:", "memory", "2048 tokens per pass")
@@ -300,7 +300,7 @@ def test_memory_that_is_too_short_for_one_instance_ends_in_one_line(
         raise MemoryError
 
     with raises_naming(TrainingError, "memory", "one instance of ", "--max-candidates", "--max-length"):
-        train_unwell(plan(), always)
+        train_diverging(plan(), always)
 
 
 def two(label: float, number: int = 0) -> Instance:
@@ -309,11 +309,11 @@ def two(label: float, number: int = 0) -> Instance:
 
 
 def refused(plan: FinetuningConfig, *names: str) -> None:
-    told = Stop()
+    actual = Stop()
     with raises_naming(CappyError, *names) as caught:
-        run(plan, told)
+        run(plan, actual)
     assert "\n" not in str(caught.value)
-    assert told.updates == [], "refused before training starts"
+    assert actual.updates == [], "refused before training starts"
 
 
 def test_what_teaches_nothing_is_refused_before_training(plan: Plan, tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ def test_flops_are_those_that_torch_counts(scorer_folder: Path) -> None:
         scorer.model(input_ids=ids).logits.sum().backward()
     head = sum(w.numel() for n, w in scorer.model.named_parameters() if "classifier" in n and w.ndim == 2)
     expected = counter.get_total_flops() - 6 * head
-    found = pair_flops(scorer.model.config, count_layer_weights(scorer.model), len(pair.ids))
-    assert found == pytest.approx(expected, rel=1e-3)
+    result = pair_flops(scorer.model.config, count_layer_weights(scorer.model), len(pair.ids))
+    assert result == pytest.approx(expected, rel=1e-3)
 
 
 def test_curves_tell_loss_rate_picks_and_speed_and_a_resumed_run_keeps_them(plan: Plan) -> None:
@@ -91,13 +91,13 @@ def test_curves_tell_loss_rate_picks_and_speed_and_a_resumed_run_keeps_them(plan
 
 def test_a_dry_run_measures_and_writes_nothing(plan: Plan) -> None:
     manifest = run(plan(dry_run=True, epochs=40.0))
-    found = manifest.metrics
-    assert found["trial_updates"] == 20
-    assert found["updates"] == 300
-    checking = 20 * 4 * 4 / 3 / found["pairs_per_second"]
-    assert found["projected_seconds"] == pytest.approx(300 * found["seconds_per_update"] + checking, rel=0.01)
-    assert found["seconds_per_update"] == pytest.approx(8 * 4 / found["pairs_per_second"], rel=0.2)
-    assert found["peak_bytes"] > 50e6
+    result = manifest.metrics
+    assert result["trial_updates"] == 20
+    assert result["updates"] == 300
+    checking = 20 * 4 * 4 / 3 / result["pairs_per_second"]
+    assert result["projected_seconds"] == pytest.approx(300 * result["seconds_per_update"] + checking, rel=0.01)
+    assert result["seconds_per_update"] == pytest.approx(8 * 4 / result["pairs_per_second"], rel=0.2)
+    assert result["peak_bytes"] > 50e6
     assert not plan().target.exists()
     assert sorted(path.name for path in plan().work.iterdir()) == ["tokens"]
 
@@ -138,15 +138,15 @@ def test_in_bf16_the_head_and_what_follows_stay_in_fp32(scorer_folder: Path) -> 
     for pads in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Scorer, "pads", pads)
-            found = scorer.logits(batch)
-        assert found.dtype == torch.float32
-        assert (found != found.bfloat16().float()).any(), "a head in bf16 would have rounded them"
-        assert 0 < (found - exact).abs().max() < 0.05
+            result = scorer.logits(batch)
+        assert result.dtype == torch.float32
+        assert (result != result.bfloat16().float()).any(), "a head in bf16 would have rounded them"
+        assert 0 < (result - exact).abs().max() < 0.05
         assert all(weight.dtype == torch.float32 for weight in scorer.model.parameters())
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_padding_is_told_where_there_is_some(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_reported_where_there_is_some(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scorer, "pads", True)
     manifest = run(plan(epochs=0.5))
     shares = [
@@ -156,14 +156,16 @@ def test_padding_is_told_where_there_is_some(plan: Plan, monkeypatch: pytest.Mon
     assert all(0 < share < 0.5 for share in shares)
 
 
-def test_without_validation_instances_no_pick_is_told(plan: Plan, instances: list[Instance], tmp_path: Path) -> None:
+def test_without_validation_instances_no_pick_is_reported(
+    plan: Plan, instances: list[Instance], tmp_path: Path
+) -> None:
     write(tmp_path / "train-only", [one for one in instances if one.split == "train"])
     manifest = run(plan(source=tmp_path / "train-only", epochs=0.5))
     assert "validation_pick" not in manifest.metrics
     assert not any("pick" in point for point in read_curves(plan().target, plan().work, manifest.hash))
 
 
-def test_a_dry_run_that_another_launcher_starts_is_told_too(plan: Plan) -> None:
+def test_a_dry_run_that_another_launcher_starts_is_reported_too(plan: Plan) -> None:
     settings = json.dumps(to_values(plan(dry_run=True)))
     command = [sys.executable, "-m", "cappy.training", "finetuning", settings]
     root = str(Path(__file__).parents[2])
@@ -172,7 +174,7 @@ def test_a_dry_run_that_another_launcher_starts_is_told_too(plan: Plan) -> None:
     assert done.stdout.startswith("15 updates of 15: ")
 
 
-def test_peaks_are_found_by_whole_words() -> None:
+def test_peaks_are_detected_by_whole_words() -> None:
     names = {"NVIDIA L40": 1.81e14, "NVIDIA L4": 1.21e14, "NVIDIA L40S": 3.62e14, "NVIDIA H100 80GB HBM3": 9.89e14}
     names |= {"NVIDIA H100 NVL": 8.35e14, "NVIDIA H200": 9.89e14, "NVIDIA A100-SXM4-80GB": 3.12e14}
     for name, peak in names.items():

@@ -79,12 +79,12 @@ def loss_of(scorer: Scorer, corpus: Corpus, drawn: Draw, compared: list[bool] | 
 
 def test_gradients_are_those_of_the_mean_over_instances(scorer: Scorer, corpus: Corpus, plan: Plan) -> None:
     settings = plan()
-    found = gradients(scorer, corpus, settings, 300)
+    result = gradients(scorer, corpus, settings, 300)
     scorer.model.zero_grad()
     losses = [loss_of(scorer, corpus, drawn) for drawn in draw_batch(corpus, 2, 13, 16, seed=0)]
     torch.cat(losses).mean().backward()
     expected = torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
-    assert (found - expected).abs().max() < 1e-6 * max(1.0, float(expected.abs().max()))
+    assert (result - expected).abs().max() < 1e-6 * max(1.0, float(expected.abs().max()))
 
 
 def test_the_shares_of_the_ranks_add_up_to_the_whole(scorer: Scorer, corpus: Corpus, plan: Plan) -> None:
@@ -130,12 +130,12 @@ def test_a_mismatch_takes_no_part_in_the_comparisons_of_an_update(
     mixed = open_corpora(
         tmp_path / "mixed", tmp_path / "cache", scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()
     ).train
-    found = gradients(scorer, mixed, plan(), 100_000, size=1)
+    result = gradients(scorer, mixed, plan(), 100_000, size=1)
     (drawn,) = draw_batch(mixed, 2, 1, 16, seed=0)
     expected = []
     for compared in ([True, True, True, False], [True] * 4):
         scorer.model.zero_grad()
         loss_of(scorer, mixed, drawn, compared).sum().backward()
         expected.append(torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None]))
-    assert (found - expected[0]).abs().max() < 1e-5 * max(1.0, float(expected[0].abs().max()))
-    assert (found - expected[1]).abs().max() > 1e-3 * float(expected[1].abs().max())
+    assert (result - expected[0]).abs().max() < 1e-5 * max(1.0, float(expected[0].abs().max()))
+    assert (result - expected[1]).abs().max() > 1e-3 * float(expected[1].abs().max())

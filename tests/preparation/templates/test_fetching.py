@@ -77,8 +77,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 def test_the_known_files_and_no_others_are_written(serve: Serve, tmp_path: Path) -> None:
     members = repository(**{"new/templates.yaml": b"templates: {}", "imdb/notes.txt": b"notes"})
     assert fetch(tmp_path / "deep/templates", url=serve(packed(members)), hashes=HASHES) == 2
-    found = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
-    assert found == {f"deep/templates/{name}" for name in FILES}
+    result = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
+    assert result == {f"deep/templates/{name}" for name in FILES}
     assert [template.name for template in load_templates(tmp_path / "deep/templates", "super_glue/rte")] == ["b"]
 
 
@@ -121,7 +121,7 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
 
 def test_the_known_hashes_are_those_of_the_files_that_the_tests_read(real_templates: Path) -> None:
     files = sorted(real_templates.rglob("templates.yaml"))
-    found = {
+    result = {
         file.relative_to(real_templates).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
     }
-    assert found == load_hashes()
+    assert result == load_hashes()

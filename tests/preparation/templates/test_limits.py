@@ -114,11 +114,11 @@ def test_other_rows_and_templates_are_rendered_beside_one_that_ends_the_child(te
     templates = [plain, *(template(f"{{{{text}}}} ||| y{jinja}") for jinja in bombs.values()), plain]
     rows: list[dict[str, Any]] = [{"text": str(number), "bomb": int(number in (3, 40))} for number in range(80)]
     results = list(render_rows([(row, templates) for row in rows], seconds=0.5))
-    for row, found in zip(rows, results, strict=True):
+    for row, result in zip(rows, results, strict=True):
         whole = RenderedRow(instruction=row["text"], target="y")
         expected = [LimitError] * 3 if row["bomb"] else [RenderedRow] * 3
-        assert [type(one) for one in found] == [RenderedRow, *expected, RenderedRow]
-        assert found[0] == found[-1] == whole
+        assert [type(one) for one in result] == [RenderedRow, *expected, RenderedRow]
+        assert result[0] == result[-1] == whole
     for error, limit in zip(results[40][1:4], ("512 MiB", "0.5 seconds", "8 MiB"), strict=True):
         assert_names(str(error), limit)
 

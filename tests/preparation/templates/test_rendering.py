@@ -325,7 +325,7 @@ def test_a_dataset_cannot_point_out_of_the_folder(folder: Path, asked: str) -> N
         load_templates(folder, asked)
 
 
-def test_an_empty_folder_is_told_from_an_unknown_dataset(tmp_path: Path) -> None:
+def test_an_empty_folder_is_reported_from_an_unknown_dataset(tmp_path: Path) -> None:
     with raises_naming(ConfigError, str(tmp_path), "no templates.yaml"):
         load_templates(tmp_path, "imdb")
 

@@ -74,7 +74,7 @@ def path(case: Case) -> str:
     return case.path or next(dialect.paths[0] for dialect in DIALECTS if dialect.name == case.name)
 
 
-def told(case: Case, body: Any) -> str:
+def error_text(case: Case, body: Any) -> str:
     """The sentence of a refusal."""
     for key in case.sentence:
         body = body[key]
@@ -127,7 +127,7 @@ def refused(case: Case, client: TestClient, body: Any, *statuses: int) -> None:
     content = body if isinstance(body, (bytes, str)) else json.dumps(body)
     answer = client.post(path(case), content=content, headers=HEADERS)
     assert answer.status_code in statuses, f"{answer.status_code} {answer.text[:200]} for {content[:200]!r}"
-    sentence = told(case, answer.json())
+    sentence = error_text(case, answer.json())
     assert "\n" not in sentence
     assert len(sentence) < 600
     assert client.post(path(case), json=case.body).status_code == 200
@@ -166,7 +166,7 @@ def test_fields_that_a_dialect_does_not_have_are_refused_by_name(case: Case, cli
     for value in (1, float("nan"), None):
         answer = client.post(path(case), content=json.dumps({**case.body, "temperature": value}), headers=HEADERS)
         assert answer.status_code in (400, 422)
-        assert told(case, answer.json()).startswith("temperature: ")
+        assert error_text(case, answer.json()).startswith("temperature: ")
 
 
 @each
@@ -205,7 +205,7 @@ def test_a_model_that_is_not_served_is_404_and_one_that_is_may_be_named(case: Ca
             assert client.post(path(case), json={**case.body, "model": name}).status_code == 200
     elif "models" in path(case):
         answer = client.post(path(case).replace("cappy", "other"), json=case.body)
-        assert (answer.status_code, told(case, answer.json())[:8]) == (404, "no model")
+        assert (answer.status_code, error_text(case, answer.json())[:8]) == (404, "no model")
     else:
         refused(case, client, {**case.body, "model": "other"}, 400, 422)
 
@@ -273,5 +273,5 @@ def test_no_binary_tensors_make_open_inference_fail(client: TestClient, body: by
 
 def schema(document: Body, case: Case) -> Mapping[str, Any]:
     dialect = next(dialect for dialect in DIALECTS if dialect.name == case.name)
-    found: Mapping[str, Any] = document["components"]["schemas"][dialect.request.__name__]
-    return found
+    result: Mapping[str, Any] = document["components"]["schemas"][dialect.request.__name__]
+    return result

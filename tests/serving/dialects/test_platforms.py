@@ -233,7 +233,7 @@ def test_inputs_may_be_rows_too(serve: Serve) -> None:
     assert serve().post("/invocations", json={"inputs": OBJECTS}).json() == {"predictions": SCORES}
 
 
-def test_mlflow_is_told_that_the_service_lives(serve: Serve) -> None:
+def test_mlflow_is_reported_that_the_service_lives(serve: Serve) -> None:
     client = serve()
     assert (client.get("/ping").status_code, client.get("/ping").text) == (200, "\n")
     assert client.get("/version").status_code == 200
@@ -254,7 +254,9 @@ def test_a_reward_is_that_of_what_follows_the_prompt(serve: Serve) -> None:
         ({"query": ["ab", "ab"], "prompts": ["a", "c"]}, ["query 1", "prompt"]),
     ],
 )
-def test_a_query_whose_response_cannot_be_told_is_refused(serve: Serve, body: dict[str, Any], named: list[str]) -> None:
+def test_a_query_whose_response_cannot_be_reported_is_refused(
+    serve: Serve, body: dict[str, Any], named: list[str]
+) -> None:
     answer = serve().post("/get_reward", json=body)
     assert answer.status_code == 422
     assert_names(answer.json()["detail"], *named)

@@ -113,7 +113,7 @@ def test_tei_refuses_a_pair_that_is_too_long_where_it_may_not_be_cut(
     assert long.post(path, json={**body, "truncate": False}).status_code == 200
 
 
-def test_teis_error_types_are_told_apart(serve: Serve) -> None:
+def test_teis_error_types_are_reported_apart(serve: Serve) -> None:
     def fails(pair: Pair) -> float:
         if pair[1] == "bad":
             raise RuntimeError("no")

@@ -203,7 +203,7 @@ def test_a_second_llm_that_fails_leaves_the_best_of_the_first() -> None:
     assert answer.json()["choices"][0]["message"]["content"] == " HELLO 0/1 "
 
 
-def test_the_limit_on_tokens_ends_sampling_and_is_told() -> None:
+def test_the_limit_on_tokens_ends_sampling_and_is_reported() -> None:
     model = Model()
     limited: dict[str, Any] = {"policy": Policy(candidates=8, min_gain=0), "limits": SpendingLimits(max_tokens=27)}
     with serving(model) as upstream, listening(gateway(upstream, **limited)) as url:
@@ -263,7 +263,7 @@ def test_a_scorer_that_answers_no_number_is_an_error_and_no_guess() -> None:
     assert answer.json()["error"]["type"] == "scorer_error"
 
 
-def test_health_and_metrics_are_told() -> None:
+def test_health_and_metrics_are_reported() -> None:
     with serving(Model()) as upstream, listening(gateway(upstream, policy=Policy(min_gain=0))) as url:
         root = url.removesuffix("/v1")
         ask(url)
@@ -318,7 +318,7 @@ def test_models_pass_through_and_readiness_says_whether_the_server_answers() -> 
 def test_what_the_best_is_worth_depends_on_how_many_distinct_candidates_were_scored() -> None:
     """A floor in units of the label is kept by the best of many too, whose score is luck more than that of one."""
     calibration = straight({1: 1.0, 2: 0.5, 4: 0.25})
-    found = {}
+    result = {}
     for candidates in (1, 2, 4):
         policy = Policy(candidates=candidates, round_size=1, min_gain=0, floor=0.15)
         with (
@@ -326,9 +326,9 @@ def test_what_the_best_is_worth_depends_on_how_many_distinct_candidates_were_sco
             listening(gateway(upstream, policy=policy, scoring=scoring(lambda _: 0.5, calibration))) as url,
         ):
             cappy = ask(url, seed=0).json()["cappy"]
-        found[candidates] = (cappy["outcome"], cappy["score"])
+        result[candidates] = (cappy["outcome"], cappy["score"])
         assert [one["calibrated_score"] for one in cappy["candidates"]] == [cappy["score"]] * candidates
-    assert found == {
+    assert result == {
         1: ("answered", pytest.approx(0.5)),
         2: ("answered", pytest.approx(0.25)),
         4: ("abstained", pytest.approx(0.125)),

@@ -54,7 +54,9 @@ def ask(url: str, text: str = "hello", key: str = CANARY, **more: object) -> htt
         ("stall", 504, "the LLM .*0.9 s.*--max-seconds"),
     ],
 )
-def test_a_fault_of_the_server_is_told_under_its_status_in_openais_shape(fault: str, status: int, words: str) -> None:
+def test_a_fault_of_the_server_is_reported_under_its_status_in_openais_shape(
+    fault: str, status: int, words: str
+) -> None:
     weather = Weather(faults=[fault], rate=1.0, stall=2.0, later=7.0)
     limits = SpendingLimits(max_seconds=1.0 if fault == "stall" else 30.0)
     with behind(weather, Model(), limits=limits) as url:
@@ -138,8 +140,8 @@ def test_the_key_is_sent_and_stands_nowhere_else(word: str, whose: str, caplog: 
             answer = ask(url, word, key="their own" if whose == "environment" else CANARY)
             metrics = httpx.get(f"{url.removesuffix('/v1')}/metrics").text
     assert model.keys == {CANARY}
-    told = f"{answer.text} {answer.headers} {metrics} {caplog.text} {made_gateway.first.llm}"
-    assert CANARY not in told
+    actual = f"{answer.text} {answer.headers} {metrics} {caplog.text} {made_gateway.first.llm}"
+    assert CANARY not in actual
 
 
 def test_a_client_that_goes_away_cancels_the_calls_of_the_llm() -> None:

@@ -180,54 +180,54 @@ def rows_on_disk(folder: Path) -> dict[str, str]:
         return {}
     verify(folder)
     rows = rows_of(folder)
-    found = {one["instance_id"]: one["candidates"][0]["response"] for one in rows}
-    assert len(found) == len(rows)
-    return found
+    result = {one["instance_id"]: one["candidates"][0]["response"] for one in rows}
+    assert len(result) == len(rows)
+    return result
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from("abc"), st.sampled_from(["put", "flush", "open again"]))))
-def test_a_shelf_holds_the_last_row_of_each_id_whatever_happens_between(
+def test_a_dataset_holds_the_last_row_of_each_id_whatever_happens_between(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, str, str]]
 ) -> None:
     folder = tmp_path_factory.mktemp("shelf")
-    shelf, expected = AppendableDataset(folder, part_rows=3), {}
+    dataset, expected = AppendableDataset(folder, part_rows=3), {}
     for number, text, step in steps:
         if step == "put":
-            shelf.put(row(number, text))
+            dataset.put(row(number, text))
             expected[f"id-{number}"] = text
         elif step == "flush":
-            shelf.flush()
+            dataset.flush()
             assert rows_on_disk(folder) == expected
         else:
-            shelf.close()
-            shelf = AppendableDataset(folder, part_rows=3)
-        assert len(shelf._open_rows) < 3
+            dataset.close()
+            dataset = AppendableDataset(folder, part_rows=3)
+        assert len(dataset._open_rows) < 3
         for identity, text in expected.items():
-            found = shelf.get(identity)
-            assert found is not None
-            assert found.candidates[0].response == text
-    shelf.close()
+            result = dataset.get(identity)
+            assert result is not None
+            assert result.candidates[0].response == text
+    dataset.close()
     assert rows_on_disk(folder) == expected
-    assert shelf.get("id-none") is None
+    assert dataset.get("id-none") is None
 
 
 def test_a_row_that_changes_in_a_closed_part_leaves_the_others_as_they_are(tmp_path: Path) -> None:
-    shelf = AppendableDataset(tmp_path, part_rows=3)
+    dataset = AppendableDataset(tmp_path, part_rows=3)
     for number in range(4):
-        shelf.put(row(number))
-    shelf.put(row(1, "new"))
+        dataset.put(row(number))
+    dataset.put(row(1, "new"))
     assert rows_on_disk(tmp_path) == {"id-0": "x", "id-1": "new", "id-2": "x", "id-3": "x"}
-    shelf.close()
+    dataset.close()
 
 
 def test_an_answer_is_looked_for_without_reading_parts_that_do_not_hold_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf = AppendableDataset(tmp_path, part_rows=3)
+    dataset = AppendableDataset(tmp_path, part_rows=3)
     for number in range(30):
-        shelf.put(row(number))
-    shelf.get("id-none")
+        dataset.put(row(number))
+    dataset.get("id-none")
     read_table, names = pq.read_table, []
 
     def counted(source: Path, **more: Any) -> Any:
@@ -235,33 +235,33 @@ def test_an_answer_is_looked_for_without_reading_parts_that_do_not_hold_it(
         return read_table(source, **more)
 
     monkeypatch.setattr(pq, "read_table", counted)
-    assert shelf.get("id-of-somebodys-own") is None
-    shelf.put(row(30))
+    assert dataset.get("id-of-somebodys-own") is None
+    dataset.put(row(30))
     assert names == []
-    assert shelf.get("id-0") is not None
+    assert dataset.get("id-0") is not None
     assert len(set(names)) == 1
-    shelf.close()
+    dataset.close()
 
 
 def test_what_users_wrote_fills_a_part_references_too(tmp_path: Path) -> None:
-    shelf = AppendableDataset(tmp_path, part_characters=1000)
+    dataset = AppendableDataset(tmp_path, part_characters=1000)
     for number in range(4):
-        shelf.put(dataclasses.replace(row(number), references=("r" * 600,)))
-    assert len(shelf._open_rows) < 2
-    shelf.close()
+        dataset.put(dataclasses.replace(row(number), references=("r" * 600,)))
+    assert len(dataset._open_rows) < 2
+    dataset.close()
 
 
 def test_a_row_that_is_put_again_counts_once(tmp_path: Path) -> None:
-    shelf = AppendableDataset(tmp_path, part_characters=1000)
+    dataset = AppendableDataset(tmp_path, part_characters=1000)
     for _ in range(4):
-        shelf.put(dataclasses.replace(row(0), references=("r" * 600,)))
-    assert len(shelf._open_rows) == 1
-    shelf.close()
+        dataset.put(dataclasses.replace(row(0), references=("r" * 600,)))
+    assert len(dataset._open_rows) == 1
+    dataset.close()
 
 
 def _die_while_writing(folder: Path, step: int) -> None:
 
-    shelf = AppendableDataset(folder, part_rows=3)
+    dataset = AppendableDataset(folder, part_rows=3)
     replaced = 0
     replace = Path.replace
 
@@ -274,8 +274,8 @@ def _die_while_writing(folder: Path, step: int) -> None:
 
     setattr(Path, "replace", dying)  # noqa: B010 # this process ends with it
     for number in range(20):
-        shelf.put(row(number))
-        shelf.flush()
+        dataset.put(row(number))
+        dataset.flush()
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 5, 6, 9])
@@ -286,19 +286,19 @@ def test_a_crash_at_any_moment_leaves_a_whole_folder(tmp_path: Path, step: int) 
     assert process.exitcode == 9
     before = rows_on_disk(tmp_path)
     assert len(before) == step // 2
-    shelf = AppendableDataset(tmp_path, part_rows=3)
-    shelf.put(row(100))
-    shelf.close()
+    dataset = AppendableDataset(tmp_path, part_rows=3)
+    dataset.put(row(100))
+    dataset.close()
     assert rows_on_disk(tmp_path) == before | {"id-100": "x"}
     named = {file.name for file in read_manifest(tmp_path).files}
     assert {path.name for path in tmp_path.glob("part-*")} == named
 
 
 def test_one_folder_is_of_one_gateway(tmp_path: Path) -> None:
-    shelf = AppendableDataset(tmp_path)
+    dataset = AppendableDataset(tmp_path)
     with raises_naming(FolderError, str(tmp_path), "another gateway"):
         AppendableDataset(tmp_path)
-    shelf.close()
+    dataset.close()
     AppendableDataset(tmp_path).close()
 
 

@@ -60,9 +60,9 @@ def foreign() -> Foreign:
 def url(foreign: Foreign) -> Iterator[str]:
     with (
         answering(foreign) as server,
-        listening(gateway(server, policy=POLICY, limits=SpendingLimits(max_seconds=30))) as found,
+        listening(gateway(server, policy=POLICY, limits=SpendingLimits(max_seconds=30))) as result,
     ):
-        yield found
+        yield result
 
 
 def check(answer: httpx.Response, streamed: bool) -> None:
@@ -132,10 +132,10 @@ def bomb_of(megabytes: int) -> bytes:
 def test_a_server_that_sends_a_byte_now_and_then_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream, "CONNECT_SECONDS", 1.0)
     drip = Foreign(parts=[b"HTTP/1.1 200 X\r\n", *[b"x"] * 300], pause=0.1)
-    with answering(drip) as server, listening(gateway(server, limits=SpendingLimits(max_seconds=2))) as found:
+    with answering(drip) as server, listening(gateway(server, limits=SpendingLimits(max_seconds=2))) as result:
         began = time.monotonic()
-        assert ask(found).status_code == 504
-        assert httpx.get(f"{found.removesuffix('/v1')}/ready", timeout=60).json()["ready"] is False
+        assert ask(result).status_code == 504
+        assert httpx.get(f"{result.removesuffix('/v1')}/ready", timeout=60).json()["ready"] is False
         assert time.monotonic() - began < 20
 
 
@@ -181,8 +181,8 @@ def test_of_a_long_response_only_the_beginning_is_scored() -> None:
         return 0.5
 
     foreign = Foreign(parts=[response(BODIES["a long text"]())])
-    with answering(foreign) as server, listening(gateway(server, scoring=scoring(score), policy=POLICY)) as found:
-        answer = ask(found)
+    with answering(foreign) as server, listening(gateway(server, scoring=scoring(score), policy=POLICY)) as result:
+        answer = ask(result)
     assert len(answer.json()["choices"][0]["message"]["content"]) == 960_000
     assert set(lengths) == {MAX_SCORED_CHARACTERS}
 
@@ -192,9 +192,9 @@ def test_where_all_connections_are_busy_a_request_is_refused_with_503(monkeypatc
     slow = Foreign(parts=[response(completion())], pause=4.0)
     with answering(slow) as server:
         first = Upstream(LLM(url=server), connections=1)
-        with listening(gateway(server, first=first, policy=POLICY)) as found:
+        with listening(gateway(server, first=first, policy=POLICY)) as result:
             statuses: list[int] = []
-            threads = [threading.Thread(target=lambda: statuses.append(ask(found).status_code)) for _ in range(3)]
+            threads = [threading.Thread(target=lambda: statuses.append(ask(result).status_code)) for _ in range(3)]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -232,8 +232,8 @@ def test_a_scoring_service_that_answers_nonsense_is_no_scorer(body: bytes) -> No
 def test_a_scoring_service_that_turns_to_nonsense_is_unreachable() -> None:
     foreign = Foreign(parts=[response(b'{"scores": [1.0], "version": "v"}')])
     with answering(Foreign(parts=[response(completion())])) as llm, answering(foreign) as server:
-        found = load(server)
-        with listening(gateway(llm, scoring=found)) as front:
+        result = load(server)
+        with listening(gateway(llm, scoring=result)) as front:
             foreign.parts = [response(COMPRESSED, "Content-Encoding: gzip")]
             answer = ask(front)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "scorer_unreachable")
@@ -261,11 +261,11 @@ def test_a_broken_response_is_shown_without_the_key(foreign: Foreign, url: str, 
 
 
 def test_a_key_that_a_completion_or_a_list_repeats_reaches_no_client(foreign: Foreign) -> None:
-    with answering(foreign) as server, listening(gateway(server, key="sk-of-the-gateway", policy=POLICY)) as found:
+    with answering(foreign) as server, listening(gateway(server, key="sk-of-the-gateway", policy=POLICY)) as result:
         foreign.parts = [response(completion().replace(b"text 0", b"Bearer sk-of-the-gateway"))]
-        assert "Bearer ***" in ask(found).text
+        assert "Bearer ***" in ask(result).text
         foreign.parts = [response(b'{"data": "sk-of-the-gateway"}')]
-        assert httpx.get(f"{found}/models").text == '{"data": "***"}'
+        assert httpx.get(f"{result}/models").text == '{"data": "***"}'
 
 
 def test_an_address_that_is_none_is_refused_at_the_start() -> None:

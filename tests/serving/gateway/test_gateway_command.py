@@ -160,53 +160,53 @@ def test_what_a_person_can_mend_is_one_line(
             main(["gateway", *words, "--port", "0"])
     finally:
         signal.signal(signal.SIGTERM, before)
-    told = capsys.readouterr().err
+    actual = capsys.readouterr().err
     assert ended.value.code == 1
-    assert_names(told, "cappy gateway: ", *named)
-    assert told.count("\n") == 1
+    assert_names(actual, "cappy gateway: ", *named)
+    assert actual.count("\n") == 1
 
 
 def test_the_builtin_scorer_scores_as_it_does_alone_and_has_no_calibration() -> None:
     from cappy.scoring import Scorer
 
-    found = load("builtin")
+    result = load("builtin")
     pairs = [("Sort: pear fig", "fig pear"), ("Sort: pear fig", "pear fig")]
-    assert asyncio.run(found(pairs)) == Scorer.load("builtin").score(pairs)
-    assert found.calibration is None
-    assert found.version() == Scorer.load("builtin").version
+    assert asyncio.run(result(pairs)) == Scorer.load("builtin").score(pairs)
+    assert result.calibration is None
+    assert result.version() == Scorer.load("builtin").version
 
 
-async def close(found: Scoring) -> None:
-    await found.close()
+async def close(result: Scoring) -> None:
+    await result.close()
 
 
 def test_scores_of_a_running_service_are_asked_over_http(scorer: str) -> None:
     with asyncio.Runner() as loop:
-        found = load(scorer)
+        result = load(scorer)
         pairs = [("a", "x" * length) for length in range(1500)]
-        assert loop.run(found(pairs)) == [float(len(response)) for _, response in pairs]
-        assert found.version() == "a" * 12
-        loop.run(close(found))
+        assert loop.run(result(pairs)) == [float(len(response)) for _, response in pairs]
+        assert result.version() == "a" * 12
+        loop.run(close(result))
 
 
 def test_a5_logits_of_a_running_service_come_with_its_scores(scorer: str) -> None:
     with asyncio.Runner() as loop:
-        found = load(scorer)
-        assert loop.run(found.rate([("a", "xy"), ("a", "x")])) == [(2.0, 20.0), (1.0, 10.0)]
-        loop.run(close(found))
+        result = load(scorer)
+        assert loop.run(result.rate([("a", "xy"), ("a", "x")])) == [(2.0, 20.0), (1.0, 10.0)]
+        loop.run(close(result))
 
 
 def test_a_service_that_wants_a_key_is_given_the_one_that_the_flag_names() -> None:
     with scoring_service(CANARY) as address, asyncio.Runner() as loop:
-        found = load(address, key=CANARY)
-        assert loop.run(found([("a", "xyz")])) == [3.0]
-        loop.run(close(found))
+        result = load(address, key=CANARY)
+        assert loop.run(result([("a", "xyz")])) == [3.0]
+        loop.run(close(result))
         for key in ("", "another-key"):
             with raises_naming(ConfigError, address, "key", "--scorer-key-variable"):
                 load(address, key=key)
 
 
-def test_a_service_that_does_not_score_is_told_with_its_remedy() -> None:
+def test_a_service_that_does_not_score_is_reported_with_its_remedy() -> None:
     class Broken(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
@@ -220,13 +220,13 @@ def test_a_service_that_does_not_score_is_told_with_its_remedy() -> None:
 
     answers = [True, False, True, False]
     with handled_by(Broken) as url, asyncio.Runner() as loop:
-        found = load(url)
+        result = load(url)
         with raises_naming(GatewayError, "scorer", "does not answer", "cappy serve") as error:
-            loop.run(found([("a", "b")]))
+            loop.run(result([("a", "b")]))
         assert error.value.status == 503
         with raises_naming(GatewayError, "scorer", "finite numbers") as error:
-            loop.run(found([("a", "b"), ("a", "c")]))
+            loop.run(result([("a", "b"), ("a", "c")]))
         assert error.value.status == 500
-        loop.run(close(found))
+        loop.run(close(result))
         with raises_naming(ConfigError, url, "no scorer", "cappy serve"):
             load(url)

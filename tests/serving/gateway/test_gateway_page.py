@@ -13,7 +13,7 @@ from serving.gateway.upstream import LLM, Upstream
 @needs_chromium
 @pytest.mark.parametrize("width", [1100, 390], ids=["laptop", "phone"])
 def test_the_page_asks_the_llm_and_shows_every_candidate_with_its_score(width: int) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     policy = Policy(candidates=3, min_gain=0)
     with (
         serving(Model()) as llm,
@@ -21,8 +21,8 @@ def test_the_page_asks_the_llm_and_shows_every_candidate_with_its_score(width: i
         listening(gateway(llm, first=Upstream(LLM(url=llm, model="m")), policy=policy)) as url,
     ):
         view = browser.new_page(viewport={"width": width, "height": 900})
-        view.on("console", lambda message: told.append(message.text))
-        view.on("pageerror", lambda error: told.append(str(error)))
+        view.on("console", lambda message: messages.append(message.text))
+        view.on("pageerror", lambda error: messages.append(str(error)))
         view.goto(url.removesuffix("/v1"))
         view.wait_for_selector("#chat:not([hidden])")
         assert view.input_value("#llm") == "m"
@@ -37,4 +37,4 @@ def test_the_page_asks_the_llm_and_shows_every_candidate_with_its_score(width: i
         assert_names(view.inner_text("#headline"), "candidate 1 of 3", f"{scores[0]:.3f}")
         assert_names(view.inner_text("#legend"), "tokens", "all candidates")
         assert view.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert told == []
+    assert messages == []

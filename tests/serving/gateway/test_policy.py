@@ -32,12 +32,12 @@ def test_the_gain_is_the_integral_that_it_stands_for(scores: list[float]) -> Non
 
 def test_the_gain_is_near_what_another_sample_brings_and_errs_on_the_side_of_sampling() -> None:
     rng = random.Random(0)
-    told = brought = 0.0
+    actual = brought = 0.0
     for _ in range(8000):
         scores = [rng.gauss(0.5, 0.1) for _ in range(8)]
-        told += expected_gain(scores)
+        actual += expected_gain(scores)
         brought += max(0.0, rng.gauss(0.5, 0.1) - max(scores))
-    assert brought < told < 1.5 * brought
+    assert brought < actual < 1.5 * brought
 
 
 @given(SCORES, st.randoms(use_true_random=False), st.integers(-5, 5), st.integers(1, 8))
@@ -83,7 +83,7 @@ def test_rounds_end_at_the_first_reason_and_never_ask_for_more_than_allowed(
     wanted = min(wanted, policy.candidates)
     seen: list[float] = []
     while True:
-        found = decide(
+        result = decide(
             policy,
             seen,
             num_requested=len(seen),
@@ -92,16 +92,16 @@ def test_rounds_end_at_the_first_reason_and_never_ask_for_more_than_allowed(
             max_candidates=policy.candidates,
         )
         enough = policy.threshold is not None and bool(seen) and max(seen) >= policy.threshold
-        if found.stop:
+        if result.stop:
             break
         assert len(seen) < wanted or not enough
-        assert 0 < found.count <= max(policy.round_size, wanted)
-        seen += stream[len(seen) : len(seen) + found.count]
+        assert 0 < result.count <= max(policy.round_size, wanted)
+        seen += stream[len(seen) : len(seen) + result.count]
         assert len(seen) <= policy.candidates
-    assert found.count == 0
+    assert result.count == 0
     assert len(seen) >= wanted
     expected = {"threshold": enough, "gain": expected_gain(seen) < policy.min_gain}
-    assert expected.get(found.stop, len(seen) == policy.candidates)
+    assert expected.get(result.stop, len(seen) == policy.candidates)
 
 
 @given(SCORES)
@@ -153,28 +153,28 @@ BUDGETS = st.lists(
 def test_what_is_allowed_fits_into_every_budget(
     wanted: int, budgets: list[RemainingBudget], prices: Prices, prompt: int, need: int, first: bool
 ) -> None:
-    found = allow(wanted, budgets, prices, prompt_tokens=prompt, min_tokens=need, first=first)
-    assert 0 <= found.count <= wanted
-    for budget in budgets if found.count else ():
+    result = allow(wanted, budgets, prices, prompt_tokens=prompt, min_tokens=need, first=first)
+    assert 0 <= result.count <= wanted
+    for budget in budgets if result.count else ():
         if budget.limit == "tokens":
-            assert found.max_tokens is not None
-            assert found.count * found.max_tokens <= budget.left
+            assert result.max_tokens is not None
+            assert result.count * result.max_tokens <= budget.left
         else:
-            cost = found.count * prices.cost(prompt, found.max_tokens or 0)
+            cost = result.count * prices.cost(prompt, result.max_tokens or 0)
             assert cost <= budget.left + 1e-9
-    if found.count and found.max_tokens is not None:
-        assert found.max_tokens >= (min(need, 16) if first and found.count == 1 else need)
-    if not found.count:
-        assert found.limit in {budget.limit for budget in budgets}
+    if result.count and result.max_tokens is not None:
+        assert result.max_tokens >= (min(need, 16) if first and result.count == 1 else need)
+    if not result.count:
+        assert result.limit in {budget.limit for budget in budgets}
 
 
 @given(st.integers(1, 16), BUDGETS, PRICES, st.integers(0, 500), st.integers(1, 500))
-def test_as_many_are_allowed_as_there_is_room_for(
+def test_as_many_are_allowed_as_the_limits_permit(
     wanted: int, budgets: list[RemainingBudget], prices: Prices, prompt: int, need: int
 ) -> None:
-    found = allow(wanted, budgets, prices, prompt_tokens=prompt, min_tokens=need, first=False)
-    if found.count < wanted:
-        more = found.count + 1
+    result = allow(wanted, budgets, prices, prompt_tokens=prompt, min_tokens=need, first=False)
+    if result.count < wanted:
+        more = result.count + 1
         short = [
             budget
             for budget in budgets
@@ -188,8 +188,8 @@ def test_as_many_are_allowed_as_there_is_room_for(
 
 
 def test_without_a_limit_all_are_allowed_at_any_length() -> None:
-    found = allow(8, [], Prices(), prompt_tokens=10, min_tokens=256, first=True)
-    assert (found.count, found.max_tokens, found.limit) == (8, None, None)
+    result = allow(8, [], Prices(), prompt_tokens=10, min_tokens=256, first=True)
+    assert (result.count, result.max_tokens, result.limit) == (8, None, None)
 
 
 def test_what_a_call_may_cost_is_kept_from_others_until_it_is_settled() -> None:

@@ -36,9 +36,9 @@ def test_the_client_gets_the_best_of_real_samples_streaming_or_not(client: opena
     assert answer.usage is not None
     assert answer.usage.prompt_tokens > 4
     assert 4 <= answer.usage.completion_tokens <= 32
-    told = answer.model_extra["cappy"]["candidates"]
-    assert len(told) == 4
-    assert (answer.choices[0].message.content or "").strip() == max(told, key=lambda one: one["score"])["content"]
+    actual = answer.model_extra["cappy"]["candidates"]
+    assert len(actual) == 4
+    assert (answer.choices[0].message.content or "").strip() == max(actual, key=lambda one: one["score"])["content"]
     stream = client.chat.completions.create(model=str(causal_folder), messages=MESSAGES, stream=True, **SAMPLED)
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(pieces)
@@ -59,6 +59,6 @@ def test_the_asynchronous_client_does_too(url: str, causal_folder: Path) -> None
     assert streamed
 
 
-def test_what_the_server_refuses_is_told_as_its_own(client: openai.OpenAI, tmp_path: Path) -> None:
+def test_what_the_server_refuses_is_reported_as_its_own(client: openai.OpenAI, tmp_path: Path) -> None:
     with pytest.raises(openai.APIStatusError, match=r"^[^\n]*the LLM [^\n]*4\d\d"):
         client.chat.completions.create(model=f"{tmp_path}/none", messages=MESSAGES, **SAMPLED)

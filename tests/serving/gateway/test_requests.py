@@ -96,7 +96,7 @@ def test_what_is_no_request_is_400_in_one_sentence_and_asks_nothing(
     assert len(model.asked) == before
 
 
-def test_half_a_character_is_told_as_such(url: str) -> None:
+def test_half_a_character_is_reported_as_such(url: str) -> None:
     answer = httpx.post(f"{url}/chat/completions", content=text().replace('"hello"', '"\\ud800"'), headers=JSON_TYPE)
     assert "surrogate" in answer.json()["error"]["message"]
 

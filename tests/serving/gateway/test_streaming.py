@@ -61,9 +61,9 @@ def test_a_stream_is_events_that_end_with_done_and_tells_how_it_came_about() -> 
         answer = streamed(url, n=2)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["x-cappy-outcome"] == "answered"
-    found = events(answer.text)
-    assert found[-1] == "[DONE]"
-    chunks = [json.loads(part) for part in found[:-1]]
+    result = events(answer.text)
+    assert result[-1] == "[DONE]"
+    chunks = [json.loads(part) for part in result[:-1]]
     assert "usage" not in chunks[0]
     ends = [chunk for chunk in chunks if chunk["choices"][0]["finish_reason"]]
     assert [end["choices"][0]["index"] for end in ends] == [0, 1]
@@ -110,8 +110,8 @@ def test_logprobs_and_a_refusal_stream_too() -> None:
             chunks = [json.loads(part) for part in events(streamed(url, logprobs=True).text)[:-1]]
         with listening(gateway(upstream, policy=Policy(floor=5.0))) as url:
             refused = [json.loads(part) for part in events(streamed(url).text)[:-1]]
-    told = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["logprobs"]]
-    assert [(len(one["logprobs"]["content"]), one["delta"]["content"][:6]) for one in told] == [(2, " HELLO")]
+    actual = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["logprobs"]]
+    assert [(len(one["logprobs"]["content"]), one["delta"]["content"][:6]) for one in actual] == [(2, " HELLO")]
     deltas = [chunk["choices"][0]["delta"] for chunk in refused]
     said = "".join(delta.get("content", "") for delta in deltas)
     assert said == "".join(delta.get("refusal", "") for delta in deltas) != ""

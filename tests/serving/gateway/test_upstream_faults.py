@@ -24,11 +24,11 @@ def ask(url: str, **more: Any) -> httpx.Response:
     return httpx.post(f"{url}/chat/completions", json=body, headers=headers, timeout=30)
 
 
-def choices(*found: tuple[str, object]) -> dict[str, Any]:
+def choices(*result: tuple[str, object]) -> dict[str, Any]:
     """A completion with these texts and finish_reasons."""
     made = [
         {"index": n, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-        for n, (text, finish) in enumerate(found)
+        for n, (text, finish) in enumerate(result)
     ]
     return {**saying(""), "choices": made}
 
@@ -43,8 +43,8 @@ def answer_of(reply: Reply, *, strip: bool = False, policy: Policy = ROUND, **mo
 @pytest.mark.parametrize("finish", ["error", "abort", {"type": "abort"}, "a_word_of_tomorrow"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_d1_a_response_that_its_server_gave_up_is_no_candidate(finish: object, stream: bool) -> None:
-    found = (("half of a very long respo", finish), ("short", "stop"), ("tiny", "stop"), ("half", finish))
-    answer = answer_of((200, choices(*found)), stream=stream)
+    result = (("half of a very long respo", finish), ("short", "stop"), ("tiny", "stop"), ("half", finish))
+    answer = answer_of((200, choices(*result)), stream=stream)
     assert "half of" not in answer.text
     assert "short" in answer.text
     assert answer.headers["x-cappy-sampled"] == "2"
@@ -146,17 +146,17 @@ def test_d9_a_list_of_models_is_passed_on_in_utf_8_or_not_at_all() -> None:
         reply = (200, data, {"Content-Type": f"application/{kind}"})
         script = Script(lambda body, reply=reply: reply)  # type: ignore[misc]
         with scripted(script) as server, listening(gateway(server, scoring=BY_LENGTH)) as url:
-            found = httpx.get(f"{url}/models", timeout=30)
-        assert found.status_code == status
-        assert ("café" in found.text, "UTF-8" in found.text) == (status == 200, status == 502)
+            result = httpx.get(f"{url}/models", timeout=30)
+        assert result.status_code == status
+        assert ("café" in result.text, "UTF-8" in result.text) == (status == 200, status == 502)
 
 
 THINKING = "<think>It could be Rome, or Athens, or Paris, or any other place.</think>Paris"
 
 
 def test_c10_with_strip_reasoning_the_answer_alone_is_scored_and_given() -> None:
-    found = ((THINKING, "stop"), ("It is Paris.", "stop"), ("<think>It could be Rome, or", "length"))
-    answer = answer_of((200, choices(*found)), strip=True, n=3, policy=Policy(candidates=3))
+    result = ((THINKING, "stop"), ("It is Paris.", "stop"), ("<think>It could be Rome, or", "length"))
+    answer = answer_of((200, choices(*result)), strip=True, n=3, policy=Policy(candidates=3))
     assert [one["content"] for one in answer.json()["cappy"]["candidates"]][:2] == ["It is Paris.", "Paris"]
     assert [one["message"]["content"] for one in answer.json()["choices"]][:2] == ["It is Paris.", "Paris"]
     last = answer.json()["cappy"]["candidates"][2]

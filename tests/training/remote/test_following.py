@@ -29,7 +29,7 @@ class Played:
     """A platform that shows these states one after another, the last for ever, and a clock that turns with `pause`."""
 
     def __init__(self, *looks: Look, lines: Sequence[Sequence[tuple[str, str]]] = ()) -> None:
-        self.looks, self.told_lines = list(looks), list(lines)
+        self.looks, self.later_lines = list(looks), list(lines)
         self.did: list[str] = []
         self.said: list[str] = []
         self.now = 0.0
@@ -48,7 +48,7 @@ class Played:
         self.did.append("submit")
 
     def lines(self, name: str) -> list[tuple[str, str]]:
-        return list(self.told_lines.pop(0)) if self.told_lines else []
+        return list(self.later_lines.pop(0)) if self.later_lines else []
 
     def cancel(self, name: str) -> None:
         self.did.append("cancel")
@@ -93,16 +93,16 @@ def test_a_job_is_submitted_once_and_followed_to_its_end_with_every_line_of_its_
     played.follow()
     assert played.did == ["submit"]
     assert_names(played.said[0], NAME, "submitted", "there")
-    told = [f"{NAME}: {status.phase.value}" for status in (PENDING, RUNNING, SUCCEEDED)]
-    assert played.said[1:] == [told[0], "node-0: a", "node-1: b", told[1], "node-0: c", told[2]]
+    actual = [f"{NAME}: {status.phase.value}" for status in (PENDING, RUNNING, SUCCEEDED)]
+    assert played.said[1:] == [actual[0], "node-0: a", "node-1: b", actual[1], "node-0: c", actual[2]]
 
 
-@pytest.mark.parametrize("found", [PENDING, RUNNING, SUCCEEDED])
-def test_a_step_that_is_retried_finds_its_job_and_does_not_submit_a_second_one(found: Status) -> None:
-    played = Played(found, found, SUCCEEDED)
+@pytest.mark.parametrize("result", [PENDING, RUNNING, SUCCEEDED])
+def test_a_step_that_is_retried_finds_its_job_and_does_not_submit_a_second_one(result: Status) -> None:
+    played = Played(result, result, SUCCEEDED)
     played.follow()
     assert played.did == []
-    assert_names(played.said[0], NAME, found.phase.value, "there")
+    assert_names(played.said[0], NAME, result.phase.value, "there")
 
 
 def test_a_step_that_finds_a_job_that_succeeded_and_whose_output_is_gone_submits_it_again() -> None:
@@ -113,9 +113,9 @@ def test_a_step_that_finds_a_job_that_succeeded_and_whose_output_is_gone_submits
     assert_names(played.said[0], NAME, "succeeded already", "not there")
 
 
-@pytest.mark.parametrize("found", [FAILED, CANCELLED])
-def test_a_step_that_finds_a_job_that_ended_badly_submits_it_again(found: Status) -> None:
-    played = Played(found, RUNNING, SUCCEEDED)
+@pytest.mark.parametrize("result", [FAILED, CANCELLED])
+def test_a_step_that_finds_a_job_that_ended_badly_submits_it_again(result: Status) -> None:
+    played = Played(result, RUNNING, SUCCEEDED)
     played.follow()
     assert played.did == ["submit"]
 
@@ -159,14 +159,14 @@ def test_what_a_rank_said_is_to_be_mended_is_the_error_and_not_tried_again() -> 
     assert played.did == ["submit"]
 
 
-def test_a_job_that_waits_for_an_image_that_is_not_there_is_told_and_cancelled() -> None:
+def test_a_job_that_waits_for_an_image_that_is_not_there_is_reported_and_cancelled() -> None:
     why = "node-0 cannot start, ImagePullBackOff of image x (no such image)"
     played = Played(None, PENDING, Status(Phase.PENDING, why, cannot_start=True))
     assert_names(ended(played), NAME, why, "cancelled", "same command")
     assert played.did == ["submit", "cancel"]
 
 
-def test_a_job_that_someone_else_cancelled_is_told_and_left_alone() -> None:
+def test_a_job_that_someone_else_cancelled_is_reported_and_left_alone() -> None:
     for look in (None, CANCELLED):
         played = Played(None, RUNNING, look)
         assert_names(ended(played), NAME, "someone else", "same command")
@@ -201,7 +201,7 @@ def test_a_job_that_takes_longer_than_allowed_is_cancelled() -> None:
     assert played.did == ["submit", "cancel"]
 
 
-def test_a_platform_that_is_silent_for_a_while_loses_nothing_and_is_told_of_once() -> None:
+def test_a_platform_that_is_silent_for_a_while_loses_nothing_and_is_reported_of_once() -> None:
     silence = UnansweredError("no answer")
     played = Played(None, RUNNING, *[silence] * 20, RUNNING, SUCCEEDED)
     played.follow()
@@ -222,7 +222,7 @@ def test_a_platform_that_never_answered_is_not_waited_for() -> None:
     assert played.now == 0
 
 
-def test_a_log_that_may_not_be_read_is_told_once_and_ends_nothing() -> None:
+def test_a_log_that_may_not_be_read_is_reported_once_and_ends_nothing() -> None:
     class Secret(Played):
         def lines(self, name: str) -> list[tuple[str, str]]:
             raise ConfigError("no permission")
@@ -243,7 +243,7 @@ class Slow(Played):
 
 
 @pytest.mark.parametrize("end", [None, CANCELLED, FAILED])
-def test_a_cancelled_job_is_waited_for_until_it_has_ended_and_what_it_says_then_is_told(end: Look) -> None:
+def test_a_cancelled_job_is_waited_for_until_it_has_ended_and_what_it_says_then_is_reported(end: Look) -> None:
     played = Slow(None, RUNNING, lines=[[], [], [], [("node-0", "wrote a checkpoint")]])
     played.ends = [RUNNING] * 20 + [end]
     played.cancelled_at = lambda: "SIGTERM" if played.now >= 7 else ""
@@ -260,7 +260,7 @@ def test_a_cancelled_job_that_does_not_end_is_waited_for_as_long_as_a_grace_peri
     assert CANCEL_SECONDS <= played.now - 7 < 2 * CANCEL_SECONDS
 
 
-def test_a_job_that_cannot_be_cancelled_is_told_with_how_to_do_it_by_hand() -> None:
+def test_a_job_that_cannot_be_cancelled_is_reported_with_how_to_do_it_by_hand() -> None:
     class Stuck(Played):
         def cancel(self, name: str) -> None:
             raise ConfigError("no permission")

@@ -27,8 +27,8 @@ NAME = "cappy-finetuning-0"
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    with trainjob_server() as found:
-        yield found
+    with trainjob_server() as result:
+        yield result
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def refused(call: Callable[[], object], kind: type[CappyError] = ConfigError) ->
 def test_the_trainjob_asks_for_the_nodes_their_devices_the_volume_and_an_end(
     cluster: Cluster, jobs: Callable[..., Any], tmp_path: Path
 ) -> None:
-    found = jobs(
+    result = jobs(
         nodes=3,
         devices=4,
         trainjob={
@@ -78,16 +78,16 @@ def test_the_trainjob_asks_for_the_nodes_their_devices_the_volume_and_an_end(
         service_account="trainer",
         timeout_hours=2.0,
     )
-    assert found.status(NAME) is None
-    found.submit(NAME)
+    assert result.status(NAME) is None
+    result.submit(NAME)
     spec = cluster.jobs[NAME]["spec"]
     assert spec["runtimeRef"] == {"name": "cappy-torch", "kind": "ClusterTrainingRuntime"}
     assert spec["activeDeadlineSeconds"] == 7200
     assert (spec["trainer"]["numNodes"], spec["trainer"]["image"]) == (3, "trainer:1")
     assert spec["trainer"]["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": 4, "cpu": "8", "memory": "64Gi"}
-    told = {one["name"]: one["value"] for one in spec["trainer"]["env"]}
-    assert (told["A"], told["CAPPY_TRAINING_STEP"]) == ("b", "finetuning")
-    assert decode(told["CAPPY_TRAINING_SETTINGS"])["launcher"] == "here", "a job must not submit a job"
+    actual = {one["name"]: one["value"] for one in spec["trainer"]["env"]}
+    assert (actual["A"], actual["CAPPY_TRAINING_STEP"]) == ("b", "finetuning")
+    assert decode(actual["CAPPY_TRAINING_SETTINGS"])["launcher"] == "here", "a job must not submit a job"
     (patch,) = spec["runtimePatches"]
     (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     pod = node["template"]["spec"]["template"]["spec"]
@@ -114,18 +114,18 @@ def test_a_trainjob_without_a_volume_leaves_the_runtimes_pods_as_they_are(
 
 
 def test_a_trainjob_waits_runs_and_succeeds(cluster: Cluster, jobs: Callable[..., Any]) -> None:
-    found = jobs()
-    found.submit(NAME)
-    assert found.status(NAME) == Status(Phase.PENDING)
+    result = jobs()
+    result.submit(NAME)
+    assert result.status(NAME) == Status(Phase.PENDING)
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no gpu\nfree"}
     cluster.pod(NAME, 0, "Pending", conditions=[condition])
-    waits = found.status(NAME)
+    waits = result.status(NAME)
     assert (waits.phase, waits.cannot_start) == (Phase.PENDING, False)
     assert_names(waits.reason, "node-0", "'no gpu free'")
     cluster.pod(NAME, 0, "Running")
-    assert found.status(NAME) == Status(Phase.RUNNING)
+    assert result.status(NAME) == Status(Phase.RUNNING)
     cluster.end(NAME, "Complete")
-    assert found.status(NAME) == Status(Phase.SUCCEEDED)
+    assert result.status(NAME) == Status(Phase.SUCCEEDED)
 
 
 def waiting(reason: str, message: str) -> list[dict[str, Any]]:
@@ -141,12 +141,12 @@ def ended(status: int, reason: str) -> list[dict[str, Any]]:
 def test_an_image_that_cannot_be_pulled_cannot_start_and_is_reported(
     cluster: Cluster, jobs: Callable[..., Any]
 ) -> None:
-    found = jobs()
-    found.submit(NAME)
+    result = jobs()
+    result.submit(NAME)
     cluster.pod(NAME, 0, "Pending", containerStatuses=waiting("ErrImagePull", "not found"))
-    assert not found.status(NAME).cannot_start, "it is tried again first"
+    assert not result.status(NAME).cannot_start, "it is tried again first"
     cluster.pod(NAME, 0, "Pending", containerStatuses=waiting("ImagePullBackOff", "not\nfound"))
-    status = found.status(NAME)
+    status = result.status(NAME)
     assert status.cannot_start
     assert_names(status.reason, "node-0", "ImagePullBackOff", "absent:1", "'not found'")
 
@@ -167,41 +167,41 @@ def test_an_image_that_cannot_be_pulled_cannot_start_and_is_reported(
 def test_why_a_trainjob_failed_and_whether_its_machine_was_taken_is_read_from_its_pods(
     status: dict[str, Any], preempted: bool, words: str, cluster: Cluster, jobs: Callable[..., Any]
 ) -> None:
-    found = jobs()
-    found.submit(NAME)
+    result = jobs()
+    result.submit(NAME)
     cluster.pod(NAME, 0, "Running")
     cluster.pod(NAME, 1, "Failed", **status)
     cluster.end(NAME, "Failed")
-    assert found.status(NAME) == Status(Phase.FAILED, words, preempted=preempted)
+    assert result.status(NAME) == Status(Phase.FAILED, words, preempted=preempted)
 
 
 def test_of_a_node_whose_pod_was_replaced_the_pod_that_was_made_last_counts(
     cluster: Cluster, jobs: Callable[..., Any]
 ) -> None:
-    found = jobs()
-    found.submit(NAME)
+    result = jobs()
+    result.submit(NAME)
     cluster.pod(NAME, 0, "Failed", attempt="z", at="2026-01-01T00:00:09Z", reason="Evicted")
     cluster.pod(NAME, 0, "Failed", attempt="a", at="2026-01-01T00:01:00Z", containerStatuses=ended(1, "Error"))
     cluster.logs = {f"{NAME}-node-0-0-{one}": [("2026-01-01T00:01:01Z", one)] for one in "az"}
-    assert list(found.lines(NAME)) == [("node-0", "a")]
+    assert list(result.lines(NAME)) == [("node-0", "a")]
     cluster.end(NAME, "Failed")
-    assert found.status(NAME) == Status(Phase.FAILED, "node-0: Error, status 1")
+    assert result.status(NAME) == Status(Phase.FAILED, "node-0: Error, status 1")
 
 
-def test_every_line_of_every_node_is_told_once_and_a_line_that_is_json_as_it_is(
+def test_every_line_of_every_node_is_reported_once_and_a_line_that_is_json_as_it_is(
     cluster: Cluster, jobs: Callable[..., Any]
 ) -> None:
-    found = jobs()
-    found.submit(NAME)
+    result = jobs()
+    result.submit(NAME)
     cluster.pod(NAME, 0, "Running")
     cluster.pod(NAME, 1, "Pending")
     log = cluster.logs.setdefault(f"{NAME}-node-0-0-a", [("2026-01-01T00:00:00.5Z", '{"a": true}')])
-    assert list(found.lines(NAME)) == [("node-0", '{"a": true}')]
-    assert list(found.lines(NAME)) == []
+    assert list(result.lines(NAME)) == [("node-0", '{"a": true}')]
+    assert list(result.lines(NAME)) == []
     log += [("2026-01-01T00:00:00.500000001Z", "b"), ("2026-01-01T00:00:01Z", "c")]
     cluster.pod(NAME, 1, "Running")
     cluster.logs[f"{NAME}-node-0-1-a"] = [("2026-01-01T00:00:00Z", "")]
-    assert list(found.lines(NAME)) == [("node-0", "b"), ("node-0", "c"), ("node-1", "")]
+    assert list(result.lines(NAME)) == [("node-0", "b"), ("node-0", "c"), ("node-1", "")]
     assert "sinceSeconds" not in cluster.queries[0]
     assert int(cluster.queries[-2]["sinceSeconds"][0]) < 60, "a log of days is not read whole at every look"
 
@@ -209,30 +209,30 @@ def test_every_line_of_every_node_is_told_once_and_a_line_that_is_json_as_it_is(
 def test_a_failed_trainjob_goes_with_its_pods_before_another_of_its_name_is_made(
     cluster: Cluster, jobs: Callable[..., Any]
 ) -> None:
-    found = jobs()
-    found.submit(NAME)
+    result = jobs()
+    result.submit(NAME)
     cluster.pod(NAME, 0, "Failed")
     cluster.end(NAME, "Failed")
-    found.submit(NAME)
+    result.submit(NAME)
     changes = [call.partition(" ")[0] for call in cluster.calls if "/trainjobs" in call and not call.startswith("GET")]
     assert changes == ["POST", "DELETE", "POST"]
-    assert found.status(NAME) == Status(Phase.PENDING)
+    assert result.status(NAME) == Status(Phase.PENDING)
 
 
 def test_a_running_trainjob_is_not_submitted_over(cluster: Cluster, jobs: Callable[..., Any]) -> None:
-    found = jobs()
-    found.submit(NAME)
+    result = jobs()
+    result.submit(NAME)
     cluster.pod(NAME, 0, "Running")
-    assert_names(refused(lambda: found.submit(NAME), UnansweredError), NAME, "running", "same command")
+    assert_names(refused(lambda: result.submit(NAME), UnansweredError), NAME, "running", "same command")
 
 
 def test_cancelling_deletes_it_and_is_done_where_there_is_none(cluster: Cluster, jobs: Callable[..., Any]) -> None:
-    found = jobs()
-    found.submit(NAME)
-    found.cancel(NAME)
+    result = jobs()
+    result.submit(NAME)
+    result.cancel(NAME)
     assert cluster.jobs == {}
-    found.cancel(NAME)
-    assert found.status(NAME) is None
+    result.cancel(NAME)
+    assert result.status(NAME) is None
 
 
 @pytest.mark.parametrize(
@@ -248,22 +248,22 @@ def test_cancelling_deletes_it_and_is_done_where_there_is_none(cluster: Cluster,
 def test_what_the_cluster_refuses_is_one_line(
     answer: tuple[int, str], kind: type[CappyError], names: tuple[str, ...], cluster: Cluster, jobs: Callable[..., Any]
 ) -> None:
-    found = jobs()
+    result = jobs()
     cluster.refuse["POST trainjobs"] = answer
-    assert_names(refused(lambda: found.submit(NAME), kind), *names)
+    assert_names(refused(lambda: result.submit(NAME), kind), *names)
 
 
-def test_a_missing_right_to_look_at_pods_is_told_before_anything_is_submitted(
+def test_a_missing_right_to_look_at_pods_is_reported_before_anything_is_submitted(
     cluster: Cluster, jobs: Callable[..., Any]
 ) -> None:
-    found = jobs()
+    result = jobs()
     cluster.refuse["GET pods"] = (403, "pods is forbidden")
-    assert_names(refused(lambda: found.status(NAME)), "'pods is forbidden'", "service account", "list on pods")
+    assert_names(refused(lambda: result.status(NAME)), "'pods is forbidden'", "service account", "list on pods")
 
 
-def test_a_runtime_that_the_cluster_lacks_is_told_by_name(jobs: Callable[..., Any]) -> None:
-    found = jobs(trainjob={"namespace": "ml", "runtime": "absent"})
-    assert_names(refused(lambda: found.submit(NAME)), "'absent'", "kubectl get trainingruntimes", "--trainjob.runtime")
+def test_a_runtime_that_the_cluster_lacks_is_reported_by_name(jobs: Callable[..., Any]) -> None:
+    result = jobs(trainjob={"namespace": "ml", "runtime": "absent"})
+    assert_names(refused(lambda: result.submit(NAME)), "'absent'", "kubectl get trainingruntimes", "--trainjob.runtime")
 
 
 def test_a_cluster_that_cannot_be_reached_is_one_line(
@@ -273,8 +273,8 @@ def test_a_cluster_that_cannot_be_reached_is_one_line(
 
     from cappy.training.remote.kubeflow import connect
 
-    found = jobs()
-    found.core.api_client.configuration.host = "http://127.0.0.1:1"
-    assert_names(refused(lambda: found.status(NAME), UnansweredError), "namespace ml", "kubectl")
+    result = jobs()
+    result.core.api_client.configuration.host = "http://127.0.0.1:1"
+    assert_names(refused(lambda: result.status(NAME), UnansweredError), "namespace ml", "kubectl")
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     assert_names(refused(lambda: connect(plan(launcher="trainjob"))), "--launcher trainjob", "set KUBECONFIG")

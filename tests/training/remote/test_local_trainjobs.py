@@ -58,15 +58,15 @@ class Step:
 
     def processes(self, words: str) -> list[psutil.Process]:
         """The living of this session whose command line has the words, whoever their parent is by now."""
-        found = []
+        result = []
         for process in psutil.process_iter(["pid", "cmdline"]):
             try:
                 ours = os.getsid(process.pid) == self.shell.pid and process.status() != psutil.STATUS_ZOMBIE
                 if ours and words in " ".join(process.cmdline()):
-                    found.append(process)
+                    result.append(process)
             except (ProcessLookupError, psutil.Error):
                 continue
-        return found
+        return result
 
     def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 300) -> None:
         wait_until(condition, what, seconds=seconds, pause=0.05, details=lambda: self.said[-3000:])

@@ -58,9 +58,9 @@ class Platform:
 @pytest.fixture
 def platform(monkeypatch: pytest.MonkeyPatch) -> Platform:
     """The platform that every step of the test submits to."""
-    found = Platform()
-    monkeypatch.setattr(remote, "open_jobs", found.jobs_of)
-    return found
+    result = Platform()
+    monkeypatch.setattr(remote, "open_jobs", result.jobs_of)
+    return result
 
 
 @pytest.fixture
@@ -69,13 +69,13 @@ def settings(plan: Plan) -> FinetuningConfig:
     return plan(launcher="trainjob", epochs=1.0)
 
 
-def again(settings: FinetuningConfig, *told: Any) -> None:
+def again(settings: FinetuningConfig, *messages: Any) -> None:
     """The step once more, for an output that is not there yet, as an orchestrator gives it."""
     shutil.rmtree(settings.target, ignore_errors=True)
-    run(settings, *told)
+    run(settings, *messages)
 
 
-def test_the_output_of_a_job_that_is_damaged_is_told_and_not_published_and_made_again(
+def test_the_output_of_a_job_that_is_damaged_is_reported_and_not_published_and_made_again(
     platform: Platform, settings: FinetuningConfig
 ) -> None:
     run(settings)
@@ -134,7 +134,7 @@ def test_a_fresh_start_cancels_the_job_that_still_does_the_work(platform: Platfo
 
 
 @pytest.mark.parametrize("other", [{"step": "pretraining"}, {"parents": ("0" * 64,)}, {"config": {"epochs": 2.0}}])
-def test_an_output_of_other_work_is_told_and_not_published(
+def test_an_output_of_other_work_is_reported_and_not_published(
     other: dict[str, Any], platform: Platform, settings: FinetuningConfig
 ) -> None:
     def do(inner: FinetuningConfig) -> None:
@@ -147,27 +147,27 @@ def test_an_output_of_other_work_is_told_and_not_published(
     assert not settings.target.exists()
 
 
-def test_the_progress_of_an_earlier_job_is_not_told_as_this_ones(
+def test_the_progress_of_an_earlier_job_is_not_reported_as_this_ones(
     platform: Platform, settings: FinetuningConfig
 ) -> None:
     run(settings)
     shutil.rmtree(platform.inner.target)
     FileProgress(platform.inner.target.parent / "finetuning.json")(999, 999, unit="updates")
-    told = []
+    messages = []
 
     def progress(done: int, total: int | None = None, **_: object) -> None:
-        told.append(done)
+        messages.append(done)
 
     again(settings, progress)
     assert platform.submitted == 2
-    assert told == []
+    assert messages == []
 
 
 @pytest.mark.parametrize(
     ("address", "passed"),
     [("https://mlflow.example", True), ("https://me:secret@mlflow.example", False), ("", False)],
 )
-def test_a_job_is_told_the_tracking_address_unless_it_holds_a_password(
+def test_a_job_is_reported_the_tracking_address_unless_it_holds_a_password(
     address: str, passed: bool, platform: Platform, settings: FinetuningConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(inner: FinetuningConfig) -> None:

@@ -45,9 +45,9 @@ CLOUD: dict[str, Any] = {
 
 @pytest.fixture
 def server() -> Iterator[Vertex]:
-    with vertex_server() as found:
-        connect(found)
-        yield found
+    with vertex_server() as result:
+        connect(result)
+        yield result
 
 
 @pytest.fixture
@@ -59,9 +59,9 @@ def jobs(server: Vertex, plan: Plan) -> Callable[..., Any]:
 
         settings = plan(**{**CLOUD, **values})
         shared = {name: getattr(settings, name) for name in ("nodes", "devices", "scorer", "work")}
-        found = CustomJobs("finetuning", settings, plan(**shared), {"A": "b"})
-        found.logging = server.address
-        return found
+        result = CustomJobs("finetuning", settings, plan(**shared), {"A": "b"})
+        result.logging = server.address
+        return result
 
     return make
 
@@ -69,7 +69,7 @@ def jobs(server: Vertex, plan: Plan) -> Callable[..., Any]:
 def test_the_job_asks_for_machines_their_accelerators_the_volume_spot_and_an_end(
     server: Vertex, jobs: Callable[..., Any]
 ) -> None:
-    found = jobs(
+    result = jobs(
         nodes=3,
         devices=2,
         customjob={
@@ -85,8 +85,8 @@ def test_the_job_asks_for_machines_their_accelerators_the_volume_spot_and_an_end
         service_account="trainer@my-project.iam.gserviceaccount.com",
         timeout_hours=2.0,
     )
-    assert found.status(NAME) is None
-    found.submit(NAME)
+    assert result.status(NAME) is None
+    result.submit(NAME)
     (job,) = server.custom_jobs
     spec = job["jobSpec"]
     assert job["displayName"] == NAME
@@ -161,38 +161,38 @@ def test_a_vertex_job_asks_for_the_machines_and_accelerators_of_the_plan(plan: P
 def test_every_state_is_read_and_of_a_failed_job_why(
     state: str, error: tuple[int, str] | None, expected: Status, server: Vertex, jobs: Callable[..., Any]
 ) -> None:
-    found = jobs()
-    found.submit(NAME)
+    result = jobs()
+    result.submit(NAME)
     server.custom_jobs[0] |= {"state": state, **({"error": {"code": error[0], "message": error[1]}} if error else {})}
-    assert found.status(NAME) == expected
+    assert result.status(NAME) == expected
 
 
 def test_of_jobs_of_one_name_the_newest_counts_and_another_name_is_another_job(
     server: Vertex, jobs: Callable[..., Any]
 ) -> None:
-    found = jobs()
-    found.submit(NAME)
+    result = jobs()
+    result.submit(NAME)
     server.custom_jobs[0]["state"] = "JOB_STATE_FAILED"
-    found.submit(NAME)
-    assert found.status(NAME) == Status(Phase.PENDING)
-    assert found.status(f"{NAME}1") is None
-    found.cancel(NAME)
+    result.submit(NAME)
+    assert result.status(NAME) == Status(Phase.PENDING)
+    assert result.status(f"{NAME}1") is None
+    result.cancel(NAME)
     assert [one["state"] for one in server.custom_jobs] == ["JOB_STATE_FAILED", "JOB_STATE_CANCELLED"]
-    found.cancel(NAME)
+    result.cancel(NAME)
     assert sum(call.endswith(":cancel") for call in server.calls) == 1, "what is over is not cancelled"
 
 
-def test_where_the_log_lies_is_told(server: Vertex, jobs: Callable[..., Any]) -> None:
-    found = jobs()
-    assert found.address(NAME) == (
+def test_where_the_log_lies_is_reported(server: Vertex, jobs: Callable[..., Any]) -> None:
+    result = jobs()
+    assert result.address(NAME) == (
         f"gcloud ai custom-jobs list --region=us-central1 --project=my-project --filter=displayName={NAME}"
     )
-    found.submit(NAME)
-    page, _, command = found.address(NAME).partition(" or ")
+    result.submit(NAME)
+    page, _, command = result.address(NAME).partition(" or ")
     assert page.startswith("https://console.cloud.google.com/")
     assert "4000" in page
     assert command == "gcloud ai custom-jobs stream-logs 4000 --region=us-central1 --project=my-project"
-    assert list(found.lines(NAME)) == []
+    assert list(result.lines(NAME)) == []
 
 
 def entry(number: int, node: str, text: str) -> dict[str, Any]:
@@ -201,28 +201,28 @@ def entry(number: int, node: str, text: str) -> dict[str, Any]:
     return {"insertId": str(number), "timestamp": stamp, "textPayload": text, "resource": {"labels": labels}}
 
 
-def test_every_line_of_every_machine_is_told_once(server: Vertex, jobs: Callable[..., Any]) -> None:
-    found = jobs()
-    found.submit(NAME)
+def test_every_line_of_every_machine_is_reported_once(server: Vertex, jobs: Callable[..., Any]) -> None:
+    result = jobs()
+    result.submit(NAME)
     server.entries = [entry(1, "workerpool0-0", "a"), entry(2, "workerpool1-0", "b\nc")]
-    assert list(found.lines(NAME)) == [("workerpool0-0", "a"), ("workerpool1-0", "b"), ("workerpool1-0", "c")]
+    assert list(result.lines(NAME)) == [("workerpool0-0", "a"), ("workerpool1-0", "b"), ("workerpool1-0", "c")]
     server.entries.append(entry(3, "workerpool0-0", "d"))
-    assert list(found.lines(NAME)) == [("workerpool0-0", "d")]
+    assert list(result.lines(NAME)) == [("workerpool0-0", "d")]
 
 
-def test_a_log_that_may_not_be_read_is_told_once_and_ends_nothing(server: Vertex, jobs: Callable[..., Any]) -> None:
-    found = jobs()
-    found.submit(NAME)
+def test_a_log_that_may_not_be_read_is_reported_once_and_ends_nothing(server: Vertex, jobs: Callable[..., Any]) -> None:
+    result = jobs()
+    result.submit(NAME)
     server.unreadable = True
-    ((_, line),) = list(found.lines(NAME))
+    ((_, line),) = list(result.lines(NAME))
     assert_names(line, "403", "roles/logging.viewer", "console.cloud.google.com")
-    assert list(found.lines(NAME)) == []
+    assert list(result.lines(NAME)) == []
 
 
 def test_a_quota_a_missing_right_and_a_service_that_is_away_are_one_line(
     server: Vertex, jobs: Callable[..., Any]
 ) -> None:
-    found = jobs()
+    result = jobs()
     for code, words, kind in (
         (403, "Permission 'aiplatform.customJobs.create' denied", ConfigError),
         (429, "Quota exceeded for custom_model_training_nvidia_l4_gpus", ConfigError),
@@ -230,7 +230,7 @@ def test_a_quota_a_missing_right_and_a_service_that_is_away_are_one_line(
     ):
         server.refuse = (code, words)
         with pytest.raises(kind, match=words) as caught:
-            found.submit(NAME)
+            result.submit(NAME)
         assert "\n" not in str(caught.value)
         assert "my-project" in str(caught.value)
     assert server.custom_jobs == []
@@ -244,10 +244,10 @@ def machines(server: Vertex, end: str = "JOB_STATE_SUCCEEDED") -> Iterator[None]
     def one(job: dict[str, Any]) -> None:
         (pool,) = job["jobSpec"]["workerPoolSpecs"]
         container = pool["containerSpec"]
-        told = {entry["name"]: entry["value"] for entry in container["env"]}
+        actual = {entry["name"]: entry["value"] for entry in container["env"]}
         command = [sys.executable, *container["command"][1:], *container["args"]]
         job["state"] = "JOB_STATE_RUNNING"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **told}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **actual}
         process = subprocess.Popen(command, env=environment)
         killed = False
         while process.poll() is None:
@@ -278,7 +278,7 @@ def machines(server: Vertex, end: str = "JOB_STATE_SUCCEEDED") -> Iterator[None]
         thread.join()
 
 
-class Told:
+class Trigger:
     """Progress that remembers, and does something at an update."""
 
     def __init__(self, at: int = -1, do: Callable[[], object] = lambda: None) -> None:
@@ -302,12 +302,12 @@ def test_a_preempted_job_goes_on_at_its_checkpoint_and_what_it_wrote_is_publishe
     monkeypatch.setattr(vertex, "LOGGING_URL", server.address)
     settings = {"epochs": 8.0, "patience": 50}
     here = run(plan("here", **settings))
-    told = Told(at=3, do=lambda: server.custom_jobs[0].update(preempt=True))
+    actual = Trigger(at=3, do=lambda: server.custom_jobs[0].update(preempt=True))
     with machines(server):
-        manifest = run(plan("there", **CLOUD, **settings), told)
+        manifest = run(plan("there", **CLOUD, **settings), actual)
     assert verify(plan("there").target).hash == manifest.hash == here.hash
     assert [one["state"] for one in server.custom_jobs] == ["JOB_STATE_FAILED", "JOB_STATE_SUCCEEDED"]
-    assert told.updates[-1][1] >= 3, "it went on where it was"
+    assert actual.updates[-1][1] >= 3, "it went on where it was"
     assert_names(capsys.readouterr().err, "'The VM was preempted.'", "submitted again")
 
 
@@ -316,16 +316,16 @@ def test_a_step_that_is_cancelled_cancels_its_job_and_keeps_the_checkpoint(
 ) -> None:
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.2)
     monkeypatch.setattr(vertex, "LOGGING_URL", server.address)
-    told = Told(at=2, do=lambda: os.kill(os.getpid(), 15))
+    actual = Trigger(at=2, do=lambda: os.kill(os.getpid(), 15))
     settings = plan(**CLOUD, epochs=500.0, patience=100)
     with machines(server), raises_naming(TrainingError, "cancelled", "SIGTERM"):
-        run(settings, told)
+        run(settings, actual)
     assert [one["state"] for one in server.custom_jobs] == ["JOB_STATE_CANCELLED"]
     assert list(settings.work.glob("finetuning/*/.checkpoints/0*"))
     assert not settings.target.exists()
 
 
-def test_a_job_that_succeeded_and_left_nothing_where_the_step_looks_is_told_and_submitted_again_by_the_next_run(
+def test_a_job_that_succeeded_and_left_nothing_where_the_step_looks_is_reported_and_submitted_again_by_the_next_run(
     server: Vertex, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.05)

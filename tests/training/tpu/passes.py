@@ -75,15 +75,15 @@ def updated(
     return update(scorer, strategy, corpus, drawn, settings, state, rate=rate, ranks=SINGLE_RANK)
 
 
-def apart(found: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]) -> float:
+def apart(result: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]) -> float:
     """The largest distance of two arrays of a name, as a share of the expected one's norm."""
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     total = np.sqrt(sum((array**2).sum() for array in expected.values()))
     worst = 0.0
     for name, array in expected.items():
         size = float(np.linalg.norm(array))
         # The gradient of the keys' biases is 0 but for rounding: a softmax does not see them.
-        worst = max(worst, float(np.linalg.norm(found[name] - array)) / max(size, 1e-6 * total))
+        worst = max(worst, float(np.linalg.norm(result[name] - array)) / max(size, 1e-6 * total))
     return worst
 
 
@@ -120,12 +120,12 @@ def test_first_gradients_are_torchs_and_compare_what_a_selector_may_pick(
     strategy = JaxStrategy(scorer, settings)
     loss = updated(scorer, strategy, corpus, settings)
     assert loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
-    found = strategy.engine.gradients()
+    result = strategy.engine.gradients()
     # Of these the true gradient is 0: both have nothing but rounding.
     for name in [name for name in expected if name.endswith("self.key.bias")]:
-        assert np.abs(found.pop(name)).max() < 1e-4
+        assert np.abs(result.pop(name)).max() < 1e-4
         assert np.abs(expected.pop(name)).max() < 1e-4
-    worst = apart(found, expected)
+    worst = apart(result, expected)
     print(f"gradients differ by at most {worst:.1e} of an array's norm")
     assert worst < 1e-3
 
@@ -159,10 +159,10 @@ def test_steps_are_torchs_adamw_and_its_state_can_be_taken_over(
     mine, other = strategy.moments(), expected.moments()
     assert mine.keys() == other.keys()
     assert {float(mine[name]) for name in mine if name.endswith(".step")} == {3.0}
-    for found, wanted in ((strategy.weights(), expected.weights()), (mine, other)):
-        for name in found:
+    for result, wanted in ((strategy.weights(), expected.weights()), (mine, other)):
+        for name in result:
             if "self.key.bias" not in name:  # Adam makes a step of the rounding that its gradient is.
-                assert (found[name] - wanted[name]).abs().max() < 1e-4, name
+                assert (result[name] - wanted[name]).abs().max() < 1e-4, name
     again = JaxStrategy(bert(), settings)
     again.restore(strategy.weights(), mine)
     assert all(torch.equal(tensor, mine[name]) for name, tensor in again.moments().items())
@@ -194,20 +194,20 @@ def test_eight_devices_compute_what_one_does_dropout_included(
 
 
 def test_dropout_does_not_depend_on_padding_or_on_how_a_pass_is_cut(bert: Load, plan: Plan) -> None:
-    found = []
+    result = []
     for tokens in (64, 256):
         scorer = bert(dropout=0.1)
         JaxStrategy(scorer, plan(batch_tokens=tokens))
         encoded = scorer.encoder.encode([PAIRS[0], ("cat dog " * 15, "red"), *PAIRS[4:6]])
         scorer.model.train()
         torch.manual_seed(3)
-        found.append(scorer.logits(encoded).detach().numpy())
-    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+        result.append(scorer.logits(encoded).detach().numpy())
+    np.testing.assert_allclose(result[0], result[1], atol=1e-4)
     # Alone, the first pair is padded to its own length and not to the longest's.
     torch.manual_seed(3)
-    assert scorer.logits(encoded[:1]).detach().numpy()[0] == pytest.approx(found[1][0], abs=1e-4)
+    assert scorer.logits(encoded[:1]).detach().numpy()[0] == pytest.approx(result[1][0], abs=1e-4)
     scorer.model.eval()
-    assert np.abs(found[1] - scorer.logits(encoded).numpy()).min() > 1e-4, "or there was no dropout"
+    assert np.abs(result[1] - scorer.logits(encoded).numpy()).min() > 1e-4, "or there was no dropout"
 
 
 def test_the_padding_tokens_vectors_are_not_trained(bert: Load, plan: Plan, tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def curve(plan: TrainingSettings) -> list[float]:
 
 
 def weights(plan: TrainingSettings) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = load_file(plan.target / "model.safetensors")
-    return found
+    result: dict[str, torch.Tensor] = load_file(plan.target / "model.safetensors")
+    return result
 
 
 def furthest(first: TrainingSettings, second: TrainingSettings) -> float:
@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_torch_does_not_go_on_with_it(
     assert "parallelism" not in read_manifest(plan("torch").target).config
 
 
-def test_a_loss_that_is_no_number_is_told_in_torchs_words(plan: Plan, scorer_folder: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_is_reported_in_torchs_words(plan: Plan, scorer_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(scorer_folder, tmp_path / "spoilt")
     (tmp_path / "spoilt" / "manifest.json").unlink()
     path = tmp_path / "spoilt" / "model.safetensors"
