@@ -292,8 +292,8 @@ def _tensor_sizes(folder: Path) -> list[int]:
                 )
             header = file.read(length)
         try:
-            tensors = json.loads(header)
-            sizes = [_num_elements(tensors[name]["shape"]) for name in tensors if name != "__metadata__"]
+            tensors = [tensor for name, tensor in json.loads(header).items() if name != "__metadata__"]
+            sizes = [_num_elements(tensor["shape"]) for tensor in tensors]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FolderError(f"{path}: is damaged or not safetensors (bad header); download it again") from error
         if sum(sizes) > 8 * size:

@@ -83,20 +83,20 @@ def register(registration: Registration) -> Version:
     A scorer that is registered already keeps its version; missing or damaged files are uploaded again.
     """
     with connect(registration.tracking_uri) as client:
-        known = find_content(client, registration.name, registration.manifest.hash)
+        version = find_content(client, registration.name, registration.manifest.hash)
         # Another tool may have copied the content tag; only versions of cappy name the run that has the files.
-        if known is None or not known.tags.get(MLFLOW_RUN_TAG):
-            known = _create(client, registration)
+        if version is None or not version.tags.get(MLFLOW_RUN_TAG):
+            version = _create(client, registration)
         elif not (
-            _is_same_report(known, registration)
-            and _has_all_files(client, known, registration)
-            and is_intact(known, tracking_uri=registration.tracking_uri)
+            _is_same_report(version, registration)
+            and _has_all_files(client, version, registration)
+            and is_intact(version, tracking_uri=registration.tracking_uri)
         ):
-            _upload(client, known.tags[MLFLOW_RUN_TAG], registration)
-            _update_tags(client, known, registration)
-        if not {CHAMPION, CHALLENGER} & set(known.aliases):
-            client.set_registered_model_alias(registration.name, CHALLENGER, str(known.number))
-        return find(client, registration.name, str(known.number)) or known
+            _upload(client, version.tags[MLFLOW_RUN_TAG], registration)
+            _update_tags(client, version, registration)
+        if not {CHAMPION, CHALLENGER} & set(version.aliases):
+            client.set_registered_model_alias(registration.name, CHALLENGER, str(version.number))
+        return find(client, registration.name, str(version.number)) or version
 
 
 def _create(client: MlflowClient, registration: Registration) -> Version:

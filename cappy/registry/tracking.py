@@ -125,11 +125,11 @@ def _log_step(client: MlflowClient, run_id: str, record: StepRecord, *, cached: 
     tags |= {"cappy.cached": "true", "cappy.cached_from": record.run} if cached else {"cappy.cached": "false"}
     tags |= {"cappy.error": record.error[:PARAM_LIMIT]} if record.error else {}
     # Parameters that are logged already are not overwritten: folders of a cached step differ between runs.
-    known = client.get_run(run_id).data.params
+    logged_params = client.get_run(run_id).data.params
     client.log_batch(
         run_id,
         metrics=_metrics({**record.metrics, "seconds": 0.0 if cached else record.seconds}, record.started),
-        params=[param for param in params if param.key not in known],
+        params=[param for param in params if param.key not in logged_params],
         tags=[RunTag(name, value) for name, value in tags.items()],
     )
     _log_files(client, run_id, record)

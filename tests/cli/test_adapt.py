@@ -107,7 +107,7 @@ def test_a_hold_is_reported_with_its_reasons_and_the_challengers_command(
 ) -> None:
     outcome = make_outcome("hold")
     text = describe(outcome, facts(outcome))
-    assert re.search(r"alias challenger\ndecision  held.*\n +Because of this\.\n", text)
+    assert re.search(r"alias challenger\ndecision  hold.*\n +Because of this\.\n", text)
     assert text.endswith(" cappy serve --scorer models:/mine@challenger")
 
 

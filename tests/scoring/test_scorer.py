@@ -197,7 +197,7 @@ def test_a_configuration_that_is_no_models_is_one_line(text: str, make_scorer: C
     folder = make_scorer(seed=7)
     (folder / "manifest.json").unlink()
     (folder / "config.json").write_text(text)
-    with pytest.raises(FolderError, match=r"config.json.* is not .*; (give|get|delete)"):
+    with pytest.raises(FolderError, match=r"config.json.* (is|does) not .*; (give|download|delete)"):
         Scorer.load(str(folder))
 
 
