@@ -96,7 +96,7 @@ def builtin_volumes(per_family: int, throughput: Throughput) -> Volumes:
     prompts, open_prompts = len(one_per_family) * per_family, (len(one_per_family) - len(closed)) * per_family
     choices, samples = sum(closed) * per_family, open_prompts * SAMPLES
     pairs = choices + samples + 2 * open_prompts
-    texts = {item.kind: item for item in throughput.texts_of("builtin")}
+    texts = {item.kind: item for item in throughput.lengths_of("builtin")}
     open_ended, with_choices = texts["open-ended"], texts["choices"]
     pair = Lengths(
         tokens=((pairs - choices) * open_ended.pair_tokens + choices * with_choices.pair_tokens) / pairs,

@@ -24,7 +24,7 @@ from builtin_steps import SAMPLES, VALIDATION, StepRun, builtin_volumes, command
 from machine import machine
 from throughput_texts import round_digits
 
-from cappy.costing import DEFAULT, PlanConfig, read_throughput
+from cappy.costing import DEFAULT_THROUGHPUT_PATH, PlanConfig, read_throughput
 from cappy.costing.costs import END, Work, cost, list_work
 from cappy.costing.volumes import Volumes
 from cappy.records import read
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks/scale-check"))
     parser.add_argument("--compare", action="store_true", help="only predict the last run again, without a new run")
     arguments = parser.parse_args()
-    throughput = read_throughput(DEFAULT)
+    throughput = read_throughput(DEFAULT_THROUGHPUT_PATH)
     volumes = builtin_volumes(arguments.per_family, throughput)
     config = PlanConfig(hardware="cpu", mixture="builtin", scorer="mini", validation=VALIDATION)
     planned = list_work(volumes, throughput, config)

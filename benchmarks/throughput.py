@@ -44,7 +44,7 @@ from throughput_texts import (
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.builtin.scorer import new_encoder
-from cappy.costing import DEFAULT, Measurement, PlanConfig, Throughput, read_throughput
+from cappy.costing import DEFAULT_THROUGHPUT_PATH, Measurement, PlanConfig, Throughput, read_throughput
 from cappy.costing.costs import GENERATORS, HARDWARE, SCORERS, cost, list_work
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
@@ -94,7 +94,7 @@ def main() -> None:
 
 def save(bench: Bench) -> None:
     """Writes the measurements, and keeps the file's others."""
-    old = read_throughput(DEFAULT) if DEFAULT.is_file() else None
+    old = read_throughput(DEFAULT_THROUGHPUT_PATH) if DEFAULT_THROUGHPUT_PATH.is_file() else None
 
     def key(measurement: Measurement) -> tuple[str, ...]:
         return (measurement.step, measurement.hardware, measurement.of, measurement.unit)
@@ -102,7 +102,7 @@ def save(bench: Bench) -> None:
     new = {key(m): m for m in (*(old.measurements if old else ()), *bench.measurements)}
     texts = {**(old.texts if old else {}), **bench.texts}
     throughput = Throughput(benchmark="throughput", texts=texts, measurements=tuple(new[name] for name in sorted(new)))
-    DEFAULT.write_text(json.dumps(asdict(throughput), indent=1) + "\n")
+    DEFAULT_THROUGHPUT_PATH.write_text(json.dumps(asdict(throughput), indent=1) + "\n")
 
 
 def measure_texts(bench: Bench, prompts: Any) -> None:
@@ -185,7 +185,7 @@ def measure_labels(
 def measure_starts(bench: Bench) -> None:
     """Start time of each CLI command: its CPU seconds in a small run minus the predicted seconds of its work."""
     save(bench)
-    throughput = read_throughput(DEFAULT)
+    throughput = read_throughput(DEFAULT_THROUGHPUT_PATH)
     throughput = replace(
         throughput, measurements=tuple(m for m in throughput.measurements if m.unit != "seconds to start")
     )

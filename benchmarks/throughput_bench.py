@@ -11,7 +11,7 @@ import torch
 from machine import machine
 from throughput_texts import round_digits
 
-from cappy.costing import Measurement, Texts
+from cappy.costing import Measurement, TextLengths
 from cappy.costing.costs import CPU, HARDWARE
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ class Bench:
     def __init__(self, hardware: str, work: Path) -> None:
         self.hardware, self.work = hardware, work
         self.measurements: list[Measurement] = []
-        self.texts: dict[str, tuple[Texts, ...]] = {}
+        self.texts: dict[str, tuple[TextLengths, ...]] = {}
 
     def record(
         self, step: Any, of: str, unit: Any, value: float, *, hardware: str | None = None, **details: float

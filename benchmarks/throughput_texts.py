@@ -16,7 +16,7 @@ from builtin_steps import POOL, STRATEGY
 
 from cappy.builtin import LLM_FOLDER
 from cappy.builtin.tasks import instances as builtin_tasks
-from cappy.costing import Texts
+from cappy.costing import TextLengths
 from cappy.model_folder import open_model_folder
 from cappy.preparation.mixtures import load_mixture
 from cappy.preparation.mixtures.plan import plan_mixture
@@ -109,7 +109,7 @@ def _instance(name: str, row: Prompt, responses: Sequence[str], rng: random.Rand
     )
 
 
-def t0_lengths(prompts: dict[tuple[str, str], list[Prompt]], encoder: PairEncoder) -> Iterator[Texts]:
+def t0_lengths(prompts: dict[tuple[str, str], list[Prompt]], encoder: PairEncoder) -> Iterator[TextLengths]:
     """Text lengths by subset and kind."""
     for (subset, kind), rows in sorted(prompts.items()):
         sampled_rows = rows[:: max(1, len(rows) // MAX_PROMPTS)][:MAX_PROMPTS]
@@ -140,7 +140,7 @@ def render(subset: str, source: Path, folder: Path, rows: int) -> list[Instance]
     return list(read(target))
 
 
-def held_out_lengths(folder: Path, encoder: PairEncoder) -> Iterator[Texts]:
+def held_out_lengths(folder: Path, encoder: PairEncoder) -> Iterator[TextLengths]:
     """Text lengths by subset, of templates with choices."""
     for subset, path in held_out_rows(folder / "lengths", 40):
         pairs = [
@@ -151,7 +151,7 @@ def held_out_lengths(folder: Path, encoder: PairEncoder) -> Iterator[Texts]:
         yield measure_lengths(subset, "choices", pairs, encoder)
 
 
-def instance_lengths(subset: str, instances: Iterable[Instance], encoder: PairEncoder) -> Iterator[Texts]:
+def instance_lengths(subset: str, instances: Iterable[Instance], encoder: PairEncoder) -> Iterator[TextLengths]:
     """Text lengths by kind of instances with candidates; responses of open-ended ones are their LLM samples."""
     kinds: dict[str, list[tuple[str, list[str]]]] = defaultdict(list)
     for instance in instances:
@@ -182,7 +182,7 @@ def builtin_instances(per_family: int) -> list[Instance]:
 
 def measure_lengths(
     subset: str, kind: Any, texts_of_prompts: Sequence[tuple[str, Sequence[str]]], encoder: PairEncoder
-) -> Texts:
+) -> TextLengths:
     """Mean lengths of prompts and responses, over prompts, and of pairs, over pairs.
 
     The pairs of an open-ended prompt are its sampled responses, truncated to the maximum of a generator, and two full
@@ -198,7 +198,7 @@ def measure_lengths(
             for length, times in ((long, 1),) if kind == "choices" else ((short, NUM_SAMPLES), (long, NUM_LABELLED)):
                 pairs += [min(encoder.max_length, prompt + length + encoder.num_special_tokens)] * times
     read_by_llm = [min(length, MAX_INSTRUCTION_TOKENS) for length in prompts]
-    return Texts(
+    return TextLengths(
         subset=subset,
         kind=kind,
         prompts=len(prompts),

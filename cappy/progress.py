@@ -103,7 +103,7 @@ class FileProgress:
             file.write(json.dumps(asdict(state)).encode())
 
 
-class LineProgress:
+class LogProgress:
     """Logs the state as a line every `seconds`, and at the end."""
 
     def __init__(self, write: Callable[[str], object], seconds: float = 30.0) -> None:

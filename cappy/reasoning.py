@@ -96,7 +96,7 @@ def _bare_final(text: str) -> str | None:
 
 def _remove_blocks(text: str) -> str:
     answer_parts: list[str] = []
-    start = 0  # of the text that is not classified yet
+    start = 0  # where the text begins that is not classified yet
     position = 0
     may_close = True  # whether a closing tag may follow; searching again at every opening would take quadratic time
     while tag := _TAG.search(text, position):

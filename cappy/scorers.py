@@ -6,7 +6,7 @@ from cappy.errors import ConfigError, FolderError, quote
 from cappy.hub_client import hub_folder
 from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records.folder import MANIFEST, read_manifest
-from cappy.specs import SCORERS, Spec, parse_spec
+from cappy.specs import SCORER_FORMS, Spec, parse_spec
 
 
 def open_scorer(text: str) -> ModelFolder:
@@ -16,13 +16,13 @@ def open_scorer(text: str) -> ModelFolder:
     """
     spec = parse_spec(text)
     if spec.kind in ("openai", "vllm"):
-        raise ConfigError(f"{quote(text)}: an endpoint can sample but not score; a scorer is {SCORERS}")
+        raise ConfigError(f"{quote(text)}: an endpoint can sample but not score; a scorer is {SCORER_FORMS}")
     folder = _local_folder(spec)
     if not (folder / "config.json").exists():
         problem = "it has neither manifest.json nor config.json"
         if (folder / MANIFEST).exists():
             problem = f"it holds the output of {read_manifest(folder).step}, without a config.json"
-        raise FolderError(f"{folder}: not a scorer: {problem}; a scorer is {SCORERS}")
+        raise FolderError(f"{folder}: not a scorer: {problem}; a scorer is {SCORER_FORMS}")
     return open_model_folder(folder)
 
 
@@ -44,5 +44,5 @@ def _local_folder(spec: Spec) -> Path:
         return hub_folder(spec)
     folder = Path(spec.name)
     if not folder.is_dir():
-        raise FolderError(f"{folder}: no such folder; a scorer is {SCORERS}")
+        raise FolderError(f"{folder}: no such folder; a scorer is {SCORER_FORMS}")
     return folder

@@ -19,9 +19,9 @@ Kind = Literal["builtin", "path", "hub", "openai", "vllm", "models"]
 
 _REVISION = re.compile(r"[0-9a-f]{7,40}")
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-SCORERS = "builtin, a folder, hub:org/name@revision or models:/name@alias"
+SCORER_FORMS = "builtin, a folder, hub:org/name@revision or models:/name@alias"
 CHECKPOINT = "pytorch_model.bin"
-FORMS = f"{SCORERS} for a scorer; builtin, a folder, hub:, vllm:folder or openai:model@http://host/v1 for an LLM"
+FORMS = f"{SCORER_FORMS} for a scorer; builtin, a folder, hub:, vllm:folder or openai:model@http://host/v1 for an LLM"
 
 
 @dataclass(frozen=True, kw_only=True)

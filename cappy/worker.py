@@ -140,7 +140,7 @@ def hold_parent_lock(path: Path) -> int:
 
 
 def die_with_parent() -> None:
-    """Makes this process exit when the local run that started it exits; does nothing on other platforms."""
+    """Makes this process exit when the local run that started it exits; does nothing if no local run started it."""
     path = os.environ.get(PARENT_VARIABLE)
     if path:
         threading.Thread(target=_wait_for_parent, args=(path,), daemon=True).start()

@@ -25,7 +25,7 @@ from cappy.records.folder import write_bytes
 from cappy.redaction import has_secret
 from cappy.runs import PARENT_VARIABLE, PROGRESS_VARIABLE
 from cappy.worker import ORPHAN_SECONDS, hold_parent_lock
-from pipelines.clients.local import STATUS, Request, Target
+from pipelines.clients.local import STATUS, PipelineSource, Request
 from pipelines.customize import image
 from pipelines.planning import settings_of, work_of
 from pipelines.recipe import Platform, Recipe
@@ -77,7 +77,7 @@ def run_recipe(
         revision=recipe.revision,
         images=images,
     )
-    request: Target = {"recipe": to_values(_without_passwords(recipe)), "platform": platform}
+    request: PipelineSource = {"recipe": to_values(_without_passwords(recipe)), "platform": platform}
     outcome = execute(request, submission, work=work, root=root, show=show)
     if marker is not None:
         marker.unlink(missing_ok=True)
@@ -118,7 +118,9 @@ def _without_passwords(recipe: Recipe) -> Recipe:
     return replace(recipe, settings=settings, tracking_uri=address)
 
 
-def execute(target: str | Target, submission: Submission, *, work: Path, root: Path, show: bool = True) -> RunOutcome:
+def execute(
+    target: str | PipelineSource, submission: Submission, *, work: Path, root: Path, show: bool = True
+) -> RunOutcome:
     """Runs a kfp pipeline with a submission's arguments; `target` is a recipe with a platform, or `module:name`."""
     root, work = root.absolute(), work.absolute()
     _refuse_rewritten_text({"the folder of the run": str(root), **submission.arguments})
@@ -126,7 +128,7 @@ def execute(target: str | Target, submission: Submission, *, work: Path, root: P
     folder = root / "runs" / run_id
     make_private(folder)
     request_path = folder / "request.json"
-    target_values: Target = {"pipeline": target} if isinstance(target, str) else target
+    target_values: PipelineSource = {"pipeline": target} if isinstance(target, str) else target
     request: Request = {
         **target_values,
         "arguments": submission.arguments,

@@ -12,7 +12,7 @@ CONDITION = "(if promoted)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepEstimate:
-    """One step of the preview; `hours` and `cost` are the maximum of one attempt, over all shards and nodes."""
+    """One step of the preview; `hours` and `cost` are the maximum of one attempt, summed over all shards and nodes."""
 
     step: str
     image: str
@@ -70,7 +70,7 @@ def to_json(recipe: Recipe, platform: Platform) -> dict[str, object]:
         "platform": platform,
         "graph": describe_graph(recipe),
         "work": str(work_of(recipe, platform)),
-        "steps": [asdict(line) for line in estimates],
+        "steps": [asdict(estimate) for estimate in estimates],
         "most_cost": None if unpriced_steps(estimates) else max_cost(estimates),
         "most_cost_with_retries": None if unpriced_steps(estimates) else max_cost(estimates, retried=True),
     }
@@ -78,12 +78,12 @@ def to_json(recipe: Recipe, platform: Platform) -> dict[str, object]:
 
 def max_cost(estimates: list[StepEstimate], *, retried: bool = False) -> float:
     """The maximum cost of the steps with a price: of one attempt each, or with all retries used."""
-    return sum((line.cost or 0.0) * (1 + line.retries if retried else 1) for line in estimates)
+    return sum((estimate.cost or 0.0) * (1 + estimate.retries if retried else 1) for estimate in estimates)
 
 
 def unpriced_steps(estimates: list[StepEstimate]) -> list[str]:
     """The steps without a price for their machines."""
-    return [line.step for line in estimates if line.cost is None]
+    return [estimate.step for estimate in estimates if estimate.cost is None]
 
 
 def to_text(recipe: Recipe, platform: Platform) -> str:
@@ -103,18 +103,18 @@ def to_text(recipe: Recipe, platform: Platform) -> str:
     )
     rows = [
         (
-            line.step,
-            str(line.machines),
-            line.cpu or "-",
-            line.memory or "-",
-            line.accelerators or "-",
-            "yes" if line.spot else "-",
-            str(line.retries),
-            f"{line.hours:,.0f}",
-            "no price" if line.cost is None else f"{line.cost:,.2f}",
-            line.image,
+            estimate.step,
+            str(estimate.machines),
+            estimate.cpu or "-",
+            estimate.memory or "-",
+            estimate.accelerators or "-",
+            "yes" if estimate.spot else "-",
+            str(estimate.retries),
+            f"{estimate.hours:,.0f}",
+            "no price" if estimate.cost is None else f"{estimate.cost:,.2f}",
+            estimate.image,
         )
-        for line in estimates
+        for estimate in estimates
     ]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     table = [

@@ -121,7 +121,7 @@ class Follower:
             await asyncio.wait([self._worker_done], timeout=SHUTDOWN_SECONDS)
 
     async def _resolve_alias(self) -> Version | None:
-        """The version that the alias names; None if it cannot be read, with one warning until it can be again."""
+        """The version that the alias names; None if it cannot be read (only the first failure in a row is logged)."""
         try:
             version = await self._run_in_thread(self.read_alias)
         except Exception as error:  # noqa: BLE001 (the current model keeps serving on any error)
@@ -184,12 +184,12 @@ class Follower:
         result: asyncio.Future[Result] = loop.create_future()
         self._worker_done = loop.create_future()
         threading.Thread(
-            target=_run, args=(work, loop, result, self._worker_done), name="following", daemon=True
+            target=_run_and_deliver, args=(work, loop, result, self._worker_done), name="following", daemon=True
         ).start()
         return await result
 
 
-def _run(
+def _run_and_deliver(
     work: Callable[[], Result],
     loop: asyncio.AbstractEventLoop,
     result: "asyncio.Future[Result]",
@@ -281,7 +281,7 @@ def add_admin(app: FastAPI, models: Models, follower: Follower | None, keys: Key
     @app.get("/model", tags=["model"], responses=_UNAUTHORIZED, response_model=ModelState)
     async def model(request: Request) -> Response | ModelState:
         """The loaded models; needs a key if the service has keys."""
-        return _state(models, follower) if keys.allow(request.headers) else _refuse(unknown_key_refusal())
+        return _state(models, follower) if keys.allow(request.headers) else _refusal_response(unknown_key_refusal())
 
     if follower is not None and keys:
         _add_model_changes(app, models, follower, keys)
@@ -296,7 +296,7 @@ def _add_model_changes(app: FastAPI, models: Models, follower: Follower, keys: K
     async def refresh(request: Request) -> Response | RefreshResponse:
         """Checks the alias now, and tries refused versions again."""
         if not keys.allow(request.headers):
-            return _refuse(unknown_key_refusal())
+            return _refusal_response(unknown_key_refusal())
         follower.request_check(retry_refused=True)
         return RefreshResponse(looks=True)
 
@@ -309,9 +309,9 @@ def _add_model_changes(app: FastAPI, models: Models, follower: Follower, keys: K
     async def rollback(request: Request) -> Response | ModelState:
         """Returns to the former model until the alias moves."""
         if not keys.allow(request.headers):
-            return _refuse(unknown_key_refusal())
+            return _refusal_response(unknown_key_refusal())
         if follower.rollback() is None:
-            return _refuse(
+            return _refusal_response(
                 Refusal(409, "no former model is loaded; to move the alias instead: cappy promotion --rollback")
             )
         return _state(models, follower)
@@ -327,15 +327,15 @@ def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
             body = await receive_body(request, MAX_WEBHOOK_BYTES, "MLflow's events are smaller")
             Bounds().check(body)
         except Refusal as refusal:
-            return _refuse(refusal)
+            return _refusal_response(refusal)
         if not _is_signed(secret, request.headers, body, time.time()):
-            return _refuse(
+            return _refusal_response(
                 Refusal(401, "the signature does not match this service's secret, or its timestamp is too old")
             )
-        looks = _is_about(follower.alias, body)
-        if looks:
+        is_relevant = _is_about(follower.alias, body)
+        if is_relevant:
             follower.request_check()
-        return RefreshResponse(looks=looks)
+        return RefreshResponse(looks=is_relevant)
 
 
 def _state(models: Models, follower: Follower | None) -> ModelState:
@@ -358,7 +358,7 @@ def _describe(model: Model) -> LoadedModel:
     )
 
 
-def _refuse(refusal: Refusal) -> Response:
+def _refusal_response(refusal: Refusal) -> Response:
     headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
     return JSONResponse(refuse(refusal.status, refusal.message), status_code=refusal.status, headers=headers)
 

@@ -44,14 +44,14 @@ LineKey = tuple[str, int, str]
 
 
 class ShutdownState(Protocol):
-    """Holds whether the service is shutting down."""
+    """What `GracefulServer` sets on SIGTERM, so that the service reports that it is not ready."""
 
     shutting_down: bool
 
 
 @dataclass
 class ShutdownFlag:
-    """Holds whether the service is shutting down."""
+    """A `ShutdownState` and nothing else."""
 
     shutting_down: bool = False
 
@@ -79,7 +79,7 @@ class GracefulServer(uvicorn.Server):
         await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens with a long queue in the operating system, of which asyncio accepts few connections per turn."""
+        """Listens with a long queue in the operating system, of which asyncio accepts few at a time."""
         if self.config.ssl is not None:
             protocol, context = self.config.http_protocol_class, self.config.ssl
             self.config.http_protocol_class, self.config.ssl = wrap_tls(protocol, context), None  # type: ignore[assignment, arg-type]
@@ -136,7 +136,7 @@ def check_tls(certificate: Path | None, key: Path | None) -> None:
     try:
         # Without a passphrase OpenSSL would prompt for one at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
-    except OSError as error:  # SSLError is one
+    except OSError as error:  # SSLError is a subclass
         text = f"--tls-certificate {certificate}: cannot be used with --tls-key {key}"
         remedy = "give a certificate and its private key, both in PEM format, without a passphrase"
         raise ConfigError(f"{text} ({error.strerror or error}); {remedy}") from error

@@ -13,7 +13,7 @@ from waiting import wait_until
 from wording import assert_names
 
 from cappy.config import encode
-from cappy.progress import FileProgress, LineProgress, ProgressState, read_state
+from cappy.progress import FileProgress, LogProgress, ProgressState, read_state
 from cappy.records import read_manifest
 from cappy.runs import PARENT_VARIABLE, PROGRESS_VARIABLE, TIMEOUT_VARIABLE, progress_path, read_record, record_path
 from cappy.steps import STEP_SPECS
@@ -196,7 +196,7 @@ def test_the_time_left_is_known_only_with_a_total_and_a_rate(
 
 def test_progress_in_a_log_is_a_line_at_the_start_now_and_then_and_at_the_end() -> None:
     lines: list[str] = []
-    progress = LineProgress(lines.append, seconds=3600)
+    progress = LogProgress(lines.append, seconds=3600)
     for done in range(4, 11):
         progress(done, 10, unit="updates", resumed=3, note="loss 1")
     assert [line.partition(",")[0] for line in lines] == ["4 of 10 updates (3 resumed)", "10 of 10 updates (3 resumed)"]

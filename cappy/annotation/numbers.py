@@ -33,20 +33,20 @@ _TOKEN = re.compile(
     rf"""
     # Digits inside a word (CO2, H2O, cm3, v1.2) are not a number; those of 3x5 and USD500 are.
     (?<![{_LETTER}]) (?! (?<=[0-9])x[0-9] | (?:{_CURRENCIES})[0-9] ) [{_LETTER}]+[0-9][{_LETTER}0-9]*(?:[.,][0-9]+)*
-    # An exponent of what is not a number: m^2, (a+b)^2, s**2; but **2** is bold.
+    # An exponent of something other than a number: m^2, (a+b)^2, s**2; but **2** is bold.
     | \^\s?(?:\{{[^{{}}]{{0,40}}\}}|[\s({{]{{0,4}}[-+]?[0-9][0-9.,/]*[)}}]?) | (?<=[\w)])\*\*\(?[-+]?[0-9]++(?!\*\*)\)?
     | (?P<date>[0-9]++(?:/[0-9]++){{2,}}+)
-    # A root, with what it is multiplied by or divides; one of something else than a number has nothing under it.
-    | {_SIGN.replace("NAME", "rootsign")}(?:(?P<times>{_DIGITS})\s?(?P<by>[*·⋅×/]?)\s?)?√\s?
-      (?P<under>{_DIGITS}|\({_DIGITS}/[0-9]++\))?(?:\s?/\s?(?P<over>[0-9]++))?
+    # A square root, its multiplier (3√2) or dividend (3/√2), and its divisor (√2/2). No radicand if it is not a number.
+    | {_SIGN.replace("NAME", "rootsign")}(?:(?P<multiplier>{_DIGITS})\s?(?P<operator>[*·⋅×/]?)\s?)?√\s?
+      (?P<radicand>{_DIGITS}|\({_DIGITS}/[0-9]++\))?(?:\s?/\s?(?P<divisor>[0-9]++))?
     | {_SIGN.replace("NAME", "sign")}(?P<currency>[{_CURRENCY}])?
       (?P<digits>{_DIGITS}|(?<![\w.])\.[0-9]+)
       (?:
         [eE](?P<exponent>[-+]?[0-9]{{1,4}}+)(?![0-9{_LETTER}])
-        | \s?[x×*·⋅]\s?10\s?(?:\^|\*\*)\s?[({{]?(?P<ten>[-+]?[0-9]{{1,4}}+)[)}}]?(?![0-9])
+        | \s?[x×*·⋅]\s?10\s?(?:\^|\*\*)\s?[({{]?(?P<power_of_ten>[-+]?[0-9]{{1,4}}+)[)}}]?(?![0-9])
         | \s?(?:\^\s?|\*\*(?![0-9]+\*\*))[({{]?(?P<power>[-+]?[0-9]{{1,3}}+)[)}}]?(?![0-9])
         | \s?/\s?(?P<denominator>{_DIGITS})
-        | [ ](?P<numerator>[0-9]++)/(?P<below>[0-9]++)(?!/)
+        | [ ](?P<numerator>[0-9]++)/(?P<mixed_denominator>[0-9]++)(?!/)
       )?
       (?:[\s({{-]{{0,2}}(?P<scale>{"|".join(_SCALES)})s?(?![{_LETTER}])
         |(?P<suffix>[kK](?![ -](?i:{_VIDEO_WORDS})s?\b)|(?(currency)[mMbB]n?|(?!)))(?![{_LETTER}]|[0-9]))?
@@ -71,7 +71,7 @@ _LATEX_ROOT = re.compile(
 )
 _ROOT = re.compile(r"(?:√|(?<![A-Za-z])sqrt\s?(?=[({]))\s?[({]([^(){}]{0,80})[)}]")
 _OTHER_ROOT = re.compile(r"[∛∜]\s?(?:\([^()]{0,80}\)|[0-9.,]+)?")
-_UNDER = re.compile(r"\s*([0-9][0-9.,]*(?:/[0-9]+)?)\s*")
+_RADICAND = re.compile(r"\s*([0-9][0-9.,]*(?:/[0-9]+)?)\s*")
 _ROOT_FRACTION = re.compile(
     r"\\(?:[dtcs]?frac|nicefrac)\s*\{\s*([-0-9.,]*\s?√[0-9./]*)\s*\}\s*\{\s*([0-9]+)\s*\}"
     r"|\\(?:[dtcs]?frac|nicefrac)\s*\{\s*(-?[0-9][0-9.,]*)\s*\}\s*\{\s*(√[0-9./]*)\s*\}"
@@ -103,7 +103,7 @@ def last_number(text: str) -> Number | None:
       401k, and 300K in a line about temperatures.
     - Roots are evaluated: \\sqrt{16} is 4, and √2, 3√2 and \\frac{\\sqrt{2}}{2} are not 2; √x is no number.
     - A minus sign counts at the start, or after white space, an opening bracket or an operator.
-    - Digits within a word (CO2, H2O, cm3), subscripts and the exponents of words (m^2, m²) are not numbers.
+    - Digits within a word (CO2, H2O, cm3), subscripts, and exponents of units and variables (m^2, m²) are not numbers.
     - Units and signs next to a number (%, $, kg, th) are ignored.
     - Digits of every script are read; number words and Roman numerals are not.
     """
@@ -161,7 +161,7 @@ def _interpret_match(match: re.Match[str]) -> Iterator[Number | None]:
 
 
 def _parse_decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
-    """The digits with a decimal point only, and the last number of a list if a comma may be its separator."""
+    """The digits with only a decimal point left, and the last item if they may be a list with commas, else None."""
     if _PLAIN.fullmatch(digits):
         return digits, None
     if _GROUPED.fullmatch(digits):
@@ -176,17 +176,17 @@ def _parse_decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | N
 
 def _evaluate_root(match: re.Match[str]) -> Number | None:
     """The value of a root with its factors: exact if it is a fraction, else rounded (equal roots to equal values)."""
-    if not match["under"] or len(match[0]) > MAX_DIGITS:
+    if not match["radicand"] or len(match[0]) > MAX_DIGITS:
         return None
-    under, _, below = match["under"].strip("()").partition("/")
+    radicand, _, below = match["radicand"].strip("()").partition("/")
     if below and not int(below):
         return None
-    square = Fraction(_parse_decimal(under)[0]) / int(below or 1)
-    times = Fraction(_parse_decimal(match["times"])[0]) if match["times"] else Fraction(1)
-    over = int(match["over"] or 1)
-    if not over or (match["by"] == "/" and not square):
+    square = Fraction(_parse_decimal(radicand)[0]) / int(below or 1)
+    multiplier = Fraction(_parse_decimal(match["multiplier"])[0]) if match["multiplier"] else Fraction(1)
+    divisor = int(match["divisor"] or 1)
+    if not divisor or (match["operator"] == "/" and not square):
         return None
-    square = (times / over) ** 2 * (1 / square if match["by"] == "/" else square)
+    square = (multiplier / divisor) ** 2 * (1 / square if match["operator"] == "/" else square)
     product = square.numerator * square.denominator
     root = isqrt(product)
     if root * root == product:
@@ -197,7 +197,7 @@ def _evaluate_root(match: re.Match[str]) -> Number | None:
 
 
 def _evaluate(digits: str, match: re.Match[str]) -> Number:
-    """The number with its factors; without them if the result is too long to compute, or divides by 0."""
+    """The number with its factors; without them if the result would be too long, or a division by 0."""
     negative = match["sign"] == "-"
     plain = Decimal(f"-{digits}" if negative else digits)
     factor, power = _read_factor(match), int(match["power"] or 1)
@@ -205,7 +205,7 @@ def _evaluate(digits: str, match: re.Match[str]) -> Number:
         return plain
     value = Fraction(digits) ** power
     if match["numerator"]:
-        part = Fraction(int(match["numerator"]), int(match["below"]))
+        part = Fraction(int(match["numerator"]), int(match["mixed_denominator"]))
         value = value + part if digits.isdigit() and part < 1 else part
     return (-value if negative else value) * factor
 
@@ -215,15 +215,15 @@ def _read_factor(match: re.Match[str]) -> Fraction | None:
     factor = Fraction(_SCALES[match["scale"]] if match["scale"] else 1)
     if _is_scale(match):
         factor = Fraction(_SUFFIXES[match["suffix"][0].lower()])
-    ten = match["exponent"] or match["ten"]
+    ten = match["exponent"] or match["power_of_ten"]
     if ten:
         return factor * Fraction(10) ** int(ten)
     if match["denominator"]:
         below, _ = _parse_decimal(match["denominator"])
         return factor / Fraction(below) if len(below) <= MAX_DIGITS and Fraction(below) else None
     if match["numerator"]:
-        short = max(len(match["numerator"]), len(match["below"])) <= MAX_DIGITS
-        return factor if short and int(match["below"]) else None
+        short = max(len(match["numerator"]), len(match["mixed_denominator"])) <= MAX_DIGITS
+        return factor if short and int(match["mixed_denominator"]) else None
     return factor if match["power"] or match["scale"] or match["suffix"] else None
 
 
@@ -306,7 +306,7 @@ def _rewrite_latex_root(match: re.Match[str]) -> str:
 
 def _rewrite_root(inner: str) -> str:
     """A root in a single spelling, without a radicand if that is not a number."""
-    number = _UNDER.fullmatch(inner)
+    number = _RADICAND.fullmatch(inner)
     if not number:
         return "√ "
     return f"√({number[1]})" if "/" in number[1] else f"√{number[1]}"

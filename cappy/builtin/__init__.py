@@ -13,24 +13,24 @@ __all__ = ["LLM_FOLDER", "SCORER_FOLDER", "verify"]
 
 LLM_FOLDER = Path(__file__).parent / "weights" / "llm"
 SCORER_FOLDER = Path(__file__).parent / "weights" / "scorer"
-SEAL = "training.json"
+TRAINING_RECORD = "training.json"
 
 
 def verify(folder: Path) -> None:
     """Raises FolderError unless `folder` contains exactly the files listed in its training.json, unchanged."""
     try:
-        expected = json.loads((folder / SEAL).read_text())["sha256"]
+        expected = json.loads((folder / TRAINING_RECORD).read_text())["sha256"]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FolderError(
-            f"{folder}: no {SEAL}; restore the folder, or create it with `python -m cappy.builtin`"
+            f"{folder}: no {TRAINING_RECORD}; restore the folder, or create it with `python -m cappy.builtin`"
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise FolderError(f"{folder / SEAL}: has no sha256 ({quote(error)}); restore the file") from error
+        raise FolderError(f"{folder / TRAINING_RECORD}: has no sha256 ({quote(error)}); restore the file") from error
     present = file_hashes(folder)
     for name in sorted(expected.keys() | present.keys()):
         if expected.get(name) != present.get(name):
             state = "missing" if name not in present else "not listed" if name not in expected else "changed"
-            raise FolderError(f"{folder / name}: {state} (sha256 in {SEAL}); restore the folder")
+            raise FolderError(f"{folder / name}: {state} (sha256 in {TRAINING_RECORD}); restore the folder")
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -38,5 +38,5 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != SEAL
+        if path.is_file() and path.name != TRAINING_RECORD
     }

@@ -3,7 +3,8 @@
     python -m cappy.builtin llm --target cappy/builtin/weights/llm
     python -m cappy.builtin scorer --target cappy/builtin/weights/scorer
 
-The scorer is pretrained on samples of the built-in LLM, so train the LLM first. An interrupted scorer is resumed.
+The scorer is pretrained on samples of the built-in LLM, so train the LLM first. If the training of the scorer is
+interrupted, the same command resumes it.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Trains the built-in LLM: `python -m cappy.builtin llm --target FOLDER --steps 4500 --seed 0`.
 
-A small T5 with a byte-level tokenizer is trained on the `llm` pool, data-parallel over processes, and evaluated on each
-family: its quality, and the possible gain by selection.
+A small T5 with a byte-level tokenizer is trained on the `llm` pool of the built-in tasks, data-parallel over processes,
+and evaluated on each family: its quality, and the quality that selection could reach.
 """
 
 import json
@@ -27,27 +27,28 @@ from torch.multiprocessing.spawn import spawn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from cappy.annotation import rouge_l
-from cappy.builtin import SEAL, file_hashes, verify
+from cappy.builtin import TRAINING_RECORD, file_hashes, verify
 from cappy.builtin.tasks import instances
 from cappy.records.instance import Instance
 
 Pair = tuple[Sequence[int], Sequence[int]]
 Batch = dict[str, Tensor]
-_IGNORED = -100
-_BUCKET = 64
+_IGNORED_LABEL = -100
+_BATCHES_PER_BUCKET = 64
 _PAD, _END = "<pad>", "</s>"
 _VOCABULARY_SIZE = 2_500
 _NUM_TOKENIZER_ROWS = 20_000
-_NUM_EVALUATION = 40
-_BATCH = 64
+_VALIDATION_PER_FAMILY = 40
+_EVALUATION_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRecipe:
-    """Size and training of the LLM. The learning rate warms up over `warm_up` of the steps, then falls to zero.
+    """The size of the LLM and its training settings.
 
-    The first `copy_steps` updates, and every `copy_every`th one after them, train copying of random spans;
-    `batch_size` is per process.
+    The learning rate warms up over the fraction `warm_up` of the steps, then falls to zero. The first
+    `copy_steps` updates, and every `copy_every`th one after them, train copying of random spans; `batch_size` is per
+    process.
     """
 
     d_model: int = 160
@@ -101,10 +102,10 @@ def make(job: TrainingJob) -> None:
     weights are stored in float16. Each family is evaluated on the validation split of the pool.
     """
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_work, args=(job, f"{folder}/rendezvous"), nprocs=job.processes)  # type: ignore[no-untyped-call]
+        spawn(_run_process, args=(job, f"{folder}/rendezvous"), nprocs=job.processes)  # type: ignore[no-untyped-call]
 
 
-def _work(rank: int, job: TrainingJob, rendezvous: str) -> None:
+def _run_process(rank: int, job: TrainingJob, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=job.processes)
     log = _log if rank == 0 else lambda line: None  # Only one process logs.
@@ -159,7 +160,7 @@ def _write(
         "rouge_l": {family: asdict(values) for family, values in quality.items()},
         "sha256": file_hashes(target),
     }
-    (target / SEAL).write_text(json.dumps(record, indent=1) + "\n")
+    (target / TRAINING_RECORD).write_text(json.dumps(record, indent=1) + "\n")
     verify(target)
 
 
@@ -173,9 +174,9 @@ def _encode(rows: list[Instance], tokenizer: PreTrainedTokenizerFast) -> list[Pa
 def _validation() -> list[Instance]:
     """Instances of the validation split, the same for every LLM, with an equal number per family."""
     rows: dict[str, list[Instance]] = {}
-    for row in instances("llm", num_per_family=_NUM_EVALUATION * 40, seed=1):
+    for row in instances("llm", num_per_family=_VALIDATION_PER_FAMILY * 40, seed=1):
         family_rows = rows.setdefault(row.task, [])
-        if row.split == "validation" and len(family_rows) < _NUM_EVALUATION:
+        if row.split == "validation" and len(family_rows) < _VALIDATION_PER_FAMILY:
             family_rows.append(row)
     return [row for family_rows in rows.values() for row in family_rows]
 
@@ -246,7 +247,7 @@ def _initialize_for_copying(model: T5ForConditionalGeneration) -> None:
         torch.nn.init.orthogonal_(attention.q.weight)
         attention.q.weight.mul_(0.3)
         attention.k.weight.copy_(attention.q.weight)
-    # Buckets of relative positions: 1 is the previous token, 17 the next one, 2 (decoder) the second previous one.
+    # Buckets of relative positions: 1 is the previous token, 17 the next one, 2 (decoder) the one before the previous.
     for stack, neighbour in ((model.encoder, 17), (model.decoder, 2)):
         bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         bias.zero_()
@@ -278,8 +279,8 @@ def _batches(pairs: Sequence[Pair], *, size: int, seed: int, pad: int) -> Iterat
     rng = Random(seed)
     while True:
         order = rng.sample(range(len(pairs)), len(pairs))
-        for start in range(0, len(order), size * _BUCKET):
-            bucket = sorted(order[start : start + size * _BUCKET], key=lambda index: len(pairs[index][0]))
+        for start in range(0, len(order), size * _BATCHES_PER_BUCKET):
+            bucket = sorted(order[start : start + size * _BATCHES_PER_BUCKET], key=lambda index: len(pairs[index][0]))
             starts = list(range(0, len(bucket), size))
             rng.shuffle(starts)
             for first in starts:
@@ -292,7 +293,7 @@ def _collate(pairs: Sequence[Pair], *, pad: int) -> Batch:
     return {
         "input_ids": inputs,
         "attention_mask": (inputs != pad).long(),
-        "labels": _pad([target for _, target in pairs], _IGNORED),
+        "labels": _pad([target for _, target in pairs], _IGNORED_LABEL),
     }
 
 
@@ -362,8 +363,8 @@ def _evaluate(
     rows = sorted(instances, key=lambda row: len(row.instruction))
     greedy: dict[str, list[float]] = defaultdict(list)
     sampled: dict[str, list[list[float]]] = defaultdict(list)
-    for start in range(0, len(rows), _BATCH):
-        batch = rows[start : start + _BATCH]
+    for start in range(0, len(rows), _EVALUATION_BATCH_SIZE):
+        batch = rows[start : start + _EVALUATION_BATCH_SIZE]
         greedy_responses = _respond(model, tokenizer, [row.instruction for row in batch])
         samples = _respond(model, tokenizer, [row.instruction for row in batch], num_samples=num_samples)
         for index, row in enumerate(batch):

@@ -56,7 +56,7 @@ class AdaptConfig:
         Field(
             ge=0,
             le=1,
-            description="The lower bound of the gain must be above this for a promotion, on the scale of 0 to 1",
+            description="Minimum gain for a promotion, 0 to 1: the lower bound of the gain must be above it",
         ),
     ] = 0.0
     seed: Annotated[int, Field(description="Seed of the split, of sampling and of training")] = 0
@@ -79,7 +79,7 @@ class AdaptConfig:
         Field(
             ge=0,
             le=20,
-            description="Cross-fitting for few instances: number of folds; 0 for a test split",
+            description="Number of folds of cross-fitting, which suits few instances; 0: use a test split",
         ),
     ] = 0
     tracking_uri: Annotated[

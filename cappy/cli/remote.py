@@ -21,17 +21,19 @@ if TYPE_CHECKING:
     from pipelines.recipe import Platform, Recipe
 
 POLL_SECONDS = 10.0
-RULES = {"bucket": "give gs://NAME with lower-case letters, digits, -, _ and . in NAME, and no slash at the end"}
-"""Rules for flags that the recipe checks with a pattern."""
+_REMEDIES = {"bucket": "give gs://NAME with lower-case letters, digits, -, _ and . in NAME, and no slash at the end"}
+"""Remedies, by flag, for values that do not match the pattern of the recipe."""
 
-OnFlag = Annotated[Literal["kubeflow", "vertex"], typer.Option(help="Platform to run on.", show_default=False)]
-WhereFlag = Annotated[
+SubmitPlatformFlag = Annotated[
+    Literal["kubeflow", "vertex"], typer.Option(help="Platform to run on.", show_default=False)
+]
+RunPlatformFlag = Annotated[
     Literal["local", "docker", "kubeflow", "vertex"], typer.Option("--on", help="Platform of the run.")
 ]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="Id of the run, as printed by submit.", show_default=False)
 ]
-FromFlag = Annotated[
+PlatformRecipeFlag = Annotated[
     str, typer.Option("--recipe", help="Recipe with the address of the platform.", show_default="none: use the flags")
 ]
 EndpointFlag = Annotated[str, typer.Option(help="Address of Kubeflow Pipelines.", show_default="the recipe's")]
@@ -47,7 +49,7 @@ FollowFlag = Annotated[bool, typer.Option("--follow", help="Continue until the r
 
 def submit(
     recipe: RecipeArgument,
-    on: OnFlag,
+    on: SubmitPlatformFlag,
     setting: SettingFlag = [],  # noqa: B006 (typer needs the default and copies it)
     fresh: FreshFlag = False,
     shards: ShardsFlag = None,
@@ -90,12 +92,18 @@ def submit(
     if as_json:
         typer.echo(json.dumps({"run": state.run, "url": state.url, "name": name}, indent=1))
         return
-    place = {"endpoint": endpoint, "namespace": namespace, "project": project, "region": region, "bucket": bucket}
+    address_flags = {
+        "endpoint": endpoint,
+        "namespace": namespace,
+        "project": project,
+        "region": region,
+        "bucket": bucket,
+    }
     flags = [f"--recipe {recipe}"] if Path(recipe).is_file() else []
-    flags += [f"--{flag} {value}" for flag, value in place.items() if value]
+    flags += [f"--{flag} {value}" for flag, value in address_flags.items() if value]
     follow = " ".join(["cappy pipeline status", state.run, f"--on {on}", *flags, "--follow"])
     for image in load("pipelines.customize").unpinned_images(chosen):
-        remedy = "give it by digest (name@sha256:...) under images:, or change revision: with it"
+        remedy = "give it by digest (name@sha256:...) under images:, or change revision: whenever you rebuild it"
         typer.echo(
             f"cappy pipeline: {image}: is a tag, so steps of a rebuilt image may come from the cache; {remedy}",
             err=True,
@@ -105,8 +113,8 @@ def submit(
 
 def status(
     run: RunArgument,
-    on: WhereFlag = "local",
-    recipe: FromFlag = "",
+    on: RunPlatformFlag = "local",
+    recipe: PlatformRecipeFlag = "",
     endpoint: EndpointFlag = "",
     namespace: NamespaceFlag = "",
     project: ProjectFlag = "",
@@ -137,9 +145,9 @@ def status(
 
 def logs(
     run: RunArgument,
-    on: WhereFlag = "local",
+    on: RunPlatformFlag = "local",
     step: StepFlag = "",
-    recipe: FromFlag = "",
+    recipe: PlatformRecipeFlag = "",
     endpoint: EndpointFlag = "",
     namespace: NamespaceFlag = "",
     project: ProjectFlag = "",
@@ -151,22 +159,22 @@ def logs(
     client = connect(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     num_shown: dict[str, int] = {}
     while True:
-        over = not follow or client.get_state(run).is_final
+        ended = not follow or client.get_state(run).is_final
         num_lines: dict[str, int] = {}
         for source, line in client.logs(run, step):
             num_lines[source] = num_lines.get(source, 0) + 1
             if num_lines[source] > num_shown.get(source, 0):
                 typer.echo(line)
         num_shown |= {name: max(count, num_shown.get(name, 0)) for name, count in num_lines.items()}
-        if over:
+        if ended:
             return
         time.sleep(POLL_SECONDS)
 
 
 def cancel(
     run: RunArgument,
-    on: WhereFlag = "local",
-    recipe: FromFlag = "",
+    on: RunPlatformFlag = "local",
+    recipe: PlatformRecipeFlag = "",
     endpoint: EndpointFlag = "",
     namespace: NamespaceFlag = "",
     project: ProjectFlag = "",
@@ -210,8 +218,8 @@ def override_platforms(recipe: "Recipe", **flags: str) -> "Recipe":
         return replace(recipe, kubeflow=kubeflow, vertex=vertex)
     except pydantic.ValidationError as error:
         flag = str(error.errors()[0]["loc"][0])
-        rule = RULES.get(flag, "see --help")
-        raise ConfigError(f"--{flag}: {quote(flags[flag])} is not valid; {rule}") from error
+        remedy = _REMEDIES.get(flag, "see --help")
+        raise ConfigError(f"--{flag}: {quote(flags[flag])} is not valid; {remedy}") from error
 
 
 def table(state: "RunState") -> str:

@@ -58,7 +58,9 @@ class Line:
         if not isinstance(value, str):
             raise RecordError(f"{self.where}: {field} must be a string, got {quote(value)}")
         if not _encodable(value):
-            raise RecordError(f"{self.where}: {field} contains an unpaired surrogate, correct {quote(value)}")
+            raise RecordError(
+                f"{self.where}: {field} contains an unpaired surrogate, got {quote(value)}; write the whole character"
+            )
         return value
 
 
@@ -114,7 +116,7 @@ def lines(file: IO[bytes], source: str) -> Iterator[Line]:
         if len(raw) > MAX_LINE_BYTES:
             raise RecordError(f"{where}: the line is longer than {MAX_LINE_BYTES:,} bytes; write one object per line")
         if raw.strip():
-            yield Line(where, _object(where, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
+            yield Line(where, _parse_object(where, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
 
 
 def write_line(value: Mapping[str, object]) -> None:
@@ -125,7 +127,7 @@ def write_line(value: Mapping[str, object]) -> None:
     sys.stdout.buffer.write(text.encode() + b"\n")
 
 
-def _object(where: str, raw: bytes) -> Mapping[str, object]:
+def _parse_object(where: str, raw: bytes) -> Mapping[str, object]:
     try:
         value = json.loads(raw.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -219,7 +221,7 @@ def _load(spec: str, precision: Precision) -> "Scorer":
     from cappy.scoring import Scorer
 
     scorer = Scorer.load(spec, precision=precision)
-    scorer.cuts.logs = False
+    scorer.truncation_counts.log_first = False
     return scorer
 
 
@@ -241,7 +243,7 @@ def _stream(
 
 def _report_truncation(verb: str, scorer: "Scorer") -> None:
     """Prints how many pairs were truncated to standard error."""
-    if text := scorer.cuts.text():
+    if text := scorer.truncation_counts.text():
         typer.echo(f"cappy {verb}: {text}", err=True)
 
 

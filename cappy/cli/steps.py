@@ -36,12 +36,12 @@ Config = TypeVar("Config", bound=StepConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extra:
+class ExtraFlag:
     """A flag of a single verb that is not a setting of its step.
 
     `before` is called with all values by name and returns whether to skip the step; the flags in `instead_of` are then
     not required. `after` is called after the step with the config and whether the output is text rather than JSON. A
-    flag with a default `text` takes a value, which the flags in `part_of` use.
+    flag with a `default` takes a value; it is allowed only together with a flag in `used_by`.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Extra:
     before: Before = lambda **values: False
     after: After = lambda config, as_text: None
     instead_of: tuple[str, ...] = ()
-    text: str | None = None
-    part_of: tuple[str, ...] = ()
+    default: str | None = None
+    used_by: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
@@ -68,7 +68,7 @@ def make_step_command(
     text: str,
     settings: type[Config],
     run: Callable[[Config, Progress], Manifest],
-    extras: Sequence[Extra] = (),
+    extras: Sequence[ExtraFlag] = (),
 ) -> TyperCommand:
     """A command whose flags are the fields of `settings` and which calls `run` with them."""
     optional_flags = {name: flag_name(name) for extra in extras for name in extra.instead_of}
@@ -78,9 +78,9 @@ def make_step_command(
         selected = [extra for extra in extras if extra_values[extra.name] not in (False, None)]
         _refuse_conflicts(selected)
         texts = {
-            extra.name: extra.text if extra_values[extra.name] is None else extra_values[extra.name]
+            extra.name: extra.default if extra_values[extra.name] is None else extra_values[extra.name]
             for extra in extras
-            if extra.text is not None
+            if extra.default is not None
         }
         if any(extra.before(as_json=as_json, **{**values, **texts}) for extra in selected):
             return
@@ -105,30 +105,30 @@ def make_step_command(
     return make_command(step, text, verb, flags, renamed_flags(settings))
 
 
-def _refuse_conflicts(selected: Sequence[Extra]) -> None:
+def _refuse_conflicts(selected: Sequence[ExtraFlag]) -> None:
     """BadParameter if two flags both replace the step, or if no flag uses the value of another."""
     instead = [extra.flag for extra in selected if extra.instead_of]
     if len(instead) > 1:
         raise typer.BadParameter(f"{instead[0]} and {instead[1]} cannot be combined; give one of them")
     names = {extra.name for extra in selected}
     for extra in selected:
-        if extra.part_of and names.isdisjoint(extra.part_of):
-            others = " or ".join(map(flag_name, extra.part_of))
+        if extra.used_by and names.isdisjoint(extra.used_by):
+            others = " or ".join(map(flag_name, extra.used_by))
             raise typer.BadParameter(f"{extra.flag} requires {others}; leave it out")
 
 
-def _flag(extra: Extra) -> inspect.Parameter:
-    kind = bool if extra.text is None else str | None
+def _flag(extra: ExtraFlag) -> inspect.Parameter:
+    kind = bool if extra.default is None else str | None
     option = typer.Option(
-        extra.flag, help=extra.help, show_default="off" if extra.text is None else extra.text or "none"
+        extra.flag, help=extra.help, show_default="off" if extra.default is None else extra.default or "none"
     )
-    default = False if extra.text is None else None
+    default = False if extra.default is None else None
     return inspect.Parameter(
         extra.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option], default=default
     )
 
 
-def _optional(flag: inspect.Parameter, extras: Sequence[Extra]) -> inspect.Parameter:
+def _optional(flag: inspect.Parameter, extras: Sequence[ExtraFlag]) -> inspect.Parameter:
     """The flag as optional because other flags may replace it; a run without any of them is an error."""
     kind, option = get_args(flag.annotation)
     optional = copy(option)
@@ -236,9 +236,9 @@ def _refuse_folders(values: Mapping[str, object], flag: str) -> None:
             raise typer.BadParameter(f"{flag} does not use --{name}; name the model with --name and leave --{name} out")
 
 
-EXTRAS: Mapping[str, tuple[Extra, ...]] = {
+EXTRAS: Mapping[str, tuple[ExtraFlag, ...]] = {
     "preparation": (
-        Extra(
+        ExtraFlag(
             name="plan",
             help="Print the contents of the mixture by template; load nothing.",
             before=_plan,
@@ -246,7 +246,7 @@ EXTRAS: Mapping[str, tuple[Extra, ...]] = {
         ),
     ),
     "sampling": (
-        Extra(
+        ExtraFlag(
             name="estimate",
             help="Print requests, tokens, minutes and cost of the run; send nothing, write nothing.",
             before=_estimate,
@@ -254,34 +254,36 @@ EXTRAS: Mapping[str, tuple[Extra, ...]] = {
         ),
     ),
     "annotation": (
-        Extra(name="data_report", help="Describe the data: tables here, plots in TARGET/report.", after=_report),
+        ExtraFlag(name="data_report", help="Describe the data: tables here, plots in TARGET/report.", after=_report),
     ),
     "promotion": (
-        Extra(
+        ExtraFlag(
             name="dry_run",
             help="Print the decision of the gate and its reasons; move and write nothing.",
             before=_explain_decision,
             instead_of=("target",),
         ),
-        Extra(
+        ExtraFlag(
             name="rollback",
             help="Make the previous champion the champion again.",
             before=_roll_back,
             instead_of=("version", "report", "target"),
         ),
-        Extra(
+        ExtraFlag(
             name="history",
             help="Print every move of the champion alias.",
             before=_show_history,
             instead_of=("version", "report", "target"),
         ),
-        Extra(
+        ExtraFlag(
             name="name",
             help="Registered model for --rollback and --history.",
-            text="cappy",
-            part_of=("rollback", "history"),
+            default="cappy",
+            used_by=("rollback", "history"),
         ),
-        Extra(name="reason", help="Reason for the rollback, recorded in the history.", text="", part_of=("rollback",)),
+        ExtraFlag(
+            name="reason", help="Reason for the rollback, recorded in the history.", default="", used_by=("rollback",)
+        ),
     ),
 }
 

@@ -93,9 +93,9 @@ def plan_command() -> TyperCommand:
 
 
 def _print_plan(*, as_json: bool, **values: object) -> None:
-    from cappy.costing import DEFAULT, PlanConfig, read_throughput
+    from cappy.costing import DEFAULT_THROUGHPUT_PATH, PlanConfig, read_throughput
     from cappy.costing.plan import make_plan, text, to_values
 
     config = build(PlanConfig, values)
-    plan = make_plan(config, read_throughput(config.throughput or DEFAULT))
+    plan = make_plan(config, read_throughput(config.throughput or DEFAULT_THROUGHPUT_PATH))
     typer.echo(json.dumps(to_values(plan), indent=1) if as_json else text(plan))

@@ -45,7 +45,7 @@ class PlanConfig:
     ] = 16
     mfu: Annotated[
         float | None,
-        Field(description="Assumed share of the data sheet's peak for training and scoring, if not measured"),
+        Field(description="Assumed share of the data sheet's peak FLOP/s for training and scoring, if not measured"),
     ] = None
     sampling_mfu: Annotated[
         float | None, Field(description="Assumed share of the peak for sampling, which generates one token at a time")
@@ -71,17 +71,17 @@ class PlanConfig:
             raise ConfigError(f"plan: --gpus: {invalid} is out of range; give 1 to {MAX_DEVICES}, repeated to compare")
 
 
-DEFAULT = Path(cappy.__file__).parents[1] / "benchmarks/results/throughput.json"
+DEFAULT_THROUGHPUT_PATH = Path(cappy.__file__).parents[1] / "benchmarks/results/throughput.json"
 """Path of the measurements in a clone of the repository."""
 
-REMEDY = "write it with python benchmarks/throughput.py, or give another file with --throughput"
+REMEDY = "write the file with python benchmarks/throughput.py, or give another file with --throughput"
 
 Step = Literal["preparation", "sampling", "annotation", "tokenization", "pretraining", "evaluation"]
 Unit = Literal["prompts/s", "pairs/s", "FLOP/s", "seconds to start", "bytes/prompt", "bytes/pair", "bytes/weight"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Texts:
+class TextLengths:
     """Mean lengths of one kind of prompts of a subset, in tokens of the scorer, over `prompts` prompts.
 
     Prompts and responses are truncated to the limits of a generator, pairs to that of the scorer; `_squared` are means
@@ -100,10 +100,11 @@ class Texts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One measured value of a `step` on one device or core of `hardware`, `of` a model shape or a mixture.
+    """One measured value of a `step` on one device or core of `hardware`.
 
-    `details` has related values (tokens and pairs per second, mean lengths, the share of the data sheet's peak), `load`
-    the load average of the machine before the measurement.
+    `of` names the model shape or the mixture that was measured. `details` has related values (tokens and pairs per
+    second, mean lengths, the share of the data sheet's peak), `load` the load average of the machine before the
+    measurement.
     """
 
     step: Step
@@ -125,10 +126,10 @@ class Throughput:
     """Text lengths of each mixture, and the measurements."""
 
     benchmark: Literal["throughput", "calibration"]  # The second in files of earlier releases.
-    texts: Mapping[str, tuple[Texts, ...]]
+    texts: Mapping[str, tuple[TextLengths, ...]]
     measurements: tuple[Measurement, ...]
 
-    def texts_of(self, mixture: str) -> tuple[Texts, ...]:
+    def lengths_of(self, mixture: str) -> tuple[TextLengths, ...]:
         """Text lengths of a mixture; ConfigError if they were not measured."""
         if not self.texts.get(mixture):
             raise ConfigError(f"plan: the measured speeds have no text lengths of {mixture}; {REMEDY}")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cappy.costing import Texts, Throughput
+from cappy.costing import TextLengths, Throughput
 from cappy.errors import ConfigError, quote
 from cappy.preparation.mixtures import Mixture, load_mixture
 from cappy.preparation.mixtures.plan import REFERENCE_AND_MISMATCH, PlanRow, plan_mixture
@@ -50,7 +50,8 @@ class Volumes:
 def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughput) -> Volumes:
     """The volumes of pretraining on a mixture; ConfigError if it is not a pretraining mixture.
 
-    `samples` maps each generator to its candidates per open-ended prompt, which are as long as the references.
+    `samples` maps each generator to its candidates per open-ended prompt, which are assumed to be
+    as long as the references.
     """
     if name not in EVALUATED_ON:
         raise ConfigError(
@@ -61,7 +62,11 @@ def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughpu
     trained, evaluated = _rows(mixture), [row for row in _rows(held_out) if row.pairs]
     texts, evaluated_texts = _texts_by_subset(throughput, name), _texts_by_subset(throughput, held_out.name)
     open_ended = [row for row in trained if row.kind == "open-ended"]
-    prompts, open_prompts, pairs = (_sum(trained, _examples), _sum(open_ended, _examples), _sum(trained, _pairs))
+    prompts, open_prompts, pairs = (
+        _sum(trained, _num_examples),
+        _sum(open_ended, _num_examples),
+        _sum(trained, _num_pairs),
+    )
     known = [row for row in trained if (row.subset, row.kind) in texts]
     return Volumes(
         prompts=prompts,
@@ -70,18 +75,18 @@ def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughpu
         selectable=pairs - REFERENCE_AND_MISMATCH * open_prompts,
         samples=dict(samples),
         prompt=Lengths(
-            tokens=_mean(open_ended, texts, _examples, lambda lengths: lengths.prompt_tokens),
-            squared=_mean(open_ended, texts, _examples, lambda lengths: lengths.prompt_squared),
+            tokens=_mean(open_ended, texts, _num_examples, lambda lengths: lengths.prompt_tokens),
+            squared=_mean(open_ended, texts, _num_examples, lambda lengths: lengths.prompt_squared),
         ),
-        response_tokens=_mean(open_ended, texts, _examples, lambda lengths: lengths.response_tokens),
+        response_tokens=_mean(open_ended, texts, _num_examples, lambda lengths: lengths.response_tokens),
         pair=_pair_lengths(trained, texts),
-        evaluated_pairs=_sum(evaluated, _pairs),
+        evaluated_pairs=_sum(evaluated, _num_pairs),
         evaluated_pair=_pair_lengths(evaluated, evaluated_texts),
-        known=_sum(known, _examples) / prompts,
+        known=_sum(known, _num_examples) / prompts,
     )
 
 
-TextsBySubset = Mapping[tuple[str, str], Texts]
+TextsBySubset = Mapping[tuple[str, str], TextLengths]
 Count = Callable[[PlanRow], int]
 
 
@@ -90,14 +95,14 @@ def _rows(mixture: Mixture) -> tuple[PlanRow, ...]:
 
 
 def _texts_by_subset(throughput: Throughput, name: str) -> TextsBySubset:
-    return {(texts.subset, texts.kind): texts for texts in throughput.texts_of(name)}
+    return {(texts.subset, texts.kind): texts for texts in throughput.lengths_of(name)}
 
 
-def _examples(row: PlanRow) -> int:
+def _num_examples(row: PlanRow) -> int:
     return row.examples or 0
 
 
-def _pairs(row: PlanRow) -> int:
+def _num_pairs(row: PlanRow) -> int:
     return row.pairs or 0
 
 
@@ -107,12 +112,12 @@ def _sum(rows: Iterable[PlanRow], count: Count) -> int:
 
 def _pair_lengths(rows: Sequence[PlanRow], texts: TextsBySubset) -> Lengths:
     return Lengths(
-        tokens=_mean(rows, texts, _pairs, lambda lengths: lengths.pair_tokens),
-        squared=_mean(rows, texts, _pairs, lambda lengths: lengths.pair_squared),
+        tokens=_mean(rows, texts, _num_pairs, lambda lengths: lengths.pair_tokens),
+        squared=_mean(rows, texts, _num_pairs, lambda lengths: lengths.pair_squared),
     )
 
 
-def _mean(rows: Sequence[PlanRow], texts: TextsBySubset, weight: Count, value: Callable[[Texts], float]) -> float:
+def _mean(rows: Sequence[PlanRow], texts: TextsBySubset, weight: Count, value: Callable[[TextLengths], float]) -> float:
     """Mean over the rows, weighted by `weight`; rows of unknown length get the mean of their kind."""
     total = total_weight = 0.0
     for kind in {row.kind for row in rows}:

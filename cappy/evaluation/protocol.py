@@ -111,8 +111,10 @@ def evaluate_split(
     probes: list[Probe] = []
     if score is not None and probe:
         own = get_scorer_scores(pools)
-        means = tables.compute_means(pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": own})
-        probes = tables.run_probes(pools, own, score, tables.build_task_rows(pools, means), seed)
+        picked = tables.compute_pick_labels(
+            pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": own}
+        )
+        probes = tables.run_probes(pools, own, score, tables.build_task_rows(pools, picked), seed)
     return EvaluatedSplit(
         pools=pools,
         held_out=held_out,
@@ -133,17 +135,17 @@ def build_report(
     """Builds the report on the pools of all splits together."""
     pools = [pool for own in evaluated for pool in own.pools]
     selection = _join_selections([own.selection for own in evaluated])
-    means = tables.compute_means(pools, selection.values)
-    better = tables.choose_better_variants(means)
-    comparisons = tables.compare_selectors(means, better)
-    curves = tables.build_curves(pools, selection, better, seed=seed)
-    tasks = tables.build_task_rows(pools, means)
+    picked = tables.compute_pick_labels(pools, selection.values)
+    best_variants = tables.choose_best_variants(picked)
+    comparisons = tables.compare_selectors(picked, best_variants)
+    curves = tables.build_curves(pools, selection, best_variants, seed=seed)
+    tasks = tables.build_task_rows(pools, picked)
     return Report(
         metric=metric,
         split=split,
         seed=seed,
         facts=_count_facts(evaluated, pools, skipped),
-        selectors=tables.build_rows(means, selection, pools),
+        selectors=tables.build_rows(picked, selection, pools),
         unavailable=selection.unavailable,
         comparisons=comparisons,
         adjusted=statistics.adjust_p_values({key: value.p_value for key, value in comparisons.items()}),
@@ -155,7 +157,7 @@ def build_report(
         published=tables.compare_with_published(
             tasks,
             metric,
-            tables.choose_subject(means.labels),
+            tables.choose_subject(picked.labels),
             {pool.instance.task for pool in pools if pool.instance.template},
         ),
         examples=tables.draw_examples(pools, selection, seed),
@@ -164,7 +166,7 @@ def build_report(
         coverage=_measure_coverage(pools, selection),
         probes=tuple(evaluated[0].probes),
         cost=ScoringCost(tokens=_mean_tokens(pools)),
-        better_likelihood=better.get("likelihood", ""),
+        better_likelihood=best_variants.get("likelihood", ""),
         folds=folds,
         tested_groups=sketch(pool.instance for pool in pools),
     )

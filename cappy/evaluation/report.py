@@ -64,16 +64,16 @@ class Report(Findings):
         headline, *sentences = verdict(self)
         scope = f"{self.facts['instances']} {self.split} instances, with 95% intervals"
         parts = [
-            f"# {words.text(headline)}",
-            f"**{words.text(advice(self))}**",
-            "\n".join(f"- {words.text(sentence)}" for sentence in sentences),
-            words.text(f"Mean {metric_name(self.metric)} ×100 over {scope}."),
+            f"# {words.escape_text(headline)}",
+            f"**{words.escape_text(advice(self))}**",
+            "\n".join(f"- {words.escape_text(sentence)}" for sentence in sentences),
+            words.escape_text(f"Mean {metric_name(self.metric)} ×100 over {scope}."),
             words.table(self.table()),
             "## By task",
             words.table(self._task_rows()),
         ]
         if self.probes:
-            probes = (f"- {words.text(f'{probe.name}: {probe.meaning}')}" for probe in self.probes)
+            probes = (f"- {words.escape_text(f'{probe.name}: {probe.meaning}')}" for probe in self.probes)
             parts += ["## Probes", "\n".join(probes)]
         return "\n\n".join(part for part in parts if part) + "\n"
 

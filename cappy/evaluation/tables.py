@@ -36,8 +36,8 @@ NUM_CANDIDATES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Means:
-    """The labels of each selector's picks, shape (pools,), in the order of a report, and the group of every pool."""
+class PickLabels:
+    """The labels of each selector's picks, (pools,), with selectors in the order of a report; and each pool's group."""
 
     labels: Mapping[str, Vector]
     groups: Sequence[str]
@@ -52,24 +52,24 @@ class Means:
         return dict(zip(self.labels, statistics.estimate_means(stacked, self.groups), strict=True))
 
 
-def compute_means(pools: Sequence[Pool], values: Mapping[str, Values]) -> Means:
+def compute_pick_labels(pools: Sequence[Pool], values: Mapping[str, Values]) -> PickLabels:
     """The labels of the selectors' picks on these pools."""
     labels = {name: pick_labels(pools, values[name]) for name in SELECTORS if name in values}
-    return Means(labels=labels, groups=[pool.instance.group_id for pool in pools])
+    return PickLabels(labels=labels, groups=[pool.instance.group_id for pool in pools])
 
 
-def choose_better_variants(means: Means) -> dict[str, str]:
-    """Maps a kind of selector to its variant with the best mean label on these pools (a choice that favours it)."""
-    better: dict[str, str] = {}
-    for name in means.labels:
+def choose_best_variants(picked: PickLabels) -> dict[str, str]:
+    """Kind of selector -> its variant with the best mean label; choosing it on these pools favours it."""
+    best_variants: dict[str, str] = {}
+    for name in picked.labels:
         key = SELECTORS[name].variant_of
-        if key and (key not in better or means.labels[name].mean() > means.labels[better[key]].mean()):
-            better[key] = name
-    return better
+        if key and (key not in best_variants or picked.labels[name].mean() > picked.labels[best_variants[key]].mean()):
+            best_variants[key] = name
+    return best_variants
 
 
-def build_rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dict[str, TableRow]:
-    """One row per selector; bounds pick nothing, so they have no ties."""
+def build_rows(picked: PickLabels, selection: Selection, pools: Sequence[Pool]) -> dict[str, TableRow]:
+    """One row per selector; the bounds (random choice, oracle) pick nothing, so they have no ties."""
 
     def ties(name: str) -> int:
         pairs = zip(pools, selection.values[name], strict=True)
@@ -78,56 +78,58 @@ def build_rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dic
     return {
         name: TableRow(
             estimate=estimate,
-            gain=means.compare(name, "random"),
+            gain=picked.compare(name, "random"),
             ties=ties(name),
             detail=selection.details.get(name, ""),
         )
-        for name, estimate in means.estimates().items()
+        for name, estimate in picked.estimates().items()
     }
 
 
-def compare_selectors(means: Means, better: Mapping[str, str]) -> dict[str, Difference]:
+def compare_selectors(picked: PickLabels, best_variants: Mapping[str, str]) -> dict[str, Difference]:
     """The paired differences of a report, by the key "first-second"."""
-    named = [(first, second, better.get(second, second)) for first, second in compared_pairs()]
+    named = [(first, second, best_variants.get(second, second)) for first, second in compared_pairs()]
     return {
-        f"{first}-{second}": means.compare(first, name)
+        f"{first}-{second}": picked.compare(first, name)
         for first, second, name in named
-        if first in means.labels and name in means.labels
+        if first in picked.labels and name in picked.labels
     }
 
 
 def build_curves(
-    pools: Sequence[Pool], selection: Selection, better: Mapping[str, str], *, seed: int
+    pools: Sequence[Pool], selection: Selection, best_variants: Mapping[str, str], *, seed: int
 ) -> dict[str, tuple[MeanEstimate, ...]]:
-    """Selector -> expected label by n. Instances with fewer than n candidates keep the value of all they have."""
+    """Selector -> expected label by n. An instance with fewer candidates counts with all of them."""
     size = max(len(pool.candidates) for pool in pools)
     groups = [pool.instance.group_id for pool in pools]
     by_selector = {}
     for name, values in selection.values.items():
         selector = SELECTORS[name]
-        if selector.curve is None or better.get(selector.variant_of, name) != name:
+        if selector.curve is None or best_variants.get(selector.variant_of, name) != name:
             continue
         generator = np.random.default_rng(seed)
-        own = [selector.curve(pool, value, generator) for pool, value in zip(pools, values, strict=True)]
-        by_selector[name] = tuple(statistics.estimate_means(np.stack([extend_curve(row, size) for row in own]), groups))
+        curves = [selector.curve(pool, value, generator) for pool, value in zip(pools, values, strict=True)]
+        by_selector[name] = tuple(
+            statistics.estimate_means(np.stack([extend_curve(curve, size) for curve in curves]), groups)
+        )
     return by_selector
 
 
-def build_task_rows(pools: Sequence[Pool], means: Means) -> tuple[TaskRow, ...]:
+def build_task_rows(pools: Sequence[Pool], picked: PickLabels) -> tuple[TaskRow, ...]:
     """One row per task, in alphabetical order."""
-    subject = choose_subject(means.labels)
+    subject = choose_subject(picked.labels)
     table = []
     for task, indices in _indices_by_name([pool.instance.task for pool in pools]).items():
-        own = [pools[index] for index in indices]
-        labels = {name: values[indices] for name, values in means.labels.items()}
-        part = Means(labels=labels, groups=[pool.instance.group_id for pool in own])
-        is_choice = all(pool.is_choice for pool in own)
-        templates = _indices_by_name([pool.instance.template for pool in own]) if is_choice else {}
+        task_pools = [pools[index] for index in indices]
+        labels = {name: values[indices] for name, values in picked.labels.items()}
+        part = PickLabels(labels=labels, groups=[pool.instance.group_id for pool in task_pools])
+        is_choice = all(pool.is_choice for pool in task_pools)
+        templates = _indices_by_name([pool.instance.template for pool in task_pools]) if is_choice else {}
         table.append(
             TaskRow(
                 task=task,
                 kind="choice" if is_choice else "generation",
-                instances=len(own),
+                instances=len(task_pools),
                 means={name: float(values.mean()) for name, values in labels.items()},
                 gain=part.compare(subject, "random"),
                 templates={name: float(labels[subject][index].mean()) for name, index in templates.items()},
@@ -144,7 +146,7 @@ def average_tasks(table: Sequence[TaskRow]) -> dict[str, Average]:
     """
     without_crows = [row for row in table if "crows" not in row.task.casefold()]
     sets = {"all tasks": table, "without CrowS-Pairs": without_crows if len(without_crows) < len(table) else ()}
-    return {name: _average_rows(own) for name, own in sets.items() if len(own) > 1}
+    return {name: _average_rows(rows) for name, rows in sets.items() if len(rows) > 1}
 
 
 def choose_subject(labels: Mapping[str, Vector]) -> str:
@@ -204,8 +206,8 @@ def _read_published() -> dict[str, _PublishedCollection]:
 
 def _average_rows(table: Sequence[TaskRow]) -> Average:
     labels = {name: np.array([row.means[name] for row in table]) for name in table[0].means}
-    means = Means(labels=labels, groups=[row.task for row in table])
-    return Average(tasks=len(table), means=means.estimates(), gain=means.compare(choose_subject(labels), "random"))
+    picked = PickLabels(labels=labels, groups=[row.task for row in table])
+    return Average(tasks=len(table), means=picked.estimates(), gain=picked.compare(choose_subject(labels), "random"))
 
 
 def _indices_by_name(names: Sequence[str]) -> dict[str, list[int]]:
@@ -269,25 +271,26 @@ def run_probes(pools: Sequence[Pool], scores: Values, score: Score, tasks: Seque
 def _probe_response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe | None:
     """The share of the gain over random choice that remains when the instruction is blanked."""
     pairs = [[(BLANK, response) for response in pool.responses] for pool in pools]
-    flat = iter(score([pair for own in pairs for pair in own]))
-    blind = [np.array([next(flat) for _ in own]) for own in pairs]
-    random, seen, unseen = (
+    flat = iter(score([pair for pool_pairs in pairs for pair in pool_pairs]))
+    scores_without = [np.array([next(flat) for _ in pool_pairs]) for pool_pairs in pairs]
+    random, with_instruction, without_instruction = (
         float(np.mean(values))
         for values in (
             [pool.labels.mean() for pool in pools],
             pick_labels(pools, scores),
-            pick_labels(pools, blind),
+            pick_labels(pools, scores_without),
         )
     )
-    if seen - random < 1e-3:
+    if with_instruction - random < 1e-3:
         return None
-    remaining = (unseen - random) / (seen - random)
+    remaining = (without_instruction - random) / (with_instruction - random)
     share = f"{100 * remaining:.0f}%" if remaining > 0 else "none"
     return Probe(
         name="response only",
         value=remaining,
-        meaning=f"With the instruction blanked, the scorer's pick has {percent(unseen)} instead of {percent(seen)} "
-        f"(random choice {percent(random)}): {share} of its gain comes from the response alone.",
+        meaning=f"With the instruction blanked, the scorer's pick has {percent(without_instruction)} instead of "
+        f"{percent(with_instruction)} (random choice {percent(random)}): {share} of its gain comes from the response "
+        "alone.",
     )
 
 

@@ -99,8 +99,8 @@ def _cautions(report: Findings) -> Iterator[str]:
     for name, count in report.leaks.items():
         if count:
             yield (
-                f"Caution: the {name} was trained on {count} of the {instances} {report.split} instances "
-                "or their rows, so its result is overestimated."
+                f"Caution: the {name} was trained on {count} of the {instances} {report.split} instances, "
+                "or on others from the same rows, so its result is overestimated."
             )
     yield from _holm_caution(report)
     if (groups := int(report.facts["groups"])) < MIN_GROUPS:

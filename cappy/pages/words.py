@@ -2,8 +2,8 @@
 
 Names of tasks and models and responses may contain anything, such as `<img onerror=...>`, `[x](javascript:...)` or a
 tracking image. Reports and cards are rendered by different programs (GitHub, MLflow, editors), not all of which
-sanitise them. So the results of `text`, `code` and `table` contain no element, link, image or new block in CommonMark,
-GitHub's dialect and Python-Markdown.
+sanitise them. So the results of `escape_text`, `escape_code` and `table` contain no element, link, image or new block
+in CommonMark, GitHub's dialect and Python-Markdown.
 """
 
 import re
@@ -24,7 +24,7 @@ _ENTITIES = {character: f"&#{ord(character)};" for character in "<>&|~$"}
 """Characters that not every dialect can escape with a backslash."""
 
 _BLOCK = re.compile(r"^([-+:](?=[-\s]|$)|=)|^(\d{1,9})([.)])(?=\s|$)")
-"""The start of a list, an underline or a definition at the beginning of a line."""
+"""The start of a list, the underline of a heading or a definition at the beginning of a line."""
 
 _LINK = re.compile(r"(?i)(?:javascript|vbscript|data|mailto|xmpp|tel):(?=\S)|:(?=//)|www\.|@(?=\w)")
 """What renderers turn into a link, and schemes that run code."""
@@ -47,21 +47,21 @@ def format_signed(value: float) -> str:
     return f"{100 * value:+z.1f}".replace("-", "−")
 
 
-def text(value: str) -> str:
+def escape_text(value: str) -> str:
     """Escapes text for the inside of a line: a sentence, a table cell, a heading."""
     line = "".join(_ENTITIES.get(character, character) for character in _SPECIAL.sub(r"\\\g<0>", _one_line(value)))
     line = _BLOCK.sub(lambda match: f"&#{ord(match[1])};" if match[1] else f"{match[2]}\\{match[3]}", line)
     return _LINK.sub(lambda match: f"{match[0]}{_JOINER}", line)
 
 
-def code(value: str) -> str:
+def escape_code(value: str) -> str:
     """Escapes text for the inside of backticks or a fenced block; a backtick becomes an apostrophe."""
     return _one_line(value).replace("`", "'")
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
     """A Markdown table, header first; the first column is left-aligned, the others right-aligned."""
-    header, *body = [[text(cell) for cell in row] for row in rows]
+    header, *body = [[escape_text(cell) for cell in row] for row in rows]
     rule = ["---", *("---:" for _ in header[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *body))
 

@@ -63,7 +63,7 @@ class PreparationConfig:
     group_responses: Annotated[
         Literal["auto", "always", "never"],
         Field(
-            description="Join the rows of one prompt to one instance: auto if every row has one response, always, never"
+            description="Join the rows of a prompt into one instance: always, never, auto (if each has one response)"
         ),
     ] = "auto"
     exclude: Annotated[
@@ -111,9 +111,7 @@ class PreparationConfig:
     against: Annotated[
         tuple[Path, ...],
         LOCATION,
-        Field(
-            description="Folder of an evaluation set whose prompts, groups and rows no training instance may contain"
-        ),
+        Field(description="Folder of an evaluation set; no training instance may share a prompt, group or row with it"),
     ] = ()
     leaked: Annotated[
         Literal["refuse", "drop"], Field(description="What to do with training instances that occur in --against")

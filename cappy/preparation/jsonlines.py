@@ -115,11 +115,11 @@ class _TextReader:
     def where(self) -> str:
         return f"{self._path}:{self._line}"
 
-    def peek(self, blank: str = _WHITESPACE) -> str:
-        """Skips whitespace and returns the next character without consuming it; empty at the end of the file."""
+    def peek(self, skipped: str = _WHITESPACE) -> str:
+        """Skips these characters and returns the next character without consuming it; empty at the end of the file."""
         while True:
             end = self._position
-            while end < len(self._text) and self._text[end] in blank:
+            while end < len(self._text) and self._text[end] in skipped:
                 end += 1
             self.advance(end - self._position)
             if end < len(self._text):
@@ -180,8 +180,8 @@ def _read_stream(path: Path) -> Rows:
     is_array = reader.peek() == "["
     if is_array:
         reader.advance(1)
-    blank = _WHITESPACE + "," if is_array else _WHITESPACE
-    while (first := reader.peek(blank)) and not (is_array and first == "]"):
+    skipped = _WHITESPACE + "," if is_array else _WHITESPACE
+    while (first := reader.peek(skipped)) and not (is_array and first == "]"):
         where = reader.where
         yield where, _check_object(where, reader.read_value("array" if is_array else "file"))
     if not is_array:

@@ -59,7 +59,7 @@ def parse_row(where: str, values: Values, *, task: str, max_characters: int, unl
     instruction = _read_instruction(fields)
     candidates = (*_read_responses(fields), *_read_candidates(fields))
     if unlabelled and not candidates:
-        remedy = "give the responses to score as responses, or leave --unlabelled out"
+        remedy = "give the responses to score in the field responses, or leave --unlabelled out"
         raise RecordError(f"{where}: has no responses, fields found: {fields.names()}; {remedy}")
     all_labelled = bool(candidates) and all(GIVEN in candidate.labels for candidate in candidates)
     references = _read_references(fields, needed=not all_labelled and not unlabelled)
@@ -105,11 +105,11 @@ class _Fields:
         return self._check_text(name, self.values[name])
 
     def texts(self, *names: str) -> tuple[str, ...]:
-        """The texts of those of these fields that are present; a single text counts as a list of one."""
+        """The texts of the fields among `names` that are present; a single text counts as a list of one."""
         return tuple(text for name in names if self.has(name) for text in self._texts(name))
 
     def optional(self, *names: str) -> str:
-        """The text of the first present field of these, or ""; an integer is converted to text."""
+        """The text of the first field among `names` that is present, or ""; an integer is converted to text."""
         for name in names:
             if self.has(name):
                 value = self.values[name]
@@ -130,7 +130,7 @@ class _Fields:
         return _parse_label(f"{self.where}: {name}", self.values[name]) if self.has(name) else None
 
     def labels(self, *names: str) -> list[float]:
-        """The labels of those of these fields that are present; a single label counts as a list of one."""
+        """The labels of the fields among `names` that are present; a single label counts as a list of one."""
         values: list[float] = []
         for name in filter(self.has, names):
             value = self.values[name]
@@ -239,12 +239,14 @@ def _read_candidates(fields: _Fields) -> Iterator[Candidate]:
     for index, item in enumerate(items):
         where = f"{fields.where}: candidates[{index}]"
         if not isinstance(item, dict):
-            remedy = "give plain texts as responses"
+            remedy = "give plain texts in the field responses"
             raise RecordError(f"{where} must be an object, got {quote(item)}; {remedy}")
         inner = _Fields(where, item, fields.max_characters)
         name = next((name for name in ("response", "text") if inner.has(name)), None)
         if name is None:
-            raise RecordError(f"{where}: has no text, fields found: {inner.names()}; give the response as text")
+            raise RecordError(
+                f"{where}: has no text, fields found: {inner.names()}; give the response in the field text"
+            )
         yield _import_candidate(
             inner.text(name),
             label=inner.label("label"),
@@ -293,7 +295,7 @@ def _parse_label(where: str, value: object) -> float:
 
 
 def _parse_number(value: object) -> float | None:
-    """A number, a boolean, or the text of one, because cells of CSV are texts."""
+    """The value of a number or boolean, also if it is written as text, as in a cell of CSV; None for anything else."""
     if isinstance(value, str):
         literal = {"true": 1.0, "false": 0.0}.get(value.strip().lower())
         try:

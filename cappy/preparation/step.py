@@ -16,7 +16,7 @@ from cappy.preparation.splits import apply_splits, assign_splits
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.parts import process
-from cappy.records.work import claim, finish, parse_shard, refuse_same
+from cappy.records.work import claim, finish, parse_shard, refuse_same_folder
 from cappy.steps import step_version
 
 __all__ = ["PreparationConfig", "run"]
@@ -31,7 +31,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     Memory holds only the hashes of the id, group and prompt of each row. `prompted` handles sources where one row makes
     many prompts (templates, mixtures).
     """
-    refuse_same(config.source, config.target)
+    refuse_same_folder(config.source, config.target)
     source = group_rows(open_source(config), config)
     tally = Tally(max_failed=config.max_failed, missing=config.missing)
     instances, total, metrics = _assign_instances(source, config, tally, progress)
@@ -46,7 +46,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
             part_rows=config.part_rows,
             progress=partial(progress, unit="instances"),
             total=total,
-            count=_count,
+            count=_count_splits,
         )
         source.check_unchanged()
         tally.check()
@@ -109,7 +109,7 @@ def _warn_dropped(source: Source, tally: Tally, counts: Mapping[str, int]) -> No
         source.warnings.log()
 
 
-def _count(part: Sequence[Instance]) -> Mapping[str, int]:
+def _count_splits(part: Sequence[Instance]) -> Mapping[str, int]:
     return Counter(str(instance.split) for instance in part)
 
 

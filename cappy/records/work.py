@@ -178,7 +178,7 @@ class Shard:
         return row % self.count == self.index
 
 
-def refuse_same(source: str | Path, target: Path) -> None:
+def refuse_same_folder(source: str | Path, target: Path) -> None:
     """ConfigError if the target is the source, which would be overwritten."""
     if Path(source).resolve() == target.resolve():
         raise ConfigError(f"--target: {target} is the source itself; choose another folder")

@@ -33,7 +33,7 @@ _INVALID_CHARACTERS = re.compile(r"[^\w\-. :/]")
 @contextlib.contextmanager
 def connect(tracking_uri: str) -> Iterator[MlflowClient]:
     """An MlflowClient for a block; fails within seconds if MLflow is unreachable; errors become UnreachableError."""
-    _strip_credentials()
+    _trim_credentials()
     address = check_reachable(tracking_uri)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -78,7 +78,7 @@ def _client(address: str) -> MlflowClient:
         ) from missing
 
 
-def _strip_credentials() -> None:
+def _trim_credentials() -> None:
     """Removes the newline that `echo` and mounted files add to a secret, which is invalid in a header."""
     for name in CREDENTIALS:
         value = os.environ.get(name, "")

@@ -45,9 +45,9 @@ def decide(
     the 99.74% interval for the next 19. For a guarded task, the lower bound of the difference to the champion (or to
     random choice) must be above minus its margin.
 
-    The decision is always hold for a scorer trained on a reported instance or its row, for a report on the validation
-    split or on fewer than 30 groups, and for differences without variance. ConfigError if a guarded task is not in the
-    report; RecordError if the report does not have the format that evaluation writes.
+    The decision is always hold for a scorer trained on an instance of the report or on another one from the same row,
+    for a report on the validation split or on fewer than 30 groups, and for differences without variance. ConfigError
+    if a guarded task is not in the report; RecordError if the report does not have the format that evaluation writes.
     """
     comparisons = _comparisons(report)
     tail = FIRST_TAIL if attempt <= 1 else LATER_TAIL
@@ -103,7 +103,7 @@ def _comparisons(report: ReportValues) -> dict[str, Difference]:
 def _check_validity(report: ReportValues, attempt: int) -> Iterator[Check]:
     for name, count in report.get("leaks", {}).items():
         if count:
-            problem = f"was trained on {count} of the reported instances or their rows"
+            problem = f"was trained on {count} of the reported instances, or on others from the same rows"
             yield False, f"The {name} {problem}: prepare splits without overlap."
     if report.get("split") == "validation":
         yield (
@@ -126,11 +126,11 @@ def _check_gains(
     margin: float,
     baseline: Baseline,
     tail: float,
-    without_champion: str,
+    no_champion_reason: str,
 ) -> Iterator[Check]:
     if has_champion:
-        if "scorer-champion" not in comparisons and without_champion:
-            yield False, f"The report does not compare with the champion: {without_champion}."
+        if "scorer-champion" not in comparisons and no_champion_reason:
+            yield False, f"The report does not compare with the champion: {no_champion_reason}."
             return
         yield _check_gain(comparisons, "champion", "the champion", margin, tail)
         return
@@ -188,6 +188,9 @@ def _check_guards(report: ReportValues, guards: Mapping[str, float], has_champio
         values, reference = (champion, "the champion") if champion else (tasks[name]["gain"], "random choice")
         comparison = TypeAdapter(Difference).validate_python(values)
         passed = comparison.low > -margin
-        verb = "does not fall" if passed else "may fall"
+        verb = "is less than" if passed else "may be at least"
         difference = format_interval(comparison)
-        yield passed, f"On {name} the scorer {verb} by {100 * margin:.1f} against {reference}: difference {difference}."
+        yield (
+            passed,
+            f"On {name} the scorer {verb} {100 * margin:.1f} below {reference}: difference {difference}.",
+        )

@@ -30,7 +30,7 @@ class PromotionConfig:
     report: Annotated[Location, Field(description="Folder of the evaluation")]
     target: Annotated[Location, Field(description="Folder to write decision.json to")]
     margin: Annotated[
-        float, Field(ge=0, le=1, description="The lower bound of the gain must be above this, on the scale of 0 to 1")
+        float, Field(ge=0, le=1, description="Minimum gain, 0 to 1: the lower bound of the gain must be above it")
     ] = 0.0
     baseline: Annotated[
         Baseline, Field(description="What a first version must beat besides random choice; mbr: likelihood and MBR")

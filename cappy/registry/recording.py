@@ -16,7 +16,7 @@ import pandas  # type: ignore[import-untyped]
 
 from cappy import __version__
 from cappy.evaluation.findings import ReportValues
-from cappy.pages.words import code, metric_name, table, text
+from cappy.pages.words import escape_code, escape_text, metric_name, table
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, sha256_of
 from cappy.registry.client import MlflowClient, MlflowException, connect, experiment_id, metric_key
@@ -297,30 +297,33 @@ _LICENCE = re.compile(r"[A-Za-z0-9.+-]+")
 def model_card(name: str, scorer: Manifest, report: ReportValues, *, licence: str = "") -> str:
     """The text of MODEL_CARD.md; `licence` is the SPDX identifier of the encoder's licence, empty if unknown."""
     facts = report.get("facts", {})
-    metric = text(metric_name(str(report.get("metric", "label"))))
-    address = f"models:/{code(name)}@champion"
+    metric = escape_text(metric_name(str(report.get("metric", "label"))))
+    address = f"models:/{escape_code(name)}@champion"
     return _CARD.format(
-        title=text(name),
+        title=escape_text(name),
         quoted=json.dumps(address, ensure_ascii=False),
         address=shlex.quote(address),
         licence=licence if _LICENCE.fullmatch(licence) else "other",
-        stated_licence=text(licence or "not stated; ask before you pass the scorer on (cappy registration --licence)"),
-        step=code(scorer.step or "unknown"),
-        verdict="\n".join(f"- {text(str(sentence))}" for sentence in report.get("verdict", ())) or "Not evaluated.",
-        advice=text(str(report.get("next", ""))),
+        stated_licence=escape_text(
+            licence or "not stated; ask before you pass the scorer on (cappy registration --licence)"
+        ),
+        step=escape_code(scorer.step or "unknown"),
+        verdict="\n".join(f"- {escape_text(str(sentence))}" for sentence in report.get("verdict", ()))
+        or "Not evaluated.",
+        advice=escape_text(str(report.get("next", ""))),
         metric=metric,
         selectors=_selectors(report),
         tasks=_tasks(report.get("tasks", ())),
         calibration=_calibration(report.get("calibration")),
-        instances=text(str(facts.get("instances", "unknown"))),
-        split=code(str(report.get("split", "test"))),
-        generators=text(", ".join(f"{key} ({value[:12]})" for key, value in scorer.generators.items()))
+        instances=escape_text(str(facts.get("instances", "unknown"))),
+        split=escape_code(str(report.get("split", "test"))),
+        generators=escape_text(", ".join(f"{key} ({value[:12]})" for key, value in scorer.generators.items()))
         or "none recorded",
-        seed="none recorded" if scorer.seed is None else text(str(scorer.seed)),
+        seed="none recorded" if scorer.seed is None else escape_text(str(scorer.seed)),
         hash=scorer.hash,
-        parents=", ".join(f"`{code(parent[:12])}`" for parent in scorer.parents) or "nothing recorded",
-        made_by=text(_describe_producer(scorer)),
-        recipe=code(json.dumps(scorer.config, sort_keys=True).replace("<", "\\u003c")),
+        parents=", ".join(f"`{escape_code(parent[:12])}`" for parent in scorer.parents) or "nothing recorded",
+        made_by=escape_text(_describe_producer(scorer)),
+        recipe=escape_code(json.dumps(scorer.config, sort_keys=True).replace("<", "\\u003c")),
     )
 
 

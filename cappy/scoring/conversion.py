@@ -29,7 +29,8 @@ def convert(source: str, target: Path, *, sha256: str) -> Manifest:
     """Writes the checkpoint of `source` (a folder or hub:org/name@revision) as a scorer folder, atomically.
 
     `sha256` is that of its pytorch_model.bin. The head is that of its configuration, or `mse` if it states none. Raises
-    ConfigError or FolderError if the file has another hash, or is no scorer: unexpected or missing keys, wrong shapes.
+    ConfigError or FolderError if the file has another hash, or is not a scorer (unexpected or missing keys, wrong
+    shapes).
     """
     if len(sha256) != SHA256_DIGITS or not set(sha256.lower()) <= set("0123456789abcdef"):
         raise ConfigError(f"--sha256: must be 64 hexadecimal digits, got {quote(sha256, 80)}")
@@ -119,7 +120,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise FolderError(
-            f"{path}: is not a checkpoint of tensors only; nothing else is read, use another file"
+            f"{path}: is not a checkpoint of tensors only, so it is not loaded; use another file"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FolderError(f"{path}: expected a state dict (name -> tensor), got {quote(type(state).__name__)}")

@@ -212,14 +212,14 @@ LOGGER = logging.getLogger(__name__)
 class TruncationCounts:
     """Counts the `pairs` of a scorer, how many were truncated (`cut`), and how many `responses` were truncated.
 
-    Equal pairs of a call count once. The first truncation is logged, unless `logs` is false because the caller reports
-    the counts.
+    Equal pairs of a call count once. The first truncation is logged, unless `log_first` is false because the caller
+    reports the counts.
     """
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
         self.pairs = self.cut = self.responses = 0
-        self.logs = True
+        self.log_first = True
         self._lock = threading.Lock()
 
     def count(self, encoded: Sequence[EncodedPair]) -> None:
@@ -230,7 +230,7 @@ class TruncationCounts:
             self.pairs += len(encoded)
             self.cut += cut
             self.responses += sum(pair.cut for pair in encoded)
-        if first and self.logs:
+        if first and self.log_first:
             LOGGER.warning(
                 "a pair is longer than the scorer's %d tokens and is truncated; this is logged only once",
                 self.max_length,

@@ -78,7 +78,7 @@ class Scorer:
         self.version = version
         self.precision = precision
         self.encoder = PairEncoder(tokenizer, config.max_length, config.truncation)
-        self.cuts = TruncationCounts(config.max_length)
+        self.truncation_counts = TruncationCounts(config.max_length)
         """Counts of the pairs that `score` and related methods truncated."""
         self._source = source
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
@@ -131,7 +131,7 @@ class Scorer:
             return []
         distinct = list(dict.fromkeys(pairs))
         encoded = self.encoder.encode(distinct)
-        self.cuts.count(encoded)
+        self.truncation_counts.count(encoded)
         batches = list(batch_by_length(encoded, self.batch_tokens))
         logits = torch.cat([self.forward([encoded[index] for index in batch]) for batch in batches])
         order = [index for batch in batches for index in batch]

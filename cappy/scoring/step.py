@@ -10,7 +10,7 @@ from pydantic import Field
 from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
-from cappy.records.work import ShardOf, parse_shard, refuse_same
+from cappy.records.work import ShardOf, parse_shard, refuse_same_folder
 from cappy.scoring.config import Precision
 from cappy.steps import step_version
 
@@ -62,10 +62,10 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
     from cappy.scorers import scorer_folder
     from cappy.scoring.scorer import Scorer
 
-    refuse_same(config.source, config.target)
+    refuse_same_folder(config.source, config.target)
     parent = read_manifest(config.source)
     scorer = Scorer.load(str(scorer_folder(config.scorer)), precision=config.precision)
-    scorer.cuts.logs = False
+    scorer.truncation_counts.log_first = False
     # The chosen precision is recorded instead of `auto`, because scores depend on it.
     work_config = identity(config) | {"precision": scorer.precision, "version": scorer.version}
 
@@ -74,7 +74,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
 
     def count(_: Sequence[Instance]) -> Mapping[str, int]:
         # Stored with each part, so that a resumed run knows the counts of earlier parts.
-        cut, scorer.cuts.cut = scorer.cuts.cut, 0
+        cut, scorer.truncation_counts.cut = scorer.truncation_counts.cut, 0
         return {"cut_pairs": cut}
 
     with claim(config.work, "scoring", work_config, [parent.hash, scorer.version], fresh=config.fresh) as folder:

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from cappy.config import build, decode
 from cappy.errors import CappyError, ConfigError, quote
-from cappy.progress import FileProgress, LineProgress, Progress, silent
+from cappy.progress import FileProgress, LogProgress, Progress, silent
 from cappy.redaction import redact
 from cappy.runs import PROGRESS_VARIABLE
 from cappy.steps import TRAINING_STEPS, step_version
@@ -75,7 +75,7 @@ def _job_progress(arguments: Sequence[str]) -> Progress:
         return silent
     step = arguments[0]
     in_file = FileProgress(Path(folder) / f"{step}.json")
-    in_log = LineProgress(lambda text: sys.stderr.write(f"{step}: {text}\n"))
+    in_log = LogProgress(lambda text: sys.stderr.write(f"{step}: {text}\n"))
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         with contextlib.suppress(OSError):  # A volume that is briefly unavailable must not end the training.

@@ -3,8 +3,8 @@
 A loss that compares responses is a function and a field of `LossSettings`; its flag, validation, help text and its term
 in the sum follow from the field. Importing this module does not import torch.
 
-Shapes: (pairs,) is one value per (instruction, response) pair of a pass, (count,) one per instance; `groups`, (pairs,),
-maps each pair to its instance, 0 to count - 1.
+Shapes: (pairs,) is one value per (instruction, response) pair of a forward pass, (count,) one per instance; `groups`,
+(pairs,), maps each pair to its instance, 0 to count - 1.
 """
 
 import math
@@ -24,7 +24,7 @@ LISTWISE_TEMPERATURE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """The pairs of a pass: logits, labels (0 to 1) and instance indices (`groups`), all (pairs,).
+    """The pairs of a forward pass: logits, labels (0 to 1) and instance indices (`groups`), all (pairs,).
 
     `compared`, (pairs,) bool, marks the pairs that the comparing losses use, None for all. `weights`, (pairs,), weigh
     the head's loss, None for equal weights.
@@ -39,7 +39,7 @@ class Pairs:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ComparingLoss:
     """Attaches the loss function `compute` to a field of `LossSettings`.
 
     `compute(scores, labels, groups, count)` takes (pairs,) tensors and returns one loss per instance, (count,).
@@ -68,7 +68,7 @@ class LossSettings:
 
     relative: Annotated[
         float,
-        Comparison(relative_loss),
+        ComparingLoss(relative_loss),
         ADVANCED,
         Field(
             ge=0,
@@ -77,17 +77,17 @@ class LossSettings:
     ] = 0.0
     listwise: Annotated[
         float,
-        Comparison(listwise_loss),
+        ComparingLoss(listwise_loss),
         ADVANCED,
         Field(ge=0, description="Weight of the listwise loss (softmax over an instance's selectable responses)"),
     ] = 1.0
 
 
-COMPARISONS: Mapping[str, Comparison] = {
-    name: comparison
+COMPARING_LOSSES: Mapping[str, ComparingLoss] = {
+    name: comparing_loss
     for name, hint in get_type_hints(LossSettings, include_extras=True).items()
-    for comparison in hint.__metadata__
-    if isinstance(comparison, Comparison)
+    for comparing_loss in hint.__metadata__
+    if isinstance(comparing_loss, ComparingLoss)
 }
 """The comparing losses by the name of their setting."""
 
@@ -107,9 +107,9 @@ def instance_losses(pairs: Pairs, head: str, config: LossSettings) -> "Tensor":
     scores, labels = pairs.logits.sigmoid() if head == "bce" else pairs.logits, pairs.labels
     if pairs.compared is not None:
         scores, labels, groups = scores[pairs.compared], labels[pairs.compared], groups[pairs.compared]
-    for name, comparison in COMPARISONS.items():
+    for name, comparing_loss in COMPARING_LOSSES.items():
         if weight := getattr(config, name):
-            loss = loss + weight * comparison.compute(scores, labels, groups, count)
+            loss = loss + weight * comparing_loss.compute(scores, labels, groups, count)
     return loss
 
 

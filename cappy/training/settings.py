@@ -24,7 +24,7 @@ from cappy.config import (
 from cappy.errors import ConfigError, quote
 from cappy.records.instance import SOURCES, Source
 from cappy.specs import parse_spec
-from cappy.training.losses import COMPARISONS, LossSettings
+from cappy.training.losses import COMPARING_LOSSES, LossSettings
 
 if TYPE_CHECKING:
     from cappy.scoring.config import Truncation
@@ -47,7 +47,7 @@ PAPER_PRESET: Mapping[str, object] = {
     "schedule": "published",
     "weight_decay": 0.0,
     "clip": 0.0,
-    **dict.fromkeys(COMPARISONS, 0.0),
+    **dict.fromkeys(COMPARING_LOSSES, 0.0),
     "keep": "last",
     "checks": 1,
     "head": "mse",
@@ -342,7 +342,7 @@ def _unused_settings(config: TrainingSettings) -> Iterator[tuple[str, str]]:
         yield "patience", "with --schedule published, whose rate never decays"
     if config.unit == "row":
         yield "max_candidates", "with --unit row, whose batches are single responses"
-        for name in COMPARISONS:
+        for name in COMPARING_LOSSES:
             if getattr(config, name):
                 yield name, "with --unit row, where there are no responses to compare"
     if config.parallelism != "deepspeed":

@@ -19,7 +19,7 @@ STATUS = "status.json"
 """The file with the exit status of a finished run."""
 
 
-class Target(TypedDict, total=False):
+class PipelineSource(TypedDict, total=False):
     """What a local run executes: a recipe, as JSON values, on a platform, or the pipeline at `module:name`."""
 
     recipe: Mapping[str, object]
@@ -27,7 +27,7 @@ class Target(TypedDict, total=False):
     pipeline: str
 
 
-class Request(Target):
+class Request(PipelineSource):
     """The request.json of a local run, written by `pipelines.local` and executed by `pipelines.execution`.
 
     `process` is the id of the process that started the run; `fingerprints` has one entry per step, or per shard.
@@ -49,7 +49,7 @@ class LocalClient:
         self._runs = runs
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
-        """ConfigError: a local run lives only as long as the terminal that started it."""
+        """Raises ConfigError: a local run lives only as long as the terminal that started it."""
         raise ConfigError("local: cannot submit a run to this machine; start it with cappy pipeline run")
 
     def get_state(self, run: str) -> RunState:

@@ -52,7 +52,7 @@ class Split(BaseModel):
     data: Annotated[list[list[JsonValue]], Field(min_length=1, fail_fast=True)]
 
     @model_validator(mode="after")
-    def _texts(self) -> Self:
+    def _check_cells(self) -> Self:
         self.pairs()
         return self
 

@@ -22,7 +22,7 @@ class RewardRequest(Body):
     labels: list[JsonValue] | None = None
 
     @model_validator(mode="after")
-    def _prompts_of_queries(self) -> Self:
+    def _check_prompts(self) -> Self:
         if len(self.query) != len(self.prompts):
             raise ValueError(f"{len(self.query)} queries for {len(self.prompts)} prompts")
         for index, (query, prompt) in enumerate(zip(self.query, self.prompts, strict=True)):

@@ -113,7 +113,7 @@ def _in_process(spec: str) -> Scoring:
 
 
 def _over_http(url: str, key: str = "") -> Scoring:
-    """Connects to a running `cappy serve`; raises ConfigError if it does not answer, later GatewayError 503."""
+    """Connects to a running `cappy serve`; raises ConfigError if it does not answer now, GatewayError 503 if later."""
     register_address(url)
     address, location = f"{url.rstrip('/')}/score", redact_address(url)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -121,11 +121,12 @@ def _over_http(url: str, key: str = "") -> Scoring:
         status, body = _request_once(address, headers)
         if status == 401:
             raise ConfigError(
-                f"{location}: needs another API key; put it into a variable and name it: --scorer-key-variable"
+                f"{location}: rejects the API key or the lack of one; put a valid one into an environment "
+                "variable and name that with --scorer-key-variable"
             )
         if status != 200:
             raise ValueError(f"status {status}")
-        current = [_parse_scores(body)[1]]
+        latest_version = [_parse_scores(body)[1]]
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
         reason = one_line(str(error), MAX_REASON_CHARACTERS, key) or type(error).__name__
         raise ConfigError(f"{location}: no scorer answers ({reason}); start one: cappy serve --port ...") from None
@@ -136,7 +137,7 @@ def _over_http(url: str, key: str = "") -> Scoring:
         async with asyncio.timeout(REQUEST_SECONDS):
             answer = await client.post(address, json={"pairs": chunk}, extensions={MAX_BYTES: MAX_SCORES_BYTES})
         answer.raise_for_status()
-        scores, current[0] = _parse_scores(answer.content)
+        scores, latest_version[0] = _parse_scores(answer.content)
         return scores
 
     async def score(pairs: Sequence[Pair]) -> Sequence[Rating]:
@@ -150,7 +151,7 @@ def _over_http(url: str, key: str = "") -> Scoring:
             raise GatewayError(503, text, kind="scorer_error", code="scorer_unreachable") from None
         return scores
 
-    return Scoring(score=score, version=lambda: current[0], close=client.aclose)
+    return Scoring(score=score, version=lambda: latest_version[0], close=client.aclose)
 
 
 def _request_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]:

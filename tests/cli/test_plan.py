@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from wording import assert_names
 
-from cappy.costing import DEFAULT
+from cappy.costing import DEFAULT_THROUGHPUT_PATH
 
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
 ASSUMED = ("--mfu", "0.4", "--sampling-mfu", "0.1")
@@ -80,7 +80,7 @@ def test_a_damaged_file_of_speeds_is_named_with_the_remedy(
     here: Cappy, tmp_path: Path, change: Callable[[str], str], named: str
 ) -> None:
     path = tmp_path / "measured.json"
-    path.write_text(change(DEFAULT.read_text()))
+    path.write_text(change(DEFAULT_THROUGHPUT_PATH.read_text()))
     done = here("plan", "--hardware", "h100", "--throughput", path, *ASSUMED)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1

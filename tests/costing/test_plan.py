@@ -9,7 +9,7 @@ import pytest
 from wording import assert_names
 
 from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
-from cappy.costing import DEFAULT, Measurement, PlanConfig, Texts, Throughput, read_throughput
+from cappy.costing import DEFAULT_THROUGHPUT_PATH, Measurement, PlanConfig, TextLengths, Throughput, read_throughput
 from cappy.costing.costs import CHECKED, CHECKS, GENERATORS, HARDWARE, MAX_SHARDS, SCORERS, Work, cost
 from cappy.costing.plan import ScalePlan, format_bytes, format_duration, make_plan, text, to_values
 from cappy.costing.volumes import mixture_volumes
@@ -24,7 +24,7 @@ CONFIG = PlanConfig(hardware="h100", gpus=(1,), generators=("bart0", "t0-3b"), m
 @pytest.fixture(scope="module")
 def measured() -> Throughput:
     """The measured speeds of this repository."""
-    return read_throughput(DEFAULT)
+    return read_throughput(DEFAULT_THROUGHPUT_PATH)
 
 
 def planned(measured: Throughput, **changes: Any) -> ScalePlan:
@@ -52,8 +52,8 @@ def test_every_further_candidate_is_a_row_for_each_open_ended_prompt(measured: T
 
 
 def test_subsets_of_unknown_length_are_as_the_others_of_their_kind(measured: Throughput) -> None:
-    def alike(subset: str, kind: Any, tokens: float) -> Texts:
-        return Texts(
+    def alike(subset: str, kind: Any, tokens: float) -> TextLengths:
+        return TextLengths(
             subset=subset, kind=kind, prompts=1, prompt_tokens=tokens, prompt_squared=tokens**2,
             response_tokens=tokens, pair_tokens=tokens, pair_squared=tokens**2,
         )  # fmt: skip

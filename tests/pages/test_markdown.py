@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from cappy.evaluation import Report, evaluate
 from cappy.evaluation.findings import Probe
-from cappy.pages.words import code, table, text
+from cappy.pages.words import escape_code, escape_text, table
 from cappy.records import Candidate, Instance, Manifest
 from cappy.registry.recording import model_card
 
@@ -128,7 +128,7 @@ def words(page: Page) -> str:
 @renderers
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_name_shows_itself_and_nothing_else(render: Callable[[str], str], name: str) -> None:
-    shown = text(name)
+    shown = escape_text(name)
     parts = (f"# {shown}", f"- {shown}", shown, table([("task", "n"), (name, "1")]), f"**{shown}**")
     page = Page(render("\n\n".join(parts) + "\n"))
     assert set(page.tags) <= PLAIN
@@ -146,18 +146,18 @@ def test_no_text_of_odd_characters_becomes_an_element(render: Callable[[str], st
     pieces = [*"<>[]()!`*_~|\\&;:#@.\"'{}=+-0 \n\ta", *words]
     for _ in range(1000):
         name = "x" + "".join(draw.choices(pieces, k=draw.randint(1, 14)))
-        page = Page(render(f"- {text(name)}\n\n{table([('task',), (name,)])}\n"))
+        page = Page(render(f"- {escape_text(name)}\n\n{table([('task',), (name,)])}\n"))
         assert set(page.tags) <= PLAIN, name
         assert page.other == [], name
 
 
 def test_ordinary_names_stay_readable_in_the_source() -> None:
-    assert text("The scorer is better than MBR: 42.1 against 40.0, +2.1 (95% interval 1.0 to 3.2).") == (
+    assert escape_text("The scorer is better than MBR: 42.1 against 40.0, +2.1 (95% interval 1.0 to 3.2).") == (
         "The scorer is better than MBR: 42.1 against 40.0, +2.1 (95% interval 1.0 to 3.2)."
     )
     for name in ("glue/mrpc", "50.0", "+2.1", "-3", "0.5*", "a: b", "models:/cappy"):
-        assert text(name).replace("\\*", "*") == name
-    assert code("models:/cappy@champion") == "models:/cappy@champion"
+        assert escape_text(name).replace("\\*", "*") == name
+    assert escape_code("models:/cappy@champion") == "models:/cappy@champion"
 
 
 def report_of(name: str, make_instance: Callable[..., Instance], score: Any) -> Report:

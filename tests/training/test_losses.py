@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from cappy.training.feed import comparison_mask
-from cappy.training.losses import COMPARISONS, LISTWISE_TEMPERATURE, LossSettings, Pairs, group_mean, instance_losses
+from cappy.training.losses import (
+    COMPARING_LOSSES,
+    LISTWISE_TEMPERATURE,
+    LossSettings,
+    Pairs,
+    group_mean,
+    instance_losses,
+)
 
 LOGITS = torch.tensor([0.3, -1.0, 2.0, 0.1, 0.0])
 LABELS = torch.tensor([0.5, 0.0, 1.0, 0.25, 0.75])
@@ -104,7 +111,7 @@ def test_weights_make_the_pointwise_loss_a_weighted_mean_and_leave_comparisons_a
 
 
 def test_every_comparison_is_a_setting_that_refuses_what_is_below_zero() -> None:
-    assert {field.name for field in dataclasses.fields(LossSettings)} == set(COMPARISONS)
-    for name in COMPARISONS:
+    assert {field.name for field in dataclasses.fields(LossSettings)} == set(COMPARING_LOSSES)
+    for name in COMPARING_LOSSES:
         with pytest.raises(ValueError, match=name):
             LossSettings(**{name: -0.1})

@@ -48,7 +48,7 @@ other number of choices are equal.
 """
 
 SAMPLES = {"t0": 10, "heldout": 0, "bigbench45": 17}
-"""Responses sampled for each prompt: 5 by BART0 and 5 by T0-3B; none; and the published 17 candidates."""
+"""Responses sampled for each prompt: for t0, 5 by BART0 and 5 by T0-3B; for bigbench45, the published 17."""
 
 _JOIN_CALL = re.compile(r"""join\(\s*(["'])\s*\|\|\|\s*\1\s*\)""")
 

@@ -130,7 +130,7 @@ class Budget:
 
     @contextlib.contextmanager
     def reserve(self, reservation: Spending, stop: threading.Event) -> Iterator[Spending]:
-        """Reserves a maximum for the block; what the block adds to the yielded value is spent.
+        """Reserves the maximum usage of the block, which adds its real usage to the yielded value.
 
         Waits while pending requests may still release budget. If they cannot, sets `stop` and raises GeneratorError.
         """
