@@ -113,7 +113,7 @@ FAST_LOADER: type[Loader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The safe loader, in C if available."""
 _NUMBER = re.compile(r"[-+0-9_.:a-fxobtz \t]*", re.IGNORECASE)
 """Matches every number and date of YAML, and more."""
-_TEXT = (None, "!", "tag:yaml.org,2002:str")
+_TEXT_TAGS = (None, "!", "tag:yaml.org,2002:str")
 
 
 def load_yaml(text: str | bytes, loader: type[Loader] = FAST_LOADER, *, max_characters: int = MAX_CHARACTERS) -> object:
@@ -124,14 +124,14 @@ def load_yaml(text: str | bytes, loader: type[Loader] = FAST_LOADER, *, max_char
     if not issubclass(loader, (yaml.SafeLoader, FAST_LOADER)):
         raise TypeError(f"{loader.__name__} is not a safe loader")
     with _as_yaml_errors():
-        _check(text, max_characters)
+        _check_limits(text, max_characters)
         return yaml.load(text, loader)  # noqa: S506 # a safe loader, by the check above
 
 
 def load_all_yaml(text: str | bytes, *, max_characters: int = MAX_CHARACTERS) -> list[object]:
     """Parses all documents of a text; yaml.YAMLError if it is invalid or exceeds a limit."""
     with _as_yaml_errors():
-        _check(text, max_characters)
+        _check_limits(text, max_characters)
         return list(yaml.load_all(text, FAST_LOADER))
 
 
@@ -145,8 +145,8 @@ def _as_yaml_errors() -> Iterator[None]:
         raise yaml.MarkedYAMLError(problem=f"contains an invalid value ({problem})") from error
 
 
-def _check(text: str | bytes, max_characters: int) -> None:
-    """Counts the events of the text, which has hardly more events than characters."""
+def _check_limits(text: str | bytes, max_characters: int) -> None:
+    """Checks the size of a text and of what it expands to; it has hardly more events than characters."""
     if len(text) > max_characters:
         raise yaml.MarkedYAMLError(problem=f"is longer than {max_characters:,} characters")
     counter = _EventCounter()
@@ -205,7 +205,7 @@ class _EventCounter:
 
 def _is_text(event: yaml.ScalarEvent) -> bool:
     """Whether a scalar is a text: by its tag, by its quotes, or because it cannot be a number or a date."""
-    return event.tag in _TEXT and not (event.implicit[0] and _NUMBER.fullmatch(event.value))
+    return event.tag in _TEXT_TAGS and not (event.implicit[0] and _NUMBER.fullmatch(event.value))
 
 
 def _yaml_error(event: yaml.Event, problem: str) -> yaml.MarkedYAMLError:

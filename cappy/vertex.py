@@ -18,7 +18,7 @@ CONNECT_TIMEOUT_SECONDS = 4.0
 
 
 def silence_sdk() -> None:
-    """Raises the level of the SDK's loggers, one per module, to WARNING: they write to stdout, as our commands do."""
+    """Raises the level of the SDK's loggers, one per module, to WARNING: they write to stdout, where our results go."""
     for name in logging.root.manager.loggerDict:
         if name.startswith("google.cloud.aiplatform"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -38,7 +38,7 @@ def check_reachable(region: str, endpoint: str = "") -> None:
 
 @contextlib.contextmanager
 def translate_errors(step: str, project: str, region: str, remedies: Mapping[int, str] | None = None) -> Iterator[None]:
-    """Raises ConfigError with one line for errors of the service or the credentials, and for a service that is silent.
+    """Raises ConfigError with one line for errors of the service or the credentials, or if the service gives no answer.
 
     `remedies` maps a status code to what the user should do about it.
     """

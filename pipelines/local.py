@@ -29,7 +29,7 @@ from pipelines.clients.local import STATUS, PipelineSource, Request
 from pipelines.customize import image
 from pipelines.planning import settings_of, work_of
 from pipelines.recipe import Platform, Recipe
-from pipelines.states import StepState, StepTable, log_section, observe
+from pipelines.states import StepState, StepTable, log_section, read_states
 from pipelines.submission import Submission, fingerprints, prepare
 
 POLL_SECONDS = 0.2
@@ -142,7 +142,7 @@ def execute(
     write_bytes(request_path, json.dumps(request, indent=1).encode())
 
     def observe_steps(alive: bool, succeeded: bool = False) -> list[StepState]:
-        return observe(
+        return read_states(
             submission.fingerprints, work=work, progress=folder, run=run_id, alive=alive, succeeded=succeeded
         )
 

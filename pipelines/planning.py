@@ -17,7 +17,7 @@ from pipelines.recipe import (
     refuse_missing_address,
     refuse_password,
 )
-from pipelines.submission import Submission, configs, external_names, prepare, refuse_artifacts
+from pipelines.submission import Submission, configs, external_references, prepare, refuse_artifacts
 
 LOCAL_PLATFORMS = ("local", "docker")
 
@@ -135,21 +135,21 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
 
 def _refuse_missing_files(settings: Mapping[str, StepSettings]) -> None:
     """ConfigError for a missing file or folder on this machine."""
-    for step, name, text in _all_external_names(settings):
+    for step, name, text in _all_external_references(settings):
         if text != "builtin" and ":" not in text and not Path(text).exists():
             raise ConfigError(f"{step}: --{name}: {text}: no such file or folder; check the path")
 
 
-def _all_external_names(settings: Mapping[str, StepSettings]) -> Iterator[tuple[str, str, str]]:
+def _all_external_references(settings: Mapping[str, StepSettings]) -> Iterator[tuple[str, str, str]]:
     """Step, setting and text of every external path or spec in the settings."""
     for step, values in settings.items():
-        for name, text in external_names(step, values):
+        for name, text in external_references(step, values):
             yield step, name, text
 
 
 def _refuse_local_files(recipe: Recipe, settings: Mapping[str, StepSettings], root: str) -> None:
     """ConfigError for a file outside the shared folder, and for one not visible from here if `revision` is empty."""
-    for step, name, text in _all_external_names(settings):
+    for step, name, text in _all_external_references(settings):
         _refuse_local_file(recipe, f"{step}: --{name}", text, root)
 
 

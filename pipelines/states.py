@@ -44,13 +44,14 @@ class StepState:
     error: str = ""
 
 
-def observe(
+def read_states(
     fingerprints: Mapping[str, str], *, work: Path, progress: Path, run: str, alive: bool, succeeded: bool
 ) -> list[StepState]:
     """The state of every step and shard, in order.
 
-    A step that this run finished has a record with the run's id, and a running step has a progress file. A step with
-    neither, before one with either, was answered from the cache. Shards wait for earlier steps, not for each other.
+    A step that this run finished has a record with the run's id, and a running step has a progress file. A step
+    that has neither was answered from the cache if a later step has one of them. Shards wait for earlier steps, not for
+    each other.
     """
     records = {step: read_record(work, fingerprint) for step, fingerprint in fingerprints.items()}
     reported = {
@@ -81,7 +82,7 @@ def _follows(later: str, step: str, steps: list[str]) -> bool:
 
 
 def log_section(log: Path, step: str, *, whole: bool = True) -> list[str]:
-    """The lines that a step wrote to the run's log; if it never started, all lines, or none if not `whole`."""
+    """The lines that a step wrote to the run's log; if it never started, all lines or, without `whole`, none."""
     lines = [_COLOR.sub("", line) for line in log.read_text(errors="replace").splitlines()]
     starts = [(index, match[1]) for index, line in enumerate(lines) if (match := _START.search(line))]
     section: list[str] = []
@@ -163,7 +164,7 @@ class StepTable:
 
 
 def describe_progress(state: StepState) -> str:
-    """The progress of a running step (done of total, rate, time left), or the amount that a finished step did."""
+    """The progress of a running step (done of total, rate, time left), or how much a finished step processed."""
     progress = state.progress
     if progress is None or state.state not in ("running", "done"):
         return ""

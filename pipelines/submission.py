@@ -1,4 +1,4 @@
-"""Makes the arguments of a pipeline run from the settings of each step: validates, resolves aliases, fingerprints.
+"""Makes the arguments of a pipeline run from the settings of each step: checks them, resolves aliases, hashes inputs.
 
 An orchestrator's cache compares strings, not the contents behind them. Therefore each step has a fingerprint parameter:
 the digest of the key of its work (`cappy.keys`), which includes the content of every file, folder and model version in
@@ -99,7 +99,7 @@ def refuse_artifacts(pipeline: str, steps: Mapping[str, StepSettings]) -> None:
             if (step, name, pipeline) != ("evaluation", "scorer", "evaluate"):
                 raise ConfigError(f"{step}: --{name} is set by the pipeline; leave it out of settings and --set")
         if STEP_SPECS[step].sharded and values.get("shard"):
-            raise ConfigError(f"{step}: --shard is set by the pipeline; give the number of shards: shards, or --shards")
+            raise ConfigError(f"{step}: --shard is set by the pipeline; give the number of shards with --shards")
 
 
 def _by_shard(digests: Mapping[str, str], shards: int) -> dict[str, str]:
@@ -192,7 +192,7 @@ def hash_content(text: str, *, tracking_uri: str = "") -> str:
     return text
 
 
-def external_names(step: str, values: StepSettings) -> Iterator[tuple[str, str]]:
+def external_references(step: str, values: StepSettings) -> Iterator[tuple[str, str]]:
     """Setting and text of every external path or spec in the settings of a step."""
     from cappy.sampling.strategies import FILES
 
@@ -206,13 +206,13 @@ def external_names(step: str, values: StepSettings) -> Iterator[tuple[str, str]]
 
 def _hash_external(step: str, values: StepSettings, tracking_uri: str) -> list[list[str]]:
     """Setting, name and hash of everything external; a file's name counts, because preparation names a task by it."""
-    references = external_names(step, values)
+    references = external_references(step, values)
     return [[name, Path(text).name, hash_content(text, tracking_uri=tracking_uri)] for name, text in references]
 
 
 def _hash_folder(path: Path) -> str:
     if (path / MANIFEST).is_file():
-        # Verified, or an edited part with its old manifest would be answered from the cache.
+        # Verified, because otherwise an edited part with its old manifest would be answered from the cache.
         return verify(path).hash
     return fingerprint([[file.name, file.sha256] for file in describe_files(path)])
 
@@ -264,8 +264,8 @@ def _champion_to_compare(
 ) -> str:
     """The version that evaluation compares with; empty if there is none.
 
-    If this run's finetuning already made the champion, that is the champion before it, as when it was promoted. So a
-    second identical run is answered from the cache as a whole.
+    If an identical earlier run trained the current champion, this is the champion before it, which that run compared
+    with. So a second identical run is answered from the cache as a whole.
     """
     from cappy.registry import champion
 

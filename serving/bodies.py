@@ -36,7 +36,7 @@ _BLOCK = 1 << 20
 _DEPTH_CHANGES = np.zeros(256, np.int8)
 _DEPTH_CHANGES[[ord("["), ord("{")]] = 1
 _DEPTH_CHANGES[[ord("]"), ord("}")]] = -1
-_LARGE = ThreadPoolExecutor(1, "bodies")
+_LARGE_BODY_POOL = ThreadPoolExecutor(1, "bodies")
 RULES = {
     "missing": "is missing",
     "extra_forbidden": "is not supported; leave it out",
@@ -116,12 +116,12 @@ def _field_path(location: Sequence[int | str], body: object, kind: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Limits of a body; `max_text_bytes` counts its texts in UTF-8, equal texts of a request for scores once."""
+    """Limits of a body; `max_text_bytes` counts texts in UTF-8; in a request for scores equal texts count once."""
 
     max_values: int = MAX_VALUES
     max_depth: int = MAX_DEPTH
     max_characters: int = BodyLimits.max_characters
-    """Of one text: no scorer reads further, and tokenizing it would delay other requests."""
+    """Limit of one text: scorers would truncate a longer one, and tokenizing it would delay other requests."""
     max_text_bytes: int = round(BodyLimits.max_text_mb * 1e6)
     """A tokenizer processes 2 to 3 MB a second and takes 60 bytes of memory per byte (2 cores, AMD EPYC)."""
     remedy: str = "send a smaller request"
@@ -150,7 +150,8 @@ class Bounds:
         """Raises Refusal 413 if one text, or all texts together, are too long."""
         max_length = max(map(len, texts), default=0)
         if max_length > self.max_characters:
-            raise Refusal(413, f"a text has {max_length} characters, at most {self.max_characters}; send a shorter one")
+            limit = f"at most {self.max_characters} are accepted"
+            raise Refusal(413, f"a text has {max_length} characters, {limit}; send a shorter one")
         # A character has at most four bytes in UTF-8, so usually nothing needs to be encoded.
         if 4 * sum(map(len, texts)) <= self.max_text_bytes:
             return
@@ -192,7 +193,7 @@ async def run_in_thread(size: int, work: Callable[[], Result]) -> Result:
     """Returns the result of `work`; runs it in a thread if it processes a large body (`size` in bytes)."""
     if size < LARGE_BYTES:
         return work()
-    return await asyncio.get_running_loop().run_in_executor(_LARGE, work)
+    return await asyncio.get_running_loop().run_in_executor(_LARGE_BODY_POOL, work)
 
 
 @dataclass(eq=False)

@@ -153,7 +153,7 @@ class ServedScorer:
         ADVANCED,
         Field(
             ge=0,
-            description="Tokens in a batch: fewer lower the latency, more raise the throughput; 0: suits the device",
+            description="Tokens in a batch: fewer lower latency, more raise throughput; 0: chosen for the device",
         ),
     ] = 0
     max_queued_tokens: Annotated[

@@ -303,7 +303,8 @@ class Batcher:
     def admit(self, tokens: int) -> None:
         """Raises Refusal 429 if the queue has no room for these tokens; an empty queue takes a request of any size."""
         if self.queued_tokens and self.queued_tokens + tokens > self.max_queued_tokens:
-            text = f"{self.queued_tokens} tokens are queued, at most {self.max_queued_tokens}; try again later"
+            limit = f"at most {self.max_queued_tokens} are accepted"
+            text = f"{self.queued_tokens} tokens are queued, {limit}; try again later"
             raise Refusal(429, text, retry_after=self.retry_after())
 
     def retry_after(self) -> int:

@@ -39,8 +39,9 @@ Refuse = Callable[[str, Refusal], Response]
 class Hosts:
     """Names that a service answers to, by the Host header: always those `allowed` (`*` stands for any).
 
-    If it listens on `loopback`, only the names of this machine. Otherwise any name if clients need `keys`; without
-    keys, addresses, names without a dot, names with one of `INTERNAL_SUFFIXES`, and the machine's own name.
+    A service that listens on `loopback` also answers to the names of this machine. Any other service answers to all
+    names if clients need `keys`, and otherwise also to addresses, names without a dot, names with one of
+    `INTERNAL_SUFFIXES`, and the machine's own name.
     """
 
     allowed: Sequence[str] = ()

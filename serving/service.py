@@ -102,7 +102,8 @@ class Service:
         payload = parse_request(dialect, value)
         pairs = dialect.pairs(payload)
         if len(pairs) > self.limits.max_pairs:
-            text = f"the request has {len(pairs)} pairs, at most {self.limits.max_pairs}; send them in several requests"
+            limit = f"at most {self.limits.max_pairs} are accepted"
+            text = f"the request has {len(pairs)} pairs, {limit}; send them in several requests"
             raise Refusal(413, text)
         self.bounds.check_texts(distinct_texts(pairs))
         return payload, pairs

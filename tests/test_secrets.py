@@ -181,6 +181,6 @@ def test_what_platforms_say_is_shown_without_secrets(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("OPENAI_API_KEY", "key-of-the-llm")
     said = SimpleNamespace(message="the key key-of-the-llm is wrong")
     task = SimpleNamespace(display_name="sampling", error=said, state="FAILED", start_time=None, end_time=None)
-    result = kubeflow._task(task)
+    result = kubeflow._task_state(task)
     assert result is not None
     assert result.error == "the key *** is wrong"

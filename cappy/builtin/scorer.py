@@ -52,12 +52,13 @@ def new_encoder(layers: int, hidden_size: int, max_length: int) -> "tuple[PreTra
 def _initialize_for_matching(model: "PreTrainedModel") -> None:
     """Initialises the weights for comparing words: the LLM's word embeddings, and attention to equal tokens.
 
-    A scorer compares a response with its instruction word by word. With random word embeddings, shared queries and keys
-    with gain 0.7 and a learning rate of 8e-4, it had not learned this after 280 updates (loss 1.17). Of four starts
-    tried for a minute each, this one was best after 100 updates (loss 1.07); its parts were not ablated.
+    A scorer compares a response with its instruction word by word. A scorer with random word embeddings, shared queries
+    and keys with gain 0.7 and a learning rate of 8e-4 had not learned this after 280 updates (loss 1.17). Of four
+    initialisations tried for a minute each, this one was best after 100 updates (loss 1.07); its parts were not
+    ablated.
 
     Queries and keys share a projection, so that a token attends to equal ones; the output is the transpose of the value
-    projection; type embeddings are large enough to tell where an equal token is.
+    projection; type embeddings are large enough to tell whether an equal token is in the instruction or the response.
     """
     words = load_file(LLM_FOLDER / "model.safetensors")["shared.weight"].float()
     embeddings, width = model.bert.embeddings, model.config.hidden_size

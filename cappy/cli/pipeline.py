@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pipelines.local import RunOutcome
     from pipelines.recipe import Platform, Recipe
 
-EXTRA = "pip install -e '.[pipelines]'"
-NAMES = ("adapt", "pretrain", "evaluate", "batch_score")
+INSTALL_COMMAND = "pip install -e '.[pipelines]'"
+PIPELINE_NAMES = ("adapt", "pretrain", "evaluate", "batch_score")
 
 app = typer.Typer(help="Compile, run, submit and follow the Kubeflow pipelines.", no_args_is_help=True)
 
@@ -33,7 +33,7 @@ ShardsFlag = Annotated[
     int | None,
     typer.Option(min=1, help="Number of shards for sampling or scoring.", show_default="the recipe's, else 1"),
 ]
-AddressFlag = Annotated[
+TrackingUriFlag = Annotated[
     str,
     typer.Option("--tracking-uri", help="MLflow's address.", show_default="the recipe's, else that of `cappy adapt`"),
 ]
@@ -54,7 +54,7 @@ def run(
     setting: SettingFlag = [],  # noqa: B006 (typer needs the default and copies it)
     fresh: FreshFlag = False,
     shards: ShardsFlag = None,
-    tracking_uri: AddressFlag = "",
+    tracking_uri: TrackingUriFlag = "",
     work: WorkFlag = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the graph and its resources; run nothing.")] = False,
     as_json: JsonFlag = False,
@@ -98,7 +98,7 @@ def compile_pipeline(
 
 def load_recipe(
     text: str,
-    pairs: Sequence[str] = (),
+    assignments: Sequence[str] = (),
     *,
     shards: int | None = None,
     tracking_uri: str = "",
@@ -108,12 +108,12 @@ def load_recipe(
     """The recipe in a file, or the default recipe of a pipeline, with the values of flags."""
     recipes = load("pipelines.recipe")
     chosen: Recipe
-    if text in NAMES:
+    if text in PIPELINE_NAMES:
         chosen = recipes.check_recipe({"pipeline": text})
     elif Path(text).suffix in (".yaml", ".yml") or Path(text).is_file():
         chosen = recipes.read_recipe(Path(text))
     else:
-        names = ", ".join(NAMES)
+        names = ", ".join(PIPELINE_NAMES)
         raise typer.BadParameter(
             f"{quote(text)} is neither a recipe file nor a pipeline; choose one of {names}", param_hint="RECIPE"
         )
@@ -123,7 +123,7 @@ def load_recipe(
             raise ConfigError(f"--shards: {shards} is too many; give at most {limit}")
         chosen = replace(chosen, shards=shards)
     settings = {step: dict(values) for step, values in chosen.settings.items()}
-    for step, values in settings_by_step(chosen.pipeline, pairs, chosen.steps).items():
+    for step, values in settings_by_step(chosen.pipeline, assignments, chosen.steps).items():
         settings.setdefault(step, {}).update(values)
     chosen = replace(
         chosen,
@@ -135,21 +135,21 @@ def load_recipe(
 
 
 def with_fresh(recipe: "Recipe") -> "Recipe":
-    """The recipe with a new fresh name, so that the run redoes every step but retries continue its own work."""
+    """The recipe with a new run name as `fresh` of every step: the run redoes its steps, and retries continue it."""
     name = new_run_name()
     settings = {step: {**recipe.settings.get(step, {}), "fresh": name} for step in recipe.steps}
     return replace(recipe, settings=settings)
 
 
-def settings_by_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> "Settings":
+def settings_by_step(name: str, assignments: Sequence[str], steps: Sequence[str] = ()) -> "Settings":
     """Parses STEP.SETTING=VALUE texts into settings by step; a value is JSON if it can be parsed as such, else text."""
     steps = steps or load("pipelines.definitions").PIPELINES[name].steps
     settings: Settings = {}
-    for pair in pairs:
-        path, equals, text = pair.partition("=")
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
         step, dot, setting = path.partition(".")
         if not equals or not dot or not setting:
-            raise typer.BadParameter(f"{quote(pair)} is not STEP.SETTING=VALUE", param_hint="--set")
+            raise typer.BadParameter(f"{quote(assignment)} is not STEP.SETTING=VALUE", param_hint="--set")
         if step not in steps:
             raise typer.BadParameter(
                 f"{name} has no step {quote(step)}; choose one of {', '.join(steps)}", param_hint="--set"
@@ -185,7 +185,7 @@ def _print_scored(outcome: "RunOutcome", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(values, indent=1))
         return
-    content = f"{manifest.rows:,} instances, {manifest.candidates:,} candidates, scores under {version}"
+    content = f"{manifest.rows:,} instances, {manifest.candidates:,} candidates, scored by {version}"
     typer.echo(f"scored    {folder}\n          {content}")
 
 
@@ -211,7 +211,7 @@ def load(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "kfp":
             raise
-        raise ConfigError(f"kfp is not installed; install the pipelines extra: {EXTRA}") from error
+        raise ConfigError(f"kfp is not installed; install the pipelines extra: {INSTALL_COMMAND}") from error
 
 
 def _parse_value(text: str) -> object:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cappy.cli.flags import FreshFlag, JsonFlag, SettingFlag
-from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, load_recipe, print_preview
+from cappy.cli.pipeline import RecipeArgument, ShardsFlag, TrackingUriFlag, load, load_recipe, print_preview
 from cappy.errors import CappyError, ConfigError, quote
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def submit(
     setting: SettingFlag = [],  # noqa: B006 (typer needs the default and copies it)
     fresh: FreshFlag = False,
     shards: ShardsFlag = None,
-    tracking_uri: AddressFlag = "",
+    tracking_uri: TrackingUriFlag = "",
     endpoint: EndpointFlag = "",
     namespace: NamespaceFlag = "",
     project: ProjectFlag = "",

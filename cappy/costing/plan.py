@@ -24,12 +24,12 @@ Line = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScalePlan:
-    """The volumes and the work of each step; `machines` are those of the measurements."""
+class PretrainingPlan:
+    """The volumes and the work of each step; `machines` are those that speeds were measured on."""
 
     config: PlanConfig
     volumes: Volumes
-    works: tuple[Work, ...]
+    steps: tuple[Work, ...]
     machines: tuple[str, ...] = ()
 
     @property
@@ -40,16 +40,16 @@ class ScalePlan:
     def costs(self, devices: int) -> list[Cost]:
         """The cost of each step on this number of devices."""
         cores = devices if self.config.hardware == CPU else self.config.workers
-        return [cost(work, devices, self.config, cores=cores) for work in self.works]
+        return [cost(work, devices, self.config, cores=cores) for work in self.steps]
 
 
-def make_plan(config: PlanConfig, throughput: Throughput) -> ScalePlan:
+def make_plan(config: PlanConfig, throughput: Throughput) -> PretrainingPlan:
     """The plan of a pretraining; ConfigError for an unknown name or a speed that is neither measured nor assumed."""
     volumes = mixture_volumes(config.mixture, _parse_samples(config.generators), throughput)
-    return ScalePlan(
+    return PretrainingPlan(
         config=config,
         volumes=volumes,
-        works=tuple(list_work(volumes, throughput, config)),
+        steps=tuple(list_work(volumes, throughput, config)),
         machines=tuple(dict.fromkeys(measurement.machine for measurement in throughput.measurements)),
     )
 
@@ -70,14 +70,14 @@ def _parse_samples(generators: Sequence[str]) -> Mapping[str, int]:
     return samples
 
 
-def text(plan: ScalePlan) -> str:
+def text(plan: PretrainingPlan) -> str:
     """The plan as plain text: the work of each step, its time by number of devices, and the assumptions."""
     blocks = [_format_volumes(plan), _align(_work_lines(plan)), _align(_time_lines(plan))]
     sentences = [textwrap.fill(text, WIDTH, initial_indent="- ", subsequent_indent="  ") for text in assumptions(plan)]
     return "\n\n".join([*blocks, "\n".join(["Assumptions", *sentences])])
 
 
-def to_values(plan: ScalePlan) -> dict[str, JSON]:
+def to_values(plan: PretrainingPlan) -> dict[str, JSON]:
     """The plan as JSON values: seconds, hours and bytes; each step says whether its speed was measured."""
     volumes = {**asdict(plan.volumes), "candidates": plan.volumes.candidates}
     return {
@@ -85,20 +85,20 @@ def to_values(plan: ScalePlan) -> dict[str, JSON]:
         "hardware": plan.config.hardware,
         "terms": {name: getattr(plan.config, name) for name in _TERMS},
         "volumes": volumes,
-        "steps": [asdict(work) for work in plan.works],
+        "steps": [asdict(work) for work in plan.steps],
         "by_devices": {
             str(number): {"steps": [asdict(step_cost) for step_cost in plan.costs(number)], **_sums(plan, number)}
             for number in plan.devices
         },
-        "bytes": sum(work.bytes for work in plan.works),
+        "bytes": sum(work.bytes for work in plan.steps),
         "rests_on": list(assumptions(plan)),
     }
 
 
-def assumptions(plan: ScalePlan) -> Iterator[str]:
+def assumptions(plan: PretrainingPlan) -> Iterator[str]:
     """What the numbers are based on and leave out, one sentence each."""
     volumes, config = plan.volumes, plan.config
-    assumed = [work for work in plan.works if not work.measured]
+    assumed = [work for work in plan.steps if not work.measured]
     if assumed:
         peak = f"{(HARDWARE[config.hardware] or 0) / 1e12:,.0f} TFLOP/s in dense bf16"
         yield (
@@ -131,7 +131,7 @@ def assumptions(plan: ScalePlan) -> Iterator[str]:
     )
 
 
-def _format_volumes(plan: ScalePlan) -> str:
+def _format_volumes(plan: PretrainingPlan) -> str:
     volumes = plan.volumes
     per_prompt = " + ".join(f"{number} of {name}" for name, number in volumes.samples.items())
     published = f"{PUBLISHED_MILLIONS} million according to the paper's authors" if plan.config.mixture == "t0" else ""
@@ -146,19 +146,19 @@ def _format_volumes(plan: ScalePlan) -> str:
     )
 
 
-def _work_lines(plan: ScalePlan) -> list[Line]:
+def _work_lines(plan: PretrainingPlan) -> list[Line]:
     lines: list[Line] = [("step", "work", "tokens", "storage", "speed per device")]
-    for work in plan.works:
+    for work in plan.steps:
         amount = f"{work.amount:.3g} FLOP" if work.unit == "FLOP" else f"{work.amount:,.0f} {work.unit}"
         lines.append((work.name, amount, _format_tokens(work.tokens), format_bytes(work.bytes), work.basis))
     return lines
 
 
-def _time_lines(plan: ScalePlan) -> list[Line]:
+def _time_lines(plan: PretrainingPlan) -> list[Line]:
     unit = "core" if plan.config.hardware == CPU else "GPU"
     costs = {number: plan.costs(number) for number in plan.devices}
     lines: list[Line] = [("wall-clock", *(f"{number} {unit}{'s' if number > 1 else ''}" for number in plan.devices))]
-    for index, work in enumerate(plan.works):
+    for index, work in enumerate(plan.steps):
         lines.append((work.name, *(format_duration(costs[number][index].seconds) for number in plan.devices)))
     sums = [_sums(plan, number) for number in plan.devices]
     lines.append(("total", *(format_duration(total["seconds"]) for total in sums)))
@@ -170,7 +170,7 @@ def _time_lines(plan: ScalePlan) -> list[Line]:
     return lines
 
 
-def _sums(plan: ScalePlan, devices: int) -> Mapping[str, float]:
+def _sums(plan: PretrainingPlan, devices: int) -> Mapping[str, float]:
     """Totals of the steps, which run one after another; device-hours of CPUs are core-hours."""
     costs = plan.costs(devices)
     hours, cores = sum(cost.device_hours for cost in costs), sum(cost.core_hours for cost in costs)

@@ -15,9 +15,9 @@ OUT_OF_FOLD = "out_of_fold.json"
 LEVEL = 0.95
 """Confidence level of every interval."""
 MIN_GROUPS = 30
-"""With fewer, no interval that was tried has its nominal coverage on skewed differences: benchmarks/intervals.py."""
+"""With fewer groups, no interval tried in benchmarks/intervals.py has its nominal coverage on skewed differences."""
 MAX_GROUPS_FACTOR = 20
-"""How many times the present number of groups a user can be expected to collect."""
+"""A user can be expected to collect up to this many times the present number of groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,9 @@ class TableRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRow:
-    """One task: the mean label of each selector, and the gain of the scorer (or of MBR without one) over random choice.
+    """One task: the mean label of each selector, and a gain over random choice.
 
+    `gain` is that of the scorer, or of MBR if there is no scorer.
     `kind` is "choice" if every instance is a choice from a closed set; `templates` then has the accuracy of the same
     selector by template. `against_champion` is the difference between scorer and champion, if there is one.
     """
@@ -98,7 +99,7 @@ class TaskRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Average:
-    """Unweighted means over tasks and the subject's gain over random choice; intervals are over tasks."""
+    """Unweighted means over tasks, and the mean of the gains in `TaskRow`; intervals are over tasks."""
 
     tasks: int
     means: Mapping[str, MeanEstimate]
@@ -216,14 +217,14 @@ class PublishedTask:
 class Findings:
     """All results of an evaluation; numbers are on the metric's scale of 0 to 1.
 
-    `comparisons` maps "one-other" to their paired difference; "scorer-likelihood" compares with the likelihood selector
-    named in `better_likelihood`, the better one on the reported split itself, which favours the baseline. `adjusted`
-    has the p-values of the comparisons after Holm's correction. `averages` are unweighted means over tasks. `leaks`
-    counts, by scorer, the reported instances that it saw in training or early stopping, directly or as another template
-    of the same row. `pays_until` is the number of candidates beyond which one more adds less than 0.001; 0 without a
-    scorer. `folds` is above 0 if the report was cross-fitted: it is then about the recipe, not about the scorer in
-    `versions`. `tested_groups` is a sketch of the reported groups (`cappy.records.overlap`), from which the gate counts
-    how often they were used.
+    `comparisons` has paired differences by the names of both selectors, such as "scorer-random". "scorer-likelihood"
+    compares with `better_likelihood`, the likelihood selector that is better on the reported split itself; that choice
+    favours the baseline. `adjusted` has the p-values of the comparisons after Holm's correction. `averages` are
+    unweighted means over tasks. `leaks` counts, by scorer, the reported instances that it saw in training or early
+    stopping, directly or as another template of the same row. `pays_until` is the number of candidates beyond which one
+    more adds less than 0.001; 0 without a scorer. `folds` is above 0 if the report was cross-fitted: it is then about
+    the recipe, not about the scorer in `versions`. `tested_groups` is a sketch of the reported groups
+    (`cappy.records.overlap`), from which the gate counts how often they were used.
     """
 
     metric: str

@@ -204,25 +204,25 @@ def seconds_per_pair(folder: Path) -> float | None:
 def _join_selections(selections: Sequence[Selection]) -> Selection:
     """Concatenates the selectors that are available in all splits; their details are joined."""
     first = selections[0]
-    names = [name for name in first.values if all(name in own.values for own in selections)]
-    missing = {name: reason for own in selections for name, reason in own.unavailable.items()}
+    names = [name for name in first.values if all(name in selection.values for selection in selections)]
+    missing = {name: reason for selection in selections for name, reason in selection.unavailable.items()}
     details = {}
     for name in first.details:
         if name in names:
-            details[name] = ", ".join(dict.fromkeys(own.details.get(name, "") for own in selections))
+            details[name] = ", ".join(dict.fromkeys(selection.details.get(name, "") for selection in selections))
     return Selection(
-        values={name: [value for own in selections for value in own.values[name]] for name in names},
+        values={name: [value for selection in selections for value in selection.values[name]] for name in names},
         details=details,
         unavailable=missing,
     )
 
 
 def _measure_calibration(evaluated: Sequence[EvaluatedSplit]) -> CalibrationResult | None:
-    """Calibration of all reported picks, each with the map that was fitted for its own scorer."""
-    if any("scorer" not in own.selection.values for own in evaluated):
+    """Calibration of all reported picks, each with the calibration that was fitted for its own scorer."""
+    if any("scorer" not in part.selection.values for part in evaluated):
         return None
     return calibration.measure_calibration(
-        [(calibration.collect_picks(own.pools, get_scorer_scores(own.pools)), own.calibration) for own in evaluated]
+        [(calibration.collect_picks(part.pools, get_scorer_scores(part.pools)), part.calibration) for part in evaluated]
     )
 
 
@@ -230,7 +230,7 @@ def _measure_coverage(pools: Sequence[Pool], selection: Selection) -> Coverage |
     if "scorer" not in selection.values:
         return None
     values = selection.values["scorer"]
-    return calibration.measure_coverage([float(own.max()) for own in values], pick_labels(pools, values))
+    return calibration.measure_coverage([float(scores.max()) for scores in values], pick_labels(pools, values))
 
 
 def _mean_tokens(pools: Sequence[Pool]) -> float | None:
@@ -249,7 +249,7 @@ def _count_facts(evaluated: Sequence[EvaluatedSplit], pools: Sequence[Pool], ski
         "fewest_candidates": min(sizes),
         "most_candidates": max(sizes),
         "single_candidate_instances": sizes.count(1),
-        "held_out_instances": sum(len(own.held_out) for own in evaluated),
+        "held_out_instances": sum(len(part.held_out) for part in evaluated),
         "skipped_instances": skipped,
         "mbr_curve_orders": NUM_MBR_ORDERS,
     }

@@ -56,7 +56,7 @@ class EvaluationConfig:
         Field(
             ge=0,
             le=20,
-            description="Folds of cross-fitting: retrain the recipe per fold and test every instance; 0: off",
+            description="Folds of cross-fitting: train with the same settings per fold and test every instance; 0: off",
         ),
         AfterValidator(_check_folds),
     ] = 0

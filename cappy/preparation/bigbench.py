@@ -4,8 +4,9 @@ Files of BIG-Bench-Hard have the same format without a task name; the file name 
 
 The prompt is BIG-bench's zero-shot prompt: task prefix, input prefix, input, choices if the task appends them, output
 prefix (BIG-bench, docs/doc.md, fields of a JSON task). A fifth of each task, at least 16 examples, is held out. The
-benchmark calls it validation and Cappy reports on it (§4.2), so it is the test split here. From JSON tasks the held-out
-examples are drawn by the seed, as many as the benchmark draws; from the hub the published split is used.
+benchmark calls it validation and the Cappy paper reports on it (section 4.2), so it is the test split here. From JSON
+tasks the held-out examples are drawn by the seed, as many as the benchmark draws; from the hub the published split is
+used.
 """
 
 import json
@@ -25,14 +26,14 @@ from cappy.records import prompt_hash
 _HELD_OUT = 0.2
 _MIN_HELD_OUT = 16
 MAX_EXAMPLES = 50_000
-"""Most examples of a split, as in tasksource/bigbench."""
+"""Maximum number of examples in a split, as in tasksource/bigbench."""
 _MAX_TASK_BYTES = 512 * 2**20
 """Largest JSON task, which is read into memory; the largest of the benchmark has about 200 MB."""
 _TASK_FILE = "task.json"
 _HEAD_BYTES = 4_096
-_EXAMPLE = {"input", "target", "target_scores", "comment"}
-_P3 = {"inputs_pretokenized", "targets_pretokenized"}
-_BIGBENCH = {"inputs", "targets", "multiple_choice_targets"}
+_EXAMPLE_FIELDS = {"input", "target", "target_scores", "comment"}
+_P3_COLUMNS = {"inputs_pretokenized", "targets_pretokenized"}
+_BIGBENCH_COLUMNS = {"inputs", "targets", "multiple_choice_targets"}
 _REDUNDANT_COLUMNS = frozenset(
     ("inputs", "targets", "idx", "weight", "multiple_choice_scores", "answer_choices", "is_correct")
 )
@@ -111,9 +112,10 @@ def read_tasks(
     task: str = "",
     warnings: SourceWarnings | None = None,
 ) -> Rows:
-    """The rows of all tasks with their splits; tasks in one folder under `root` are subtasks and share the minimum.
+    """The rows of all tasks with their splits.
 
-    A prompt of an earlier task is dropped, so that no two splits share one. `task` replaces the names of the tasks.
+    Tasks in one folder under `root` are subtasks and share the minimum number of test examples. A prompt that an
+    earlier task has already is dropped, so that no two splits share one. `task` replaces the names of the tasks.
     """
     siblings = Counter(_top_folder(path, root) for path in paths)
     seen: set[int] = set()
@@ -155,7 +157,7 @@ def read_task(path: Path, seed: int, warnings: SourceWarnings | None = None) -> 
         if not isinstance(example, dict):
             raise RecordError(f"{where} must be an object, got {quote(example)}; fix the file")
         if warnings is not None:
-            for field in example.keys() - _EXAMPLE:
+            for field in example.keys() - _EXAMPLE_FIELDS:
                 warnings.add_name("columns", where, field)
         rows.append((where, _make_fields(where, values, example, name, random.Random(f"{seed} {name} {index}"))))
     return BigBenchTask(name=name, rows=rows)
@@ -258,11 +260,11 @@ def map_known_columns(rows: Rows) -> Rows:
     for where, values in rows:
         if "instruction" in values:
             yield where, values
-        elif values.keys() >= _P3:
+        elif values.keys() >= _P3_COLUMNS:
             if values.get("is_correct", True):
-                yield where, {**_other_columns(values, _P3), **_parse_p3(where, values)}
-        elif values.keys() >= _BIGBENCH:
-            yield where, {**_other_columns(values, _BIGBENCH), **parse_bigbench(where, values)}
+                yield where, {**_other_columns(values, _P3_COLUMNS), **_parse_p3(where, values)}
+        elif values.keys() >= _BIGBENCH_COLUMNS:
+            yield where, {**_other_columns(values, _BIGBENCH_COLUMNS), **parse_bigbench(where, values)}
         else:
             yield where, values
 

@@ -22,9 +22,9 @@ from cappy.errors import RecordError, quote
 from cappy.records import Instance, prompt_hash, read_batches
 from cappy.records.overlap import (
     MAX_ROWS,
+    GroupedPrompt,
     Hashes,
     PromptLike,
-    PromptRow,
     RowIndex,
     Rows,
     RowSample,
@@ -240,11 +240,11 @@ def filter_leaked(
 def _read_evaluation_sets(folders: Sequence[Path]) -> tuple[Exclusions, RowIndex]:
     prompts, groups = array("Q"), array("Q")
 
-    def read() -> Iterator[PromptRow]:
+    def read() -> Iterator[GroupedPrompt]:
         for folder in folders:
             for batch in read_batches(folder, columns=_COLUMNS):
                 for row in zip(*(batch[name].to_pylist() for name in _COLUMNS), strict=True):
-                    prompt = PromptRow(*row)
+                    prompt = GroupedPrompt(*row)
                     prompts.append(prompt_hash(prompt.instruction))
                     if is_content_id(prompt.group_id):
                         groups.append(group_hash(prompt))
@@ -260,4 +260,4 @@ def _describe_leak(instance: Instance, held_out: Exclusions, rows: RowIndex) -> 
         return "has the prompt of an instance"
     if is_content_id(instance.group_id) and _contains(held_out.groups, group_hash(instance)):
         return "belongs to a group"
-    return "contains the text of a row" if rows.holds(instance) else ""
+    return "contains the text of a row" if rows.has_row_in(instance) else ""

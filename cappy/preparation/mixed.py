@@ -1,4 +1,4 @@
-"""Opens a dataset under its templates, or a mixture by name, as datasets of `prompted`."""
+"""Opens a dataset with its templates, or a mixture by its name, as `Dataset` objects of `prompted`."""
 
 import hashlib
 from collections import deque
@@ -235,7 +235,7 @@ def _check_text(where: str, rendered: RenderedRow) -> RecordError | None:
 
 
 def _describe_missing_fields(template: Template, required_fields: frozenset[str], values: Values) -> str:
-    """Describes the fields that the template reads but the row lacks; PromptSource renders them as nothing."""
+    """Describes the fields that the template reads but the row lacks; PromptSource renders them as empty text."""
     missing = sorted(required_fields - {name.replace("-", "_") for name in values})
     if not missing:
         return ""

@@ -1,10 +1,10 @@
-"""Turns datasets of many prompts per row into instances: rows under templates, or a benchmark's own prompts.
+"""Turns the rows of datasets into instances: one per template of the row, or one with a benchmark's own prompt.
 
-The rows of a dataset are streamed. If some are held out, the rows are read once more before that to collect the
-held-out prompts, so that no training instance shares one or nearly duplicates one. For a single dataset up to 32,768
-training rows are compared exactly; otherwise a sample is (see `leakage`). Splits go by the hash of the row itself, so
-one row under ten templates is one group, and so are equal rows. Memory holds only the hashes of held-out prompts and a
-bounded number of shingles.
+The rows of a dataset are streamed. If some are held out, all rows are read once beforehand to collect the held-out
+prompts, so that no training instance has a held-out prompt or a near-duplicate of one. For a single dataset up to
+32,768 training rows are compared exactly; otherwise a sample is (see `leakage`). The split of a row depends on the
+hash of its values, so the instances of one row are one group, whatever their templates, and so are those of equal rows.
+Only the hashes of held-out prompts and a bounded number of shingles are kept in memory.
 """
 
 import hashlib
@@ -20,14 +20,13 @@ from cappy.preparation.leakage import SAMPLED_ROWS, Exclusions, HeldOutSample, S
 from cappy.preparation.rows import Rows, Values, choice_candidates, hash64
 from cappy.progress import Progress
 from cappy.records import Instance, Split, prompt_hash
-from cappy.records.overlap import MAX_ROWS, group_hash
-from cappy.records.overlap import PromptRow as Text
+from cappy.records.overlap import MAX_ROWS, GroupedPrompt, group_hash
 from cappy.records.work import Shard
 
 MIN_ROWS_TO_REFUSE = 100
-"""A template that failed on all of this many rows fails the run at once."""
+"""If a template failed on all of its first rows, this many, the run fails at once."""
 MAX_CONSECUTIVE_LIMITS = 3
-"""A template that exceeds its limits on this many consecutive rows fails the run: each costs seconds."""
+"""If a template exceeds its limits on this many consecutive rows, the run fails: each such row costs seconds."""
 _PROGRESS_EVERY = 4_096
 
 
@@ -47,7 +46,7 @@ class Tally:
     """Counts events, and the failures of each template with its first error.
 
     A template may fail on a share of `max_failed` of its rows. A row without a field that the template reads is a
-    failure if `missing` is fail, otherwise it is rendered blank and counted.
+    failure if `missing` is "fail", otherwise it is rendered blank and counted.
     """
 
     max_failed: float = 0.0
@@ -100,7 +99,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """The rows of one split of a dataset, which can be read repeatedly; with `held_out` all of them are test."""
+    """The rows of one split of a dataset, which can be read repeatedly; with `held_out` all are in the test split."""
 
     split: str
     rows: Callable[[], Rows]
@@ -194,7 +193,7 @@ def _group_id(name: str, values: Values) -> str:
 def _find_exclusions(datasets: Sequence[Dataset], rule: SplitRule, progress: Progress) -> Mapping[Split, Exclusions]:
     """For each split the prompts, groups and near-duplicates to exclude, because they are held out from it.
 
-    All datasets and all shards count. Nothing is excluded if all rows are test.
+    Held-out rows of all datasets and all shards are excluded. Nothing is excluded if all rows are in the test split.
     """
     exclusions, rows, sample = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), HeldOutSample()
     ignored_tally = Tally(max_failed=1.0)
@@ -213,13 +212,13 @@ def _find_exclusions(datasets: Sequence[Dataset], rule: SplitRule, progress: Pro
             split = rule.split(group, table)
             num_train += split == "train"
             for prompt in prompts:
-                prompt_text = Text(prompt.instruction, dataset.name, group)
-                sample.add(prompt_text, split)
+                grouped_prompt = GroupedPrompt(prompt.instruction, dataset.name, group)
+                sample.add(grouped_prompt, split)
                 if one_dataset:
-                    rows.add(prompt_text, split)
+                    rows.add(grouped_prompt, split)
                 if split != "train":
                     exclusions[split].prompts.append(prompt_hash(prompt.instruction))
-                    exclusions[split].groups.append(group_hash(prompt_text))
+                    exclusions[split].groups.append(group_hash(grouped_prompt))
     test, validation = exclusions["test"], exclusions["validation"]
     compares_all = one_dataset and num_train < limit
     near_prompts = sort_hashes(array("Q", rows.find_leaks())) if compares_all else array("Q")

@@ -1,12 +1,12 @@
-"""Finds rows of one dataset in the prompts of another, under any template, as near-duplicates of the row's own text.
+"""Finds rows of one dataset in the prompts of another, whatever their templates: prompts that contain most of a row.
 
 A prompt is represented by its shingles, hashes of three consecutive words. Shingles that many prompts share belong to
 their template, the others to the text of the row. For each row up to sixteen of its own shingles are stored, those with
 the smallest hashes; a prompt with most of them contains the row. Rows of a few words have too few shingles to be found.
 
-A sketch of the groups that a version was tested on fits into a tag: the smallest hashes of the set (bottom-k; Cohen and
-Kaplan, 2007). It is exact for up to `SKETCH_SIZE` groups; beyond that the overlap of two sets is estimated with a
-standard error of about 2 %.
+A sketch of the groups that a model version was tested on is small enough for a tag in MLflow: the smallest hashes of
+the set (bottom-k; Cohen and Kaplan, 2007). It is exact for up to `SKETCH_SIZE` groups; beyond that the overlap of two
+sets is estimated with a standard error of about 2 %.
 """
 
 import functools
@@ -34,11 +34,11 @@ MAX_SHINGLES = 512
 """Shingles at the beginning of a prompt that are considered for its row."""
 MAX_PROMPTS = 10
 """A shingle in more groups than this belongs to a template."""
-MIN_SHARED = 8
-MIN_SHARE = 0.9
+MIN_SHARED_SHINGLES = 8
+MIN_SHARED_FRACTION = 0.9
 """Number and share of a row's shingles that a prompt must contain."""
-MIN_IN_GROUP = 2
-"""The same number if both have the same task and group."""
+MIN_SHARED_IN_GROUP = 2
+"""The number of shared shingles that is enough if row and prompt have the same task and group."""
 
 _WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]|\w+")
 _FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
@@ -60,8 +60,8 @@ class PromptLike(Protocol):
         """The id of its group."""
 
 
-class PromptRow(NamedTuple):
-    """A prompt without the rest of its instance."""
+class GroupedPrompt(NamedTuple):
+    """A prompt with its task and group, without the rest of its instance."""
 
     instruction: str
     task: str = ""
@@ -69,7 +69,7 @@ class PromptRow(NamedTuple):
 
 
 def group_hash(prompted: PromptLike) -> int:
-    """64-bit hash of task and group; equal group ids may be mere row numbers, so it proves nothing alone."""
+    """64-bit hash of task and group; group ids may be mere row numbers, so equal hashes alone prove nothing."""
     text = f"{prompted.task}\0{prompted.group_id}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -111,9 +111,9 @@ def _word_hash(word: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Stored rows: `table`, uint64 (rows, 1 + ROW_SHINGLES), has a group's hash and shingles padded with zeros.
+    """Stored rows: each line of `table`, uint64 (rows, 1 + ROW_SHINGLES), has a group's hash, then a row's shingles.
 
-    `seen` is the number of rows that they were sampled from.
+    Missing shingles are zeros. `seen` is the number of rows that the stored ones were sampled from.
     """
 
     table: Hashes
@@ -189,7 +189,7 @@ def sketch_rows(prompts: Iterable[PromptLike]) -> Rows:
 def own_shingles(sampled: Sequence[SampledRow], only: Hashes | None = None) -> tuple[list[int], Hashes]:
     """Indices of the rows that have enough shingles of their own, and a line of `Rows.table` for each.
 
-    Rows with fewer than `MIN_SHARED` shingles in `only` are skipped.
+    Rows with fewer than `MIN_SHARED_SHINGLES` shingles in `only` are skipped.
     """
     if not sampled:
         return [], Rows.none().table
@@ -197,17 +197,17 @@ def own_shingles(sampled: Sequence[SampledRow], only: Hashes | None = None) -> t
     lengths = np.array([len(row.shingles) for row in sampled])
     flat = np.concatenate([row.shingles for row in sampled])
     ends = np.append(0, np.cumsum(lengths))
-    eligible = lengths >= MIN_SHARED
+    eligible = lengths >= MIN_SHARED_SHINGLES
     if only is not None:
         hits = np.append(0, np.cumsum(_is_in_sorted(flat, only)))
-        eligible = hits[ends[1:]] - hits[ends[:-1]] >= MIN_SHARED
+        eligible = hits[ends[1:]] - hits[ends[:-1]] >= MIN_SHARED_SHINGLES
     if not eligible.any():
         return [], Rows.none().table
     rare = _zero_frequent(flat, np.repeat(groups, lengths))
     indices, rows = [], []
     for index in np.flatnonzero(eligible).tolist():
         own = sorted_unique(_drop_template_neighbours(rare[ends[index] : ends[index + 1]]))[:ROW_SHINGLES]
-        if len(own) >= MIN_SHARED:
+        if len(own) >= MIN_SHARED_SHINGLES:
             indices.append(index)
             rows.append(np.concatenate((groups[index : index + 1], own, np.zeros(ROW_SHINGLES - len(own), np.uint64))))
     return indices, np.array(rows, dtype=np.uint64) if rows else Rows.none().table
@@ -247,11 +247,11 @@ def _drop_template_neighbours(hashes: Hashes) -> Hashes:
     template[1:] |= zero[1:] & zero[:-1]
     template[:-1] |= zero[1:] & zero[:-1]
     template[[0, -1]] = zero[[0, -1]]
-    beside = zero.copy()
+    to_drop = zero.copy()
     for step in range(1, SHINGLE_WORDS):
-        beside[step:] |= template[:-step]
-        beside[:-step] |= template[step:]
-    own: Hashes = hashes[~beside]
+        to_drop[step:] |= template[:-step]
+        to_drop[:-step] |= template[step:]
+    own: Hashes = hashes[~to_drop]
     return own
 
 
@@ -280,14 +280,14 @@ class RowIndex:
         order = np.argsort(values, kind="stable")
         self._values, self._indices = values[order], indices[order]
 
-    def holds(self, prompted: PromptLike, frequent: Hashes | None = None) -> bool:
+    def has_row_in(self, prompted: PromptLike, frequent: Hashes | None = None) -> bool:
         """Whether a prompt contains a row, or part of a row of its own group; `frequent` shingles are ignored."""
         return len(self.match(shingles(prompted.instruction), group_hash(prompted), frequent)) > 0
 
     def match(
-        self, prompt: Hashes, group: int, frequent: Hashes | None = None, share: float = MIN_SHARE
+        self, prompt: Hashes, group: int, frequent: Hashes | None = None, share: float = MIN_SHARED_FRACTION
     ) -> npt.NDArray[np.intp]:
-        """Indices of the rows that a prompt with these shingles and this group hash contains; see `holds`."""
+        """Indices of the rows that a prompt with these shingles and this group hash contains; see `has_row_in`."""
         if frequent is not None:
             prompt = exclude(prompt, frequent)
         starts = np.searchsorted(self._values, prompt, side="left")
@@ -297,8 +297,8 @@ class RowIndex:
             return np.empty(0, dtype=np.intp)
         spans = [self._indices[start:end] for start, end in zip(starts[hit], ends[hit], strict=True)]
         rows, shared = np.unique(np.concatenate(spans), return_counts=True)
-        near = (shared >= MIN_SHARED) & (shared >= share * self._lengths[rows])
-        same_group = (shared >= MIN_IN_GROUP) & (self._groups[rows] == np.uint64(group))
+        near = (shared >= MIN_SHARED_SHINGLES) & (shared >= share * self._lengths[rows])
+        same_group = (shared >= MIN_SHARED_IN_GROUP) & (self._groups[rows] == np.uint64(group))
         matches: npt.NDArray[np.intp] = rows[near | same_group]
         return matches
 
@@ -358,7 +358,7 @@ _MIN_ID_LENGTH = 8
 
 def sketch(instances: Iterable[Instance]) -> str:
     """The sketch of the groups of these instances: ascending hashes of 8 hexadecimal digits each."""
-    return _join_hashes({_group_hash(instance) for instance in instances})
+    return _join_hashes({_sketch_hash(instance) for instance in instances})
 
 
 def merge_sketches(first: str, second: str) -> str:
@@ -371,13 +371,13 @@ def sketch_overlap(current: str, earlier: str) -> float:
     hashes, earlier_hashes = _split_hashes(current), _split_hashes(earlier)
     if not hashes or not earlier_hashes:
         return 0.0
-    # A truncated sketch says nothing beyond its largest hash.
+    # A truncated sketch says nothing beyond its largest hash. All hexadecimal digits are below "g".
     limit = min((sketch[-1] for sketch in (hashes, earlier_hashes) if len(sketch) == SKETCH_SIZE), default="g")
     compared = [value for value in hashes if value <= limit]
     return len(set(compared) & set(earlier_hashes)) / len(compared) if compared else 0.0
 
 
-def _group_hash(instance: Instance) -> str:
+def _sketch_hash(instance: Instance) -> str:
     has_id = len(instance.group_id) >= _MIN_ID_LENGTH
     identity = instance.group_id if has_id else f"{prompt_hash(instance.instruction):016x}"
     return hashlib.sha256(identity.encode()).hexdigest()[:_DIGITS]

@@ -174,9 +174,9 @@ def _init_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_exit_after_parent, args=(parent.sentinel,), daemon=True).start()
 
 
-def _exit_with(sentinel: int) -> None:
+def _exit_after_parent(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)

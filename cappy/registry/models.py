@@ -24,15 +24,17 @@ RUN_TAG = "cappy.run"
 TESTED_TAG = "cappy.tested_groups"
 """Sketch of the groups that the version was tested on; see `cappy.records.overlap`."""
 ATTEMPT_TAG = "cappy.attempt"
+"""Number of the promotion attempt on the same test groups."""
 EVIDENCE_TAG = "cappy.evidence"
+"""What the report of the version is about; see `report_subject`."""
 EVALUATION_TAGS = {CALIBRATION: "cappy.calibration", PROBE: "cappy.probe", OUT_OF_FOLD: "cappy.out_of_fold"}
 """Files of the evaluation that are registered with the scorer -> tag of the version with their sha256.
 
-The manifest of the scorer does not list them, because it is older.
+The manifest of the scorer does not list them, because it is written before the evaluation.
 """
 
 
-def evidence_of(report: ReportValues) -> str:
+def report_subject(report: ReportValues) -> str:
     """What a report is about: the scorer itself, or, if it was cross-fitted, its recipe."""
     return "recipe" if report.get("folds") else "scorer"
 
@@ -59,7 +61,7 @@ class Version:
 
     @property
     def content(self) -> str:
-        """A name that depends on the content of the scorer and of its evaluation files."""
+        """A text that identifies the content of the scorer and of its evaluation files, as hashes."""
         evaluation_hashes = (self.tags.get(tag, "")[:12] for tag in EVALUATION_TAGS.values())
         return "-".join(filter(None, (self.manifest_hash, *evaluation_hashes)))
 
@@ -80,7 +82,7 @@ class Version:
 
 
 DATABASE = Path(".cappy/mlflow.db")
-REACH_SECONDS = 4.0
+CHECK_TIMEOUT_SECONDS = 4.0
 _SQLITE = "sqlite:///"
 _REMEDY = "start it, or give another address with --tracking-uri or MLFLOW_TRACKING_URI"
 
@@ -128,7 +130,7 @@ def check_reachable(uri: str) -> str:
 def _check_database(address: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=REACH_SECONDS)
+        connection = sqlite3.connect(path, timeout=CHECK_TIMEOUT_SECONDS)
         try:
             connection.execute("BEGIN IMMEDIATE")
             connection.rollback()
@@ -145,7 +147,7 @@ def _check_server(address: str) -> None:
     parts = urlsplit(address)
     connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     try:
-        connection = connection_class(parts.hostname or "", parts.port, timeout=REACH_SECONDS)
+        connection = connection_class(parts.hostname or "", parts.port, timeout=CHECK_TIMEOUT_SECONDS)
         try:
             connection.request("GET", f"{parts.path.rstrip('/')}/health")
             connection.getresponse()

@@ -17,7 +17,7 @@ from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_bytes
 from cappy.records.work import claim, finish
 from cappy.registry.gate import Baseline, Decision, decide, parse_guards
-from cappy.registry.models import CHAMPION, Version, evidence_of
+from cappy.registry.models import CHAMPION, Version, report_subject
 from cappy.registry.registration import TrackingUri
 from cappy.steps import step_version
 
@@ -63,7 +63,7 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
             "uri": version.uri,
             "serve": f"cappy serve --scorer {version.serving_spec}",
         }
-        record = {**values, "attempt": attempt, "evidence": evidence_of(report), "basis": basis(config, report)}
+        record = {**values, "attempt": attempt, "evidence": report_subject(report), "basis": basis(config, report)}
         write_bytes(folder / "decision.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
         manifest = Manifest(
             step="promotion",

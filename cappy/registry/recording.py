@@ -29,7 +29,7 @@ from cappy.registry.models import (
     RUN_TAG,
     TESTED_TAG,
     Version,
-    evidence_of,
+    report_subject,
 )
 from cappy.registry.tracking import step_run
 from cappy.registry.versions import SCORER_PATH, find, find_content, is_intact
@@ -118,7 +118,7 @@ def _create(client: MlflowClient, registration: Registration) -> Version:
             MLFLOW_RUN_TAG: run_id,
             "cappy.step": _describe_producer(registration.manifest),
             TESTED_TAG: registration.findings.get("tested_groups", ""),
-            EVIDENCE_TAG: evidence_of(registration.findings),
+            EVIDENCE_TAG: report_subject(registration.findings),
             **registration.evaluation_hashes,
             **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _mean_labels(registration.findings).items()},
         },
@@ -213,7 +213,7 @@ def _stored_sha256(client: MlflowClient, run_id: str, path: str, sizes: Mapping[
 
 def _update_tags(client: MlflowClient, version: Version, registration: Registration) -> None:
     """Updates the tags of a version whose files were uploaded again to those of the present report."""
-    client.set_model_version_tag(version.name, str(version.number), EVIDENCE_TAG, evidence_of(registration.findings))
+    client.set_model_version_tag(version.name, str(version.number), EVIDENCE_TAG, report_subject(registration.findings))
     for tag in EVALUATION_TAGS.values():
         if tag in registration.evaluation_hashes:
             client.set_model_version_tag(version.name, str(version.number), tag, registration.evaluation_hashes[tag])

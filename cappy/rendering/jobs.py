@@ -140,7 +140,7 @@ class _Channel:
 
     def _load_if_missing(self, source: TemplateSource, job: RenderJob) -> int:
         """The template's number in the child, which loads it first if needed; -1 for a template that failed."""
-        numbers = self._process.numbers
+        numbers = self._process.template_numbers
         number = numbers.get(source)
         if number is not None:
             return number
@@ -188,13 +188,13 @@ class _Channel:
         """The outcomes of the job during which the child exited; `fresh` if it was the child's first job."""
         first = self._expected[0] if self._expected else None
         self._restart()
-        is_template_fault = fresh or error.limit in _TEMPLATE_LIMITS
+        is_template_fault = fresh or error.reason in _TEMPLATE_LIMITS
         if isinstance(first, TemplateSource) and is_template_fault:
-            self._failures[first] = _limit_failure(error.limit, job.seconds, loading=True)
+            self._failures[first] = _limit_failure(error.reason, job.seconds, loading=True)
         if len(job.items) > 1:
             return [self.render_alone(replace(job, items=(item,)))[0] for item in job.items]
         if is_template_fault:
-            return [_limit_failure(error.limit, job.seconds, loading=isinstance(first, TemplateSource))]
+            return [_limit_failure(error.reason, job.seconds, loading=isinstance(first, TemplateSource))]
         # Earlier jobs may have used up the old child's resources, so try again in a new one.
         return self.render_alone(job)
 
@@ -279,7 +279,7 @@ def close_children() -> None:
 def _release(process: Process) -> None:
     with _lock:
         idle = _idle.setdefault(process.kind, [])
-        if process.is_usable and len(idle) < _MAX_IDLE and len(process.numbers) < _MAX_LOADED:
+        if process.is_usable and len(idle) < _MAX_IDLE and len(process.template_numbers) < _MAX_LOADED:
             idle.append(process)
             return
     process.close()

@@ -27,11 +27,11 @@ _processes: "weakref.WeakSet[Process]" = weakref.WeakSet()
 
 
 class ChildExitError(Exception):
-    """The child exited or was killed: `limit` is time, memory or size, or another reason."""
+    """The child exited or was killed: `reason` is time, memory or size, or a text: "sends an invalid answer"."""
 
-    def __init__(self, limit: str) -> None:
-        super().__init__(limit)
-        self.limit = limit
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class Process:
@@ -40,7 +40,8 @@ class Process:
     def __init__(self, kind: str) -> None:
         paths = [str(Path(cappy.__file__).parents[1]), *filter(None, sys.path)]
         self.kind = kind
-        self.numbers: dict[Hashable, int] = {}
+        # By template: its number in the child, and what loading it gave.
+        self.template_numbers: dict[Hashable, int] = {}
         self.load_outcomes: dict[Hashable, object] = {}
         self.num_answers = 0
         self._owner_pid = os.getpid()
@@ -60,7 +61,7 @@ class Process:
         try:
             self.receive(_START_SECONDS)
         except ChildExitError as error:
-            raise RuntimeError(f"cannot start the process that renders {kind} templates ({error.limit})") from error
+            raise RuntimeError(f"cannot start the process that renders {kind} templates ({error.reason})") from error
         self.num_answers = 0
 
     @property
@@ -140,10 +141,10 @@ class Process:
         except BlockingIOError:
             return
         if not chunk:
-            raise self._end_error()
+            raise self._exit_error()
         self._received += chunk
 
-    def _end_error(self) -> ChildExitError:
+    def _exit_error(self) -> ChildExitError:
         """The error that says how the child exited; its pipe is closed already."""
         try:
             code = self._popen.wait(timeout=1)

@@ -54,9 +54,9 @@ class _Engine(Protocol):
 class VLLM(LocalGenerator):
     """Samples from a folder that vLLM loads: safetensors only, no code from the folder, no beam search.
 
-    Each instruction has its own seed, so its samples do not depend on the part; vLLM itself guarantees equal tokens for
-    a seed only on the same hardware with the same batching. Instructions longer than the context are truncated and
-    counted.
+    Each instruction has its own seed, so its samples do not depend on the instructions around it; vLLM itself
+    guarantees equal tokens for a seed only on the same hardware with the same batching. Instructions longer than the
+    context are truncated and counted.
     """
 
     def __init__(self, name: str, folder: ModelFolder, revision: str = "") -> None:
@@ -83,20 +83,20 @@ class VLLM(LocalGenerator):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise FolderError(f"{path}: vLLM cannot load it ({reason[:120]})") from error
         self._tokenizer = self._llm.get_tokenizer()
-        self._ends = end_tokens(self._tokenizer, config, path)
+        self._end_tokens = end_tokens(self._tokenizer, config, path)
 
     def check(self, decodings: Sequence[Decoding]) -> None:
         """Raises ConfigError for beam search."""
         reject_beams(self.name, decodings)
 
     def close(self) -> None:
-        """Closes the store and frees the engine."""
+        """Closes the store of draws and frees the engine."""
         super().close()
         vars(self).pop("_llm", None)
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
         """Log-probability sum and token count of each response, end token included."""
-        responses = [response_tokens(self._tokenizer, response, self._ends[0]) for _, response in pairs]
+        responses = [response_tokens(self._tokenizer, response, self._end_tokens[0]) for _, response in pairs]
         reserved = max(map(len, responses), default=0) + 1
         texts = list(dict.fromkeys(instruction for instruction, _ in pairs))
         prompts = dict(zip(texts, self._prompts(texts, reserved), strict=True))
@@ -114,7 +114,7 @@ class VLLM(LocalGenerator):
         max_tokens = self.context - reserved if self.context else None
         prompts = []
         for instruction in instructions:
-            ids, truncated = prompt_tokens(self._tokenizer, instruction, ends=self._ends, max_tokens=max_tokens)
+            ids, truncated = prompt_tokens(self._tokenizer, instruction, ends=self._end_tokens, max_tokens=max_tokens)
             self._num_truncated += truncated
             prompts.append(ids)
         return prompts
@@ -159,7 +159,7 @@ class VLLM(LocalGenerator):
             frequency_penalty=0.0,
             repetition_penalty=1.0,
             seed=seed,
-            stop_token_ids=self._ends,
+            stop_token_ids=self._end_tokens,
             max_tokens=decoding.max_new_tokens,
             min_tokens=decoding.min_new_tokens,
             logprobs=0,

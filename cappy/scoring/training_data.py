@@ -9,9 +9,9 @@ import numpy.typing as npt
 from cappy.records import Instance, prompt_hash, read_batches
 from cappy.records.overlap import (
     ROW_SHINGLES,
+    GroupedPrompt,
     Hashes,
     PromptLike,
-    PromptRow,
     RowIndex,
     Rows,
     TrainingData,
@@ -52,13 +52,13 @@ def write_training_data(folder: Path, source: str | Path, start: Path | None = N
     np.concatenate((np.array([rows.seen], dtype="<u8"), rows.table.astype("<u8").ravel())).tofile(folder / ROWS)
 
 
-def _read_prompts(source: str | Path) -> Iterator[PromptRow]:
+def _read_prompts(source: str | Path) -> Iterator[GroupedPrompt]:
     for batch in read_batches(source, columns=_COLUMNS):
         columns = [batch[name].to_pylist() for name in _COLUMNS]
-        yield from (PromptRow(*row[:3]) for row in zip(*columns, strict=True) if row[3] != "test")
+        yield from (GroupedPrompt(*row[:3]) for row in zip(*columns, strict=True) if row[3] != "test")
 
 
-def _collect_groups(prompts: Iterable[PromptRow], groups: set[int]) -> Iterator[PromptLike]:
+def _collect_groups(prompts: Iterable[GroupedPrompt], groups: set[int]) -> Iterator[PromptLike]:
     for prompt in prompts:
         if is_content_id(prompt.group_id):
             groups.add(group_hash(prompt))
@@ -110,5 +110,5 @@ def _find_overlap(instances: Sequence[Instance], trained_on: Known) -> dict[str,
         groups = _hash_content_groups(instances)
         index, frequent = RowIndex(known.rows), frequent_shingles(instances)
         by_kind["groups"] = np.isin(groups, known.groups) & (groups > 0)
-        by_kind["rows"] = np.array([index.holds(instance, frequent) for instance in instances], dtype=bool)
+        by_kind["rows"] = np.array([index.has_row_in(instance, frequent) for instance in instances], dtype=bool)
     return by_kind

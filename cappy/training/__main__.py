@@ -1,9 +1,10 @@
 """Runs one rank of a training step, whichever launcher started it.
 
+A TrainJob runs this command; a Vertex AI CustomJob runs the same module with `python -m`, once per machine:
+
     torchrun --nproc-per-node 2 -m cappy.training finetuning '{"source": "annotated", "target": "scorer"}'
 
-is what a TrainJob runs; a Vertex AI CustomJob runs the same with `python -m`, once per machine. Settings are JSON, or
-encoded as the components encode them.
+Settings are JSON, or encoded as the components encode them (`cappy.config.encode`).
 """
 
 import contextlib
@@ -49,10 +50,10 @@ def _run_process(arguments: Sequence[str]) -> int:
     descriptors = os.environ.pop(REPORT_VARIABLE, "")
     if not descriptors:
         return _run_and_print(arguments)
-    report_to, parent_alive = map(int, descriptors.split(","))
-    threading.Thread(target=_exit_with_parent, args=(parent_alive,), daemon=True).start()
+    report_descriptor, parent_descriptor = map(int, descriptors.split(","))
+    threading.Thread(target=_exit_with_parent, args=(parent_descriptor,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles Ctrl-C and sends us SIGTERM.
-    return _run_and_report(arguments, lambda message: _send(report_to, message))
+    return _run_and_report(arguments, lambda message: _send(report_descriptor, message))
 
 
 def _run_and_print(arguments: Sequence[str]) -> int:
@@ -131,8 +132,8 @@ def _send(descriptor: int, message: RankReport) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _exit_with_parent(parent_alive: int) -> None:
-    os.read(parent_alive, 1)
+def _exit_with_parent(parent_descriptor: int) -> None:
+    os.read(parent_descriptor, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

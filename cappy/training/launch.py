@@ -32,7 +32,7 @@ from cappy.training.settings import TrainingSettings
 TRAINING_POOLS = ("workerpool0", "workerpool1")
 """The worker pools of a CustomJob that train: the first machine, and the others. Pools 2 and 3 have other uses."""
 REPORT_VARIABLE = "CAPPY_RANK_PIPES"
-"""Environment variable of a rank that we launched: the descriptor to report to, and one that closes with its parent."""
+"""Environment variable of a rank that we launched: descriptors to report to and to wait on for its parent's exit."""
 VERSION_VARIABLE = "CAPPY_STEP_VERSION"
 """Environment variable of a job: the version of the step that submitted it, which the job's code must have too."""
 UNEXPECTED_ERROR = "a rank failed with an unexpected error; its traceback is above"

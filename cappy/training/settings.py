@@ -79,7 +79,7 @@ class LoopSettings:
     unit: Annotated[
         Unit,
         ADVANCED,
-        Field(description="What a batch consists of: whole instances, or single rows in random order (published)"),
+        Field(description="What a batch consists of: whole instances, or single rows in random order (as published)"),
     ] = "instance"
     train_rows: Annotated[
         int | None,
@@ -113,7 +113,7 @@ class LoopSettings:
     schedule: Annotated[
         Schedule,
         ADVANCED,
-        Field(description="linear: warm-up, then decay to zero; published: a warm-up that never ends (its bug)"),
+        Field(description="linear: warm-up, then decay to zero; published: a warm-up that never ends (a bug)"),
     ] = "linear"
     weight_decay: Annotated[
         float, ADVANCED, Field(ge=0, description="AdamW's weight decay, not applied to biases and norms")
@@ -131,7 +131,7 @@ class LoopSettings:
         Literal["best", "last"],
         ADVANCED,
         Field(
-            description="best: the latest check not clearly below the best, with early stopping; last: the last weights"
+            description="best: weights of the latest check not clearly below the best, stopping early; last: final ones"
         ),
     ] = "best"
     checkpoint_seconds: Annotated[float, LOCATION, ADVANCED, Field(ge=0, description="Seconds between checkpoints")] = (
@@ -242,7 +242,7 @@ class LauncherSettings:
         str,
         LOCATION,
         ADVANCED,
-        Field(description="Image of the job, with the same code; default: the runtime's (trainjob)"),
+        Field(description="Image of the job, with the same version of cappy; default: the runtime's (trainjob)"),
     ] = ""
     service_account: Annotated[str, LOCATION, ADVANCED, Field(description="Service account of the job")] = ""
     max_restarts: Annotated[

@@ -192,7 +192,7 @@ class KubeflowClient:
         if not answer.run_id:
             raise ConfigError(f"kubeflow: {self._display_address}: has no run {quote(run)}; check its id")
         details = answer.run_details.task_details if answer.run_details else None
-        tasks = [task for task in (_task(each) for each in details or ()) if task]
+        tasks = [task for task in (_task_state(node) for node in details or ()) if task]
         stuck = self._reasons_of_stuck_pods(run) if STATES.get(answer.state, "running") == "running" else {}
         tasks_with_reasons = tuple(_with_reason(task, stuck) for task in tasks)
         error = redact(answer.error.message or "") if answer.error else ""
@@ -260,7 +260,7 @@ class KubeflowClient:
             with self._translate_errors():
                 pods = core.list_namespaced_pod(self._config.namespace, label_selector=f"{RUN_LABEL}={run}").items
             for pod in pods:
-                if reason := _waiting_reason(pod):
+                if reason := _stuck_reason(pod):
                     reasons.setdefault(_step_of(pod) or "", []).append(reason)
         return reasons
 
@@ -279,12 +279,12 @@ class KubeflowClient:
             reason = " ".join(str(error.body or error.reason).split())
             raise ConfigError(f"{where}: refused ({error.status}, {quote(reason, 200)}); {remedy}") from error
         except (urllib3.exceptions.HTTPError, TimeoutError, OSError) as error:
-            remedy = "check the address and the network (kubectl port-forward, a login of the proxy)"
+            remedy = "check the address and the network (kubectl port-forward, a login at the proxy)"
             raise UnreachableError(f"{where}: gave no answer ({quote(str(error), 120)}); {remedy}") from error
 
 
 def _connect(endpoint: str) -> Server:
-    """kfp's client, with one health check: its own retries five times with pauses, for any error."""
+    """kfp's client with a single health check: kfp itself repeats it five times with pauses, after any error."""
     import kfp
 
     class Client(kfp.Client):  # type: ignore[misc]
@@ -295,7 +295,7 @@ def _connect(endpoint: str) -> Server:
     return server
 
 
-def _task(task: Task) -> TaskState | None:
+def _task_state(task: Task) -> TaskState | None:
     """The state of a task; None for what Kubeflow adds (drivers, nodes of the graph itself)."""
     name = task.display_name or ""
     if (
@@ -327,7 +327,7 @@ def _step_of(pod: Pod) -> str | None:
     return step_name(names[-2]) if len(names) > 2 and names[-1].startswith("executor") else None
 
 
-def _waiting_reason(pod: Pod) -> str:
+def _stuck_reason(pod: Pod) -> str:
     statuses = pod.status.container_statuses or []
     waiting = [status.state.waiting for status in statuses if status.state and status.state.waiting]
     for reason in waiting:

@@ -12,7 +12,7 @@ from cappy.errors import ConfigError
 from cappy.files import open_lock
 from pipelines.clients import RunState, State, TaskState
 from pipelines.recipe import Platform
-from pipelines.states import log_section, observe
+from pipelines.states import log_section, read_states
 
 RUNS = Path(".cappy/runs")
 STATUS = "status.json"
@@ -56,7 +56,7 @@ class LocalClient:
         """The state of a run, from its folder and the records in its work folder."""
         folder, request = self._read_request(run)
         alive, status = _is_locked(folder / "parent.lock"), _read_status(folder)
-        states = observe(
+        states = read_states(
             request["fingerprints"],
             work=Path(request["work"]),
             progress=folder,

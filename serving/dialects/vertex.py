@@ -59,7 +59,7 @@ UNREADY_RESPONSES: dict[int | str, dict[str, object]] = {503: {"description": "T
 
 
 def refuse(status: int, message: str) -> Mapping[str, object]:
-    """A refusal in the shape of model platforms."""
+    """A refusal in the shape of Vertex AI and KServe."""
     return {"error": message}
 
 

@@ -146,8 +146,8 @@ class GatewayConfig(
     def __post_init__(self) -> None:
         AccessConfig.__post_init__(self)
         Policy.__post_init__(self)
-        alone = self.escalate_model or self.escalate_key_variable
-        if (self.floor is None and self.escalate_to) or (not self.escalate_to and alone):
+        second_llm_setting = self.escalate_model or self.escalate_key_variable
+        if (self.floor is None and self.escalate_to) or (not self.escalate_to and second_llm_setting):
             raise ConfigError("a second LLM needs both --floor and --escalate-to; give both, or neither")
         if self.scorer_key_variable and not self.scorer.startswith(("http://", "https://")):
             raise ConfigError(

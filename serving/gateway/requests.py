@@ -182,7 +182,8 @@ def to_openai_error(refusal: Refusal) -> GatewayError:
 
 def _check_length(instruction: str, max_characters: int) -> str:
     if len(instruction) > max_characters:
-        text = f"the conversation has {len(instruction)} characters, at most {max_characters}; send a shorter one"
+        limit = f"at most {max_characters} are accepted"
+        text = f"the conversation has {len(instruction)} characters, {limit}; send a shorter one"
         raise GatewayError(400, text, param="messages", code="context_length_exceeded")
     return instruction
 

@@ -43,7 +43,7 @@ MAX_REMEMBERED_MODELS = 256
 """Clients choose the models' names, so the number of models with remembered capabilities is limited."""
 GATEWAY_FIELDS = ("stream", "stream_options", "n")
 LOGGER = logging.getLogger("serving.gateway")
-ReadChoice = tuple[str, Status, list[float]]
+ParsedChoice = tuple[str, Status, list[float]]
 """Text, status and log-probabilities of a choice."""
 
 
@@ -79,7 +79,7 @@ def make_llm(url: str, *, model: str = "", key_variable: str = "", passes_key: b
 
 
 def read_key(url: str, variable: str) -> str:
-    """Reads a server's key from an environment variable; empty without one, ConfigError if it is not set."""
+    """Reads a server's key from an environment variable; empty if `variable` is; ConfigError if it is not set."""
     key = api_key(variable) if variable else ""
     if key == NO_KEY:
         raise ConfigError(f"{variable} is not set; put the key of {url} there, or leave the flag out")
@@ -90,8 +90,8 @@ def read_key(url: str, variable: str) -> str:
 class SampledCandidate:
     """One candidate: the choice as the server sent it, the fields of its record, and its score.
 
-    `logit` is the score before the activation, by which candidates are ranked; `value` is the calibrated score as the
-    best of all candidates scored so far (without a calibration, the score).
+    `logit` is the score before the activation, by which candidates are ranked; `value` is the label
+    expected of it as the best of all candidates scored so far (its calibrated score; without a calibration, its score).
     """
 
     choice: Mapping[str, Any]
@@ -324,12 +324,12 @@ class Upstream:
         # As bytes, because a client's header may have characters that are invalid in a string header.
         items = key_headers(self._base, key).items()
         headers = {name.lower().encode(): value.encode("latin-1", "replace") for name, value in items}
-        address, more = join_path(self._base, path), {MAX_BYTES: max_bytes}
+        address, extensions = join_path(self._base, path), {MAX_BYTES: max_bytes}
         try:
             # The timeouts above restart with every byte that arrives.
             async with asyncio.timeout(seconds):
                 return await self._client.request(
-                    method, address, json=body, headers=headers, timeout=timeout, extensions=more
+                    method, address, json=body, headers=headers, timeout=timeout, extensions=extensions
                 )
         except TimeoutError:
             raise timeout_error(self._name, seconds) from None
@@ -354,9 +354,9 @@ def _max_bytes(call: SamplingCall, payload: Mapping[str, object], count: int) ->
     return answer_bytes(call.max_tokens or call.request.max_tokens, count, likelihoods=likelihoods)
 
 
-def _read_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping[str, object], ReadChoice]]:
+def _read_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping[str, object], ParsedChoice]]:
     """Reads the choices that hold a response; raises IncompleteChoiceError if all ended with an error."""
-    responses: list[tuple[Mapping[str, object], ReadChoice]] = []
+    responses: list[tuple[Mapping[str, object], ParsedChoice]] = []
     fault: IncompleteChoiceError | None = None
     for choice in choices:
         try:

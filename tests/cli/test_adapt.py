@@ -15,7 +15,7 @@ from wording import assert_names, raises_naming
 
 from cappy.cli.adapt import AdaptConfig, adapt, generators_for
 from cappy.cli.outcome import describe, describe_step, facts
-from cappy.cli.pipeline import NAMES, settings_by_step
+from cappy.cli.pipeline import PIPELINE_NAMES, settings_by_step
 from cappy.cli.steps import summary
 from cappy.config import build
 from cappy.errors import ConfigError
@@ -214,7 +214,7 @@ def test_the_flags_have_the_defaults_of_the_plan_and_the_pipelines_their_names()
     for name in set(choices) - {"source", "generator"}:
         assert getattr(config, name) == choices[name], name
     assert config.instances == choices["source"]
-    assert set(NAMES) == set(PIPELINES)
+    assert set(PIPELINE_NAMES) == set(PIPELINES)
 
 
 def test_settings_of_any_step_are_read_as_json_or_text() -> None:

@@ -11,7 +11,7 @@ from wording import assert_names
 from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
 from cappy.costing import DEFAULT_THROUGHPUT_PATH, Measurement, PlanConfig, TextLengths, Throughput, read_throughput
 from cappy.costing.costs import CHECKED, CHECKS, GENERATORS, HARDWARE, MAX_SHARDS, SCORERS, Work, cost
-from cappy.costing.plan import ScalePlan, format_bytes, format_duration, make_plan, text, to_values
+from cappy.costing.plan import PretrainingPlan, format_bytes, format_duration, make_plan, text, to_values
 from cappy.costing.volumes import mixture_volumes
 from cappy.errors import ConfigError
 from cappy.preparation.mixtures import load_mixture
@@ -27,11 +27,11 @@ def measured() -> Throughput:
     return read_throughput(DEFAULT_THROUGHPUT_PATH)
 
 
-def planned(measured: Throughput, **changes: Any) -> ScalePlan:
+def planned(measured: Throughput, **changes: Any) -> PretrainingPlan:
     return make_plan(replace(CONFIG, **changes), measured)
 
 
-def seconds(made: ScalePlan, devices: int) -> dict[str, float]:
+def seconds(made: PretrainingPlan, devices: int) -> dict[str, float]:
     return {one.name: one.seconds for one in made.costs(devices)}
 
 
@@ -119,7 +119,7 @@ def test_what_training_does_by_default_is_what_the_plan_counts() -> None:
 
 def test_sampling_is_shared_by_as_many_devices_as_there_are_shards_and_no_more(measured: Throughput) -> None:
     made = planned(measured)
-    start = next(work.start for work in made.works if work.step == "sampling")
+    start = next(work.start for work in made.steps if work.step == "sampling")
     one, two, most, beyond = (seconds(made, number)["sampling t0-3b"] - start for number in (1, 2, MAX_SHARDS, 256))
     assert two == pytest.approx(one / 2)
     assert most == pytest.approx(one / MAX_SHARDS)
@@ -131,7 +131,7 @@ def test_sampling_is_shared_by_as_many_devices_as_there_are_shards_and_no_more(m
 def test_training_keeps_its_share_of_linear_speed_and_one_device_keeps_all(measured: Throughput) -> None:
     linear, shared = planned(measured), planned(measured, scaling=0.5)
     assert seconds(linear, 1) == seconds(shared, 1)
-    start = next(work.start for work in linear.works if work.step == "pretraining")
+    start = next(work.start for work in linear.steps if work.step == "pretraining")
     assert seconds(shared, 8)["pretraining"] - start == pytest.approx(2 * (seconds(linear, 8)["pretraining"] - start))
     assert seconds(shared, 8)["sampling bart0"] == seconds(linear, 8)["sampling bart0"]
 
@@ -173,7 +173,7 @@ def test_a_measured_speed_takes_the_place_of_the_assumption(measured: Throughput
     )  # fmt: skip
     known = replace(measured, measurements=(*measured.measurements, entry))
     made = planned(known)
-    work = next(one for one in made.works if one.name == "pretraining")
+    work = next(one for one in made.steps if one.name == "pretraining")
     assert (work.rate, work.measured) == (5e14, True)
     with pytest.raises(ConfigError, match=r"evaluation of roberta-large .* h100; give --mfu"):
         planned(known, mfu=None)
@@ -181,7 +181,7 @@ def test_a_measured_speed_takes_the_place_of_the_assumption(measured: Throughput
 
 def test_all_of_a_cpu_is_measured_and_nothing_is_assumed(measured: Throughput) -> None:
     made = make_plan(PlanConfig(hardware="cpu", gpus=(1, 64), generators=("builtin:10",)), measured)
-    assert all(work.measured for work in made.works)
+    assert all(work.measured for work in made.steps)
     assert "NOT MEASURED" not in text(made)
     with pytest.raises(ConfigError, match=r"flan-t5-xxl, in FLOP/s, .*\(measured on cpu: .*b"):
         planned(measured, hardware="cpu", generators=("flan-t5-xxl",))

@@ -9,7 +9,7 @@ from wording import assert_names
 
 from cappy.progress import ProgressState
 from cappy.runs import StepRecord, record_path
-from pipelines.states import StepState, describe_progress, log_section, observe
+from pipelines.states import StepState, describe_progress, log_section, read_states
 
 STEPS = {"preparation": "f1", "annotation": "f2", "registration": "f3", "deployment": "f4"}
 
@@ -30,7 +30,7 @@ def progress(folder: Path, step: str, done: int) -> None:
 
 
 def seen(folder: Path, *, alive: bool = True, succeeded: bool = False) -> list[str]:
-    states = observe(STEPS, work=folder, progress=folder, run="mine", alive=alive, succeeded=succeeded)
+    states = read_states(STEPS, work=folder, progress=folder, run="mine", alive=alive, succeeded=succeeded)
     return [state.state for state in states]
 
 
@@ -70,7 +70,7 @@ def test_what_a_finished_run_did_not_call_for_is_skipped(tmp_path: Path) -> None
 def test_a_skipped_step_has_no_folder_although_an_older_run_left_one(tmp_path: Path) -> None:
     record(tmp_path, "f3", "mine")
     record(tmp_path, "f4", "older")
-    states = observe(STEPS, work=tmp_path, progress=tmp_path, run="mine", alive=False, succeeded=True)
+    states = read_states(STEPS, work=tmp_path, progress=tmp_path, run="mine", alive=False, succeeded=True)
     assert (states[-1].state, states[-1].target) == ("skipped", None)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cappy.records import overlap
-from cappy.records.overlap import PromptRow, RowIndex, frequent_shingles, merge_rows, shingles, sketch_rows
+from cappy.records.overlap import GroupedPrompt, RowIndex, frequent_shingles, merge_rows, shingles, sketch_rows
 
 FIRST = "Here is a short passage for you to read with care: {} Now say in one sentence what it is about."
 SECOND = "Summarise. {} Summary:"
@@ -23,13 +23,13 @@ def texts(count: int, length: int = 20, seed: int = 0) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=length)) for _ in range(count)]
 
 
-def prompts(template: str, rows: Sequence[str], group: Callable[[int], str] = str) -> list[PromptRow]:
-    return [PromptRow(template.format(row), "task", group(number)) for number, row in enumerate(rows)]
+def prompts(template: str, rows: Sequence[str], group: Callable[[int], str] = str) -> list[GroupedPrompt]:
+    return [GroupedPrompt(template.format(row), "task", group(number)) for number, row in enumerate(rows)]
 
 
-def matches(trained: Sequence[PromptRow], tested: Sequence[PromptRow]) -> list[bool]:
+def matches(trained: Sequence[GroupedPrompt], tested: Sequence[GroupedPrompt]) -> list[bool]:
     index, frequent = RowIndex(sketch_rows(trained)), frequent_shingles(tested)
-    return [index.holds(one, frequent) for one in tested]
+    return [index.has_row_in(one, frequent) for one in tested]
 
 
 def none(number: int) -> str:
@@ -114,5 +114,5 @@ def test_ten_thousand_rows_take_a_few_megabytes_and_seconds(tmp_path: Path) -> N
     assert kept.table.nbytes < 1_500_000
     started = time.monotonic()
     index = RowIndex(kept)
-    assert sum(index.holds(one) for one in prompts(SECOND, texts(1_000, 60), none)) > 950
+    assert sum(index.has_row_in(one) for one in prompts(SECOND, texts(1_000, 60), none)) > 950
     assert time.monotonic() - started < 60

@@ -85,7 +85,7 @@ def join_path(base: str, path: str) -> str:
 
 
 def key_headers(base: str, authorization: str) -> dict[str, str]:
-    """The header with the credential of an Authorization header; empty for an empty one.
+    """The header that sends the key in `authorization`, as given or in Azure's form; none if it is empty.
 
     Azure's API, recognized by `api-version` in the address, expects a key in the header `api-key`.
     """
@@ -336,7 +336,7 @@ class EndpointClient:
         api_error: openai.OpenAIError | None = None
         with self.deadlines.within(self.seconds, self.connection):
             try:
-                # The typed methods would spend as much time again on transforming a body that is already right.
+                # The typed methods would take twice as long, because they also transform a body that is already right.
                 answer = self.inner.post(
                     join_path(self.base, path),
                     body=dict(body),
@@ -367,7 +367,7 @@ class Clients:
         self._timeout = openai.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout))
         # Shared, because reading the certificates takes most of the time of creating a client.
         self._certificates = httpx2.create_ssl_context()
-        self._free = threading.BoundedSemaphore(count)
+        self._slots = threading.BoundedSemaphore(count)
         self._idle: queue.LifoQueue[EndpointClient] = queue.LifoQueue()
         self._clients: list[EndpointClient] = []
         self._deadlines = Deadlines()
@@ -375,7 +375,7 @@ class Clients:
     @contextlib.contextmanager
     def client(self, stop: threading.Event) -> Iterator[EndpointClient]:
         """Waits for a free client and lends it for one request; StoppedError if the run is stopped by then."""
-        with self._free:
+        with self._slots:
             pause(0, stop)
             try:
                 client = self._idle.get_nowait()

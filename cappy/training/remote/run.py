@@ -41,8 +41,8 @@ def train_remotely(
 ) -> Manifest:
     """Trains in a job on the platform `config.launcher`, publishes the scorer it wrote and returns the manifest.
 
-    `result_settings` and `parents` name the work as they do for training here: so the job continues at a checkpoint
-    that was written here, and has the same name when this step is retried.
+    `result_settings` and `parents` identify the work, as in training without a job: the job continues at a checkpoint
+    that such a training wrote, and has the same name when this step is retried.
     """
     key = work_key(step, result_settings, parents, fresh=config.fresh)
     name = job_name(step, key.name)
@@ -54,7 +54,7 @@ def train_remotely(
         def open_platform() -> Jobs:
             return open_jobs(step, config, job_config, _job_environment(folder, step))
 
-        if must_start_over(folder, key):  # A job of earlier work may still read its input, and would be followed.
+        if must_start_over(folder, key):  # A job of earlier work may still run, and would be followed.
             end_job(open_platform(), name, lambda text: _log(step, text))
         begin(folder, key)
         if not (output / MANIFEST).is_file():
@@ -117,9 +117,9 @@ def _log(step: str, text: str) -> None:
 
 
 def _user_error(step: str, line: str) -> str:
-    """The error in a rank's log line that the user must fix, "" if none.
+    """The error in a rank's log line that the user must fix; empty if there is none.
 
-    Not errors of a rank that continues at its checkpoint, or that ended because another rank failed.
+    Errors of a rank that continues at its checkpoint, or that ended because another rank failed, are ignored.
     """
     message = line.partition(f"cappy {step}: ")[2]
     return "" if CONTINUE_REMEDY in message or message in (UNEXPECTED_ERROR, NO_REPORT) else message
@@ -133,7 +133,7 @@ def _job_environment(folder: Path, step: str) -> dict[str, str]:
 
 
 def _stage(source: Path, staged_input: Path) -> None:
-    """Publishes the input to the volume, by hard links if it is there already; keeps one that a job may be reading."""
+    """Publishes the input to the volume, by hard links if `source` is on it; the same input is not published twice."""
     manifest = read_manifest(source)
     if not (staged_input / MANIFEST).is_file() or read_manifest(staged_input).hash != manifest.hash:
         publish(source, staged_input, manifest)
@@ -142,7 +142,7 @@ def _stage(source: Path, staged_input: Path) -> None:
 def _verify(
     output: Path, step: str, result_settings: Mapping[str, object], parents: Sequence[str], name: str
 ) -> Manifest:
-    """Verifies the job's output, file by file and that it is of this work; returns its manifest.
+    """Verifies each file of the job's output and that this work made it; returns its manifest.
 
     A damaged output is deleted, so that the next run makes it again.
     """

@@ -5,10 +5,11 @@ losses are computed by torch on the host, and their gradient is sent to the devi
 checkpoints are those of the shared loop.
 
 Data parallel: the rows of a pass are sharded over the devices, parameters and optimizer are replicated, gradients are
-summed, so results depend on the number of devices only by the order of float additions. XLA compiles one program per
-shape, so every pass is split and padded to one of a few shapes.
+summed, so results depend on the number of devices only through the order of float additions. XLA compiles one program
+per shape, so every pass is split and padded to one of a few shapes.
 
-Shapes: pairs are those of a pass; rows are pairs padded to one of `Shapes.rows`; length is tokens per row, padded.
+In the shapes of arrays, "pairs" is the number of pairs in a pass, "rows" that number padded to one of `Shapes.rows`,
+and "length" the padded number of tokens per row.
 """
 
 import contextlib
@@ -263,10 +264,10 @@ class JaxEngine:
         self.params: Params = jax.device_put(stacked, replicated)
         self._state: optax.OptState = jax.device_put(self._optimizer.init(self.params), replicated)
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=replicated)
-        self.sums: Params = self._zeros(self.params)
+        self.gradient_sums: Params = self._zeros(self.params)
         self._logits = jax.jit(self._forward, out_shardings=replicated)
         self._pass = jax.jit(self._forward_with_pullback)
-        self._pull = jax.jit(_add_gradients, donate_argnums=0, out_shardings=replicated)
+        self._accumulate = jax.jit(_add_gradients, donate_argnums=0, out_shardings=replicated)
         self._norm = jax.jit(optax.tree.norm, out_shardings=replicated)
         self._apply = jax.jit(self._update, donate_argnums=(0, 1), out_shardings=replicated)
 
@@ -287,7 +288,7 @@ class JaxEngine:
 
     def backward(self, pullback: Pullback, gradient: NDArray[np.float32]) -> None:
         """Adds the parameters' gradients from that of a pass's logits, (rows,); returns before they are computed."""
-        self.sums = self._pull(self.sums, pullback, jax.device_put(gradient, self._sharded))
+        self.gradient_sums = self._accumulate(self.gradient_sums, pullback, jax.device_put(gradient, self._sharded))
 
     def to_devices(self, tokens: TokenArrays) -> TokenArrays:
         """The tokens on the devices, with the rows sharded equally."""
@@ -296,14 +297,16 @@ class JaxEngine:
 
     def zero_grad(self) -> None:
         """Drops the gradients."""
-        self.sums = self._zeros(self.params)
+        self.gradient_sums = self._zeros(self.params)
 
     def step(self, rate: float) -> float:
         """Steps AdamW unless the gradient's norm is not finite; returns the norm before clipping."""
-        norm = float(self._norm(self.sums))
+        norm = float(self._norm(self.gradient_sums))
         if norm < float("inf"):
             scale = np.float32(min(1.0, (self._clip or math.inf) / (norm + 1e-6)))
-            self.params, self._state = self._apply(self.params, self._state, self.sums, scale, np.float32(rate))
+            self.params, self._state = self._apply(
+                self.params, self._state, self.gradient_sums, scale, np.float32(rate)
+            )
         return norm
 
     def weights(self) -> Arrays:
@@ -312,7 +315,7 @@ class JaxEngine:
 
     def gradients(self) -> Arrays:
         """The accumulated gradients, in the form of `weights`."""
-        return unstack(self.sums)
+        return unstack(self.gradient_sums)
 
     def moments(self) -> tuple[int, Arrays, Arrays]:
         """AdamW's state: the number of steps and the two moments, in the form of `weights`."""

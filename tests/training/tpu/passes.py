@@ -182,7 +182,7 @@ def test_eight_devices_compute_what_one_does_dropout_included(
     spread = strategy.engine  # Of the last, on eight devices: an eighth of the rows on each, and all parameters.
     rows: Any = spread.to_devices(np.zeros((16, 32), np.int32))  # type: ignore[arg-type]
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 32)}
-    for array in (rows, *spread.params.values(), *spread.sums.values()):
+    for array in (rows, *spread.params.values(), *spread.gradient_sums.values()):
         assert len(array.sharding.device_set) == 8
         assert array.is_fully_replicated == (array is not rows)
     (first, second, gradients), (other_first, other_second, other_gradients) = results
