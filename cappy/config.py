@@ -44,7 +44,7 @@ Fresh = Annotated[
     FRESH,
     Field(
         pattern=r"^[A-Za-z0-9-]*$",
-        description="Redo the work even if a run with the same settings finished it; a killed run continues",
+        description="Redo the work even if a run with the same settings finished it; a killed fresh run is continued",
     ),
 ]
 """A flag without a value on the command line. The value is the name of the run, so that its retries continue it."""

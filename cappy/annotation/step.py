@@ -11,7 +11,7 @@ from cappy.config import ADVANCED, DEFAULT_WORK, Fresh, Location, Renames, Work,
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
-from cappy.records.work import ShardOf, parse_shard, refuse_same
+from cappy.records.work import ShardOf, parse_shard, refuse_source_as_target
 from cappy.steps import step_version
 
 
@@ -62,7 +62,7 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
 
-    refuse_same(config.source, config.target)
+    refuse_source_as_target(config.source, config.target)
     parent = read_manifest(config.source)
     mismatches = config.mismatches if config.preset == "default" else 0
     with claim(config.work, "annotation", identity(config), [parent.hash], fresh=config.fresh) as folder:

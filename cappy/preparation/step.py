@@ -16,7 +16,7 @@ from cappy.preparation.splits import apply_splits, assign_splits
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.parts import process
-from cappy.records.work import claim, finish, parse_shard, refuse_same
+from cappy.records.work import claim, finish, parse_shard, refuse_source_as_target
 from cappy.steps import step_version
 
 __all__ = ["PreparationConfig", "run"]
@@ -31,7 +31,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     Memory holds only the hashes of the id, group and prompt of each row. `prompted` handles sources where one row makes
     many prompts (templates, mixtures).
     """
-    refuse_same(config.source, config.target)
+    refuse_source_as_target(config.source, config.target)
     source = group_rows(open_source(config), config)
     tally = Tally(max_failed=config.max_failed, missing=config.missing)
     instances, total, metrics = _assign_instances(source, config, tally, progress)

@@ -11,7 +11,7 @@ from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records.folder import File, Manifest, link_or_copy, read_manifest, verify_file
-from cappy.records.work import claim, finish, refuse_same
+from cappy.records.work import claim, finish, refuse_source_as_target
 
 __all__ = ["GatheringConfig", "run"]
 
@@ -35,7 +35,7 @@ def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
     steps; FolderError if one is damaged.
     """
     for source_folder in config.source:
-        refuse_same(source_folder, config.target)
+        refuse_source_as_target(source_folder, config.target)
     sources = [read_manifest(folder) for folder in config.source]
     if len({source.hash for source in sources}) < len(sources):
         raise ConfigError("gathering: two sources contain the same work; give each shard once")

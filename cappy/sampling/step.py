@@ -26,7 +26,7 @@ from cappy.errors import ConfigError, quote
 from cappy.progress import Progress, silent
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records import Candidate, Instance, Manifest, read_manifest
-from cappy.records.work import ShardOf, parse_shard, refuse_same
+from cappy.records.work import ShardOf, parse_shard, refuse_source_as_target
 from cappy.sampling import load_generator
 from cappy.sampling.accounts import (
     SamplingProgress,
@@ -234,7 +234,7 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     reuses the stored answers. Instances with choices are not sampled for. Without a generator the instances keep the
     candidates that they have. Raises GeneratorError if more than `max_failed` of a generator's candidates fail.
     """
-    refuse_same(config.source, config.target)
+    refuse_source_as_target(config.source, config.target)
     parent = read_manifest(config.source)
     config = with_fresh_name(config, parent)
     endpoint_settings = endpoint_config(config, parent.hash)

@@ -10,7 +10,7 @@ from pydantic import Field
 from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
-from cappy.records.work import ShardOf, parse_shard, refuse_same
+from cappy.records.work import ShardOf, parse_shard, refuse_source_as_target
 from cappy.scoring.config import Precision
 from cappy.steps import step_version
 
@@ -62,7 +62,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
     from cappy.scorers import scorer_folder
     from cappy.scoring.scorer import Scorer
 
-    refuse_same(config.source, config.target)
+    refuse_source_as_target(config.source, config.target)
     parent = read_manifest(config.source)
     scorer = Scorer.load(str(scorer_folder(config.scorer)), precision=config.precision)
     scorer.cuts.logs = False
