@@ -25,7 +25,7 @@ from machine import machine
 from throughput_texts import round_digits
 
 from cappy.costing import DEFAULT_THROUGHPUT_PATH, PlanConfig, read_throughput
-from cappy.costing.costs import END, Work, cost, list_work
+from cappy.costing.costs import END_TOKENS, Work, cost, list_work
 from cappy.costing.volumes import Volumes
 from cappy.records import read
 
@@ -124,7 +124,7 @@ def compare_volumes(volumes: Volumes, planned: list[Work], runs: Mapping[str, St
         "candidates": (volumes.open_prompts * SAMPLES, len(sampled_candidates)),
         "rows": (volumes.pairs, runs["annotation"].manifest["metrics"]["candidates"]),
         "rows_to_train_on": (volumes.pairs, sum(facts["pairs"] for facts in corpus_facts)),
-        "sampled_tokens": (volumes.candidates * (volumes.response_tokens + END), tokens),
+        "sampled_tokens": (volumes.candidates * (volumes.response_tokens + END_TOKENS), tokens),
         "bytes_prepared": (planned_bytes["preparation"], runs["preparation"].bytes),
         "bytes_sampled": (planned_bytes["sampling"], runs["sampling"].bytes),
         "bytes_annotated": (planned_bytes["annotation"], runs["annotation"].bytes),

@@ -21,7 +21,7 @@ from cappy.errors import FolderError
 
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
-REMOVED = ".removed-"
+REMOVED_PREFIX = ".removed-"
 _PUBLIC_FILE = 0o666
 """Before the umask."""
 _SAFE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
@@ -34,7 +34,7 @@ def hold_lock(path: Path, timeout: float = -1) -> Iterator[None]:
 
     Waits `timeout` seconds, or without limit if negative; filelock.Timeout if another process still holds it then. A
     missing file or folder is created with access for its owner only; FolderError as for `open_lock`. OSError on a file
-    system without kernel locks: the existence of a file as a lock would outlive a killed process.
+    system without kernel locks; a lock that is only the existence of a file would outlive a killed process.
     """
     while True:
         make_private(path.parent)
@@ -122,7 +122,7 @@ def _write_pid(descriptor: int, path: Path) -> None:
 
 
 def _refuse_irregular(path: Path, error: OSError) -> None:
-    """FolderError if a lock file could not be opened because it is not a regular file."""
+    """Raises FolderError if a lock file could not be opened because it is not a regular file."""
     if path.is_symlink():
         raise FolderError(f"{path}: a lock file must not be a symbolic link; {_REMEDY}") from error
     if error.errno in (errno.EISDIR, errno.ENXIO):
@@ -162,15 +162,15 @@ def make_private(folder: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Removes a folder and its contents after renaming it, so that other processes can create it again at once.
 
-    A removal that is killed leaves a folder whose name starts with `REMOVED`.
+    A removal that is killed leaves a folder whose name starts with `REMOVED_PREFIX`.
     """
-    temporary = folder.with_name(f"{REMOVED}{secrets.token_hex(8)}")
+    temporary = folder.with_name(f"{REMOVED_PREFIX}{secrets.token_hex(8)}")
     folder.rename(temporary)
     shutil.rmtree(temporary)
 
 
 def refuse_links(folder: Path, name: str) -> None:
-    """FolderError if a folder on the way from `folder` to the file `name` in it is a symbolic link."""
+    """Raises FolderError if a folder on the way from `folder` to the file `name` in it is a symbolic link."""
     path = folder
     for part in Path(name).parts[:-1]:
         path /= part

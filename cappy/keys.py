@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from cappy.steps import step_version
 
 KEY = "key.json"
-"""File of the key in the folder of the work."""
+"""Name of the key's file in the folder of a piece of work."""
 MAX_VALUE_CHARACTERS = 60
 
 

@@ -19,12 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "build" / "engine"
 """Data folder of an engine that is started here; it keeps its images between starts."""
-BASE = "python:3.11-slim-bookworm"
-SUITE = "bookworm"
+BASE_IMAGE = "python:3.11-slim-bookworm"
+DEBIAN_SUITE = "bookworm"
 PACKAGES = ("ca-certificates", "python3", "python3-venv")
 PROGRAMS = {"dockerd": "docker.io", "iptables": "iptables", "debootstrap": "debootstrap", "ip": "iproute2"}
 """Program -> its Debian package."""
-START_SECONDS, STOP_SECONDS, BASE_SECONDS = 60.0, 40.0, 600.0
+START_SECONDS, STOP_SECONDS, BASE_IMAGE_SECONDS = 60.0, 40.0, 600.0
 MIN_FREE_BYTES = 20 * 10**9
 """Space for four images, their layers and downloads."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -71,7 +71,7 @@ def engine(data: Path = DATA) -> Iterator[dict[str, str]]:
 
 
 def check_requirements() -> None:
-    """EngineError if an engine cannot be started here."""
+    """Raises EngineError if an engine cannot be started here."""
     if sys.platform != "linux" or os.geteuid() != 0:
         raise EngineError("docker: no engine answers, and only root on Linux can start one; start Docker")
     if missing := sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None}):
@@ -79,7 +79,7 @@ def check_requirements() -> None:
     DATA.parent.mkdir(exist_ok=True)
     if (free := shutil.disk_usage(DATA.parent).free) < MIN_FREE_BYTES:
         raise EngineError(
-            f"docker: {free / 1e9:.0f} GB of disk are free, {MIN_FREE_BYTES / 1e9:.0f} GB are needed; free some"
+            f"docker: {free / 1e9:.0f} GB of disk are free, {MIN_FREE_BYTES / 1e9:.0f} GB are needed; free some space"
         )
 
 
@@ -147,7 +147,7 @@ def make_base_image(environment: Mapping[str, str]) -> None:
     It is not a copy of the official image: its Python 3.11 is Debian's, not built from source.
     """
     result = subprocess.run(
-        [find_docker(), "image", "inspect", BASE], env=environment, capture_output=True, check=False
+        [find_docker(), "image", "inspect", BASE_IMAGE], env=environment, capture_output=True, check=False
     )
     if result.returncode == 0:
         return
@@ -164,7 +164,7 @@ def make_base_image(environment: Mapping[str, str]) -> None:
             "--change",
             "ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "-",
-            BASE,
+            BASE_IMAGE,
         ]
         with subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE) as archive:
             subprocess.run(command, env=environment, stdin=archive.stdout, capture_output=True, timeout=300, check=True)
@@ -172,12 +172,12 @@ def make_base_image(environment: Mapping[str, str]) -> None:
 
 def run_debootstrap(folder: str) -> None:
     """Unpacks Debian with Python into a folder; EngineError if that fails or takes too long."""
-    command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, folder]
+    command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", DEBIAN_SUITE, folder]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=BASE_SECONDS, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=BASE_IMAGE_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         remedy = "check that Debian's mirror is reachable"
-        raise EngineError(f"docker: debootstrap did not finish in {BASE_SECONDS:.0f} s; {remedy}") from error
+        raise EngineError(f"docker: debootstrap did not finish in {BASE_IMAGE_SECONDS:.0f} s; {remedy}") from error
     if result.returncode:
         lines = (result.stdout + result.stderr).strip().splitlines()[-1:]
         raise EngineError(f"docker: debootstrap failed: {' '.join(lines)[:300]}")

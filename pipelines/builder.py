@@ -22,7 +22,7 @@ from pipelines.customize import TaskCustomizer, customizer_for
 from pipelines.definitions import PIPELINES, Artifacts, Definition, shards_of
 from pipelines.recipe import Platform, Recipe
 
-RUN = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 JOB_ID = "{{$.pipeline_job_uuid}}"
 """The placeholder that `compile_pipeline` replaces for Vertex AI."""
 _MAX_CHARACTERS = 2**23
@@ -58,7 +58,7 @@ def build_pipeline(definition: Definition, shards: Sequence[str], customize: Tas
     def pipeline(*values: object) -> None:
         arguments = dict(zip(signature.parameters, values, strict=True))
         exit_task = _dsl_task(
-            "tracking", fingerprints=arguments["fingerprints"], settings=arguments["tracking_settings"], run=RUN
+            "tracking", fingerprints=arguments["fingerprints"], settings=arguments["tracking_settings"], run=RUN_ID
         )
         exit_task.set_caching_options(False)
         customize("tracking", exit_task)
@@ -91,7 +91,7 @@ class _TaskGraph:
 
     def __init__(self, arguments: Mapping[str, object], shards: Sequence[str], customize: TaskCustomizer) -> None:
         self._arguments, self._shards, self._customize = arguments, shards, customize
-        self._part: dict[str, object] = {}
+        self._shard_argument: dict[str, object] = {}
 
     def run(self, step: str, **inputs: object) -> Artifacts:
         spec = STEP_SPECS[step]
@@ -104,10 +104,10 @@ class _TaskGraph:
             step,
             **inputs,
             **parameters,
-            **(self._part if spec.sharded else {}),
+            **(self._shard_argument if spec.sharded else {}),
             settings=self._arguments[f"{step}_settings"],
             fingerprint=self._arguments[f"{step}_fingerprint"],
-            run=RUN,
+            run=RUN_ID,
         )
         if not spec.cached:
             task.set_caching_options(False)
@@ -118,9 +118,9 @@ class _TaskGraph:
         if len(self._shards) == 1:
             return chain()
         with dsl.ParallelFor(list(self._shards), name="shards", parallelism=PARALLEL_SHARDS) as shard:
-            self._part = {"part": shard}
+            self._shard_argument = {"part": shard}
             output = chain()
-        self._part = {}
+        self._shard_argument = {}
         return self.run("gathering", parts=dsl.Collected(output))["gathered"]
 
     @contextmanager
@@ -148,12 +148,12 @@ def _signature(definition: Definition, shards: int) -> inspect.Signature:
         parameters.setdefault(name, inspect.Parameter(name, kind, annotation=annotation, default=default))
 
     for step in steps:
-        own = inspect.signature(_component(step).python_func).parameters
+        component_parameters = inspect.signature(_component(step).python_func).parameters
         for setting, parameter in STEP_SPECS[step].parameters.items():
-            choice = definition.choices.get(parameter)
-            default = own[setting].default if choice is None else choice
+            chosen = definition.choices.get(parameter)
+            default = component_parameters[setting].default if chosen is None else chosen
             required = parameter == "source" and default == ""
-            add(parameter, own[setting].annotation, inspect.Parameter.empty if required else default)
+            add(parameter, component_parameters[setting].annotation, inspect.Parameter.empty if required else default)
     for name in (*(f"{step}_settings" for step in (*steps, "tracking")), *(f"{step}_fingerprint" for step in steps)):
         add(name, str, "")
     add("fingerprints", str, "{}")
@@ -179,7 +179,9 @@ def load_package(recipe: Recipe, platform: Platform, arguments: Mapping[str, obj
         raise ConfigError(f"{path}: was compiled for another platform; compile it with --on {platform}")
     expected = PIPELINES[recipe.pipeline].kfp_name
     if (name := information.get("name")) != expected:
-        raise ConfigError(f"{path}: is pipeline {quote(name)}, the recipe's is {expected}; compile it from this recipe")
+        raise ConfigError(
+            f"{path}: is pipeline {quote(name)}, but the recipe's is {expected}; compile it from this recipe"
+        )
     if _shards(spec) != shards_of(recipe.shards):
         raise ConfigError(f"{path}: does not have the recipe's {recipe.shards} shards; compile it from this recipe")
     if _OLD_IMPORT in text:
@@ -201,7 +203,7 @@ def _shards(spec: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _refuse_newer_sdk(path: Path, sdk: str) -> None:
-    """ConfigError if a newer kfp than the installed one compiled the file, since its fields may be unknown here."""
+    """Raises ConfigError if a newer kfp than the installed one compiled the file: its fields may be unknown here."""
     installed = version("kfp")
     try:
         newer = _version_numbers(sdk.removeprefix("kfp-")) > _version_numbers(installed)

@@ -1,4 +1,4 @@
-"""Customizes each task for its platform (image, resources, secrets, volumes, retries) and refuses unsupported ones."""
+"""Customizes tasks for a platform (image, resources, secrets, volumes, retries); refuses what the platform lacks."""
 
 import json
 import re
@@ -15,7 +15,7 @@ BACKOFF = {"backoff_duration": "30s", "backoff_factor": 2.0, "backoff_max_durati
 FOLLOWER_RESOURCES = ("1", "2Gi")
 """Cores and memory of a step that submits a job and follows it."""
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 (of the pod)
-SECRET = re.compile(r"projects/[^/]+/secrets/[^/]+/versions/[^/]+")
+SECRET_VERSION = re.compile(r"projects/[^/]+/secrets/[^/]+/versions/[^/]+")
 
 TaskCustomizer = Callable[[str, Any], None]
 """Called with a step's name and its kfp task while the pipeline is built."""
@@ -37,7 +37,7 @@ def customize_nothing(step: str, task: Any) -> None:
 def _for_docker(recipe: Recipe) -> TaskCustomizer:
     """Sets the recipe's images. Cores and memory are not limited.
 
-    Keys are not set here, because the task's YAML is stored: `pipelines.execution` passes them to the engine.
+    API keys are not set here, because the task's YAML is stored: `pipelines.execution` passes them to the engine.
     """
 
     def customize(step: str, task: Any) -> None:
@@ -144,7 +144,7 @@ def _refuse_on_vertex(recipe: Recipe, step: str) -> None:
         remedy = "leave them out; cpu, memory and accelerator choose the machine"
         raise ConfigError(f"{where}: node_selector and tolerations are only for Kubernetes; {remedy}")
     for secret in needs.secrets:
-        if not SECRET.fullmatch(secret.name):
+        if not SECRET_VERSION.fullmatch(secret.name):
             remedy = "name it projects/P/secrets/S/versions/V"
             raise ConfigError(
                 f"{where}.secrets: {secret.variable} must come from Secret Manager on Vertex AI; {remedy}"
@@ -172,7 +172,7 @@ def _customize_common(recipe: Recipe, step: str, task: Any, environment: dict[st
 
 
 def _refuse_on_any_cluster(recipe: Recipe, step: str) -> None:
-    """ConfigError for what no cluster supports: several nodes for a step that does not train, a TPU without JAX."""
+    """Raises ConfigError for what no cluster supports: several nodes for a step without training, a TPU without JAX."""
     needs, where = recipe.needs(step), f"resources.{step}"
     if needs.nodes > 1 and step not in TRAINING_STEPS:
         remedy = "use shards to run it in parallel"

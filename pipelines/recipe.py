@@ -137,7 +137,7 @@ class Vertex:
 
 
 def refuse_missing_address(config: Kubeflow | Vertex) -> None:
-    """ConfigError without an endpoint of Kubeflow, or without a project or bucket of Vertex AI."""
+    """Raises ConfigError without an endpoint of Kubeflow, or without a project or bucket of Vertex AI."""
     if isinstance(config, Kubeflow) and not config.endpoint:
         remedy = "give kubeflow.endpoint in the recipe, or --endpoint https://HOST/pipeline"
         raise ConfigError(f"kubeflow: no endpoint; {remedy}")
@@ -151,9 +151,9 @@ class Recipe:
     """A run of a pipeline: what to compute (parameters, settings, shards) and where (resources, platforms).
 
     `parameters` are those of the pipeline's definition, `settings` any other settings by step, and `resources` are by
-    step, with `default` for the others. Change `revision` with content that the submitting machine cannot see, such as
-    a file on a cluster's volume. `prices` are per hour of one accelerator, or of a step without one (`none`); they are
-    used only for the estimate.
+    step, with `default` for the others. Change `revision` when content changes that the submitting machine cannot
+    see, such as a file on a cluster's volume. `prices` are per hour of one accelerator, or of a step without one
+    (`none`); they are used only for the estimate.
     """
 
     pipeline: Literal["adapt", "pretrain", "evaluate", "batch_score"]
@@ -182,9 +182,9 @@ class Recipe:
 
 
 def refuse_password(where: str, address: str) -> None:
-    """ConfigError for an address that holds a password: it would be in the compiled pipeline and in every run."""
+    """Raises ConfigError for an address with a password, which would be in the compiled pipeline and in every run."""
     if has_secret(address):
-        remedy = "give it by secrets: of the steps, as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        remedy = "give it with the secrets of resources, as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         raise ConfigError(f"{where}: holds a password, which every reader of the run would see; {remedy}")
 
 

@@ -159,14 +159,16 @@ class ServedScorer:
     max_queued_tokens: Annotated[
         int,
         ADVANCED,
-        Field(ge=0, description="Maximum tokens in the queue; beyond it requests get status 429; 0: 32 batches"),
+        Field(
+            ge=0, description="Maximum tokens in the queue; beyond it requests get status 429; 0: those of 32 batches"
+        ),
     ] = 0
 
     def __post_init__(self) -> None:
         if self.follow_seconds and not self._is_alias():
             raise ConfigError(
-                f"--follow-seconds {self.follow_seconds:g}: {quote(self.scorer)} is not an alias, so it never moves; "
-                "give models:/name@alias"
+                f"--follow-seconds {self.follow_seconds:g}: {quote(self.scorer)} "
+                "is not an alias, so its version never changes; give models:/name@alias"
             )
 
     @property
@@ -221,7 +223,7 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     """
     scorer, port = variables.get("AIP_STORAGE_URI", "").rstrip("/"), variables.get("AIP_HTTP_PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise ConfigError(f"AIP_HTTP_PORT: {quote(port)} is not a port; give 0 to 65535 or none")
+        raise ConfigError(f"AIP_HTTP_PORT: {quote(port)} is not a port; give 0 to 65535, or leave it unset")
     values: dict[str, object] = {"scorer": scorer} if scorer else {}
     if port:
         values |= {"host": "0.0.0.0", "port": int(port), "allowed_hosts": (ANY,)}  # noqa: S104 (a container's only way to be reached)

@@ -1,4 +1,4 @@
-"""The page at /: one self-contained file, and a content policy under which a browser runs no other script."""
+"""The page at /: one self-contained file, and a Content-Security-Policy that allows no other script."""
 
 import base64
 import re

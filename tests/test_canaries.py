@@ -22,7 +22,7 @@ from foreign_server import Foreign, answering, response
 from processes import free_port, wait_for
 
 from cappy.config import build
-from cappy.deployment.kserve import inference_service, text
+from cappy.deployment.kserve import inference_service, to_yaml
 from cappy.deployment.step import DeploymentConfig
 from cappy.records import Instance, write
 from cappy.registry.models import Version
@@ -278,7 +278,7 @@ def test_no_specification_of_a_cluster_holds_a_canary(monkeypatch: pytest.Monkey
         values = {"version": "v", "report": "r", "target": "t", "platform": "kserve", "image": f"a/b@sha256:{'0' * 64}"}
         config = build(DeploymentConfig, values)
         version = Version(name="m", number=3, source="", tags={"cappy.manifest": "3" * 64})
-        written.append(text(inference_service(config, version)))
+        written.append(to_yaml(inference_service(config, version)))
         for platform in ("local", "kubeflow", "vertex"):
             resources = {"sampling": {"secrets": secrets}} if platform == "kubeflow" else {}
             written.append(compiled(check_recipe({"pipeline": "adapt", "resources": resources}), platform))

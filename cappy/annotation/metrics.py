@@ -1,8 +1,8 @@
 """Metrics by name: each computes the correctness of a response, 0 to 1, the maximum over the references.
 
-`rougeL` is the published label. The others account for what it ignores: signs and decimals, the order of characters,
-other scripts. `given` is the label that was given with the response. A mixture is written `0.5*rougeL+0.5*exact_match`;
-its weights sum to 1.
+`rougeL` is the label of the Cappy paper. The others measure what it ignores: signs and decimals, the order of
+characters, other scripts. `given` is the label that was given with the response. A mixture is written
+`0.5*rougeL+0.5*exact_match`; its weights sum to 1.
 """
 
 import math
@@ -40,7 +40,7 @@ _LIBRARIES: Mapping[str, str] = {"rougeL": "nltk", "chrf": "sacrebleu", "bleu": 
 
 @dataclass(frozen=True, slots=True)
 class InstanceResponses:
-    """An instance and the candidates to compute a metric for."""
+    """A pool: an instance and the candidates to compute a metric for."""
 
     instance: Instance
     candidates: Sequence[Candidate]
@@ -113,9 +113,9 @@ def exact_match(references: Sequence[str], response: str) -> float:
 def numeric_match(references: Sequence[str], response: str) -> float:
     """1 if the last number of the response equals the last number of a reference, else 0; see `last_number`.
 
-    Worked solutions end with their answer (GSM8K; Cobbe et al. 2021), in LaTeX in the last box (MATH; Hendrycks et al.
-    2021). Signs and decimals matter, formatting does not: 5 and -5 differ; 1,000.0, 1 000 and 1000 do not. If a comma
-    of the response may be a decimal comma or a list separator, either reading may match.
+    Worked solutions end with their answer (GSM8K; Cobbe et al. 2021); in LaTeX it is in the last \\boxed (MATH;
+    Hendrycks et al. 2021). Signs and decimals matter, formatting does not: 5 and -5 differ; 1,000.0, 1 000 and 1000 do
+    not. If a comma of the response may be a decimal comma or a list separator, either reading may match.
     """
     numbers = read_numbers(response)
     return float(numbers[0] is not None and any(last_number(reference) in numbers for reference in references))

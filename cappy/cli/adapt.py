@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from pipelines.recipe import Recipe
 
 BUILTIN = "builtin"
-FORMS = "builtin, a JSON Lines, CSV or Parquet file, or a folder of records"
+INSTANCE_FORMS = "builtin, a JSON Lines, CSV or Parquet file, or a folder of records"
 
 
 @settings
 class AdaptConfig:
     """The main settings of an adaptation; every other setting of a step is given with `--set`."""
 
-    instances: Annotated[str, Field(description=f"Your task: {FORMS}")] = BUILTIN
+    instances: Annotated[str, Field(description=f"Your task: {INSTANCE_FORMS}")] = BUILTIN
     columns: Annotated[
         tuple[str, ...],
         Field(description="Column of your file for a field: FIELD=COLUMN, such as instruction=question"),
@@ -70,8 +70,8 @@ class AdaptConfig:
         int | None,
         ADVANCED,
         Field(
-            description="Seed of order, draws and dropout in training; does not change the split and the samples; "
-            "default: --seed"
+            description="Seed of instance order, drawn responses and dropout in training; does not change the split "
+            "and the samples; default: --seed"
         ),
     ] = None
     folds: Annotated[
@@ -91,12 +91,12 @@ class AdaptConfig:
 def adapt_command() -> TyperCommand:
     """The command `cappy adapt`."""
     keyword = inspect.Parameter.KEYWORD_ONLY
-    more = [
+    other_parameters = [
         inspect.Parameter("setting", keyword, annotation=SettingFlag, default=[]),
         inspect.Parameter("fresh", keyword, annotation=FreshFlag, default=False),
         inspect.Parameter("as_json", keyword, annotation=JsonFlag, default=False),
     ]
-    return make_command("adapt", inspect.getdoc(adapt) or "", adapt, [*parameters(AdaptConfig), *more])
+    return make_command("adapt", inspect.getdoc(adapt) or "", adapt, [*parameters(AdaptConfig), *other_parameters])
 
 
 def adapt(*, setting: Sequence[str] = (), fresh: bool = False, as_json: bool = False, **values: Any) -> None:
@@ -120,13 +120,23 @@ def _adapt_recipe(config: AdaptConfig, pairs: Sequence[str] = ()) -> "Recipe":
         by_step["preparation"] = {**by_step.get("preparation", {}), "columns": list(config.columns)}
     if config.folds:
         by_step["evaluation"] = {**by_step.get("evaluation", {}), "folds": config.folds}
-    choices = ("strategy", "scorer", "metric", "name", "margin", "seed", "split_seed", "sampling_seed", "training_seed")
+    parameter_names = (
+        "strategy",
+        "scorer",
+        "metric",
+        "name",
+        "margin",
+        "seed",
+        "split_seed",
+        "sampling_seed",
+        "training_seed",
+    )
     generators = generators_for(config.instances, config.generator, by_step.get("preparation", {}))
     main_parameters = {"source": config.instances, "generator": generators}
     recipe: Recipe = load("pipelines.recipe").check_recipe(
         {
             "pipeline": "adapt",
-            "parameters": main_parameters | {name: getattr(config, name) for name in choices},
+            "parameters": main_parameters | {name: getattr(config, name) for name in parameter_names},
             "settings": by_step,
             "tracking_uri": config.tracking_uri,
             "work": str(config.work),
@@ -146,7 +156,7 @@ def generators_for(instances: str, requested: Sequence[str], preparation: Mappin
     if instances == BUILTIN:
         return [BUILTIN]
     if not Path(instances).exists():
-        raise ConfigError(f"{instances}: no such file or folder; --instances must be {FORMS}")
+        raise ConfigError(f"{instances}: no such file or folder; --instances must be {INSTANCE_FORMS}")
     from cappy.config import build
     from cappy.preparation.sources import open_source
     from cappy.preparation.step import PreparationConfig

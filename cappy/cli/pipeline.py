@@ -35,7 +35,11 @@ ShardsFlag = Annotated[
 ]
 TrackingUriFlag = Annotated[
     str,
-    typer.Option("--tracking-uri", help="MLflow's address.", show_default="the recipe's, else that of `cappy adapt`"),
+    typer.Option(
+        "--tracking-uri",
+        help="MLflow's address.",
+        show_default="the recipe's, else MLFLOW_TRACKING_URI, else .cappy/mlflow.db",
+    ),
 ]
 WorkFlag = Annotated[
     Path | None,

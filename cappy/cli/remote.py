@@ -70,7 +70,7 @@ def submit(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Submit a pipeline to Kubeflow or Vertex AI; prints the run's id and its web page."""
+    """Submit a pipeline to Kubeflow or Vertex AI, and print the run's id and the address of its page."""
     chosen = load_recipe(recipe, setting, shards=shards, tracking_uri=tracking_uri, fresh=fresh)
     chosen = override_platforms(
         chosen, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket

@@ -259,7 +259,7 @@ EXTRAS: Mapping[str, tuple[ExtraFlag, ...]] = {
     "promotion": (
         ExtraFlag(
             name="dry_run",
-            help="Print the decision of the gate and its reasons; move and write nothing.",
+            help="Print the decision of the gate and its reasons; move no alias and write nothing.",
             before=_explain_decision,
             instead_of=("target",),
         ),

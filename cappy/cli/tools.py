@@ -79,8 +79,8 @@ def templates(
 
 HELP = """Print rows, tokens, GPU-hours, storage and wall-clock of a pretraining, step by step.
 
-Speeds are measured. If there is no measurement, the plan asks for an assumed share of the peak in the data sheet and
-says so. docs/scale.md shows the plan of the paper's pretraining.
+Speeds are measured. If there is no measurement, give the share of the data sheet's peak to assume (--mfu,
+--sampling-mfu); the plan marks it as assumed. docs/scale.md shows the plan of the paper's pretraining.
 """
 
 

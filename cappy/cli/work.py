@@ -67,7 +67,7 @@ def explain(
             difference = ", ".join(row["differs"]) or ("first run" if index == len(rows) - 1 else "nothing")
             usage = f"{_format_age(row['last_used'])}, {_format_size(row['size_bytes'])}"
             typer.echo(f"{row['path']}  {usage}\n  differs  {difference}")
-        typer.echo(f"\nsettings of the newest\n{json.dumps(rows[0]['settings'], indent=1, ensure_ascii=False)}")
+        typer.echo(f"\nsettings of the newest work\n{json.dumps(rows[0]['settings'], indent=1, ensure_ascii=False)}")
 
 
 def clean(
@@ -79,7 +79,7 @@ def clean(
     remove: Annotated[bool, typer.Option("--remove", help="Remove the listed work.", show_default="off")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """List work that no run can reuse: work of earlier versions and work without a key.
+    """List work that no run can reuse: work of earlier versions, and work without its key.json.
 
     Published outputs, registered versions and the spending record are not touched.
     """
@@ -93,17 +93,19 @@ def clean(
     for piece in list_pieces(work):
         if piece.key is not None:
             fresh_names.add(piece.key.fresh)
-        if reason := piece.unreachable or _idle_time(piece.last_used, limit):
+        if reason := piece.unreachable_reason or _idle_reason(piece.last_used, limit):
             rows.append({**_row(piece, piece.step), "reason": reason, "removed": False})
             removals.append(partial(remove_piece, piece))
     for entry in store.list_entries(work):
-        if reason := store.unreachable_reason(entry, fresh_names) or _idle_time(entry.last_used, limit):
+        if reason := store.unreachable_reason(entry, fresh_names) or _idle_reason(entry.last_used, limit):
             rows.append({**_row(entry, entry.kind), "reason": reason, "removed": False})
             removals.append(partial(store.remove_entry, entry))
     errors = _remove(rows, removals) if remove else []
     typer.echo(json.dumps(rows, indent=1) if as_json else _format_rows(work, rows, removed=remove))
     if errors:
-        raise FolderError(f"{len(errors)} of {len(rows)} are in use and were kept, the first: {errors[0]}")
+        raise FolderError(
+            f"{len(errors)} of {len(rows)} pieces of work are in use and were kept, the first: {errors[0]}"
+        )
 
 
 def _remove(rows: Sequence[WorkRow], removals: Sequence[Callable[[], None]]) -> list[str]:
@@ -118,7 +120,7 @@ def _remove(rows: Sequence[WorkRow], removals: Sequence[Callable[[], None]]) -> 
     return errors
 
 
-def _idle_time(last_used: float, limit: float | None) -> str:
+def _idle_reason(last_used: float, limit: float | None) -> str:
     return f"last used {_format_age(last_used)}" if limit is not None and last_used <= limit else ""
 
 

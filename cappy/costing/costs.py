@@ -15,18 +15,18 @@ from cappy.errors import ConfigError, quote
 from cappy.training.meter import PEAK_FLOPS
 
 CPU = "cpu"
-"""The hardware of the measured speeds, of which a device is one core."""
+"""The hardware on which speeds were measured; one device is one core."""
 MAX_SHARDS = 64
-"""Shards of sampling in a pipeline, with a device each; more slow down collecting the artifacts (docs/scale.md)."""
-CHECKS = 11
+"""Shards of sampling in a pipeline, each with a device; more would slow down collecting artifacts (docs/scale.md)."""
+NUM_VALIDATIONS = 11
 """Number of validations during pretraining by default, including the first and the last one."""
-CHECKED = 16
+MAX_VALIDATION_CANDIDATES = 16
 """Maximum candidates of a validation instance that are scored (`cappy.training.checks.CANDIDATES`)."""
 CHECKPOINTS = 2
 """Number of checkpoints that are kept."""
-_FORWARD = 1 / 3
+_FORWARD_SHARE = 1 / 3
 """Cost of scoring a pair relative to training on it."""
-END = 1
+END_TOKENS = 1
 """The end-of-sequence token after a response."""
 
 HARDWARE: Mapping[str, float | None] = {
@@ -35,7 +35,7 @@ HARDWARE: Mapping[str, float | None] = {
 }
 """Hardware -> dense bf16 FLOP/s of one device in its data sheet, None for a CPU."""
 
-Pool = Literal["devices", "cores"]
+Processors = Literal["devices", "cores"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class GeneratorShape:
         return (3 if self.gated else 2) * self.hidden * self.inner
 
     def prompt_flops(self, tokens: float, squared: float) -> float:
-        """Operations of a prompt; `tokens` and `squared` are means of its tokens and of their squares."""
+        """Operations of a prompt; `tokens` and `squared` are the means of its number of tokens and of that squared."""
         return 2 * (self.encoder_weights + self.prompt_weights) * tokens + 4 * self.layers * self.attention * squared
 
     def response_flops(self, tokens: float, prompt_tokens: float) -> float:
@@ -100,13 +100,13 @@ class ScorerShape:
     def training_flops(self, tokens: float, squared: float) -> float:
         """Operations of a pair, forward and backward, as `cappy.training.meter` counts them.
 
-        `tokens` and `squared` are means of the tokens of pairs and of their squares.
+        `tokens` and `squared` are the means of a pair's number of tokens and of that squared.
         """
         return 6.0 * self.layer_weights * tokens + 12.0 * self.layers * self.hidden * squared
 
     def scoring_flops(self, tokens: float, squared: float) -> float:
         """Operations of a pair, forward only."""
-        return _FORWARD * self.training_flops(tokens, squared)
+        return _FORWARD_SHARE * self.training_flops(tokens, squared)
 
 
 def _t5(layers: int, hidden: int, attention: int, inner: int) -> GeneratorShape:
@@ -147,9 +147,9 @@ def find_shape(name: str, shapes: Mapping[str, Shape], flag: str) -> Shape:
 class Work:
     """The work of a step, and how fast one device or core does it.
 
-    `amount` is in `unit`, `rate` in `unit` per second, `start` is the startup time in seconds, `most` the maximum
-    number of devices. `linear` is false if several devices have overhead, `holds` true if all devices wait for one
-    core. `basis` describes the origin of the rate, `measured` whether it was measured.
+    `amount` is in `unit`, `rate` in `unit` per second, `start` is the startup time in seconds, `max_devices` the
+    maximum number of devices. `linear` is false if several devices have overhead, `blocks_devices` true if all devices
+    wait for one core. `basis` describes the origin of the rate, `measured` whether it was measured.
     """
 
     step: Step
@@ -160,10 +160,10 @@ class Work:
     start: float
     basis: str
     measured: bool
-    pool: Pool = "devices"
-    most: int | None = None
+    processors: Processors = "devices"
+    max_devices: int | None = None
     linear: bool = True
-    holds: bool = False
+    blocks_devices: bool = False
     tokens: float = 0.0
     bytes: float = 0.0
 
@@ -188,8 +188,8 @@ def peak_of(hardware: str) -> float | None:
 
 def cost(work: Work, devices: int, config: PlanConfig, *, cores: int) -> Cost:
     """The cost of a step on `devices` devices, or on `cores` cores for CPU steps."""
-    available = devices if work.pool == "devices" else cores
-    used = min(available, work.most or available)
+    available = devices if work.processors == "devices" else cores
+    used = min(available, work.max_devices or available)
     share = 1.0 if work.linear or used == 1 else config.scaling
     seconds = work.start + work.amount / (work.rate * used * share)
     hours = seconds * used / 3600
@@ -197,8 +197,12 @@ def cost(work: Work, devices: int, config: PlanConfig, *, cores: int) -> Cost:
         name=work.name,
         used=used,
         seconds=seconds,
-        device_hours=seconds * devices / 3600 if work.holds else hours if work.pool == "devices" else 0.0,
-        core_hours=hours if work.pool == "cores" else 0.0,
+        device_hours=seconds * devices / 3600
+        if work.blocks_devices
+        else hours
+        if work.processors == "devices"
+        else 0.0,
+        core_hours=hours if work.processors == "cores" else 0.0,
     )
 
 
@@ -213,9 +217,9 @@ def list_work(volumes: Volumes, throughput: Throughput, config: PlanConfig) -> l
     stored_bytes = _bytes_written(volumes, rates)
     sampling = list(_sampling_work(volumes, rates, stored_bytes["sampling"]))
     return [
-        rates.cpu("preparation", "prompts/s", volumes.prompts, bytes=stored_bytes["preparation"]),
+        rates.cpu_work("preparation", "prompts/s", volumes.prompts, bytes=stored_bytes["preparation"]),
         *sampling,
-        rates.cpu("annotation", "pairs/s", volumes.pairs, bytes=stored_bytes["annotation"]),
+        rates.cpu_work("annotation", "pairs/s", volumes.pairs, bytes=stored_bytes["annotation"]),
         _tokenization_work(volumes, rates, stored_bytes["tokenization"]),
         _pretraining_work(volumes, rates, scorer),
         _evaluation_work(volumes, rates, scorer),
@@ -229,21 +233,21 @@ class _Rates:
     throughput: Throughput
     config: PlanConfig
 
-    def start(self, step: Step) -> float:
+    def startup_seconds(self, step: Step) -> float:
         """Startup seconds of a step, measured with the built-in models; 0 if it is part of another step."""
         speed = self.throughput.find(step, "seconds to start", hardware=CPU, of="builtin")
         return speed.value if speed else 0.0
 
-    def cpu(self, step: Step, unit: Literal["prompts/s", "pairs/s"], amount: float, *, bytes: float) -> Work:
+    def cpu_work(self, step: Step, unit: Literal["prompts/s", "pairs/s"], amount: float, *, bytes: float) -> Work:
         """The work of a step that runs on CPU cores."""
         speed = self.throughput.need(step, unit, hardware=CPU, of=self.config.mixture)
         return Work(
-            step=step, name=step, amount=amount, unit=unit.removesuffix("/s"), rate=speed.value, pool="cores",
-            start=self.start(step), basis=f"measured {speed.date}: {speed.value:,.0f} {unit} a core", measured=True,
-            bytes=bytes,
+            step=step, name=step, amount=amount, unit=unit.removesuffix("/s"), rate=speed.value, processors="cores",
+            start=self.startup_seconds(step), basis=f"measured {speed.date}: {speed.value:,.0f} {unit} a core",
+            measured=True, bytes=bytes,
         )  # fmt: skip
 
-    def flops(self, step: Step, of: str) -> tuple[float, str, bool]:
+    def flops_per_second(self, step: Step, of: str) -> tuple[float, str, bool]:
         """FLOP/s of a device at a step, the origin of that number, and whether it was measured."""
         hardware = self.config.hardware
         peak = peak_of(hardware)
@@ -282,16 +286,16 @@ def _bytes_written(volumes: Volumes, rates: _Rates) -> dict[str, float]:
 
 def _sampling_work(volumes: Volumes, rates: _Rates, stored: float) -> Iterator[Work]:
     """The work of each generator, one after another on the same shards; only the last folder is kept."""
-    response_tokens = volumes.response_tokens + END
+    response_tokens = volumes.response_tokens + END_TOKENS
     for number, (name, samples) in enumerate(volumes.samples.items(), start=1):
         shape = find_shape(name, GENERATORS, "generators")
         prompts = shape.prompt_flops(volumes.prompt.tokens, volumes.prompt.squared)
         responses = samples * shape.response_flops(response_tokens, volumes.prompt.tokens)
-        rate, basis, measured = rates.flops("sampling", name)
+        rate, basis, measured = rates.flops_per_second("sampling", name)
         yield Work(
             step="sampling", name=f"sampling {name}", amount=volumes.open_prompts * (prompts + responses),
-            unit="FLOP", rate=rate, start=rates.start("sampling"), basis=basis, measured=measured, most=MAX_SHARDS,
-            tokens=volumes.open_prompts * (volumes.prompt.tokens + samples * response_tokens),
+            unit="FLOP", rate=rate, start=rates.startup_seconds("sampling"), basis=basis, measured=measured,
+            max_devices=MAX_SHARDS, tokens=volumes.open_prompts * (volumes.prompt.tokens + samples * response_tokens),
             bytes=stored if number == len(volumes.samples) else 0.0,
         )  # fmt: skip
 
@@ -302,7 +306,7 @@ def _tokenization_work(volumes: Volumes, rates: _Rates, stored: float) -> Work:
     return Work(
         step="tokenization", name="pretraining: tokens", amount=volumes.pairs, unit="pairs", rate=rate.value,
         start=0.0, basis=f"measured {rate.date}: {rate.value:,.0f} pairs/s, on one core", measured=True,
-        pool="cores", most=1, holds=rates.config.hardware != CPU, bytes=stored,
+        processors="cores", max_devices=1, blocks_devices=rates.config.hardware != CPU, bytes=stored,
     )  # fmt: skip
 
 
@@ -310,13 +314,13 @@ def _pretraining_work(volumes: Volumes, rates: _Rates, scorer: ScorerShape) -> W
     """All epochs and validations, without early stopping."""
     config = rates.config
     trained = volumes.pairs * (1 - config.validation) * config.epochs
-    per_prompt = min(1.0, CHECKED / max(1.0, volumes.selectable / volumes.prompts))
-    checked_pairs = volumes.selectable * per_prompt * config.validation * CHECKS
-    rate, basis, measured = rates.flops("pretraining", config.scorer)
+    per_prompt = min(1.0, MAX_VALIDATION_CANDIDATES / max(1.0, volumes.selectable / volumes.prompts))
+    checked_pairs = volumes.selectable * per_prompt * config.validation * NUM_VALIDATIONS
+    rate, basis, measured = rates.flops_per_second("pretraining", config.scorer)
     tokens, squared = volumes.pair.tokens, volumes.pair.squared
     checkpoint = rates.throughput.need("pretraining", "bytes/weight", hardware=CPU, of="builtin")
     return Work(
-        step="pretraining", name="pretraining", unit="FLOP", rate=rate, start=rates.start("pretraining"),
+        step="pretraining", name="pretraining", unit="FLOP", rate=rate, start=rates.startup_seconds("pretraining"),
         amount=trained * scorer.training_flops(tokens, squared) + checked_pairs * scorer.scoring_flops(tokens, squared),
         basis=basis, measured=measured, linear=False, tokens=trained * tokens,
         bytes=scorer.weights * (4 + CHECKPOINTS * checkpoint.value),
@@ -325,10 +329,10 @@ def _pretraining_work(volumes: Volumes, rates: _Rates, scorer: ScorerShape) -> W
 
 def _evaluation_work(volumes: Volumes, rates: _Rates, scorer: ScorerShape) -> Work:
     """Scoring of the held-out pairs on one device."""
-    rate, basis, measured = rates.flops("evaluation", rates.config.scorer)
+    rate, basis, measured = rates.flops_per_second("evaluation", rates.config.scorer)
     tokens, squared = volumes.evaluated_pair.tokens, volumes.evaluated_pair.squared
     return Work(
         step="evaluation", name="evaluation", amount=volumes.evaluated_pairs * scorer.scoring_flops(tokens, squared),
-        unit="FLOP", rate=rate, start=rates.start("evaluation"), basis=basis, measured=measured, most=1,
-        tokens=volumes.evaluated_pairs * tokens,
+        unit="FLOP", rate=rate, start=rates.startup_seconds("evaluation"), basis=basis, measured=measured,
+        max_devices=1, tokens=volumes.evaluated_pairs * tokens,
     )  # fmt: skip

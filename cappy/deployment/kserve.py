@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PORT = 8080
 SCRATCH = "/tmp"  # noqa: S108 (inside a container)
 """The only writable folder of the container: registry downloads, temporary files, caches."""
-MOUNTED = "/mnt/models"
+STORAGE_MOUNT = "/mnt/models"
 """Where KServe's storage initializer downloads STORAGE_URI to."""
 NOTICE_SECONDS, GRACE_SECONDS = 5, 20
 """After SIGTERM the server reports not ready for the notice period, then finishes open requests in the grace period.
@@ -48,7 +48,8 @@ def inference_service(config: "DeploymentConfig", version: Version) -> dict[str,
                 "minReplicas": config.min_replicas,
                 "maxReplicas": config.max_replicas,
                 **({"canaryTrafficPercent": config.traffic} if config.traffic < 100 else {}),
-                # No access to the Kubernetes API; links would set MLFLOW_PORT to tcp://... for a Service named mlflow.
+                # It needs no access to the Kubernetes API.
+                # Service links would set MLFLOW_PORT to tcp://... for a Service named mlflow.
                 "automountServiceAccountToken": False,
                 "enableServiceLinks": False,
                 "containers": [_container(config, version)],
@@ -58,7 +59,7 @@ def inference_service(config: "DeploymentConfig", version: Version) -> dict[str,
     }
 
 
-def text(service: dict[str, object]) -> str:
+def to_yaml(service: dict[str, object]) -> str:
     """The manifest as YAML."""
     return yaml.safe_dump(service, sort_keys=False, width=120)
 
@@ -72,7 +73,7 @@ def _container(config: "DeploymentConfig", version: Version) -> dict[str, object
         "image": config.image,
         "command": ["python", "-m", "serving"],
         "args": [
-            *("--scorer", MOUNTED if config.kserve.storage else version.uri),
+            *("--scorer", STORAGE_MOUNT if config.kserve.storage else version.uri),
             *("--host", "0.0.0.0", "--port", str(PORT)),  # noqa: S104
             *("--notice", str(NOTICE_SECONDS), "--grace", str(GRACE_SECONDS)),
         ],

@@ -106,7 +106,7 @@ class DeploymentConfig:
         str, Field(pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$", description="Name of the service (kserve, vertex)")
     ] = "cappy"
     traffic: Annotated[
-        int, Field(ge=1, le=100, description="Percent of the requests for this version, a canary below 100")
+        int, Field(ge=1, le=100, description="Percent of the requests that this version gets; below 100 it is a canary")
     ] = 100
     min_replicas: Annotated[int, Field(ge=1, description="Minimum number of replicas (kserve, vertex)")] = 1
     max_replicas: Annotated[int, Field(ge=1, description="Maximum number of replicas (kserve, vertex)")] = 3
@@ -182,7 +182,7 @@ def deploy(config: DeploymentConfig, version: Version, scorer: Path, folder: Pat
     """Deploys to the platform; returns the fields of endpoint.json, where `command` is the next command to run."""
     if config.platform == "kserve":
         name = "inference_service.yaml"
-        write_bytes(folder / name, kserve.text(kserve.inference_service(config, version)).encode())
+        write_bytes(folder / name, kserve.to_yaml(kserve.inference_service(config, version)).encode())
         return {"command": f"kubectl apply -f {config.target / name}", "traffic": config.traffic}
     if config.platform == "vertex":
         from cappy.deployment import vertex

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cappy.scoring.training_data import TrainedOn
     from cappy.selection.pools import Score
 
-NUM_PROBES = 32
+NUM_PROBE_PAIRS = 32
 
 
 def _check_folds(folds: int) -> int:
@@ -106,9 +106,9 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
         write_report(folder, report)
         _write_picks(folder, evaluated, folds=config.folds, metric=config.metric)
         _write_calibration(folder, evaluated, config)
-        tested = [pool.instance for own in evaluated for pool in own.pools]
+        tested = [pool.instance for part in evaluated for pool in part.pools]
         score = cached_scores(scorers["challenger"].score, folder, "probe")
-        _write_probe(folder, score_probe(tested, score, seed=config.seed))
+        _write_probe(folder, score_probe_pairs(tested, score, seed=config.seed))
         manifest = Manifest(
             step="evaluation",
             files=describe_files(folder),
@@ -130,7 +130,7 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
 def _evaluate_once(
     config: EvaluationConfig, scorers: "Mapping[str, AnyScorer]", folder: Path, progress: Progress
 ) -> "tuple[list[EvaluatedSplit], int]":
-    """Evaluates the one split, and counts its instances without candidates."""
+    """Evaluates the split of the config, and counts its instances without candidates."""
     from cappy.evaluation.protocol import cached_scores, evaluate_split, split_pools
 
     instances = read(config.source, splits=sorted({config.split, "validation"}))
@@ -186,7 +186,7 @@ def _count_leaks(
 ) -> dict[str, int]:
     from cappy.scoring.training_data import count_seen
 
-    tested = [pool.instance for own in evaluated for pool in own.pools]
+    tested = [pool.instance for part in evaluated for pool in part.pools]
     return {name: count_seen(tested, trained_on(path)) for name, path in folders.items()}
 
 
@@ -219,17 +219,17 @@ def write_report(folder: Path, report: "Report") -> None:
 
 
 def _write_picks(folder: Path, evaluated: "Sequence[EvaluatedSplit]", *, folds: int, metric: str) -> None:
-    """Writes picks.json: the scorer's picks, held-out and reported or out-of-fold (see `pick_rows`)."""
+    """Writes picks.json: the scorer's picks on held-out and reported instances, or on the out-of-fold ones."""
     from cappy.evaluation.threshold import PICKS, pick_rows
 
     if folds:
         rows = {
-            "out_of_fold": [row for fold, own in enumerate(evaluated, start=1) for row in pick_rows(own.pools, fold)]
+            "out_of_fold": [row for fold, part in enumerate(evaluated, start=1) for row in pick_rows(part.pools, fold)]
         }
     else:
         rows = {
-            "held_out": [row for own in evaluated for row in pick_rows(own.held_out)],
-            "reported": [row for own in evaluated for row in pick_rows(own.pools)],
+            "held_out": [row for part in evaluated for row in pick_rows(part.held_out)],
+            "reported": [row for part in evaluated for row in pick_rows(part.pools)],
         }
     write_bytes(folder / PICKS, json.dumps({"metric": metric, **rows}).encode())
 
@@ -241,13 +241,15 @@ def _write_calibration(folder: Path, evaluated: "Sequence[EvaluatedSplit]", conf
 
     fitted = evaluated[0].calibration
     if config.folds:
-        pools = [pool for own in evaluated for pool in own.pools]
+        pools = [pool for part in evaluated for pool in part.pools]
         fitted = fit(pools, get_scorer_scores(pools), config.metric)
     if fitted is not None:
         write_bytes(folder / CALIBRATION, fitted.to_json().encode())
 
 
-def score_probe(instances: Sequence[Instance], score: "Score", *, seed: int, count: int = NUM_PROBES) -> list[Triple]:
+def score_probe_pairs(
+    instances: Sequence[Instance], score: "Score", *, seed: int, count: int = NUM_PROBE_PAIRS
+) -> list[Triple]:
     """Scores at most `count` pairs, drawn at random, that a deployed scorer is verified with."""
     pairs = [
         (instance.instruction, response)
@@ -260,7 +262,7 @@ def score_probe(instances: Sequence[Instance], score: "Score", *, seed: int, cou
 
 
 def _write_probe(folder: Path, triples: Sequence[Triple]) -> None:
-    """Writes probe.json."""
+    """Writes probe.json, the scored pairs that a deployment is verified with."""
     write_bytes(folder / PROBE, json.dumps(triples, ensure_ascii=False, indent=1).encode())
 
 

@@ -58,7 +58,7 @@ class PreparationConfig:
     ] = ()
     ignore_columns: Annotated[
         tuple[str, ...],
-        Field(description="Column to leave unread; otherwise an unread column that is part of the task is an error"),
+        Field(description="Column to ignore; without this, an unread column that is part of the task is an error"),
     ] = ()
     group_responses: Annotated[
         Literal["auto", "always", "never"],
@@ -69,7 +69,7 @@ class PreparationConfig:
     exclude: Annotated[
         tuple[str, ...],
         ADVANCED,
-        Field(description="Pattern of systems whose candidates to drop, such as 'primary/*'"),
+        Field(description="Pattern of systems whose candidates are dropped, such as 'primary/*'"),
     ] = ()
     unlabelled: Annotated[
         bool, Field(description="Rows need responses but no reference: for scoring, not for training")
@@ -148,7 +148,7 @@ _REQUIREMENTS = {
     "dataset": "selects a folder of templates; give --templates FOLDER, or leave it out",
     "template": "selects templates; give --templates FOLDER, or leave it out",
     "subsets": "selects datasets of a mixture; give --mixture, or leave it out",
-    "local": "has datasets of a mixture; give --mixture, or leave it out",
+    "local": "is a folder with datasets of a mixture; give --mixture, or leave it out",
     "mixture": "replaces --source; leave one of them out",
 }
 _REQUIREMENT_CHECKS: Mapping[str, Callable[[PreparationConfig], object]] = {
@@ -170,7 +170,7 @@ KIND_NAMES: Mapping[Kind, str] = {
     "hub": "a dataset of the hub",
     "records": "a folder of records",
     "bigbench": "a BIG-bench task",
-    "templates": "a dataset under templates",
+    "templates": "a dataset with templates",
     "mixture": "a mixture",
 }
 COMMON_SETTINGS = frozenset(
@@ -204,7 +204,7 @@ _FIXED_SPLITS: tuple[Kind, ...] = ("builtin", "records")
 
 
 def check_settings(config: PreparationConfig, kind: Kind) -> None:
-    """ConfigError for a given setting that this kind of source does not use."""
+    """Raises ConfigError for a given setting that this kind of source does not use."""
     for setting in dataclasses.fields(config):
         if (
             setting.name in KINDS_BY_SETTING

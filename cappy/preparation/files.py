@@ -15,7 +15,7 @@ from pathlib import Path
 from cappy.errors import ConfigError, FolderError, RecordError, quote
 from cappy.hub_client import guard_client
 from cappy.preparation.jsonlines import read_json_lines
-from cappy.preparation.mixtures import CONVERTED
+from cappy.preparation.mixtures import CONVERTED_BRANCH
 from cappy.preparation.rows import Rows
 from cappy.preparation.tables import ARROW_FILE, ARROW_STREAM, TAB_SUFFIXES, read_arrow, read_csv, read_parquet
 from cappy.preparation.text_files import (
@@ -39,7 +39,7 @@ _BINARY: Mapping[Reader, str] = {read_parquet: "Parquet", read_arrow: "Arrow"}
 _MAGIC: Mapping[bytes, Reader] = {b"PAR1": read_parquet, ARROW_FILE: read_arrow, ARROW_STREAM: read_arrow}
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
-_STATE, _DICT = "state.json", "dataset_dict.json"
+_STATE_FILE, _DATASET_DICT_FILE = "state.json", "dataset_dict.json"
 _DEFAULT_SPLIT = "train"
 _MAX_STATE_BYTES = 64 * 2**20
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -49,7 +49,7 @@ _SPLIT_NAMES = frozenset(
 )
 """Names of splits in the names of files and folders, as `datasets` recognises them."""
 _SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-\w+)?\.")
-_METADATA = ("dataset_info.json", "dataset_infos.json", _STATE, _DICT, "task.json", "manifest.json")
+_METADATA = ("dataset_info.json", "dataset_infos.json", _STATE_FILE, _DATASET_DICT_FILE, "task.json", "manifest.json")
 
 
 def choose_reader(path: Path) -> Reader:
@@ -88,20 +88,20 @@ def find_shards(folder: Path, split: str) -> Shards | None:
 
     If the files or folders have names of splits, those of `split` are read.
     """
-    if (folder / _DICT).is_file():
+    if (folder / _DATASET_DICT_FILE).is_file():
         return _find_in_dataset_dict(folder, split)
-    if (folder / _STATE).is_file():
+    if (folder / _STATE_FILE).is_file():
         _refuse_split(folder, split)
         return Shards(files=_find_saved_files(folder), reader=read_arrow)
     files = sorted(path for path in folder.rglob("*") if _is_data(path, folder))
     if not files:
         return None
-    kinds = {choose_reader(file) for file in files}
-    if len(kinds) > 1:
+    readers = {choose_reader(file) for file in files}
+    if len(readers) > 1:
         names = ", ".join(sorted({strip_compression_suffix(file).suffix for file in files}))
         raise FolderError(f"{folder}: contains files of several formats ({names}); give one of them as --source")
     files, other_splits = _select_split(folder, files, split)
-    return Shards(files=files, reader=kinds.pop(), other_splits=other_splits)
+    return Shards(files=files, reader=readers.pop(), other_splits=other_splits)
 
 
 def _is_data(path: Path, folder: Path) -> bool:
@@ -136,20 +136,20 @@ def _select_split(folder: Path, files: list[Path], split: str) -> tuple[list[Pat
 def _split_in_name(file: Path, folder: Path) -> str:
     """The split in the name of a file, else in that of the nearest folder; empty if there is none."""
     shard = _SHARD.match(file.name)
-    if shard and _split_words(shard["split"]):
+    if shard and _split_names_in(shard["split"]):
         return shard["split"]
     parts = (file.name, *reversed(file.relative_to(folder).parts[:-1]))
-    word = next((words[0] for words in map(_split_words, parts) if len(words) == 1), "")
+    word = next((words[0] for words in map(_split_names_in, parts) if len(words) == 1), "")
     return word or (shard["split"] if shard else "")
 
 
-def _split_words(name: str) -> list[str]:
+def _split_names_in(name: str) -> list[str]:
     """The names of splits among the words of a file name."""
     return sorted(_SPLIT_NAMES.intersection(re.split(r"[^a-z0-9]+", name.lower())))
 
 
 def _check_complete(folder: Path, files: Sequence[Path]) -> None:
-    """FolderError if a shard is missing, by the numbers in the file names (NAME-00000-of-00004)."""
+    """Raises FolderError if a shard is missing, by the numbers in the file names (NAME-00000-of-00004)."""
     shards: dict[tuple[Path, str], list[re.Match[str]]] = defaultdict(list)
     for file in files:
         if match := _SHARD.match(file.name):
@@ -162,9 +162,9 @@ def _check_complete(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _find_in_dataset_dict(folder: Path, split: str) -> Shards:
-    names = _read_object(folder / _DICT).get("splits")
+    names = _read_object(folder / _DATASET_DICT_FILE).get("splits")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise FolderError(f"{folder / _DICT}: lists no splits; write the folder again with save_to_disk")
+        raise FolderError(f"{folder / _DATASET_DICT_FILE}: lists no splits; write the folder again with save_to_disk")
     if split not in names:
         raise _missing_split_error(folder, split, names)
     other_splits = [name for name in names if name != split]
@@ -173,10 +173,10 @@ def _find_in_dataset_dict(folder: Path, split: str) -> Shards:
 
 
 def _find_saved_files(folder: Path) -> list[Path]:
-    entries = _read_object(folder / _STATE).get("_data_files")
+    entries = _read_object(folder / _STATE_FILE).get("_data_files")
     names = [item.get("filename") for item in entries if isinstance(item, dict)] if isinstance(entries, list) else []
     if not names:
-        raise FolderError(f"{folder / _STATE}: lists no files; write the folder again with save_to_disk")
+        raise FolderError(f"{folder / _STATE_FILE}: lists no files; write the folder again with save_to_disk")
     files = [folder / _check_file_name(folder, name) for name in names]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
@@ -213,7 +213,7 @@ def _missing_split_error(folder: Path, split: str, names: Sequence[str]) -> Conf
     return ConfigError(f"{folder}: has no split {quote(split)}; choose one of {', '.join(names)} with --split")
 
 
-PREFIX = "hub:"
+HUB_PREFIX = "hub:"
 _FORM = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?::(?P<configuration>[^@]+))?(?:@(?P<revision>\S+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -228,14 +228,14 @@ class HubDataset:
 
     @property
     def name(self) -> str:
-        """The dataset as --source has it: hub:org/name:configuration@revision."""
+        """The dataset as it is written for --source: hub:org/name:configuration@revision."""
         configuration = f":{self.configuration}" if self.configuration else ""
-        return f"{PREFIX}{self.repository}{configuration}@{self.revision}"
+        return f"{HUB_PREFIX}{self.repository}{configuration}@{self.revision}"
 
 
 def parse_hub(text: str) -> HubDataset:
     """The dataset that hub:org/name[:configuration][@revision] names; ConfigError for another form."""
-    match = _FORM.fullmatch(text.removeprefix(PREFIX))
+    match = _FORM.fullmatch(text.removeprefix(HUB_PREFIX))
     if match is None:
         form = "hub:org/name, hub:org/name:configuration or hub:org/name:configuration@revision"
         raise ConfigError(f"{quote(text)}: is not a dataset of the hub; write {form}")
@@ -267,7 +267,7 @@ def read_hub(dataset: HubDataset, commit: str, split: str) -> Rows:
     guard_client()
     where = f"{dataset.name} {split}"
     # On the converted branch a configuration is a folder and has no name (tried with datasets 5.2).
-    key = "data_dir" if dataset.revision == CONVERTED else "name"
+    key = "data_dir" if dataset.revision == CONVERTED_BRANCH else "name"
     arguments = {key: dataset.configuration} if dataset.configuration else {}
     with _translate_hub_errors(dataset):
         rows = datasets.load_dataset(dataset.repository, revision=commit, split=split, streaming=True, **arguments)

@@ -65,11 +65,11 @@ class SplitRows:
         self._training = {split: RowSample(max_rows=MAX_ROWS + MAX_ROWS // 4) for split in ("train", "validation")}
         self._held_out = {split: RowSample(max_rows=MAX_ROWS, all_shingles=True) for split in ("validation", "test")}
 
-    def add(self, prompted: PromptLike, split: str) -> None:
+    def add(self, row: PromptLike, split: str) -> None:
         """Adds a row of a split."""
-        for draws in (self._training, self._held_out):
-            if split in draws:
-                draws[split].add(prompted)
+        for samples in (self._training, self._held_out):
+            if split in samples:
+                samples[split].add(row)
 
     def find_leaks(self) -> set[int]:
         """Hashes of the train and validation prompts to drop, because they nearly duplicate a held-out row.
@@ -78,8 +78,8 @@ class SplitRows:
         as a template's, so the check is repeated until it finds nothing. Rows whose exact prompt is held out count as
         dropped already.
         """
-        for draw in (*self._training.values(), *self._held_out.values()):
-            draw.truncate()
+        for sample in (*self._training.values(), *self._held_out.values()):
+            sample.truncate()
         test = self._held_out["test"].rows
         in_test = {row.prompt for row in test}
         validation = [row for row in self._held_out["validation"].rows if row.prompt not in in_test]
@@ -124,18 +124,18 @@ def merge_near_duplicates(prompts: Hashes, rows: Callable[[], Iterable[PromptLik
 
     `rows` is read twice. Rows are compared with a sample of at most 32,768 rows.
     """
-    draw = RowSample(max_rows=MAX_ROWS)
-    for prompted in rows():
-        draw.add(prompted)
-    draw.truncate()
-    indexes, table = own_shingles(draw.rows)
+    sample = RowSample(max_rows=MAX_ROWS)
+    for row in rows():
+        sample.add(row)
+    sample.truncate()
+    indexes, table = own_shingles(sample.rows)
     row_index = RowIndex(Rows(table))
-    sampled = np.array([draw.rows[index].prompt for index in indexes], dtype=np.uint64)
-    frequent = frequent_hashes((row.group, sorted_unique(row.shingles)) for row in draw.rows)
+    sampled = np.array([sample.rows[index].prompt for index in indexes], dtype=np.uint64)
+    frequent = frequent_hashes((row.group, sorted_unique(row.shingles)) for row in sample.rows)
     parents: dict[int, int] = {}
 
-    for prompt, prompted in zip(prompts.tolist(), rows(), strict=False):
-        near = row_index.match(shingles(prompted.instruction), group_hash(prompted), frequent)
+    for prompt, row in zip(prompts.tolist(), rows(), strict=False):
+        near = row_index.match(shingles(row.instruction), group_hash(row), frequent)
         for near_prompt in sampled[near].tolist():
             low, high = sorted((find_root(prompt, parents), find_root(near_prompt, parents)))
             parents[high] = low
@@ -154,27 +154,27 @@ class HeldOutSample:
     """A sample of the rows of each split, for sources with too many training rows to compare all of them.
 
     Some training rows are sampled too, so that the shingles of a template are recognised even if few held-out rows
-    share it. The check after training compares in the other direction, from the report to the training rows;
+    share it. The check after training looks for each reported row among the training rows;
     `_NEAR_DUPLICATE_SHARE` is lower than its threshold to make up for that.
     """
 
     def __init__(self) -> None:
-        self._draws = {split: RowSample(max_rows=MAX_ROWS) for split in ("train", "validation", "test")}
+        self._samples = {split: RowSample(max_rows=MAX_ROWS) for split in ("train", "validation", "test")}
 
-    def add(self, prompted: PromptLike, split: str) -> None:
+    def add(self, row: PromptLike, split: str) -> None:
         """Adds a row of a split."""
-        self._draws[split].add(prompted)
+        self._samples[split].add(row)
 
     def build_index(self, *splits: str) -> RowIndex:
         """An index over the sampled rows of these splits."""
         selected = [row for split in splits for row in self._bounded_rows(split)]
-        others = [row for split in self._draws if split not in splits for row in self._bounded_rows(split)]
+        others = [row for split in self._samples if split not in splits for row in self._bounded_rows(split)]
         indexes, table = own_shingles([*selected, *others])
         return RowIndex(Rows(table[: sum(index < len(selected) for index in indexes)]))
 
     def _bounded_rows(self, split: str) -> list[SampledRow]:
-        self._draws[split].truncate()
-        return self._draws[split].rows
+        self._samples[split].truncate()
+        return self._samples[split].rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from cappy.preparation.bigbench import HeldOutShares, find_tasks, is_task, map_k
 from cappy.preparation.cells import parse_lists
 from cappy.preparation.columns import Columns, SourceWarnings, map_columns, parse_columns
 from cappy.preparation.config import BUILTIN, Kind, PreparationConfig, check_settings
-from cappy.preparation.files import PREFIX, Reader, choose_reader, find_shards, parse_hub, read_hub, resolve_commit
+from cappy.preparation.files import HUB_PREFIX, Reader, choose_reader, find_shards, parse_hub, read_hub, resolve_commit
 from cappy.preparation.mixed import open_mixture, open_templated_dataset
 from cappy.preparation.prompted import Dataset
 from cappy.preparation.rows import Rows, SourceRow, choice_candidates, hash64, parse_row
@@ -65,7 +65,7 @@ def _find_source(config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]
         return ("mixture" if config.mixture else "templates"), lambda: _open_datasets(config)
     if config.source == BUILTIN:
         return "builtin", lambda: _open_builtin(config)
-    if config.source.startswith(PREFIX):
+    if config.source.startswith(HUB_PREFIX):
         return "hub", lambda: _open_hub(config)
     path = Path(config.source)
     if path.is_dir():

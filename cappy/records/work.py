@@ -72,9 +72,9 @@ def must_start_over(folder: Path, key: Key) -> bool:
 
 
 def fresh_name(work: Path, step: str, settings: Mapping[str, object], inputs: Sequence[str], fresh: str) -> str:
-    """The name of the fresh run that this work belongs to, before all inputs are known; empty if there is none.
+    """The name of the fresh run that work with these settings and first inputs belongs to; empty if there is none.
 
-    A run that asks for a fresh start continues an unfinished one under its name.
+    A run with --fresh continues the work of an unfinished fresh run, under the name of that run.
     """
     expected = Key.from_json(work_key(step, settings, inputs).to_json())
     for key in _read_keys(work / step):
@@ -127,7 +127,7 @@ def _log_differences(key: Key, others: Sequence[Key]) -> None:
     """Logs how this work differs from the most similar other work, unless that is another shard of it."""
     nearest = min((key.differences(other) for other in others if other.step == key.step), key=len, default=[])
     if nearest and not (len(nearest) == 1 and nearest[0].startswith("shard ")):
-        LOGGER.warning("%s: new work: %s", key.step, ", ".join(nearest))
+        LOGGER.warning("%s: new work, because of %s", key.step, ", ".join(nearest))
 
 
 def _clear(folder: Path) -> None:
@@ -206,12 +206,16 @@ class Piece:
     last_used: float
 
     @property
-    def unreachable(self) -> str:
+    def unreachable_reason(self) -> str:
         """Why no run of this version can reuse it; empty if one can."""
         if self.key is None:
             return "without a key: written by an earlier release, or left by an interrupted removal"
         current = step_version(self.step)
-        return "" if self.key.version == current else f"of version {self.key.version}, the step is at {current}"
+        return (
+            ""
+            if self.key.version == current
+            else f"of version {self.key.version} of the step, which is now at version {current}"
+        )
 
 
 def list_pieces(work: Path, step: str = "") -> Iterator[Piece]:

@@ -33,7 +33,8 @@ class PromotionConfig:
         float, Field(ge=0, le=1, description="Minimum gain, 0 to 1: the lower bound of the gain must be above it")
     ] = 0.0
     baseline: Annotated[
-        Baseline, Field(description="What a first version must beat besides random choice; mbr: likelihood and MBR")
+        Baseline,
+        Field(description="Selector that a first version must beat besides random choice; mbr: MBR and likelihood"),
     ] = "likelihood"
     guard: Annotated[
         tuple[str, ...], Field(description="TASK=MARGIN: this task must not fall by more than the margin, 0 to 1")

@@ -248,9 +248,9 @@ the response is. It was made by the step `{step}` of Cappy.
 Picking the best of several responses that a language model sampled for a task like those below, or classifying by
 scoring every choice. The language model is not changed.
 
-It does not judge truth, style or safety, nor tasks that it was not evaluated on. It was trained on {metric} as the
-label and cannot judge what that metric does not measure. Scores of different instructions are only as comparable as the
-calibration below says.
+It does not judge truth, style or safety, nor responses to tasks that it was not evaluated on. It was trained on
+{metric} as the label and cannot judge what that metric does not measure. Scores of different instructions are only as
+comparable as the calibration below says.
 
 ## Evaluation results
 
@@ -312,9 +312,9 @@ def model_card(name: str, scorer: Manifest, report: ReportValues, *, licence: st
         or "Not evaluated.",
         advice=escape_text(str(report.get("next", ""))),
         metric=metric,
-        selectors=_selectors(report),
-        tasks=_tasks(report.get("tasks", ())),
-        calibration=_calibration(report.get("calibration")),
+        selectors=_selector_table(report),
+        tasks=_task_table(report.get("tasks", ())),
+        calibration=_calibration_sentence(report.get("calibration")),
         instances=escape_text(str(facts.get("instances", "unknown"))),
         split=escape_code(str(report.get("split", "test"))),
         generators=escape_text(", ".join(f"{key} ({value[:12]})" for key, value in scorer.generators.items()))
@@ -334,14 +334,14 @@ def _describe_producer(scorer: Manifest) -> str:
     return f"{scorer.step} by code {scorer.code}" if scorer.code else f"{scorer.step or 'a step'}, version not recorded"
 
 
-def _selectors(report: ReportValues) -> str:
+def _selector_table(report: ReportValues) -> str:
     """A table of the mean of every selector with its interval."""
-    rows = [_row(selector, values) for selector, values in report.get("selectors", {}).items()]
+    rows = [_selector_row(selector, values) for selector, values in report.get("selectors", {}).items()]
     metric = metric_name(str(report.get("metric", "label")))
     return table([("selector", f"{metric} x100", "95% interval"), *rows])
 
 
-def _tasks(tasks: Sequence[ReportValues]) -> str:
+def _task_table(tasks: Sequence[ReportValues]) -> str:
     """A table by task: instances, random choice, the scorer."""
     rows = [
         (
@@ -356,15 +356,17 @@ def _tasks(tasks: Sequence[ReportValues]) -> str:
     return table([("task", "instances", "random choice", "scorer"), *rows]) if rows else ""
 
 
-def _calibration(values: ReportValues | None) -> str:
+def _calibration_sentence(values: ReportValues | None) -> str:
     if not values:
         return "Calibration was not measured."
     raw, calibrated = values["raw"], values.get("calibrated")
     after = f", {100 * calibrated['ece']:.1f} with `calibration.json`" if calibrated else "; no calibration was fitted"
-    return f"Calibration error of picks x100 (score to label, ten bins): {100 * raw['ece']:.1f} uncalibrated{after}."
+    return (
+        f"Calibration error of picks x100 (score against label, ten bins): {100 * raw['ece']:.1f} uncalibrated{after}."
+    )
 
 
-def _row(selector: str, values: ReportValues) -> tuple[str, str, str]:
+def _selector_row(selector: str, values: ReportValues) -> tuple[str, str, str]:
     estimate = values["estimate"]
     interval = f"{100 * estimate['low']:.1f} to {100 * estimate['high']:.1f}"
     return selector, f"{100 * estimate['mean']:.1f}", interval

@@ -220,7 +220,7 @@ _WALL_SECONDS, _WALL_FACTOR = 60.0, 10.0
 """Time to wait for an answer, as on a busy machine a second of CPU time can take many seconds."""
 _TEMPLATE_LIMITS = ("time", "size")
 """Limits that are always the template's own fault; memory may have been used up by earlier jobs."""
-_PROTOCOL_ERROR = "sends an invalid answer"
+_PROTOCOL_ERROR = "its process sent an invalid answer"
 
 
 def _parse(process: Process, line: bytes) -> object:

@@ -188,7 +188,7 @@ def check_failures(
 
     The candidates of one instance may always fail unless `max_failed` is 0, so that a small run does not end for a
     single refused instruction. `samples_per_instance` is by generator. Pass `instances`, the total of the run, while
-    the run is unfinished: it then ends as soon as the share can no longer be kept.
+    the run is unfinished: it then ends as soon as it is certain to exceed the limit.
     """
     sampled = {generator: count for generator, _, count in _counts_of_kind(counts, _SAMPLED)}
     for generator, _, failed in _counts_of_kind(counts, _FAILED):
@@ -246,26 +246,26 @@ def cautions(metrics: Mapping[str, float], config: Mapping[str, Any], facts: Map
     ]
 
 
-def _truncation_cautions(metrics: Mapping[str, float], limit: int, context: int | None) -> Iterator[str]:
+def _truncation_cautions(metrics: Mapping[str, float], limit: int, context_tokens: int | None) -> Iterator[str]:
     sampled, truncated = metrics.get("sampled", 0), metrics.get("truncated", 0)
     if not sampled or truncated / sampled <= MAX_TRUNCATED_SHARE:
         return
     suggested = min(max(_MIN_SUGGESTED_TOKENS, 2 * limit), MAX_NEW_TOKENS_LIMIT)
     # Leave room for the instruction.
-    suggested = min(suggested, context // 2) if context else suggested
+    suggested = min(suggested, context_tokens // 2) if context_tokens else suggested
     percentage = f"{100 * truncated / sampled:.1f} %"
     message = f"{truncated:,.0f} of {sampled:,.0f} responses ({percentage}) were cut at {limit} new tokens"
     if suggested <= limit:
-        yield f"{message}; {_limit_remedy(context)}"
+        yield f"{message}; {_limit_remedy(context_tokens)}"
         return
     yield (
         f"{message}; sample with --max-new-tokens {suggested} (cappy adapt: --set sampling.max_new_tokens={suggested})"
     )
 
 
-def _limit_remedy(context: int | None) -> str:
-    if context:
-        return f"the LLM's context is {context} tokens, including the instruction; use another LLM"
+def _limit_remedy(context_tokens: int | None) -> str:
+    if context_tokens:
+        return f"the LLM's context is {context_tokens} tokens, including the instruction; use another LLM"
     return "this is the maximum; ask for shorter responses"
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from cappy.config import fingerprint
 from cappy.errors import FolderError, RecordError
-from cappy.files import PRIVATE_FILE, REMOVED, lock_shared, make_private, open_lock, remove_folder
+from cappy.files import PRIVATE_FILE, REMOVED_PREFIX, lock_shared, make_private, open_lock, remove_folder
 from cappy.records import Candidate
 from cappy.records.folder import disk_errors, write_bytes
 
@@ -238,7 +238,7 @@ def _list_folder(work: Path) -> list[StoreEntry]:
 
 def unreachable_reason(entry: StoreEntry, fresh: Collection[str] = ()) -> str:
     """Why no run of this version can use an entry, or an empty text; `fresh` are the `--fresh` runs that have work."""
-    if entry.path.name.startswith(REMOVED):
+    if entry.path.name.startswith(REMOVED_PREFIX):
         return "left by a removal that was killed"
     if entry.fresh and entry.fresh not in fresh:
         return "drawn by a --fresh run whose work no longer exists"

@@ -83,7 +83,7 @@ class Scorer:
         self._source = source
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
         self.device = next(model.parameters()).device
-        self.through: ForwardWrapper | None = None
+        self.forward_wrapper: ForwardWrapper | None = None
         self.autocast = False
         """Whether forward passes run under bf16 autocast, as in training on a GPU; see `keep_heads_in_fp32`."""
         if precision == "bf16" and self._packs:
@@ -218,7 +218,7 @@ class Scorer:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 return compute(model)
 
-        return self.through(run) if self.through else run(self.model)
+        return self.forward_wrapper(run) if self.forward_wrapper else run(self.model)
 
     def activate(self, logits: Tensor) -> Tensor:
         """Scores from logits: the sigmoid of a `bce` head, the identity of an `mse` head."""

@@ -46,13 +46,13 @@ Fit = Callable[[Sequence[Pool], Sequence[Pool]], FittedSelector]
 class Selector:
     """A rule that picks one candidate of a pool.
 
-    `fit(held_out, pools)` fits on the labels of the held-out pools; of `pools` it must not use the labels. It raises
+    `fit(held_out, pools)` fits on the labels of the held-out pools; it must not use the labels of `pools`. It raises
     UnavailableError if the selector is not available on these pools.
 
     `name` is used in report.json, `title` in tables and `words` (or else `title`) in sentences, followed by `remark` at
-    the first mention. Of the selectors with the same `variant_of`, the better one on the reported pools represents it.
-    `scorer` is the scorer whose scores it uses, `bound` marks a bound of what selection can reach, `single_decoding` a
-    response that a user can get without selection.
+    the first mention. Of the selectors with the same `variant_of`, the one that is better on the reported pools
+    represents them in comparisons. `scorer` is the scorer whose scores it uses, `bound` marks a bound of what selection
+    can reach, `single_decoding` a response that a user can get without selection.
 
     `shown_in` are the report sections that show it besides the list of all selectors: the terminal's table, the table
     by task, the examples, and the verdict's comparisons with the scorer. `curve` computes its best-of-n curve. If
@@ -88,7 +88,7 @@ class Selector:
 
 @dataclass(frozen=True)
 class Selection:
-    """By selector: its values on some pools, what was fitted for it, or why it is unavailable."""
+    """For each selector its values on some pools and what was fitted for it, or why it is unavailable."""
 
     values: Mapping[str, Values]
     details: Mapping[str, str]
@@ -226,7 +226,7 @@ def _fit_best_system(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedS
 
 
 def _fit_greedy(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
-    """Picks the greedy response, of several generators the one that is best on held-out pools."""
+    """Picks the greedy response; of several generators' ones, that of the generator that is best on held-out pools."""
     systems = set.intersection(
         *({name for name in map(_system_name, pool.candidates) if _GREEDY.search(name)} for pool in pools)
     )
@@ -258,7 +258,7 @@ def _combine_with_scorer(other: str, fit_other: Fit, values_of: Callable[[Sequen
     return fit
 
 
-def _rank_in_pool(pool: Pool, values: Vector, generator: np.random.Generator) -> Vector:
+def _curve_by_value(pool: Pool, values: Vector, generator: np.random.Generator) -> Vector:
     return best_of_n_curve(values, pool.labels)
 
 
@@ -307,7 +307,7 @@ SELECTORS: Mapping[str, Selector] = {
                 variant_of="likelihood",
                 fit=_fit_likelihood(likelihood),
                 shown_in=("table", "tasks", "verdict"),
-                curve=_rank_in_pool,
+                curve=_curve_by_value,
                 must_beat="where_compared",
             )
             for kind, title, likelihood in (
@@ -332,7 +332,7 @@ SELECTORS: Mapping[str, Selector] = {
             fit=_fit_scores("champion"),
             scorer="champion",
             shown_in=("table", "tasks", "verdict"),
-            curve=_rank_in_pool,
+            curve=_curve_by_value,
         ),
         Selector(
             name="scorer",
@@ -340,7 +340,7 @@ SELECTORS: Mapping[str, Selector] = {
             fit=_fit_scores("scorer"),
             scorer="scorer",
             shown_in=("table", "tasks", "examples"),
-            curve=_rank_in_pool,
+            curve=_curve_by_value,
             compared=False,
         ),
         Selector(
@@ -370,7 +370,7 @@ SELECTORS: Mapping[str, Selector] = {
             fit=_without_fitting(lambda pool: pool.labels),
             bound="upper",
             shown_in=("table", "tasks", "examples"),
-            curve=_rank_in_pool,
+            curve=_curve_by_value,
             compared=False,
         ),
     )

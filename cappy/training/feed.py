@@ -13,8 +13,8 @@ from cappy.training.corpus import Corpus
 from cappy.training.settings import TrainingSettings
 
 _ROUNDS = 8
-_ODD = np.uint64(0x9E3779B97F4A7C15)
-_HALF = np.uint64(32)
+_MIX_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_HALF_WORD = np.uint64(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,11 @@ def split_batch(batch: Sequence[Draw], budget: int, min_passes: int = 1) -> list
 
 
 def comparison_mask(responses: Sequence[int], selectable: Sequence[int]) -> list[bool]:
-    """Which of the drawn responses the comparing losses use: the selectable ones, or all if fewer than two are.
+    """Which drawn responses the losses that compare them use: the selectable ones, or all if fewer than two are.
 
-    The published data has only references and wrong choices, so there all are compared. Mismatches are left out because
-    they are easy to recognise and have the lowest label, so they would dominate the comparison.
+    The published data has only references and wrong choices, so all of them are compared. Mismatches (references of
+    other instances) are left out because they are easy to recognise and have the lowest label, so they would dominate
+    the comparison.
     """
     allowed = set(selectable)
     flags = [response in allowed for response in responses]
@@ -138,6 +139,6 @@ def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) ->
 
 def _mix_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Spreads the bits of each value over all 64; the multiplication is meant to wrap around."""
-    values = (values ^ (values >> _HALF)) * _ODD
-    values = (values ^ (values >> _HALF)) * _ODD
-    return values ^ (values >> _HALF)
+    values = (values ^ (values >> _HALF_WORD)) * _MIX_MULTIPLIER
+    values = (values ^ (values >> _HALF_WORD)) * _MIX_MULTIPLIER
+    return values ^ (values >> _HALF_WORD)

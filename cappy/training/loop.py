@@ -45,7 +45,7 @@ class TrainingOutcome:
 
     `best_pick` is the mean label of the picks on the validation instances, 0 to 1, with the weights that were kept,
     those of `best_update`; `reason` says why these are not the last weights, "" if they are. `log` has an entry per
-    check, `curve` one per `CURVE_POINTS`th of the run; `events` lists deviations such as a smaller token budget.
+    check, `curve` has about `CURVE_POINTS`; `events` lists deviations such as a smaller token budget.
     """
 
     updates: int
@@ -80,7 +80,7 @@ def fit(
     reason = explain_kept_weights(state, run.updates, len(run.validation))
     progress(state.update, state.update, unit="updates", resumed=resumed_at, note=reason or run.summary)
     if ranks.first:
-        scorer.model, scorer.through = run.strategy.best_model(run.best).eval(), None
+        scorer.model, scorer.forward_wrapper = run.strategy.best_model(run.best).eval(), None
         scorer.autocast = False
     return TrainingOutcome(
         updates=state.update,
@@ -146,7 +146,7 @@ class TrainingRun:
         return at_interval and not (state.log and state.log[-1]["update"] == state.update)
 
     def check(self, shutdown: Shutdown) -> None:
-        """Scores the validation instances and keeps the weights unless they are clearly below the best."""
+        """Scores the validation instances and keeps the weights unless their picks are clearly worse than the best."""
         check, config, state = None, self.config, self.state
         if len(self.validation):
             check = check_scorer(
@@ -177,9 +177,13 @@ class TrainingRun:
         except DivergedError as error:
             names = ", ".join(self.train.name(draw.index) for draw in draws[:MAX_NAMED_INSTANCES])
             names += f" and {len(draws) - MAX_NAMED_INSTANCES} more" if len(draws) > MAX_NAMED_INSTANCES else ""
-            good = f"last good checkpoint: {self.ranks.broadcast_object(checkpoint.describe_newest(self.checkpoints))}"
+            last_checkpoint = (
+                f"last good checkpoint: {self.ranks.broadcast_object(checkpoint.describe_newest(self.checkpoints))}"
+            )
             remedy = "give a smaller --learning-rate, or check these instances"
-            raise TrainingError(f"update {state.update + 1}: {error}, instances {names}; {good}; {remedy}") from None
+            raise TrainingError(
+                f"update {state.update + 1}: {error}, instances {names}; {last_checkpoint}; {remedy}"
+            ) from None
         state.running_loss = loss if state.update == 0 else 0.95 * state.running_loss + 0.05 * loss
         state.update += 1
         self._measure(draws, rate)
@@ -266,7 +270,7 @@ def _start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> S
         from cappy.training.deepspeed import DeepSpeedStrategy
 
         strategy = DeepSpeedStrategy(scorer.model, config, ranks)
-        scorer.through = strategy.engine  # The engine gathers sharded weights for a pass.
+        scorer.forward_wrapper = strategy.engine  # The engine gathers sharded weights for a pass.
         return strategy
     if config.parallelism != "jax":
         return ReplicatedStrategy(scorer.model, config, ranks)

@@ -42,7 +42,7 @@ def train(
     start_folder: Path | None = None,
     progress: Progress,
 ) -> Manifest:
-    """Trains the scorer of `make_scorer` on the train split, stops early by the validation split, publishes the folder.
+    """Trains the scorer of `make_scorer` on the train split, with early stopping on validation; publishes the folder.
 
     The manifest's facts say how the weights were chosen (`_build_facts`).
 
@@ -103,7 +103,7 @@ def _fit(
     scorer, corpora = _open_inputs(config, make_scorer, progress)
     if ranks.first and (count := _count_cut_pairs(corpora)):
         pairs = corpora.train.facts.pairs + corpora.validation.facts.pairs
-        LOGGER.warning("%s of %s pairs are longer than %d tokens: cut", count, pairs, scorer.encoder.max_length)
+        LOGGER.warning("%s of %s pairs are longer than %d tokens and were cut", count, pairs, scorer.encoder.max_length)
     return scorer, corpora, fit(scorer, corpora, config, checkpoints, ranks, progress)
 
 

@@ -38,7 +38,7 @@ class ScoredPairs:
     scores: Sequence[float]
     logits: Sequence[float]
     expected: Sequence[float] | None
-    """Expected label of each pair, 0 to 1, as the best of its pool; None if the scorer has no calibration."""
+    """Expected label of each pair, 0 to 1, if it is the best of its pool; None if the scorer has no calibration."""
     tokens: int
     model: str
     version: str
@@ -61,7 +61,8 @@ class Dialect:
 
     `paths` may contain `{model}` and `{version}`. If several dialects share a path, a body belongs to the first one
     with a marker field in it. `pairs` reads the pairs of a request, `answer` writes the response, `refuse` writes
-    (status, message) in the dialect's shape. `requested_model` returns the model that a request names, if any.
+    (status, message) in the dialect's shape, whose type is `problem`. `requested_model` returns the model that a
+    request names, if any.
     """
 
     name: str

@@ -212,12 +212,12 @@ def _add_chat(app: FastAPI, context: _RouteContext) -> None:
             except GatewayError as problem:
                 context.metrics.count_refusal(problem.status)
                 raise
-            identity = f"chatcmpl-{uuid.uuid4().hex}"
-            task = asyncio.create_task(_answer(context, chat_request, context.authorization(request), identity))
+            completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+            task = asyncio.create_task(_answer(context, chat_request, context.authorization(request), completion_id))
             # The body stays in memory until the task is done, for a stream after this function has returned.
             task_reservation = reservation.transfer()
             task.add_done_callback(lambda _: task_reservation.release())
-        write = partial(chunks, identity=identity, details=details)
+        write = partial(chunks, completion_id=completion_id, details=details)
         if not await _wait_until_done(task, request, context.keep_alive if chat_request.stream else None):
             request.state.outcome = "streaming"  # The span is written before the outcome is known.
             return _stream(events(task, write, keep_alive=context.keep_alive), {})
@@ -226,7 +226,7 @@ def _add_chat(app: FastAPI, context: _RouteContext) -> None:
             setattr(request.state, name, summary(outcome)[name])
         if chat_request.stream:
             return _stream(events(task, write, keep_alive=context.keep_alive), headers(outcome))
-        return _Json(completion(outcome, identity, details=details), headers=headers(outcome))
+        return _Json(completion(outcome, completion_id, details=details), headers=headers(outcome))
 
 
 def _add_models(app: FastAPI, context: _RouteContext) -> None:
@@ -280,7 +280,7 @@ async def _unreachable_reason(gateway: Gateway) -> str:
 
 
 async def _answer(
-    context: _RouteContext, chat_request: ChatRequest, authorization: str, identity: str
+    context: _RouteContext, chat_request: ChatRequest, authorization: str, completion_id: str
 ) -> GatewayOutcome:
     """Answers a request, counts it and stores the answer."""
     try:
@@ -295,7 +295,7 @@ async def _answer(
         raise
     context.metrics.count_answer(outcome)
     if context.feedback is not None:
-        await context.feedback.keep(outcome, identity)
+        await context.feedback.keep(outcome, completion_id)
     return outcome
 
 

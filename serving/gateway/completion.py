@@ -12,18 +12,18 @@ from serving.gateway.errors import GatewayError
 
 REFUSAL = "I do not have an answer that is good enough."
 KEEP_ALIVE_SECONDS = 5.0
-"""Comments keep proxies and clients from timing out; OpenAI's clients skip them."""
+"""Interval of the comments that keep proxies and clients from timing out; OpenAI's clients skip them."""
 _COMMENT = ": sampling\n\n"
 _PIECE = re.compile(r"\s*\S{1,40}\s?|\s+")
 
 
-def completion(outcome: GatewayOutcome, identity: str, *, details: bool) -> dict[str, object]:
+def completion(outcome: GatewayOutcome, completion_id: str, *, details: bool) -> dict[str, object]:
     """The body of a chat completion: the best choices first, and the usage of all candidates.
 
     `details` adds `cappy`: the summary of the outcome, and all candidates with their scores.
     """
     body: dict[str, object] = {
-        "id": identity,
+        "id": completion_id,
         "object": "chat.completion",
         "created": int(time.time()),
         "model": outcome.best.model,
@@ -101,12 +101,17 @@ def _candidates(outcome: GatewayOutcome) -> list[dict[str, object]]:
     ]
 
 
-def chunks(outcome: GatewayOutcome, identity: str, *, details: bool) -> Iterator[dict[str, object]]:
+def chunks(outcome: GatewayOutcome, completion_id: str, *, details: bool) -> Iterator[dict[str, object]]:
     """The chunks of a stream: for each choice its role, its text in pieces and its finish_reason; then the usage.
 
     The last chunk of the first choice holds `cappy`, the summary, since the headers may have been sent before.
     """
-    head = {"id": identity, "object": "chat.completion.chunk", "created": int(time.time()), "model": outcome.best.model}
+    head = {
+        "id": completion_id,
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": outcome.best.model,
+    }
     if outcome.request.include_usage:
         head = {**head, "usage": None}
     for choice in _choices(outcome):
@@ -169,7 +174,9 @@ async def events(
     *,
     keep_alive: float,
 ) -> AsyncIterator[str]:
-    """Yields the chunks of the outcome as server-sent events, then `[DONE]`; before, a comment every `keep_alive` s.
+    """Yields the chunks of the outcome as server-sent events, then `[DONE]`; before them, comments.
+
+    A comment is sent every `keep_alive` seconds.
 
     A GatewayError becomes an event with OpenAI's error object, which its clients raise. The task is cancelled when the
     client disconnects.

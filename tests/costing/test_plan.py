@@ -10,7 +10,16 @@ from wording import assert_names
 
 from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
 from cappy.costing import DEFAULT_THROUGHPUT_PATH, Measurement, PlanConfig, TextLengths, Throughput, read_throughput
-from cappy.costing.costs import CHECKED, CHECKS, GENERATORS, HARDWARE, MAX_SHARDS, SCORERS, Work, cost
+from cappy.costing.costs import (
+    GENERATORS,
+    HARDWARE,
+    MAX_SHARDS,
+    MAX_VALIDATION_CANDIDATES,
+    NUM_VALIDATIONS,
+    SCORERS,
+    Work,
+    cost,
+)
 from cappy.costing.plan import PretrainingPlan, format_bytes, format_duration, make_plan, text, to_values
 from cappy.costing.volumes import mixture_volumes
 from cappy.errors import ConfigError
@@ -113,8 +122,8 @@ def test_what_training_does_by_default_is_what_the_plan_counts() -> None:
     from cappy.training.checks import CHECK_CANDIDATES
     from cappy.training.settings import TrainingSettings
 
-    assert CHECKED == CHECK_CANDIDATES
-    assert TrainingSettings(source=Path("a"), target=Path("b")).checks + 1 == CHECKS
+    assert MAX_VALIDATION_CANDIDATES == CHECK_CANDIDATES
+    assert TrainingSettings(source=Path("a"), target=Path("b")).checks + 1 == NUM_VALIDATIONS
 
 
 def test_sampling_is_shared_by_as_many_devices_as_there_are_shards_and_no_more(measured: Throughput) -> None:
@@ -192,7 +201,7 @@ def test_more_cores_shorten_only_what_cores_do(measured: Throughput) -> None:
     assert {name for name in few if few[name] != many[name]} == {"preparation", "annotation"}
     work = Work(
         step="annotation", name="a", amount=100.0, unit="pairs", rate=10.0, start=1.0, basis="", measured=True,
-        pool="cores",
+        processors="cores",
     )  # fmt: skip
     assert cost(work, 7, CONFIG, cores=5).seconds == pytest.approx(3.0)
 

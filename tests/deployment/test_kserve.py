@@ -9,7 +9,7 @@ from vertex_scenario import IMAGE, version
 from wording import raises_naming
 
 from cappy.config import build
-from cappy.deployment.kserve import inference_service, text
+from cappy.deployment.kserve import inference_service, to_yaml
 from cappy.deployment.step import DeploymentConfig
 from cappy.errors import ConfigError
 
@@ -47,7 +47,9 @@ def test_a_copied_scorer_is_read_where_kserve_mounts_it_and_mlflow_is_not_asked(
 
 
 def test_no_password_is_written_down_and_a_secret_can_bring_it() -> None:
-    written = text(service(tracking_uri="https://anna:secret@mlflow.example/path", kserve={"secret": "mlflow-login"}))
+    written = to_yaml(
+        service(tracking_uri="https://anna:secret@mlflow.example/path", kserve={"secret": "mlflow-login"})
+    )
     assert "secret@" not in written
     assert "anna" not in written
     assert "https://mlflow.example/path" in written

@@ -96,7 +96,7 @@ def test_an_image_runs_as_a_number_and_asks_no_registry_for_a_frontend(name: str
     assert "# syntax" not in text
     assert re.findall(r"^USER (.+)$", text, re.MULTILINE) == ["10001:10001"]
     assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) <= {"${PYTHON}", "builder", "shared", "scratch"}
-    assert f"ARG PYTHON={engine.BASE}\n" in text
+    assert f"ARG PYTHON={engine.BASE_IMAGE}\n" in text
 
 
 def test_the_components_name_the_images_that_are_built() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
-from cappy.preparation.mixtures import CONVERTED, NAMES, Mixture, Subset, TemplateFacts, from_json, load_mixture
+from cappy.preparation.mixtures import CONVERTED_BRANCH, NAMES, Mixture, Subset, TemplateFacts, from_json, load_mixture
 from cappy.preparation.mixtures.__main__ import count_choices, make_mixture, write_mixtures
 from cappy.preparation.mixtures.plan import cap_rows, plan_mixture, to_json, to_text
 
@@ -165,7 +165,7 @@ def test_the_packaged_files_agree_with_the_sources_written_by_hand(name: str) ->
 def test_every_subset_says_where_its_data_lies_and_that_nobody_loaded_it(name: str) -> None:
     for subset in load_mixture(name).subsets:
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", subset.repository)
-        assert subset.revision in ("main", CONVERTED)
+        assert subset.revision in ("main", CONVERTED_BRANCH)
         assert subset.evidence
         assert subset.verified is False
         assert re.fullmatch(r"([0-9a-f]{40})?", subset.commit_seen)

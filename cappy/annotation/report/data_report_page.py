@@ -28,7 +28,7 @@ from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_batches, read_manifest
 from cappy.records.folder import write_bytes
 
-_EXTRA = frozenset(
+_WIDE_SCREEN_COLUMNS = frozenset(
     {
         *("candidates", "selectable", "headroom", "no\nsignal", "ties", "tied\nbest", "effective"),
         *("exactly\n0", "blank", "texts", "25%", "75%", "99%"),
@@ -36,14 +36,14 @@ _EXTRA = frozenset(
 )
 """Columns that narrow screens hide."""
 _COLOURS: Mapping[str, str] = {"llm": "#1d5fd0", "choice": "#c2500a"}
-_VARIABLES: Mapping[str, str] = {colour: f"var(--{source})" for source, colour in _COLOURS.items()}
+_CSS_VARIABLES: Mapping[str, str] = {colour: f"var(--{source})" for source, colour in _COLOURS.items()}
 _NAMES = {"llm": "LLM responses", "choice": "choices"}
 _BAR_GAP = 0.05
 """Distance of the bars for exact 0 and exact 1 from the bins."""
 
 
 def write_report(folder: Path, target: Path, metric: str | None = None, progress: Progress = silent) -> DataReport:
-    """The data report of a finished folder, written to `target` as report.html and report.json.
+    """Writes the data report of a finished folder to `target` as report.html and report.json, and returns it.
 
     The folder is read once, in bounded memory. The default metric is the one that the folder was annotated with. Raises
     FolderError if the folder is unfinished or damaged, ConfigError if no metric is known, and RecordError as
@@ -77,12 +77,12 @@ def render(report: DataReport) -> str:
         metric=metric_name(report.metric),
         tables=build_tables(report),
         definitions=DEFINITIONS,
-        extra=_EXTRA,
+        wide_screen_columns=_WIDE_SCREEN_COLUMNS,
         max_rows=MAX_ROWS,
         split_bars=_bar_positions([*report.splits.values(), report.total]),
         task_bars=_bar_positions(list(report.tasks.values())),
-        source_sparks=[_spark_heights(labels) for labels in report.sources.values()],
-        generator_sparks=[_spark_heights(generator.labels) for generator in report.generators],
+        source_sparklines=[_sparkline_heights(labels) for labels in report.sources.values()],
+        generator_sparklines=[_sparkline_heights(generator.labels) for generator in report.generators],
         plots=_render_plots(report),
     )
 
@@ -108,7 +108,7 @@ def _bar_positions(pools: Sequence[Pools]) -> list[tuple[float, float] | None]:
     ]
 
 
-def _spark_heights(labels: Labels) -> list[float]:
+def _sparkline_heights(labels: Labels) -> list[float]:
     """Heights of a histogram's bars in percent of the highest."""
     highest = max(labels.cells) or 1
     return [100 * cell / highest for cell in labels.cells]
@@ -134,7 +134,7 @@ def _draw_labels(report: DataReport, *, width: float, height: float) -> str:
         axes.set_xticks([outer[0], 0.2, 0.4, 0.6, 0.8, outer[1]])
         axes.set_xticklabels(["exactly\n0", "0.2", "0.4", "0.6", "0.8", "exactly\n1"])
         figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=INK, handlelength=1)
-        return to_svg(figure, salt=f"cappy labels {width}", variables=_VARIABLES)
+        return to_svg(figure, salt=f"cappy labels {width}", variables=_CSS_VARIABLES)
 
 
 def _draw_lengths(report: DataReport, *, width: float, height: float) -> str:
@@ -151,7 +151,7 @@ def _draw_lengths(report: DataReport, *, width: float, height: float) -> str:
         axes.grid(visible=False, axis="y")
         ends = [[lengths.quantiles[key] for lengths in nonempty.values()] for key in ("5", "95")]
         _scale_axis(axes, min(ends[0]), max(ends[1]), 6 if width < 5 else 12)
-        return to_svg(figure, salt=f"cappy lengths {width}", variables=_VARIABLES)
+        return to_svg(figure, salt=f"cappy lengths {width}", variables=_CSS_VARIABLES)
 
 
 def _draw_box(axes: Axes, y: float, lengths: LengthSummary) -> None:

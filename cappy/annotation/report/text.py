@@ -115,34 +115,34 @@ def _variety_sentence(report: DataReport) -> Iterator[str]:
 def _cautions(report: DataReport) -> Iterator[str]:
     total, instructions, groups = report.total, report.instructions, report.groups
     if total.pools and total.pools < total.instances:
-        without_pool = _format_ratio(total.instances - total.pools, total.instances, "instance", "has", "have")
+        without_pool = _format_subject(total.instances - total.pools, total.instances, "instance", "has", "have")
         yield f"Caution: {without_pool} no selectable response."
     if report.empty:
-        yield f"Caution: {_format_ratio(report.empty, report.responses, 'response', 'is', 'are')} blank."
+        yield f"Caution: {_format_subject(report.empty, report.responses, 'response', 'is', 'are')} blank."
     for status, count in report.statuses.items():
         # Responses with the status empty are blank and counted above.
         if status not in ("ok", "empty"):
-            responses = _format_ratio(count, sum(report.statuses.values()), "LLM response", "has", "have")
+            responses = _format_subject(count, sum(report.statuses.values()), "LLM response", "has", "have")
             consequence = "selectors may pick them" if status in SELECTABLE else "selectors may not pick them"
             yield f"Caution: {responses} the status {status}; {consequence}."
     if instructions.in_several_splits:
-        shared = _format_ratio(instructions.in_several_splits, instructions.distinct, "instruction", "is", "are")
+        shared = _format_subject(instructions.in_several_splits, instructions.distinct, "instruction", "is", "are")
         yield f"Caution: {shared} in more than one split: the scorer would be tested on what it was trained on."
     if groups.in_several_splits:
-        shared = _format_ratio(groups.in_several_splits, groups.distinct, "group", "is", "are")
+        shared = _format_subject(groups.in_several_splits, groups.distinct, "group", "is", "are")
         yield f"Caution: {shared} in more than one split: a group must not be split."
     remedy = "annotate with --metric rougeL_unicode or chrf"
     if report.invisible_to_rouge_l and report.by_rouge_l:
-        invisible = _format_ratio(report.invisible_to_rouge_l, total.instances, "instance", "has", "have")
-        yield f"Caution: {invisible} no reference that Rouge-L, which sees only [a-z0-9], can see; {remedy}."
+        invisible = _format_subject(report.invisible_to_rouge_l, total.instances, "instance", "has", "have")
+        yield f"Caution: {invisible} no reference with a character that Rouge-L compares ([a-z0-9]); {remedy}."
     if report.partly_invisible_to_rouge_l and report.by_rouge_l:
-        partly = _format_ratio(report.partly_invisible_to_rouge_l, total.instances, "instance", "has", "have")
-        yield f"Caution: {partly} a reference or response that Rouge-L sees only in part; {remedy}."
+        partly = _format_subject(report.partly_invisible_to_rouge_l, total.instances, "instance", "has", "have")
+        yield f"Caution: {partly} a reference or response that Rouge-L compares only in part; {remedy}."
 
 
-def _format_ratio(count: int, total: int, noun: str, singular: str, plural: str) -> str:
+def _format_subject(count: int, total: int, noun: str, singular: str, plural: str) -> str:
     """Such as "1 of 20 responses (5.0%) is"."""
-    share = f"{_format_count(count)} of {_format_noun(total, noun)} ({_format_part(count, total)})"
+    share = f"{_format_count(count)} of {_format_noun(total, noun)} ({_format_percentage(count, total)})"
     return f"{share} {singular if count == 1 else plural}"
 
 
@@ -217,7 +217,7 @@ def _generator_table(report: DataReport) -> Rows:
     """By LLM and decoding: counts, labels and blank responses."""
     return [
         ("generator and decoding", "responses", "mean", "exactly\n0", "exactly\n1", "blank"),
-        *((g.name, *_label_cells(g.labels), _format_part(g.empty, g.labels.count)) for g in report.generators),
+        *((g.name, *_label_cells(g.labels), _format_percentage(g.empty, g.labels.count)) for g in report.generators),
     ]
 
 
@@ -243,18 +243,20 @@ def _repetition_table(report: DataReport) -> Rows:
     pools, instructions = report.total, report.instructions
 
     def row(name: str, count: int, total: int) -> Row:
-        return (name, _format_count(count), _format_part(count, total))
+        return (name, _format_count(count), _format_percentage(count, total))
 
     return [
         ("repetition", "count", "share"),
-        row("responses that repeat one of their instance", pools.selectable - pools.distinct, pools.selectable),
+        row("responses that repeat another one of their instance", pools.selectable - pools.distinct, pools.selectable),
         row("instructions that repeat another one", instructions.repeats, instructions.values),
         row("instructions in more than one split", instructions.in_several_splits, instructions.distinct),
     ]
 
 
 def _histogram_table(report: DataReport, bar: Callable[[float], str]) -> Rows:
-    """Histogram of labels by source, with bars for the selectable sources; `bar` draws a fraction of the longest.
+    """Histogram of labels by source, with bars for the selectable sources.
+
+    `bar` draws a bar, given its length as a fraction of the longest one.
 
     If no label lies between 0 and 1, all bins are one row.
     """
@@ -288,7 +290,7 @@ def _cell_names() -> list[str]:
 
 
 def _label_cells(labels: Labels) -> Row:
-    zero, one = (_format_part(count, labels.count) for count in (labels.zero, labels.one))
+    zero, one = (_format_percentage(count, labels.count) for count in (labels.zero, labels.one))
     return (_format_count(labels.count), _format_label(labels.mean), zero, one)
 
 
@@ -306,7 +308,7 @@ def _format_share(value: float | None) -> str:
     return ">99.9%" if 0.9995 < value < 1 else f"{100 * value:.1f}%"
 
 
-def _format_part(count: int, total: int) -> str:
+def _format_percentage(count: int, total: int) -> str:
     """The share of `count` in `total` in percent."""
     return _format_share(count / total if total else None)
 
@@ -328,15 +330,15 @@ def _format_table(rows: Sequence[Row]) -> str:
     """
     header = [cell.split("\n") for cell in rows[0]]
     height = max(map(len, header))
-    stacked = [tuple(([""] * (height - len(cell)) + cell)[line] for cell in header) for line in range(height)]
-    every = [*stacked, *rows[1:]]
-    widths = [max(cell_len(row[column]) for row in every) for column in range(1, len(header))]
+    header_rows = [tuple(([""] * (height - len(cell)) + cell)[line] for cell in header) for line in range(height)]
+    all_rows = [*header_rows, *rows[1:]]
+    widths = [max(cell_len(row[column]) for row in all_rows) for column in range(1, len(header))]
     width = max(WIDTH - sum(widths) - 2 * len(widths), _MIN_NAME_WIDTH)
-    names = [_shorten(row[0], width) for row in every]
+    names = [_shorten(row[0], width) for row in all_rows]
     first = max(map(cell_len, names))
     lines = (
         [name + " " * (first - cell_len(name)), *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))]
-        for name, row in zip(names, every, strict=True)
+        for name, row in zip(names, all_rows, strict=True)
     )
     return "\n".join("  ".join(line).rstrip() for line in lines)
 

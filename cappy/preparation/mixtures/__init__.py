@@ -25,7 +25,7 @@ from cappy.errors import ConfigError, quote
 NAMES = ("t0", "heldout", "bigbench45")
 """The names of the mixtures."""
 
-CONVERTED = "refs/convert/parquet"
+CONVERTED_BRANCH = "refs/convert/parquet"
 """The branch where the hub stores a repository's data converted to Parquet, including data of loading scripts."""
 
 

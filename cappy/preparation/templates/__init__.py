@@ -232,7 +232,8 @@ def _find_file(folder: Path, dataset: str) -> Path:
         names = sorted(file.parent.relative_to(folder).as_posix() for file in folder.rglob(_FILE))
         if not names:
             raise ConfigError(
-                f"{folder}: contains no {_FILE}; give the folder of PromptSource's templates, or fetch them"
+                f"{folder}: contains no {_FILE}; give the folder of PromptSource's templates, or "
+                "download them with cappy templates"
             )
         similar = [name for name in names if dataset in name.split("/")] or get_close_matches(
             dataset, names, _MAX_SUGGESTIONS
@@ -350,7 +351,9 @@ def _read_members(url: str, content: bytes) -> dict[str, bytes]:
             for member in archive:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
-                    raise FolderError(f"{url}: {quote(member.name)} has a path out of the archive; use another address")
+                    raise FolderError(
+                        f"{url}: {quote(member.name)} has a path that leads out of the archive; use another address"
+                    )
                 remaining_bytes -= member.size
                 if remaining_bytes < 0:
                     raise FolderError(f"{url}: unpacks to more than {MAX_BYTES:,} bytes; use another address")

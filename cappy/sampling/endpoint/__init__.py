@@ -66,7 +66,7 @@ class RequestSender:
         self._requests = RateLimiter(config.requests_per_minute)
         self._tokens = RateLimiter(config.tokens_per_minute)
 
-    def send(self, request: GenerationRequest, numbers: list[int], stop: threading.Event) -> list[Answer]:
+    def send(self, request: GenerationRequest, sample_numbers: list[int], stop: threading.Event) -> list[Answer]:
         """Answers for the first of these samples, at least one; for all of them if the model supports `n`.
 
         Raises GeneratorError if the run cannot continue or the budget is used up. It sets `stop` then, and the other
@@ -74,7 +74,7 @@ class RequestSender:
         """
         attempt, started = 0, time.monotonic()
         while True:
-            answers, fault = self._attempt(request, numbers, stop)
+            answers, fault = self._attempt(request, sample_numbers, stop)
             if fault is None:
                 self.refusals.note_answer()
                 return answers
@@ -82,7 +82,7 @@ class RequestSender:
                 self.capabilities.mark_unsupported(*fault.parameters, message=fault.reason, sent=fault.sent)
                 continue
             if fault.kind == "fail" or (fault.only_if_unanswered and self.refusals.has_answered):
-                return self._fail_or_abort(request, numbers, fault, stop)
+                return self._fail_or_abort(request, sample_numbers, fault, stop)
             attempt += 1
             self.meter.add(errors=1)
             if fault.kind == "abort":
@@ -90,24 +90,24 @@ class RequestSender:
             if attempt > self._config.max_retries:
                 # If other requests were answered meanwhile, the problem is this instruction.
                 if self.refusals.has_answered_since(started) or self._send_probe(request, stop) is None:
-                    return self._fail_or_abort(request, numbers, fault, stop)
+                    return self._fail_or_abort(request, sample_numbers, fault, stop)
                 raise self._abort_error(fault, attempt, stop)
             wait = backoff(attempt, self._config.first_wait)
-            # Not before the server's Retry-After, plus some jitter.
+            # At least as long as the server's Retry-After asks, plus some jitter.
             pause(wait if fault.wait is None else fault.wait + min(wait, 1.0) / 4, stop)
 
     def _fail_or_abort(
-        self, request: GenerationRequest, numbers: list[int], fault: Fault, stop: threading.Event
+        self, request: GenerationRequest, sample_numbers: list[int], fault: Fault, stop: threading.Event
     ) -> list[Answer]:
         """Failed answers for a refused request; GeneratorError if a probe is refused as well."""
         num_refusals = self.refusals.note_refusal(instruction_only=fault.instruction_only)
         if num_refusals and not self._config.all_may_fail:
             probe_fault = self._send_probe(request, stop)
             if probe_fault is not None and probe_fault.kind in ("fail", "abort"):
-                streak_text = f"{num_refusals} requests in a row were refused: " if num_refusals > 1 else ""
-                raise self._abort_error(replace(fault, reason=f"{streak_text}{fault.reason}"), 1, stop)
+                count_text = f"{num_refusals} requests in a row were refused: " if num_refusals > 1 else ""
+                raise self._abort_error(replace(fault, reason=f"{count_text}{fault.reason}"), 1, stop)
         return failed_answers(
-            fault.status, len(numbers), truncate(fault.reason, _MAX_REASON_CHARACTERS, self._clients.key)
+            fault.status, len(sample_numbers), truncate(fault.reason, _MAX_REASON_CHARACTERS, self._clients.key)
         )
 
     def _send_probe(self, request: GenerationRequest, stop: threading.Event) -> Fault | None:
@@ -118,15 +118,15 @@ class RequestSender:
         return fault
 
     def _attempt(
-        self, request: GenerationRequest, numbers: list[int], stop: threading.Event
+        self, request: GenerationRequest, sample_numbers: list[int], stop: threading.Event
     ) -> tuple[list[Answer], Fault | None]:
         reservation = Spending(
             requests=1,
             input_tokens=estimate_tokens(request.instruction),
-            output_tokens=self._num_choices(numbers) * request.decoding.max_new_tokens,
+            output_tokens=self._num_choices(sample_numbers) * request.decoding.max_new_tokens,
         )
         reserved_tokens = reservation.input_tokens + reservation.output_tokens
-        full_body = request.body(self._model, self._config, count=len(numbers), number=numbers[0])
+        full_body = request.body(self._model, self._config, count=len(sample_numbers), number=sample_numbers[0])
         sent: dict[str, object] = {}
         headers: Mapping[str, str] = {}
         fault: Fault | None = None
@@ -135,7 +135,7 @@ class RequestSender:
             pause(max(self._requests.reserve(1), self._tokens.reserve(reserved_tokens)), stop)
             with self._clients.client(stop) as client:
                 # Other threads may have learned of unsupported parameters meanwhile.
-                count = self._num_choices(numbers)
+                count = self._num_choices(sample_numbers)
                 try:
                     sent, left_out = self.capabilities.trim(full_body)
                     body, headers = self._send(client, sent, request, count)
@@ -145,10 +145,10 @@ class RequestSender:
                     fault = self._needed_parameter_fault(request, error)
                 if fault is not None:
                     if fault.kind == "abort" and not (fault.only_if_unanswered and self.refusals.has_answered):
-                        # Before the client is released, so that no other thread sends with it.
+                        # Set before the client is released, so that no other thread sends with it.
                         stop.set()
                     return [], fault
-            seed = request.seed + numbers[0] if "seed" in sent else None
+            seed = request.seed + sample_numbers[0] if "seed" in sent else None
             try:
                 answers, choices = read_answers(body, request.instruction, count=count, seed=seed, left_out=left_out)
                 for answer in answers:
@@ -173,8 +173,8 @@ class RequestSender:
             remedy="choose a --strategy without it, such as sampling8",
         )
 
-    def _num_choices(self, numbers: list[int]) -> int:
-        return len(numbers) if self.capabilities.supports("n") else 1
+    def _num_choices(self, sample_numbers: list[int]) -> int:
+        return len(sample_numbers) if self.capabilities.supports("n") else 1
 
     def _send(
         self, client: EndpointClient, sent: Mapping[str, object], request: GenerationRequest, count: int
@@ -250,7 +250,9 @@ class Endpoint:
                 )
             for parameter, value in extra_parameters(decoding).items():
                 if value and parameter not in self._config.extra:
-                    remedy = f"set --extra {parameter} if the server supports it (as vLLM), or use --strategy endpoint8"
+                    remedy = (
+                        f"set --extra {parameter} if the server supports it (as vLLM does), or use --strategy endpoint8"
+                    )
                     raise ConfigError(f"{self.name}: OpenAI's API has no {parameter} for {decoding.name}; {remedy}")
 
     def sample(

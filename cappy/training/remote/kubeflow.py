@@ -173,7 +173,7 @@ class TrainJobs:
         if status is None:
             return
         if status.phase not in FINAL_PHASES:
-            raise UnansweredError(f"TrainJob {name}: {status.phase.value} already; run the same command again")
+            raise UnansweredError(f"TrainJob {name}: is {status.phase.value} already; run the same command again")
         self.client.delete_job(name)
         deadline = time.monotonic() + DELETION_SECONDS
         while self.status(name) is not None or self._pods(name):
@@ -182,7 +182,7 @@ class TrainJobs:
             time.sleep(1)
 
     def _new_lines(self, pod: str) -> list[str]:
-        """The lines newer than the last one read, by their timestamps: a log can be read from a second, not a line."""
+        """The lines newer than the last one read, by timestamp: the API reads a log from a time, not from a line."""
         now = time.monotonic()
         window = {"since_seconds": int(now - self._last_read[pod]) + OVERLAP_SECONDS} if pod in self._last_read else {}
         try:
@@ -211,7 +211,7 @@ class TrainJobs:
 
 def connect(config: TrainingSettings) -> sdk.TrainerClient:
     """The SDK's client of the current cluster; raises ConfigError if there is none."""
-    # Else it warns about a config map in the system's namespace that most users may not read.
+    # Without this it warns about a config map in the system's namespace that most users may not read.
     logging.getLogger("kubeflow").setLevel(logging.ERROR)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     with _translate_errors(config):
@@ -252,7 +252,10 @@ def _patch(config: TrainingSettings) -> sdk_options.RuntimePatch | None:
 
 
 def _split_timestamp(line: str) -> tuple[tuple[str, str], str]:
-    """((second, fraction), text) of a line with a timestamp, whose fraction may lack trailing zeros."""
+    """((second, fraction), text) of a line with a timestamp, whose fraction may lack trailing zeros.
+
+    A line without a timestamp gets one that is later than all others.
+    """
     timestamp, _, text = line.partition(" ")
     match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?", timestamp)
     return ((match[1], (match[2] or "").ljust(9, "0")), text) if match else (("9", ""), line)
@@ -346,14 +349,14 @@ def _translate_errors(config: TrainingSettings) -> Iterator[None]:
 
 def _to_cappy_error(error: BaseException, config: TrainingSettings) -> CappyError:
     location = f"Kubernetes, namespace {config.trainjob.namespace or 'of the current context'}"
-    refusals = [link for link in _chain(error) if isinstance(link, ApiException)]
-    if not refusals:
+    api_errors = [link for link in _chain(error) if isinstance(link, ApiException)]
+    if not api_errors:
         if any(isinstance(link, (HTTPError, OSError)) for link in _chain(error)):  # TimeoutError is an OSError.
             reason = _one_line([*_chain(error)][-1])
             return UnansweredError(f"{location}: gave no answer ({reason}); check that kubectl reaches it")
         return ConfigError(f"{location}: {_one_line(error)}; fix that setting")
-    code, message = refusals[0].status, _api_message(refusals[0])
-    if code == 404 and "untime" in str(error):
+    code, message = api_errors[0].status, _api_message(api_errors[0])
+    if code == 404 and "untime" in str(error):  # Runtime or runtime
         remedy = "give a --trainjob.runtime that `kubectl get trainingruntimes,clustertrainingruntimes` lists"
         runtime = config.trainjob.runtime
         return ConfigError(f"{location}: has no training runtime {runtime!r}, or no Kubeflow Trainer; {remedy}")

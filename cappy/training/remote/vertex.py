@@ -62,7 +62,7 @@ def worker_pools(
     """The worker pools of a step on `config.nodes` machines with `config.devices` accelerators of this type each.
 
     Source, target and work must be on a file system that every machine mounts and that supports locks and renames, such
-    as NFS; `volume` is SERVER:/export:/mnt/nfs/name of one to mount. The image must have cappy installed and no entry
+    as NFS; `volume`, as SERVER:/export:/mnt/nfs/name, is one to mount. The image must have cappy installed and no entry
     point of its own. A TPU is part of the machine type.
     Raises ConfigError if a path is relative, or if a machine has several ranks but no accelerator.
     """
@@ -135,7 +135,7 @@ class CustomJobs:
                 service_account=self.config.service_account or None,
                 network=self.settings.network or None,
                 timeout=int(self.config.timeout_hours * 3600),
-                # Ranks that lost another only wait for it: all must restart at the checkpoint.
+                # If one rank is lost, the others only wait for it, so all must restart from the checkpoint.
                 restart_job_on_worker_restart=self.config.nodes > 1,
                 scheduling_strategy=Scheduling.Strategy.SPOT if self.settings.spot else None,
             )
@@ -200,10 +200,10 @@ class CustomJobs:
 
     @contextlib.contextmanager
     def _translate_errors(self, *transient: type[GoogleAPIError]) -> Iterator[None]:
-        """Raises the SDK's errors as one-line errors: UnansweredError for those that may pass, else ConfigError.
+        """Raises the SDK's errors as one-line errors: UnansweredError for temporary ones, else ConfigError.
 
-        `transient` errors may pass too: TooManyRequests does when a job is read, but means an exhausted quota when one
-        is created.
+        `transient` errors are temporary too: TooManyRequests is when a job is read, but means an exhausted quota when
+        one is created.
         """
         location = f"Vertex AI, project {self.settings.project}, {self.settings.region}"
         with translate_errors(self.step, self.settings.project, self.settings.region):
