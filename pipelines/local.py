@@ -343,7 +343,7 @@ def check_images(recipe: Recipe) -> dict[str, str]:
             try:
                 ids[name] = client.images.get(name).id
             except ImageNotFound:
-                ids[name] = client.images.backward(name).id
+                ids[name] = client.images.pull(name).id
     except APIError as error:
         remedy = "build it with make images, or give another under images: in the recipe"
         reason = quote(" ".join(str(error.explanation or error).split()), 120)

@@ -94,7 +94,7 @@ def test_shards_that_a_manifest_invents_are_not_counted(tmp_path: Path, shard: s
         instance = Instance(instance_id=name, group_id="g", task="t", split="train", instruction="x", references=("y",))
         result = write(tmp_path / name, [instance])
         write_manifest(tmp_path / name, replace(result, config={"shard": shard}))
-    with pytest.raises(FolderError, match="names no shard"):
+    with pytest.raises(FolderError, match="not a shard"):
         open_source(PreparationConfig(source=str(tmp_path), target=tmp_path / "target"))
 
 
