@@ -39,13 +39,13 @@ SCALARS = (bool, int, float, str, Path)
 def parameters(config_class: type[Any]) -> list[inspect.Parameter]:
     """One keyword parameter per field of the config class, annotated so that typer creates the flag.
 
-    Fields of a nested config have flags such as --trainjob.image. The flags of ADVANCED fields are hidden, and
-    `--help-all` is added if there are any.
+    Fields of a nested config have flags such as --trainjob.image. The flags of ADVANCED fields are hidden;
+    `--help-all` shows them, and is hidden itself where there are none.
     """
     fields = list(_fields(config_class))
     flags = [_parameter(path, field, hidden=advanced) for path, field, advanced in fields]
     hidden = sum(advanced for _, _, advanced in fields)
-    return [*flags, _help_all(hidden)] if hidden else flags
+    return [*flags, _help_all(hidden)]
 
 
 def _fields(config_class: type[Any]) -> Iterator[tuple[str, FieldInfo, bool]]:
@@ -134,7 +134,9 @@ def _help_all(advanced: int) -> inspect.Parameter:
             raise typer.Exit
 
     text = f"Show {advanced} more flags and exit."
-    option = typer.Option("--help-all", help=text, is_eager=True, callback=show, show_default=False)
+    option = typer.Option(
+        "--help-all", help=text, is_eager=True, callback=show, show_default=False, hidden=not advanced
+    )
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(HELP_ALL, kind, annotation=Annotated[bool, option], default=False)
 
