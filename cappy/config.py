@@ -20,6 +20,7 @@ from cappy.errors import ConfigError, quote, suggest
 T = TypeVar("T")
 
 LOCATION = "location"
+"""Marks a setting that does not change what is computed, such as a path, a timeout or the number of workers."""
 Location = Annotated[Path, LOCATION]
 """A path that says where something is stored, not what is computed: it is left out of manifests and work keys."""
 
@@ -72,7 +73,7 @@ def build(config_class: type[T], values: Mapping[str, Any]) -> T:
         first = error.errors()[0]
         name = flag(".".join(str(part) for part in first["loc"])).removeprefix("--")
         rule = first["msg"].removeprefix("Value error, ")
-        if not name:  # A rule over several fields names them itself.
+        if not name:  # The message of a rule about several fields begins with a flag.
             raise ConfigError(f"{step}: --{rule}") from error
         if first["type"] == "unexpected_keyword_argument":
             setting_names = [path.replace("_", "-") for path in _field_paths(config_class)]

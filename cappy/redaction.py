@@ -24,16 +24,16 @@ from urllib.parse import quote, quote_plus, unquote
 MIN_SECRET_LENGTH = 6
 """Shorter secrets are not redacted, since they would hide ordinary words."""
 MIN_PREFIX_LENGTH = 4
-"""Characters of the beginning of a secret that are redacted at the end of a truncated text."""
+"""Minimum number of characters of the beginning of a secret that are redacted at the end of a truncated text."""
 HIDDEN = "***"
 WINDOW = 65_536
 """Characters of a text that are redacted if only its beginning is shown."""
 _MAX_FILE_CHARACTERS = 65_536
-_NAME = re.compile(
+_SECRET_NAME = re.compile(
     r"(?:^|_)(?:KEYS?|TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASS|CREDENTIALS?|CONNECTION_STRING|HEADERS|SAS)$"
 )
-_LISTS = ("KEYS", "TOKENS", "SECRETS", "PASSWORDS", "CREDENTIALS")
-_FILES = ("_FILE", "_CREDENTIALS")
+_LIST_SUFFIXES = ("KEYS", "TOKENS", "SECRETS", "PASSWORDS", "CREDENTIALS")
+_FILE_SUFFIXES = ("_FILE", "_CREDENTIALS")
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 _QUERY_NAME = re.compile(r"key|token|secret|passw|pwd|sig|credential|auth", re.IGNORECASE)
 _PARAMETER = re.compile(r"([?&;#])([^=&;#?]*)=([^&;#]*)")
@@ -56,8 +56,8 @@ _USERINFO = re.compile(r"//[^/\s@]*@")
 _LOG_SECONDS = 1.0
 """How old the known secrets may be for a log line: checking the environment for every line is too slow."""
 _registered: set[str] = set()
-_cached: tuple[object, _SecretForms] = (None, _SecretForms((), 0))
-_checked_at = 0.0
+_cached_forms: tuple[object, _SecretForms] = (None, _SecretForms((), 0))
+_forms_checked_at = 0.0
 
 
 def register_secret(value: str, *, user: str = "") -> None:
@@ -81,8 +81,8 @@ def redact(text: str, *keys: str) -> str:
 
 def _redact(text: str, forms: tuple[str, ...], keys: Iterable[str] = ()) -> str:
     if any(len(key.strip()) >= MIN_SECRET_LENGTH for key in keys):
-        more = (form for key in keys if len(key.strip()) >= MIN_SECRET_LENGTH for form in _forms(key.strip()))
-        forms = tuple(sorted({*forms, *more}, key=len, reverse=True))
+        key_forms = (form for key in keys if len(key.strip()) >= MIN_SECRET_LENGTH for form in _forms(key.strip()))
+        forms = tuple(sorted({*forms, *key_forms}, key=len, reverse=True))
     for form in forms:
         if form in text:
             text = text.replace(form, HIDDEN)
@@ -189,18 +189,18 @@ def _known_forms(max_age: float = 0.0) -> _SecretForms:
 
     Changes within the last `max_age` seconds may be missed.
     """
-    global _cached, _checked_at
+    global _cached_forms, _forms_checked_at
     now = time.monotonic()
-    if now - _checked_at < max_age:
-        return _cached[1]
-    _checked_at = now
+    if now - _forms_checked_at < max_age:
+        return _cached_forms[1]
+    _forms_checked_at = now
     environment = dict(os.environ)
     state = (environment, len(_registered), [_file_version(path) for path in _secret_files(environment)])
-    if _cached[0] != state:
+    if _cached_forms[0] != state:
         values = {*_registered, *_environment_secrets(environment)}
         forms = sorted({form for value in values for form in _forms(value)}, key=len, reverse=True)
-        _cached = (state, _SecretForms(tuple(forms), len(forms[0]) if forms else 0))
-    return _cached[1]
+        _cached_forms = (state, _SecretForms(tuple(forms), len(forms[0]) if forms else 0))
+    return _cached_forms[1]
 
 
 def _environment_secrets(environment: dict[str, str]) -> Iterator[str]:
@@ -211,12 +211,12 @@ def _environment_secrets(environment: dict[str, str]) -> Iterator[str]:
         upper = name.upper()
         if "://" in value:
             yield from _address_secrets(value)
-        if not _NAME.search(upper) or (upper.endswith(_FILES) and Path(value) in paths):
+        if not _SECRET_NAME.search(upper) or (upper.endswith(_FILE_SUFFIXES) and Path(value) in paths):
             continue
         if upper.endswith("HEADERS"):
             yield from _header_secrets(value)
         else:
-            yield from _value_secrets(value, lists=upper.endswith(_LISTS))
+            yield from _value_secrets(value, lists=upper.endswith(_LIST_SUFFIXES))
     user, password = (environment.get(f"MLFLOW_TRACKING_{name}", "").strip() for name in ("USERNAME", "PASSWORD"))
     if password:
         yield _basic_credentials(user, password)
@@ -227,7 +227,7 @@ def _secret_files(environment: dict[str, str]) -> list[Path]:
     paths = [
         Path(value)
         for name, value in environment.items()
-        if value and name.upper().endswith(_FILES) and _NAME.search(name.upper().removesuffix("_FILE"))
+        if value and name.upper().endswith(_FILE_SUFFIXES) and _SECRET_NAME.search(name.upper().removesuffix("_FILE"))
     ]
     return [path for path in [*paths, _SERVICE_ACCOUNT] if _file_version(path)]
 

@@ -27,7 +27,7 @@ def open_scorer(text: str) -> ModelFolder:
 
 
 def scorer_folder(text: str) -> Path:
-    """The path of `open_scorer`."""
+    """The path of the folder that `open_scorer` returns."""
     return open_scorer(text).path
 
 

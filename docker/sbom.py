@@ -1,6 +1,6 @@
 """Adds Python and Debian's packages to a bill of materials of Python packages: python3 sbom.py IN OUT [ROOT].
 
-With another root only packages with a file under it are listed.
+With ROOT, it adds only those Debian packages that have a file under it.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-INFO = Path("/var/lib/dpkg/info")
+DPKG_INFO = Path("/var/lib/dpkg/info")
 DISTRIBUTION = "debian"
 
 
@@ -38,7 +38,7 @@ def debian_packages(root: Path) -> list[dict[str, Any]]:
 
 def has_file_under(name: str, architecture: str, root: Path) -> bool:
     """Whether a file of the package lies under `root`."""
-    lists = [path for path in (INFO / f"{name}.list", INFO / f"{name}:{architecture}.list") if path.exists()]
+    lists = [path for path in (DPKG_INFO / f"{name}.list", DPKG_INFO / f"{name}:{architecture}.list") if path.exists()]
     files = (line for path in lists for line in path.read_text().splitlines())
     return any((root / file.lstrip("/")).is_file() for file in files)
 

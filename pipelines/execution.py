@@ -38,7 +38,7 @@ def main(path: Path) -> int:
         cache_root=request["cache_root"],
     )
     pipeline = _load_pipeline(request)
-    # The exit step reads it from here to log it to MLflow.
+    # The exit step logs this file to MLflow.
     Compiler().compile(pipeline, str(path.parent / PACKAGE))
     try:
         pipeline(**request["arguments"])

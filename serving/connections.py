@@ -47,10 +47,10 @@ MAX_SMALL_PARTS = 16_384
 """Maximum parts of a body with fewer than `SMALL_PART_BYTES`; each costs as much work as one of 64 KB."""
 PARSE_BYTES = 16_384
 """Bytes that are parsed at once, so that the length of a head is checked before all of it is parsed."""
-_FULL_BODY = b'{"error": "the service has too many connections; try again later"}'
-FULL_RESPONSE = (
+_OVERLOAD_BODY = b'{"error": "the service has too many connections; try again later"}'
+OVERLOAD_RESPONSE = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
-    b"Content-Length: %d\r\n\r\n%s" % (len(_FULL_BODY), _FULL_BODY)
+    b"Content-Length: %d\r\n\r\n%s" % (len(_OVERLOAD_BODY), _OVERLOAD_BODY)
 )
 
 
@@ -181,7 +181,7 @@ class BoundedProtocol(H11Protocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # sockets have no other
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # always one of these
         """Starts the timer for the first head, or answers 503 if there are too many connections."""
         super().connection_made(transport)
         if self._handshake is not None:
@@ -189,7 +189,7 @@ class BoundedProtocol(H11Protocol):
         if self._connections.admit(self):
             self._start_head_timer()
         else:
-            transport.write(FULL_RESPONSE)
+            transport.write(OVERLOAD_RESPONSE)
             transport.close()
 
     def data_received(self, data: bytes) -> None:
@@ -280,7 +280,7 @@ class BoundedProtocol(H11Protocol):
             self._read_timer = None
 
     def attach_handshake(self, handshake: Connection) -> Connections:
-        """Replaces a TLS handshake once it is complete; returns where both are counted."""
+        """Remembers the handshake, which `connection_made` will replace by this connection in the returned count."""
         self._handshake = handshake
         return self._connections
 
@@ -299,7 +299,7 @@ class TlsHandshake(SSLProtocol):
         self._connections = inner.attach_handshake(self)
         self._raw: asyncio.Transport | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # sockets have no other
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # always one of these
         """Starts the handshake unless there are too many connections."""
         self._raw = transport
         if self._connections.admit(self):

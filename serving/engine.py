@@ -143,7 +143,7 @@ def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
 def probe(model: Model, probe_pairs: ProbePairs = PROBES) -> None:
     """Scores probe pairs, which also warms the model up; raises FolderError if a score differs from the stored one.
 
-    Scores one pair at a time, to take little memory and few turns from a model that is serving.
+    Scores one pair at a time, so that it needs little memory and hardly delays the requests that are being scored.
     """
     encoded = model.engine.encode([pair for pair, _ in probe_pairs])
     scores = [score for pair in encoded for score, _ in model.engine.compute([pair])]

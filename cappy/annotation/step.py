@@ -118,12 +118,13 @@ def describe_cautions(metrics: Mapping[str, float]) -> list[str]:
     remedy = "annotate with --metric rougeL_unicode or chrf"
     if invisible := metrics.get("invisible_to_rougeL", 0):
         cautions.append(
-            f"{_format_share(invisible, instances)} instances have no reference that Rouge-L can see; {remedy}"
+            f"{_format_share(invisible, instances)} instances have no reference with an ASCII letter or digit, which "
+            f"are all that Rouge-L compares; {remedy}"
         )
     if partly := metrics.get("partly_invisible_to_rougeL", 0):
         cautions.append(
-            f"{_format_share(partly, instances)} instances have a reference or response that Rouge-L sees only in "
-            f"part, because it sees only [a-z0-9]; {remedy}"
+            f"{_format_share(partly, instances)} instances have a reference or response with letters or digits that "
+            f"Rouge-L ignores, because it compares only [a-z0-9]; {remedy}"
         )
     return cautions
 

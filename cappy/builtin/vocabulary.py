@@ -141,8 +141,9 @@ def plural(noun: str) -> str:
 
 def with_article(phrase: str) -> str:
     """`phrase` with the indefinite article, a or an."""
-    sounds_vowel = phrase.startswith("honest") or (phrase[0] in "aeiou" and not phrase.startswith("uku"))
-    return f"{'an' if sounds_vowel else 'a'} {phrase}"
+    # The u of "ukulele" is pronounced as in "you".
+    starts_with_vowel_sound = phrase.startswith("honest") or (phrase[0] in "aeiou" and not phrase.startswith("uku"))
+    return f"{'an' if starts_with_vowel_sound else 'a'} {phrase}"
 
 
 def join_phrases(phrases: Sequence[str]) -> str:

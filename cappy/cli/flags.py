@@ -44,8 +44,8 @@ def parameters(config_class: type[Any]) -> list[inspect.Parameter]:
     """
     fields = list(_fields(config_class))
     flags = [_parameter(path, field, hidden=advanced) for path, field, advanced in fields]
-    hidden = sum(advanced for _, _, advanced in fields)
-    return [*flags, _help_all(hidden)]
+    num_hidden = sum(advanced for _, _, advanced in fields)
+    return [*flags, _help_all(num_hidden)]
 
 
 def _fields(config_class: type[Any]) -> Iterator[tuple[str, FieldInfo, bool]]:
@@ -100,7 +100,7 @@ def make_command(
 def given_values(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the flags that were given explicitly; those of a nested config are a nested object.
 
-    Presets replace only the others.
+    A preset sets only the settings whose flags were not given.
     """
     sources = {name: context.get_parameter_source(name) for name in values}
     chosen: dict[str, Any] = {}
@@ -126,16 +126,16 @@ def show_all_flags(command: Any) -> None:
         parameter.hidden = parameter.name == HELP_ALL
 
 
-def _help_all(advanced: int) -> inspect.Parameter:
+def _help_all(num_hidden: int) -> inspect.Parameter:
     def show(context: typer.Context, requested: bool) -> None:
         if requested:
             show_all_flags(context.command)
             typer.echo(context.get_help())
             raise typer.Exit
 
-    text = f"Show {advanced} more flags and exit."
+    text = f"Show {num_hidden} more flags and exit."
     option = typer.Option(
-        "--help-all", help=text, is_eager=True, callback=show, show_default=False, hidden=not advanced
+        "--help-all", help=text, is_eager=True, callback=show, show_default=False, hidden=not num_hidden
     )
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(HELP_ALL, kind, annotation=Annotated[bool, option], default=False)

@@ -24,9 +24,9 @@ def threshold(
 ) -> None:
     """Find the score above which the scorer's picks have the required precision.
 
-    The threshold is chosen on the held-out instances so that a lower bound at --confidence reaches the precision, and
-    tested on the reported instances; a cross-fitted report uses the out-of-fold instances for both. Below the
-    threshold, abstain: none of the responses is good enough.
+    The threshold is chosen on the held-out instances, so that the lower confidence bound of the precision is at least
+    --min-precision, and tested on the reported instances; a cross-fitted report uses the out-of-fold instances for
+    both. Below the threshold, abstain: none of the responses is good enough.
     """
     from cappy.evaluation.threshold import describe_threshold, find_threshold
 
@@ -79,8 +79,8 @@ def templates(
 
 HELP = """Print rows, tokens, GPU-hours, storage and wall-clock of a pretraining, step by step.
 
-Speeds are measured. If there is no measurement, give the share of the data sheet's peak to assume (--mfu,
---sampling-mfu); the plan marks it as assumed. docs/scale.md shows the plan of the paper's pretraining.
+Speeds are measured. If there is no measurement, give the share of the data sheet's peak FLOP/s that is assumed
+(--mfu, --sampling-mfu); the plan marks it as assumed. docs/scale.md shows the plan of the paper's pretraining.
 """
 
 

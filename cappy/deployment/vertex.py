@@ -103,7 +103,7 @@ def _deploy(
 
 
 def _upload_model(config: "DeploymentConfig", version: Version, scorer: Path) -> aiplatform.Model:
-    """The model with this content, which is uploaded as a version of the model of this name if it is missing.
+    """The model version with this content; if there is none, uploads it to the model with this name.
 
     Lists of models contain only the newest version of each, so the versions are listed too.
     """

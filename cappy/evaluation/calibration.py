@@ -12,9 +12,9 @@ from cappy.selection.pools import Pool, Vector, average_ties, best_probabilities
 
 NUM_BINS = 10
 MIN_GROUPS = 20
-"""Minimum number of held-out groups to fit a map, overall and for each n: two levels of ten picks."""
-LEVEL_GROUPS = 10
-"""Groups for each level of a map: with fewer, isotonic regression fits noise, above all at the ends."""
+"""Minimum number of held-out groups to fit a map, overall and for each n: enough for two levels."""
+MIN_LEVEL_GROUPS = 10
+"""Minimum number of groups per level of a map: with fewer, isotonic regression fits noise, above all at the ends."""
 MAX_LEVELS = 20
 SHARES = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
@@ -41,10 +41,10 @@ class Picks:
 def collect_picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
     """The candidate with the highest score of every pool."""
     return Picks(
-        scores=np.array([own.max() for own in scores], dtype=np.float64),
+        scores=np.array([pool_scores.max() for pool_scores in scores], dtype=np.float64),
         labels=pick_labels(pools, scores),
         sizes=tuple(len(set(pool.responses)) for pool in pools),
-        spreads=np.array([np.ptp(own) for own in scores], dtype=np.float64),
+        spreads=np.array([np.ptp(pool_scores) for pool_scores in scores], dtype=np.float64),
     )
 
 
@@ -56,19 +56,19 @@ def fit(pools: Sequence[Pool], scores: Sequence[Vector], metric: str) -> Calibra
     it does among n samples. Each n has its own isotonic map (Zadrozny and Elkan, 2002) over levels of about equal
     weight.
     """
-    ranked = [_sort_picks(own, pool.labels) for pool, own in zip(pools, scores, strict=True)]
+    ranked = [_sort_candidates(pool_scores, pool.labels) for pool, pool_scores in zip(pools, scores, strict=True)]
     groups = np.array([pool.instance.group_id for pool in pools])
     maps = []
-    for n in _choose_sizes([len(own) for own, _ in ranked], groups):
-        large = [index for index, (own, _) in enumerate(ranked) if len(own) >= n]
-        weights = np.concatenate([best_probabilities(len(ranked[index][0]))[n - 1] for index in large])
-        values, labels = (np.concatenate([ranked[index][side] for index in large]) for side in (0, 1))
-        levels = min(MAX_LEVELS, len(set(groups[large])) // LEVEL_GROUPS)
+    for n in _choose_sizes([len(ranked_scores) for ranked_scores, _ in ranked], groups):
+        large_pools = [index for index, (ranked_scores, _) in enumerate(ranked) if len(ranked_scores) >= n]
+        weights = np.concatenate([best_probabilities(len(ranked[index][0]))[n - 1] for index in large_pools])
+        values, labels = (np.concatenate([ranked[index][part] for index in large_pools]) for part in (0, 1))
+        levels = min(MAX_LEVELS, len(set(groups[large_pools])) // MIN_LEVEL_GROUPS)
         maps.append(_fit_monotone_map(n, values, labels, weights, levels))
     return Calibration(tuple(maps), metric=metric, fitted_on=len(set(groups))) if maps else None
 
 
-def _sort_picks(scores: Vector, labels: Vector) -> tuple[Vector, Vector]:
+def _sort_candidates(scores: Vector, labels: Vector) -> tuple[Vector, Vector]:
     """Scores and labels, sorted from the highest score; equal scores get the mean of their labels."""
     order = np.argsort(-scores, kind="stable")
     return scores[order], average_ties(scores[order], labels[order])
@@ -97,12 +97,12 @@ def _fit_monotone_map(n: int, scores: Vector, labels: Vector, weights: Vector, l
     points, index = np.unique(scores[possible], return_inverse=True)
     weight = np.bincount(index, weights=weights[possible])
     total = np.bincount(index, weights=weights[possible] * labels[possible])
-    # Equal scores belong to one level: that of the middle of their weight.
+    # Equal scores share a level: the one at the middle of their cumulative weight.
     middle = (np.cumsum(weight) - weight / 2) / weight.sum()
     level = np.minimum((middle * levels).astype(int), levels - 1)
     level = np.unique(level, return_inverse=True)[1]
-    mass, label = (np.bincount(level, weights=own) for own in (weight, total))
-    expected = np.clip(isotonic_regression(label / mass, weights=mass).x, 0.0, 1.0)[level]
+    level_weight, level_total = (np.bincount(level, weights=values) for values in (weight, total))
+    expected = np.clip(isotonic_regression(level_total / level_weight, weights=level_weight).x, 0.0, 1.0)[level]
     change = np.diff(expected) != 0
     ends = np.flatnonzero(np.append(True, change) | np.append(change, True))
     return PickMap(n, tuple(points[ends].tolist()), tuple(expected[ends].tolist()))
@@ -126,14 +126,14 @@ def measure_reliability(scores: Vector, labels: Vector) -> Reliability:
 
 def measure_calibration(splits: Sequence[tuple[Picks, Calibration | None]]) -> CalibrationResult:
     """Reliability of the raw scores of picks and, if every split has a map, of their calibrated scores."""
-    raw, labels = (np.concatenate([getattr(own, name) for own, _ in splits]) for name in ("scores", "labels"))
+    raw, labels = (np.concatenate([getattr(picks, name) for picks, _ in splits]) for name in ("scores", "labels"))
     # A pool with a single distinct candidate has no spread.
-    spreads = np.concatenate([own.spreads[np.array(own.sizes) > 1] for own, _ in splits])
+    spreads = np.concatenate([picks.spreads[np.array(picks.sizes) > 1] for picks, _ in splits])
     spread = float(np.median(spreads)) if len(spreads) else None
     maps = [fitted for _, fitted in splits if fitted is not None]
     if len(maps) < len(splits):
         return CalibrationResult(raw=measure_reliability(raw, labels), spread=spread)
-    mapped = np.concatenate([own.expected_labels(fitted) for own, fitted in splits if fitted is not None])
+    mapped = np.concatenate([picks.expected_labels(fitted) for picks, fitted in splits if fitted is not None])
     return CalibrationResult(
         raw=measure_reliability(raw, labels),
         calibrated=measure_reliability(mapped, labels),

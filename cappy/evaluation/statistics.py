@@ -9,8 +9,9 @@ interval of a mean is the wider one of two:
 - the same after Hall's cubic transformation, which removes the skewness of a t statistic (Hall, 1992, "On the removal
   of skewness by transformation").
 
-`benchmarks/intervals.py` compares it with the percentile bootstrap, the studentised bootstrap and BCa: each of those
-promotes equal or skewed scorers too often at 30 groups. The method is deterministic and needs no seed.
+`benchmarks/intervals.py` compares this interval with the percentile bootstrap, the studentised bootstrap and BCa: by
+each of those the gate would promote a scorer that is no better too often at 30 groups, for symmetric or for skewed
+differences. The method is deterministic and needs no seed.
 """
 
 import math
@@ -53,9 +54,9 @@ def compute_spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
     sums = np.zeros((count, values.shape[1]))
     np.add.at(sums, index, values)
     total_sum = sums.sum(axis=0)
-    without = (total_sum - sums) / (total - sizes)[:, None]
+    means_without = (total_sum - sums) / (total - sizes)[:, None]
     # (count - 1) times the change when a group is left out; for groups of one instance it is the instance's deviation.
-    influence = (count - 1) * (total_sum / total - without)
+    influence = (count - 1) * (total_sum / total - means_without)
     errors = np.sqrt((influence**2).sum(axis=0) / (count * (count - 1)))
     errors[errors < _TOLERANCE] = 0.0
     deviations = influence - influence.mean(axis=0)
@@ -125,7 +126,10 @@ def compare(values: Matrix, others: Matrix, groups: Sequence[str]) -> Difference
 
 
 def p_value(mean: float, spread: Spread) -> float:
-    """Two-sided p-value of a true mean of 0: where `interval_bounds` begins to exclude 0; 1 without variance."""
+    """Two-sided p-value of a true mean of 0: 1 minus the highest level at which `interval_bounds` excludes 0.
+
+    It is 1 without variance.
+    """
     if spread.standard_error == 0 or math.isinf(spread.standard_error):
         return 1.0
     statistic = abs(mean) / spread.standard_error

@@ -26,7 +26,7 @@ CONFIDENCE = 0.95
 FIRST_SHARE = 1 / 8
 """Minimum share of the picks in the first test: with fewer, its bound is too wide to pass."""
 STEP_SHARE = 1 / 20
-"""Share of the picks that each further test adds: with more tests, one fails earlier by chance."""
+"""Share of the picks that each further test adds: with more tests, it is more likely that one fails by chance."""
 _TOLERANCE = 1e-12
 """A variance below this counts as 0."""
 
@@ -89,19 +89,19 @@ def find_threshold(
     """
     held_out, reported = _read_picks(Path(report))
     is_good = held_out.labels >= good
-    level = find_lowest(held_out.scores, is_good, held_out.groups, precision, confidence)
-    if level is None:
+    threshold = find_lowest(held_out.scores, is_good, held_out.groups, precision, confidence)
+    if threshold is None:
         return None
-    above = held_out.scores >= level
+    above = held_out.scores >= threshold
     folds = np.unique(held_out.fold)
-    answered = reported.scores >= level
+    answered = reported.scores >= threshold
     if len(folds) > 1:
-        answered = _answered_by_other_folds(held_out, is_good, precision, confidence)
+        answered = _answered_out_of_fold(held_out, is_good, precision, confidence)
     answered_good, groups = reported.labels[answered] >= good, reported.groups[answered].tolist()
     estimate = statistics.estimate_share(answered_good.astype(np.float64), groups) if groups else None
     fitted = read_calibration(report)
     return Threshold(
-        threshold=level,
+        threshold=threshold,
         floor=find_lowest(held_out.expected_labels(fitted), is_good, held_out.groups, precision, confidence)
         if fitted
         else None,
@@ -142,15 +142,15 @@ def find_lowest(
     """
     order = np.argsort(-scores, kind="stable")
     scores, good, groups = scores[order], good[order], groups[order]
-    lowest_level = None
+    lowest = None
     for count in _choose_test_sizes(groups, precision, confidence):
-        level = scores[count - 1]
+        score = scores[count - 1]
         # Equal scores are accepted together.
-        end = int(np.searchsorted(-scores, -level, side="right"))
+        end = int(np.searchsorted(-scores, -score, side="right"))
         if lower_bound(good[:end], groups[:end], confidence) < precision:
             break
-        lowest_level = float(level)
-    return lowest_level
+        lowest = float(score)
+    return lowest
 
 
 def lower_bound(good: Flags, groups: npt.NDArray[np.str_], confidence: float = CONFIDENCE) -> float:
@@ -181,10 +181,10 @@ def groups_needed(precision: float, confidence: float, bad: int = 0) -> int | No
 
 
 def describe_threshold(
-    answer: Threshold | None, *, precision: float, good: float, confidence: float = CONFIDENCE
+    result: Threshold | None, *, precision: float, good: float, confidence: float = CONFIDENCE
 ) -> str:
     """The threshold and its effect as text for a terminal."""
-    if answer is None:
+    if result is None:
         needed = groups_needed(precision, confidence)
         reason = (
             "no number of picks proves that all are good"
@@ -196,37 +196,40 @@ def describe_threshold(
             f"picks have a label of {good:g} or more ({reason}): lower --min-precision, hold out more instances, or "
             "train a better scorer."
         )
-    picks = "out-of-fold picks" if answer.folds else "held-out picks"
-    floor = "" if answer.floor is None else f" (cappy gateway with this calibration: --floor {answer.floor:.6g})"
+    picks = "out-of-fold picks" if result.folds else "held-out picks"
+    floor = "" if result.floor is None else f" (cappy gateway with this calibration: --floor {result.floor:.6g})"
     text = (
-        f"threshold {answer.threshold:.6g}{floor}: {100 * answer.held_out_precision:.1f}% of the {picks} at or above "
-        f"it have a label of {good:g} or more, at least {100 * answer.held_out_low:.1f}% with {100 * confidence:g}% "
+        f"threshold {result.threshold:.6g}{floor}: {100 * result.held_out_precision:.1f}% of the {picks} at or above "
+        f"it have a label of {good:g} or more, at least {100 * result.held_out_low:.1f}% with {100 * confidence:g}% "
         "confidence"
     )
-    subject = f"of the {answer.reported} reported instances, it answers"
-    if answer.folds:
-        subject = f"chosen on the other folds and applied to each of {answer.folds}, such a threshold answers"
-    if answer.precision is None or answer.low is None or answer.high is None:
+    subject = f"of the {result.reported} reported instances, it answers"
+    if result.folds:
+        subject = f"chosen on the other folds and applied to each of {result.folds}, such a threshold answers"
+    if result.precision is None or result.low is None or result.high is None:
         return f"{text}; {subject} none."
-    interval = f"{100 * answer.low:.1f} to {100 * answer.high:.1f}"
-    proof = "" if answer.low >= precision else ", so these alone do not prove the precision"
+    interval = f"{100 * result.low:.1f} to {100 * result.high:.1f}"
+    proof = "" if result.low >= precision else ", so these alone do not prove the precision"
     text = (
-        f"{text}; {subject} {100 * answer.coverage:.1f}%, of which {100 * answer.precision:.1f}% are good (95% "
-        f"interval {interval} over {answer.groups} groups{proof})."
+        f"{text}; {subject} {100 * result.coverage:.1f}%, of which {100 * result.precision:.1f}% are good (95% "
+        f"interval {interval} over {result.groups} groups{proof})."
     )
-    if answer.folds:
-        text += " The folds' scorers are not on one scale: check it on the scorer's own split before you rely on it."
+    if result.folds:
+        text += (
+            " The scores of the folds' scorers may have different scales: check the threshold on instances that the "
+            "final scorer was not trained on before you rely on it."
+        )
     return text
 
 
-def _answered_by_other_folds(picks: _Picks, good: Flags, precision: float, confidence: float) -> Flags:
+def _answered_out_of_fold(picks: _Picks, good: Flags, precision: float, confidence: float) -> Flags:
     """Which picks are answered by the threshold chosen on the other folds; none if they yield no threshold."""
     answered = np.zeros(len(picks.scores), dtype=bool)
     for fold in np.unique(picks.fold):
         own, others = picks.fold == fold, picks.fold != fold
-        level = find_lowest(picks.scores[others], good[others], picks.groups[others], precision, confidence)
-        if level is not None:
-            answered[own] = picks.scores[own] >= level
+        threshold = find_lowest(picks.scores[others], good[others], picks.groups[others], precision, confidence)
+        if threshold is not None:
+            answered[own] = picks.scores[own] >= threshold
     return answered
 
 
@@ -256,7 +259,9 @@ def _read_picks(report: Path) -> tuple[_Picks, _Picks]:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if folds:
             if not values.get("out_of_fold"):
-                raise FolderError(f"{path}: has no out-of-fold picks, an older version wrote it; evaluate again")
+                raise FolderError(
+                    f"{path}: has no out-of-fold picks, because an older version wrote it; evaluate again"
+                )
             picks = _parse_picks(values["out_of_fold"], columns=5)
             return picks, picks
         if not values.get("held_out"):
@@ -267,8 +272,8 @@ def _read_picks(report: Path) -> tuple[_Picks, _Picks]:
         return _parse_picks(values["held_out"], columns=4), _parse_picks(values["reported"], columns=4)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FolderError(
-            f"{path}: does not say score, label, group and candidates of each pick, an older version wrote it or it is "
-            "damaged; evaluate again"
+            f"{path}: lacks the score, label, group or number of candidates of a pick, because an older version wrote "
+            "it or it is damaged; evaluate again"
         ) from error
 
 

@@ -155,7 +155,7 @@ def first_version_rivals(comparisons: Collection[str], requested: str = "") -> l
     """The selectors that a first version must be shown to beat, as far as the report compares with them.
 
     Of the single decodings, only the last one in `SELECTORS` that the report compares with is required: the greedy
-    response, which needs no samples, before the best system.
+    response, which needs no samples, or the best system if the report does not compare with the greedy response.
     """
     required = {
         selector.key: selector

@@ -30,6 +30,7 @@ _MAX_BATCH_VALUES = 2**22
 ARROW_FILE = b"ARROW1"
 ARROW_STREAM = b"\xff\xff\xff\xff"
 _DICTIONARY, _BATCH = 2, 3
+"""Types of a message, from `MessageHeader` in Message.fbs."""
 
 
 def read_csv(path: Path) -> Rows:
@@ -54,10 +55,10 @@ def read_parquet(path: Path) -> Rows:
     number = 0
     try:
         with translate_read_errors(path):
-            parquet, dictionaries = pq.ParquetFile(path), _open_with_dictionaries(path)
-        with parquet, dictionaries:
+            parquet, dictionary_encoded = pq.ParquetFile(path), _open_with_dictionaries(path)
+        with parquet, dictionary_encoded:
             for group in range(parquet.num_row_groups):
-                rows = _choose_batch_rows(parquet, dictionaries, group)
+                rows = _choose_batch_rows(parquet, dictionary_encoded, group)
                 for batch in parquet.iter_batches(batch_size=rows, row_groups=[group]):
                     for part in _split_batch(batch):
                         for row in part.to_pylist():
@@ -98,19 +99,19 @@ def read_arrow(path: Path) -> Rows:
 
 
 def _open_with_dictionaries(path: Path) -> pq.ParquetFile:
-    """Opens the file with dictionary-encoded texts, so that a text repeated in every row is held once; slower."""
+    """Opens the file with dictionary-encoded texts: reads more slowly, but holds a text repeated in every row once."""
     with pq.ParquetFile(path) as parquet:
         columns = [parquet.schema.column(index) for index in range(len(parquet.schema))]
     texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
     return pq.ParquetFile(path, read_dictionary=texts)
 
 
-def _choose_batch_rows(parquet: pq.ParquetFile, dictionaries: pq.ParquetFile, group: int) -> int:
+def _choose_batch_rows(parquet: pq.ParquetFile, dictionary_encoded: pq.ParquetFile, group: int) -> int:
     """How many rows of a row group to decode at once: fewer if its lists or the texts in its dictionaries are long."""
     row_group = parquet.metadata.row_group(group)
     values = max((row_group.column(index).num_values for index in range(row_group.num_columns)), default=0)
     rows: int = max(1, min(_BATCH_ROWS, _MAX_BATCH_VALUES * row_group.num_rows // max(values, 1)))
-    first = next(dictionaries.iter_batches(batch_size=1, row_groups=[group]), None)
+    first = next(dictionary_encoded.iter_batches(batch_size=1, row_groups=[group]), None)
     longest = max(map(_max_text_bytes, first.columns), default=0) if first is not None else 0
     return max(1, min(rows, _MAX_BATCH_BYTES // max(longest, 1)))
 

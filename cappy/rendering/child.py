@@ -30,7 +30,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
-import jinja2.debug  # used when a template fails, when no file can be opened any more  # noqa: F401
+import jinja2.debug  # Jinja imports it when a template fails, but then no file can be opened  # noqa: F401
 
 from cappy.errors import quote
 from cappy.rendering import MAX_ANSWER, MAX_MEMORY, OUT_OF_MEMORY
@@ -43,7 +43,7 @@ _REPEAT_SECONDS = 0.05
 """The timer fires again after this time, in case the template caught the exception."""
 _MAX_FILES = 16
 
-_state = {"running": False, "soft": 0}
+_state = {"running": False, "cpu_limit": 0}
 
 
 Compiled = TypeVar("Compiled")
@@ -51,7 +51,7 @@ Prepared = TypeVar("Prepared")
 
 
 class _Kind(Protocol[Compiled, Prepared]):
-    """The operations on templates of one kind: a module or an object."""
+    """The operations on templates of one kind, implemented by a module or an object."""
 
     def load(self, *source: str) -> tuple[Compiled, object]:
         """Compiles a template; also returns the answer to send."""
@@ -239,11 +239,13 @@ def _address_space() -> int:
 def _start_timer(seconds: float) -> None:
     """Starts the limit on CPU time, after which _TimeLimitError is raised, until `_stop_timer`."""
     signal.setitimer(signal.ITIMER_PROF, seconds, _REPEAT_SECONDS)
-    soft = math.ceil(time.process_time() + seconds) + _GRACE_SECONDS
-    if soft != _state["soft"]:
+    cpu_limit = math.ceil(time.process_time() + seconds) + _GRACE_SECONDS
+    if cpu_limit != _state["cpu_limit"]:
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
-        _state["soft"] = soft
+        resource.setrlimit(
+            resource.RLIMIT_CPU, (cpu_limit if hard == resource.RLIM_INFINITY else min(cpu_limit, hard), hard)
+        )
+        _state["cpu_limit"] = cpu_limit
     _state["running"] = True
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jinja2
 from jinja2 import meta, pass_context
 from jinja2.exceptions import SecurityError
-from jinja2.filters import FILTERS as JINJA
+from jinja2.filters import FILTERS
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import SandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
@@ -25,7 +25,7 @@ from jinja2.utils import Cycler, Joiner, Namespace
 # Without those that no template of PromptSource uses: batch, center, filesizeformat, indent, pprint, slice, striptags,
 # sum, tojson, urlize, wordwrap and xmlattr.
 # fmt: off
-_JINJA_FILTERS = (
+_JINJA_FILTER_NAMES = (
     "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "forceescape",
     "format", "groupby", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject",
     "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "title", "trim",
@@ -77,7 +77,7 @@ def _most_frequent(items: Collection[Hashable]) -> list[object] | None:
     return [item for item, count in counts.items() if count == max_count]
 
 
-_FILTERS: dict[str, Callable[..., object]] = {name: JINJA[name] for name in _JINJA_FILTERS} | {
+_FILTERS: dict[str, Callable[..., object]] = {name: FILTERS[name] for name in _JINJA_FILTER_NAMES} | {
     "choice": _choice,
     "most_frequent": _most_frequent,
     "random": _random,

@@ -125,8 +125,8 @@ class SamplingConfig:
         Field(
             ge=0,
             le=1,
-            description="Maximum share of a generator's candidates that may fail before the run ends (unless it is 0, "
-            "those of one instance may always fail); 1: no limit",
+            description="Maximum share of a generator's candidates that may fail before the run ends (if above 0, as "
+            "many as those of one instance may fail); 1: no limit",
         ),
     ] = 0.1
     concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Concurrent requests to an endpoint")] = 8
@@ -159,7 +159,7 @@ class SamplingConfig:
 
     @property
     def decodings(self) -> tuple[Decoding, ...]:
-        """The decodings of all generators; those that differ between generators name the generator's position."""
+        """The decodings of all generators; if they differ between generators, each has its generator's position."""
         kinds = [parse_spec(text).kind for text in self.generator] or ["path"]
         by_generator = [self._decodings_of_kind(kind) for kind in kinds]
         if all(decodings == by_generator[0] for decodings in by_generator):
@@ -178,12 +178,12 @@ class SamplingConfig:
         decodings = parse_strategy(self.strategy or default_strategy(kind), self.max_new_tokens or default_length(kind))
         if not self.max_new_tokens:
             return decodings
-        longer = [replace(decoding, max_new_tokens=self.max_new_tokens) for decoding in decodings]
-        return check_decodings(longer, "sampling: --max-new-tokens")
+        changed = [replace(decoding, max_new_tokens=self.max_new_tokens) for decoding in decodings]
+        return check_decodings(changed, "sampling: --max-new-tokens")
 
 
 def with_fresh_name(config: SamplingConfig, parent: Manifest) -> SamplingConfig:
-    """The config with the name of the `--fresh` run that its unfinished work belongs to, to reuse its candidates."""
+    """The config with `fresh` set to the name of the `--fresh` run that it continues, to reuse its candidates."""
     from cappy.records.work import fresh_name
 
     return replace(

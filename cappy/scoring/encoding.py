@@ -1,4 +1,4 @@
-"""Encodes pairs as token ids; too long pairs are truncated in the middle of the instruction, not in the response."""
+"""Encodes pairs as token ids; pairs that are too long are truncated in the middle of the instruction."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Pair = tuple[str, str]
-_REMEDY = "save the tokenizer that the scorer was trained with beside it"
+_REMEDY = "save the tokenizer of its training in the scorer's folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +73,22 @@ class PairEncoder:
     """Encodes pairs exactly as `tokenizer(instruction, response)` does if they fit into `max_length`.
 
     If they do not fit, the instruction is truncated in the middle (the task often comes first, the question last); a
-    response that is too long alone is truncated at its end. `longest_first` is instead `truncation=True` of
-    transformers, as used by CrossEncoder and the published run: the longer text is truncated at its end, then both.
-    Token types are those that the tokenizer returns by default; without any (see `typed`) they are zeros.
+    response that is too long alone is truncated at its end. The truncation `longest_first` is instead that of
+    transformers' `truncation=True`, as used by CrossEncoder and the published run: the longer text is truncated at its
+    end until both are equally long, then both are. Token types are those that the tokenizer returns by default; if it
+    returns none (`typed` is false), they are zeros.
     """
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", max_length: int, truncation: Truncation = "middle"
     ) -> None:
         self._tokenizer = tokenizer
-        self._frame = _find_pair_format(tokenizer)
+        self._format = _find_pair_format(tokenizer)
         self._backend = _copy_backend(tokenizer)
         self.max_length = max_length
         self.truncation = truncation
         self._from_left = getattr(tokenizer, "truncation_side", "right") == "left"
-        self.typed = self._frame.typed
+        self.typed = self._format.typed
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
         """Encodes pairs, in order; every distinct text is tokenized once."""
@@ -96,13 +97,13 @@ class PairEncoder:
 
     def fit(self, pairs: Sequence[Pair]) -> list[bool]:
         """Whether each pair fits without truncation."""
-        tokens, available = self._tokens(pairs), self.max_length - self._frame.length
+        tokens, available = self._tokens(pairs), self.max_length - self._format.length
         return [len(tokens[instruction]) + len(tokens[response]) <= available for instruction, response in pairs]
 
     @property
     def num_special_tokens(self) -> int:
         """Number of tokens of a pair besides those of its two texts."""
-        return self._frame.length
+        return self._format.length
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         """The token ids of each text, without special tokens."""
@@ -125,7 +126,7 @@ class PairEncoder:
 
     def join(self, instruction: list[int], response: list[int]) -> EncodedPair:
         """The encoded pair of two tokenized texts."""
-        frame, available = self._frame, self.max_length - self._frame.length
+        pair_format, available = self._format, self.max_length - self._format.length
         num_response, whole = len(response), len(instruction) + len(response) <= available
         if self.truncation == "longest_first":
             lengths = _longest_first_lengths(len(instruction), len(response), available)
@@ -133,10 +134,10 @@ class PairEncoder:
         else:
             response = response[:available]
             instruction = _cut_middle(instruction, available - len(response))
-        first, second = frame.types
-        before, between, after = frame.around_types
+        first, second = pair_format.types
+        before, between, after = pair_format.around_types
         return EncodedPair(
-            ids=(*frame.before, *instruction, *frame.between, *response, *frame.after),
+            ids=(*pair_format.before, *instruction, *pair_format.between, *response, *pair_format.after),
             types=(*before, *(first,) * len(instruction), *between, *(second,) * len(response), *after),
             cut=len(response) < num_response,
             whole=whole,

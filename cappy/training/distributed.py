@@ -25,7 +25,7 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The position of this process: `rank` of `count` processes, `local` on its machine, all 0-based."""
+    """The position of this process: `rank` among all `count` processes, `local` on its machine, both 0-based."""
 
     rank: int = 0
     count: int = 1

@@ -94,10 +94,11 @@ class LoopSettings:
     weights: Annotated[
         tuple[str, ...],
         ADVANCED,
-        Field(description="Weights in the head's loss by the source of a response, as mismatch=0.2; default: 1"),
+        Field(description="Weights in the head's loss by the source of a response, such as mismatch=0.2; default: 1"),
     ] = ()
     epochs: Annotated[
-        float, Field(gt=0, description="Average draws per training response, unless training stops early")
+        float,
+        Field(gt=0, description="How often each training response is drawn on average, unless training stops early"),
     ] = 4.0
     batch_instances: Annotated[int, Field(ge=1, description="Instances (or rows) per update")] = 8
     batch_tokens: Annotated[
@@ -131,7 +132,8 @@ class LoopSettings:
         Literal["best", "last"],
         ADVANCED,
         Field(
-            description="best: weights of the latest check not clearly below the best, stopping early; last: final ones"
+            description="best: stop early, keep the weights of the latest check not clearly below the best; "
+            "last: keep the final weights"
         ),
     ] = "best"
     checkpoint_seconds: Annotated[float, LOCATION, ADVANCED, Field(ge=0, description="Seconds between checkpoints")] = (
@@ -306,7 +308,9 @@ def _apply_preset(values: Mapping[str, object], names: Collection[str]) -> dict[
 
 def _refuse_bad_weights(config: LoopSettings) -> None:
     if config.weights and config.unit == "row":
-        raise ConfigError("--weights: has no effect with --unit row, with one response per row; give --unit instance")
+        raise ConfigError(
+            "--weights: has no effect with --unit row, which has one response per row; give --unit instance"
+        )
     for weight in config.weights:
         if not _SOURCE_WEIGHT.fullmatch(weight):
             remedy = f"SOURCE is one of {', '.join(SOURCES)}, as in mismatch=0.2"
@@ -333,7 +337,7 @@ def _refuse_unused(config: TrainingSettings) -> None:
 
 
 def _unused_settings(config: TrainingSettings) -> Iterator[tuple[str, str]]:
-    """Each setting that has no effect with the others, and the reason, whether or not it has its default."""
+    """Each setting that has no effect with the others, and the reason, whether or not its value is the default."""
     if config.train_rows is not None:
         yield "epochs", "with --train-rows, which sets the length of training"
     if config.keep == "last":

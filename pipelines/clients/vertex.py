@@ -1,4 +1,4 @@
-"""Client for Vertex AI Pipelines, by google-cloud-aiplatform; logs of the steps come from Cloud Logging."""
+"""Client for Vertex AI Pipelines, through google-cloud-aiplatform; logs of the steps come from Cloud Logging."""
 
 import contextlib
 import logging

@@ -54,7 +54,7 @@ class Tensor(Body):
     data: Annotated[list[JsonValue], Field(min_length=1, description="Strings, flat or nested like the shape")]
 
     @model_validator(mode="after")
-    def _as_many_as_its_shape(self) -> Self:
+    def _check_size(self) -> Self:
         count = 1
         for size in self.shape:
             count *= size
@@ -96,7 +96,7 @@ class InferRequest(Body):
     outputs: Annotated[list[RequestedOutput] | None, Field(max_length=1)] = None
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> Self:
+    def _check_inputs(self) -> Self:
         if {tensor.name for tensor in self.inputs} != set(INPUTS):
             raise ValueError("the inputs must be instruction and response")
         if self.inputs[0].shape != self.inputs[1].shape:

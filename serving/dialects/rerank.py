@@ -71,7 +71,7 @@ class Meta(Body):
 
 
 class CohereResponse(Body):
-    """Documents, best first, the first of equally good ones first."""
+    """Documents, best first; equally good ones in the order of the request."""
 
     id: str
     results: Sequence[CohereResult]
@@ -146,13 +146,17 @@ class RerankRequest(Body):
         Flag | None, Field(description="Whether to return the documents too; default: true")
     ] = None
     rank_fields: Annotated[
-        list[Literal["text"]] | None, Field(max_length=8, description="Cohere's; only the text is scored")
+        list[Literal["text"]] | None, Field(max_length=8, description="A parameter of Cohere; only the text is scored")
     ] = None
-    max_chunks_per_doc: Annotated[Count | None, Field(description="Cohere's; a document is always one chunk")] = None
+    max_chunks_per_doc: Annotated[
+        Count | None, Field(description="A parameter of Cohere; a document is always one chunk")
+    ] = None
     truncation: Annotated[
-        Literal[True] | None, Field(description="Jina's; pairs that are too long are always truncated")
+        Literal[True] | None, Field(description="A parameter of Jina; pairs that are too long are always truncated")
     ] = None
-    use_activation: Annotated[Flag | None, Field(description="vLLM's; false returns logits instead of scores")] = None
+    use_activation: Annotated[
+        Flag | None, Field(description="A parameter of vLLM; false returns logits instead of scores")
+    ] = None
 
 
 class RerankResult(Body):
@@ -171,7 +175,7 @@ class RerankUsage(Body):
 
 
 class RerankResponse(Body):
-    """Documents, best first, the first of equally good ones first."""
+    """Documents, best first; equally good ones in the order of the request."""
 
     id: str
     model: str

@@ -68,7 +68,7 @@ class TeiRank(Body):
 
 
 class TeiRerankResponse(RootModel[Sequence[TeiRank]]):
-    """Texts, best first, the first of equally good ones first."""
+    """Texts, best first; equally good ones in the order of the request."""
 
 
 class TeiPredictRequest(_Options):

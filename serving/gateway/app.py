@@ -108,7 +108,7 @@ class _RouteContext:
     shutdown: ShutdownFlag
 
     def authorization(self, request: Request) -> str:
-        """The Authorization header to pass on to the LLM; empty if it holds a key of this gateway."""
+        """The Authorization header to pass on to the LLM; empty if this gateway has keys, as it then holds one."""
         return "" if self.keys else request.headers.get("authorization", "")
 
 
@@ -339,8 +339,8 @@ def _read_flag(request: Request, name: str) -> bool:
     return value in ("1", "true")
 
 
-def _stream(content: AsyncIterator[str], more: Mapping[str, str]) -> StreamingResponse:
-    all_headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **more}
+def _stream(content: AsyncIterator[str], extra_headers: Mapping[str, str]) -> StreamingResponse:
+    all_headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **extra_headers}
     return StreamingResponse(content, media_type="text/event-stream", headers=all_headers)
 
 

@@ -111,7 +111,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class RemainingBudget:
-    """The rest of one limit, in response tokens or in money."""
+    """What is left of one limit, in response tokens or in money."""
 
     limit: Limit
     left: float
@@ -138,7 +138,10 @@ def allow(
     min_tokens: int,
     first: bool,
 ) -> Allowance:
-    """Allows up to `max_count` candidates so that each may have `min_tokens`; the `first` one may have fewer."""
+    """Allows up to `max_count` candidates with at least `min_tokens` each.
+
+    If there is no candidate yet (`first`), one with fewer tokens is allowed.
+    """
     for count in range(max_count, 0, -1):
         tokens, limit = _max_tokens_each(count, budgets, prices, prompt_tokens)
         if tokens >= min_tokens:
@@ -172,7 +175,7 @@ class Ledger:
     usages: list[dict[str, object]] = field(default_factory=list)
 
     def budgets(self) -> list[RemainingBudget]:
-        """The rest of each limit that is set."""
+        """What is left of each limit that is set."""
         limits, budgets = self.limits, []
         if limits.max_tokens:
             budgets.append(RemainingBudget("tokens", limits.max_tokens - self.completion_tokens))

@@ -245,7 +245,7 @@ def test_adapt_ends_with_the_cautions_of_its_steps(make_outcome: Callable[..., R
     cut, reasoning, partly = result["cautions"]
     assert_names(cut, "32 of 320 responses", "10.0 %", "64 new tokens", "--max-new-tokens 512")
     assert_names(reasoning, "8 of 320 (2.5 %)", "reasoning")
-    assert_names(partly, "2 of 40 (5.0 %)", "Rouge-L", "part")
+    assert_names(partly, "2 of 40 (5.0 %)", "Rouge-L", "ignores")
     assert [line for line in describe(outcome, result).splitlines() if line.startswith("caution")] == [
         f"caution   {text}" for text in (cut, reasoning, partly)
     ]

@@ -34,7 +34,7 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True)
 class Pools:
-    """Counts and means over instances that describe what a selector can gain; means are None without instances.
+    """Counts and means over instances, which show how much a selector can gain; means are None without instances.
 
     A pool is the selectable candidates of an instance (`llm` or `choice`, status ok or truncated). `pools` counts the
     instances with a pool, and all means except `ties` are over those. Equal responses count as one distinct response,
@@ -113,9 +113,9 @@ class DataReport:
     `splits` and `tasks` are sorted by size, largest first. `sources` maps `reference`, `choice`, `mismatch` and `llm`
     to their labels; `statuses` counts LLM responses. `characters` and `words` (separated by white space) map
     "instruction", "reference" and "response" (of an LLM, or a choice) to lengths. `empty` counts blank responses.
-    `instructions` are equal if their `prompt_hash` is. `invisible_to_rouge_l` counts the instances whose references
-    have no character of [a-z0-9], for which Rouge-L is always 0; `partly_invisible_to_rouge_l` counts those with a
-    reference or LLM response of which Rouge-L sees only some letters and digits.
+    Two `instructions` count as equal if their `prompt_hash` is equal. `invisible_to_rouge_l` counts the instances whose
+    references have no character of [a-z0-9], for which Rouge-L is always 0; `partly_invisible_to_rouge_l` counts those
+    with a reference or LLM response that has other letters and digits too, which Rouge-L ignores.
     """
 
     metric: str
