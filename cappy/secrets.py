@@ -60,7 +60,7 @@ def _read(session: "Session", address: str, name: str) -> str:
     try:
         return base64.b64decode(json.loads(body)["payload"]["data"]).decode()
     except (ValueError, KeyError, TypeError, RecursionError):
-        # Without the cause, which may contain the secret.
+        # The cause is suppressed, because it may contain the secret.
         remedy = "check the newest version of the secret, then run the step again"
         raise ConfigError(f"secret {quote(name)}: the response of Secret Manager contains no text; {remedy}") from None
 
@@ -71,13 +71,12 @@ def _session() -> "Session":
         from google.auth.exceptions import GoogleAuthError
         from google.auth.transport.requests import AuthorizedSession
     except ModuleNotFoundError as missing:
-        raise ConfigError(
-            f"secrets: need {missing.name}; use the project's images, or pip install 'cappy-scorer[gcp]'"
-        ) from missing
+        remedy = "use the project's images, or pip install 'cappy-scorer[gcp]'"
+        raise ConfigError(f"secrets: the package {missing.name} is missing; {remedy}") from missing
     try:
         credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
     except GoogleAuthError as error:
         remedy = "run the step with a service account"
         raise ConfigError(f"secrets: no Google credentials found ({error}); {remedy}") from error
-    session: Callable[..., Session] = AuthorizedSession  # It is untyped.
+    session: Callable[..., Session] = AuthorizedSession  # AuthorizedSession has no annotations.
     return session(credentials)

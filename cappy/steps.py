@@ -16,9 +16,10 @@ class StepSpec:
     finished work of earlier versions is not reused. tests/test_step_versions.py fails if results change under the same
     version.
 
-    Settings in `artifacts` get folders from a pipeline. Settings in `parameters` are parameters of the component, each
-    with its name in a pipeline; all others are passed encoded. Settings in `outside` name something whose content may
-    change while its name stays the same: a file, a folder, built-in weights, a registered version.
+    A pipeline sets the settings in `artifacts` to folders. Settings in `parameters` are parameters of the component,
+    each with its name in a pipeline; all others are passed in one text (`cappy.config.encode`). Settings in `outside`
+    name something whose content may change while its name stays the same: a file, a folder, built-in weights, a
+    registered version.
     """
 
     name: str

@@ -22,7 +22,7 @@ class Task(Protocol):
 
 
 class Component(Protocol):
-    """A kfp component of `python_func`; a call while a pipeline is built adds a task."""
+    """A kfp component made from `python_func`; calling it in a pipeline's definition adds a task."""
 
     @property
     def python_func(self) -> Callable[..., object]: ...

@@ -30,8 +30,8 @@ SERVING = (
 """Packages that `cappy serve` and `cappy gateway` need; a test starts both in the image."""
 WORKER = ("pipelines", "gcp", "registry", "serve")
 """Extras of the worker, in addition to the project's dependencies."""
-OUTSIDE = {"pip": "26.3", "wheel": "0.48.0", "cyclonedx-bom": "7.5.0"}
-"""Build tools that are not in requirements.lock."""
+BUILD_TOOLS = {"pip": "26.3", "wheel": "0.48.0", "cyclonedx-bom": "7.5.0"}
+"""Versions of the build tools that are not in requirements.lock."""
 
 Pins = dict[str, tuple[str, str]]
 """Name, as in the package's metadata -> version, sha256 of the file that pip installs on this platform."""
@@ -45,7 +45,7 @@ def main() -> None:
     serving, torch = resolve(SERVING), resolve(["torch"])
     worker_pins = resolve(worker)
     # The CPU build of torch depends on none of these.
-    cuda = {name: pin for name, pin in torch.items() if is_accelerated(name)}
+    cuda = {name: pin for name, pin in torch.items() if is_cuda_package(name)}
     shared = without(serving, cuda)
     write("torch-cuda", cuda, "torch and the CUDA libraries of its default build")
     write(
@@ -76,14 +76,14 @@ def main() -> None:
     )
 
 
-def is_accelerated(name: str) -> bool:
+def is_cuda_package(name: str) -> bool:
     """Whether a package is torch or is installed only with its CUDA build."""
     return name in ("torch", "triton") or name.startswith(("nvidia-", "cuda-"))
 
 
 def pinned_requirement(name: str) -> str:
     """A tool's requirement with its exact version."""
-    return f"{name}=={OUTSIDE[name]}"
+    return f"{name}=={BUILD_TOOLS[name]}"
 
 
 def resolve(requirements: Iterable[str]) -> Pins:
@@ -99,7 +99,7 @@ def resolve(requirements: Iterable[str]) -> Pins:
 
 
 def read_locks() -> dict[str, str]:
-    """Name -> version of all packages in the locks of .venv, including the CUDA libraries."""
+    """Name -> version of all packages in the lock files of the development environment, with the CUDA libraries."""
     lines = re.findall(r"^([\w.-]+)==([\w.+]+)", "\n".join(path.read_text() for path in LOCKED), re.MULTILINE)
     return dict(lines)
 

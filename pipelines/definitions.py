@@ -151,7 +151,7 @@ def _pretrain(graph: Graph) -> None:
     graph.run("registration", scorer=scorer, report=report)
 
 
-def _pretraining_pool(choices: Mapping[str, object]) -> Settings:
+def _pretraining_settings(choices: Mapping[str, object]) -> Settings:
     """The test prompts of the built-in tasks are reserved for adaptation, so pretraining is evaluated on validation."""
     if choices["source"] != BUILTIN:
         return {}
@@ -167,7 +167,7 @@ def _batch_score(graph: Graph) -> None:
     graph.each_shard(lambda: graph.run("scoring", instances=prepared["instances"])["scored"])
 
 
-def _without_splits(_: Mapping[str, object]) -> Settings:
+def _unlabelled_settings(_: Mapping[str, object]) -> Settings:
     """Instances that are only scored need no held-out splits and no references."""
     return {"preparation": {"unlabelled": True, "test": 0.0, "validation": 0.0}}
 
@@ -208,11 +208,11 @@ PIPELINES: Mapping[str, Definition] = {
             steps=("preparation", "sampling", "annotation", "pretraining", "evaluation", "registration"),
             chain=_pretrain,
             choices={**_SAMPLING, "training_seed": None, "name": "cappy-pretrained"},
-            fixed=_pretraining_pool,
+            fixed=_pretraining_settings,
         ),
         Definition(
             name="evaluate",
-            description="A registered scorer, measured: sample, annotate, evaluate.",
+            description="The quality of a registered scorer: sample, annotate, evaluate.",
             steps=("preparation", "sampling", "annotation", "evaluation"),
             chain=_evaluate,
             choices={**_SAMPLING, "scorer": CHAMPION},
@@ -225,7 +225,7 @@ PIPELINES: Mapping[str, Definition] = {
             chain=_batch_score,
             choices={"source": "", "scorer": CHAMPION, "seed": 0, "split_seed": None},
             scorer_of="scoring",
-            fixed=_without_splits,
+            fixed=_unlabelled_settings,
         ),
     )
 }

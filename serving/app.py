@@ -239,7 +239,7 @@ async def _follow_after_probe(first_probe: Awaitable[None], models: Models, foll
         await follower.run()
 
 
-def _collect() -> None:
+def _collect_garbage() -> None:
     gc.collect()
 
 
@@ -247,7 +247,7 @@ async def _probe(models: Models, batcher: Batcher, options: Options, on_failure:
     try:
         await batcher.run_between_batches(lambda: probe(models.current, models.current.probes or options.probes))
         # Reference cycles left by loading would keep the first model in memory after a swap.
-        await batcher.run_between_batches(_collect)
+        await batcher.run_between_batches(_collect_garbage)
         models.reason = ""
     except CappyError as error:
         models.reason = str(error)
@@ -266,7 +266,7 @@ class _Metrics:
         self._requests = Counter("cappy_requests", "Requests", ["dialect", "status"], registry=registry)
         self._seconds = Histogram(
             "cappy_request_seconds",
-            "Seconds from the head of a request to its response",
+            "Seconds from the headers of a request to its response",
             ["dialect"],
             buckets=SECONDS_BUCKETS,
             registry=registry,

@@ -38,7 +38,7 @@ class Finding:
 
 
 def doctor(
-    work: Annotated[Path, typer.Option(help="Folder of the work.")] = Path(".cappy"),
+    work: Annotated[Path, typer.Option(help="Folder for work files; its disk is checked.")] = Path(".cappy"),
     tracking_uri: TrackingFlag = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -63,7 +63,7 @@ def doctor(
 
 
 def _run_checks(work: Path, tracking_uri: str = "") -> list[Finding]:
-    """Checks what the demo, the services and the trainers need, in the order in which to fix it."""
+    """Checks what the demo, the services and the trainers need, in the order in which failures should be fixed."""
     return [
         _check_python(),
         *_check_packages(),

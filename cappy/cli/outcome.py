@@ -41,7 +41,7 @@ class Facts(TypedDict, total=False):
 def facts(outcome: "RunOutcome", tracking_uri: str = "") -> Facts:
     """The result of a run as JSON values; means and intervals of selectors are on the metric's scale of 0 to 1."""
     report = read_report(outcome.outputs["evaluation"])
-    version = _facts(outcome, "registration")
+    version = _step_facts(outcome, "registration")
     values: Facts = {
         "run": outcome.run_id,
         "log": str(outcome.log),
@@ -58,12 +58,12 @@ def facts(outcome: "RunOutcome", tracking_uri: str = "") -> Facts:
         trained = read_manifest(outcome.outputs["finetuning"])
         values["training"] = {**trained.metrics, **trained.facts}
     if "promotion" in outcome.outputs:
-        gate_facts = _facts(outcome, "promotion")
+        gate_facts = _step_facts(outcome, "promotion")
         values |= {
             "decision": gate_facts["decision"],
             "reasons": gate_facts["reasons"],
             "alias": gate_facts["serve"].rpartition("@")[2],
-            "serve": _facts(outcome, "deployment").get("command") or gate_facts["serve"],
+            "serve": _step_facts(outcome, "deployment").get("command") or gate_facts["serve"],
         }
     if texts := _run_cautions(outcome.outputs):
         values["cautions"] = texts
@@ -124,7 +124,7 @@ def cautions(manifest: Manifest | None) -> list[str]:
 
 def _run_cautions(outputs: Mapping[str, Path]) -> list[str]:
     """Every caution once: sampling and annotation both warn about reasoning in the same responses."""
-    manifests = {step: _manifest(folder) for step, folder in outputs.items()}
+    manifests = {step: _find_manifest(folder) for step, folder in outputs.items()}
     sampled, annotated = manifests.get("sampling"), manifests.get("annotation")
     if annotated and sampled and sampled.metrics.get("reasoning"):
         other_metrics = {name: value for name, value in annotated.metrics.items() if name != "with_reasoning"}
@@ -132,7 +132,7 @@ def _run_cautions(outputs: Mapping[str, Path]) -> list[str]:
     return list(dict.fromkeys(text for manifest in manifests.values() for text in cautions(manifest)))
 
 
-def _manifest(folder: Path) -> Manifest | None:
+def _find_manifest(folder: Path) -> Manifest | None:
     """The manifest of a step's output; None if the output has no manifest."""
     return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
@@ -144,7 +144,7 @@ def _format_decision(decision: str, reasons: Sequence[str]) -> str:
     return "\n".join([f"decision  {outcome_text}", *(f"          {reason}" for reason in reasons)])
 
 
-def _facts(outcome: "RunOutcome", step: str) -> Mapping[str, Any]:
+def _step_facts(outcome: "RunOutcome", step: str) -> Mapping[str, Any]:
     """The facts in the manifest of a step; {} if it did not run."""
     return read_manifest(outcome.outputs[step]).facts if step in outcome.outputs else {}
 

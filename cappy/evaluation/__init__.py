@@ -31,6 +31,9 @@ def evaluate(
 ) -> Report:
     """Evaluates every selector on the instances of `split`; `score` is a function such as `Scorer.score`, or None.
 
+    `champion` is such a function of the scorer to compare with. `probe` also measures known weaknesses of the scorer,
+    for which some pairs are scored again.
+
     The weights of hybrids and the best single system are chosen on the validation split. Instances of both splits are
     kept in memory, others are ignored. Raises RecordError if there is nothing to report on, or a candidate has no
     label.
@@ -53,7 +56,7 @@ def read_values(folder: str | Path, *, check_hashes: bool = False) -> dict[str, 
     """Reads the values of report.json, unconverted. Raises RecordError if this version cannot read their schema.
 
     With `check_hashes`, every file of the folder is first compared with its manifest: an edited report must not pass
-    the gate.
+    the promotion gate.
     """
     path = Path(folder) / "report.json"
     if not path.is_file() and (inner := path.parent / "report" / path.name).is_file():

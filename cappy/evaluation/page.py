@@ -24,6 +24,7 @@ COLOURS: Mapping[str, str] = {
     "likelihood_mean": "#0b7a6c",
     "random": QUIET,
 }
+"""Colours of selectors. All differ, some by one digit only, because `to_svg` replaces each by its own CSS variable."""
 VARIABLES: Mapping[str, str] = {
     COLOURS[name]: f"var(--{name.replace('_', '-')})" for name in COLOURS if name not in ("oracle", "random")
 } | {"#0b7a6d": "var(--likelihood-mean)"}
@@ -72,7 +73,7 @@ def plot_files(report: Report) -> dict[str, bytes]:
 
 
 def _bars(report: Report) -> Mapping[str, Mapping[str, float]]:
-    """Position of each selector's interval between the lowest and the highest end of all, in percent of the width."""
+    """Left end, width and mean of each selector's interval, in percent of the range of all intervals."""
     estimates = {name: row.estimate for name, row in report.selectors.items()}
     low = min(estimate.low for estimate in estimates.values())
     width = max(estimate.high for estimate in estimates.values()) - low or 1.0
@@ -96,7 +97,7 @@ def _mean_cells(row: TaskRow, columns: list[Selector]) -> list[dict[str, float |
 
 
 def _curve_steps(report: Report) -> list[dict[str, float | None]]:
-    """Mean label and cost by number of candidates with the scorer: powers of two, `pays_until`, and all."""
+    """Mean label and cost of the scorer's pick from n candidates; n is a power of two, `pays_until`, or all."""
     points = [point.mean for point in report.curve.get("scorer", ())]
     if not points:
         return []
@@ -116,7 +117,10 @@ def _curve_step(report: Report, points: list[float], n: int) -> dict[str, float 
 def _template_ranges(report: Report) -> list[tuple[str, int, float, float, float]]:
     """Task, number of templates, and the lowest, mean and highest accuracy over them."""
     rows = [(row.task, list(row.templates.values())) for row in report.tasks if len(row.templates) > 1]
-    return [(task, len(own), min(own), sum(own) / len(own), max(own)) for task, own in rows]
+    return [
+        (task, len(accuracies), min(accuracies), sum(accuracies) / len(accuracies), max(accuracies))
+        for task, accuracies in rows
+    ]
 
 
 def _group_published(report: Report) -> list[tuple[str, list[str], list[PublishedTask]]]:

@@ -20,7 +20,7 @@ INK, QUIET, GRID = "#1b1f24", "#5b6470", "#d9dde3"
 VARIABLES: Mapping[str, str] = {INK: "var(--ink)", QUIET: "var(--quiet)", GRID: "var(--line)"}
 
 _STYLE = re.compile(r"\s*<style\b[^>]*>[^<]*</style>")
-"""matplotlib's rule for all lines; `style.jinja` has it, because a page only applies styles of its template."""
+"""matplotlib's style element, which the page's policy would block; `style.jinja` contains its only rule."""
 _NONE = "'none'"
 _BLOCKS = {"script": "script-src", "style": "style-src-elem"}
 """Blocks of a template whose text is hashed -> directive for the hash."""

@@ -1,4 +1,4 @@
-"""Opens what `--source` or `--mixture` names as rows, excludes systems, and groups the rows of one prompt."""
+"""Opens the rows that `--source` or `--mixture` names, excludes systems, and groups the rows of one prompt."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ class Source:
 
 
 def open_source(config: PreparationConfig) -> Source:
-    """Opens the source of a config; ConfigError or FolderError if it does not exist or does not use a given setting."""
+    """Opens the source of a config; ConfigError or FolderError if it does not exist or a setting does not apply."""
     kind, open_kind = _find_source(config)
     check_settings(config, kind)
     return open_kind()
@@ -79,7 +79,9 @@ def _find_source(config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]
 
 
 def _find_in_folder(path: Path, config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
-    shards = [path] if (path / MANIFEST).is_file() else sorted(table.parent for table in path.glob(f"*/{MANIFEST}"))
+    shards = (
+        [path] if (path / MANIFEST).is_file() else sorted(manifest.parent for manifest in path.glob(f"*/{MANIFEST}"))
+    )
     if shards:
         return "records", lambda: _open_records(shards, path, config)
     if tasks := find_tasks(path):
@@ -291,7 +293,7 @@ def _add_choice_candidates(instance: Instance) -> Instance:
 
 
 def group_rows(source: Source, config: PreparationConfig) -> Source:
-    """The source with the rows of one prompt joined to one instance, if `group_responses` asks for it."""
+    """The source with the rows of one prompt joined into one instance, if `group_responses` asks for it."""
     if source.format in (BUILTIN, "records", "bigbench") or source.datasets:
         return source
     grouping = _count_prompts(source.rows, config.group_responses)

@@ -1,7 +1,7 @@
-"""Reads text files by lines or pieces, decompressing and decoding on the fly; every error names file:line.
+"""Reads text files by lines or pieces, decompressing and decoding on the fly; errors name the file and the line.
 
-It reads gzip, xz, bzip2, Zstandard, and a zip archive of one file. Nothing is decompressed ahead of what is read, so
-a small file that would expand to fill a disk costs one buffer.
+It reads gzip, xz, bzip2, Zstandard, and a zip archive of one file. Files are decompressed as they are
+read, so a small file that would expand to fill a disk needs the memory of one buffer only.
 """
 
 import bz2
@@ -86,7 +86,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     encoding = _detect_encoding(path)
     if encoding != "utf-8-sig":
-        yield from _read_wide_lines(path, encoding)
+        yield from _read_utf16_or_utf32_lines(path, encoding)
         return
     with _open_decompressed(path) as file:
         number = 1
@@ -102,7 +102,7 @@ def read_pieces(path: Path, errors: str = "strict", size: int = PIECE_CHARACTERS
         _open_decompressed(path) as file,
         io.TextIOWrapper(file, encoding=encoding, errors=errors, newline="\n") as text,
     ):
-        while piece := _read_or_refuse(lambda: text.read(size), path, number, encoding):
+        while piece := _read_text(lambda: text.read(size), path, number, encoding):
             yield piece
             number += piece.count("\n")
 
@@ -113,7 +113,7 @@ def _detect_encoding(path: Path) -> str:
         try:
             first_bytes = file.read(4)
         except (MemoryError, *_DAMAGE_ERRORS):
-            return "utf-8-sig"  # reading the lines raises the error with its line
+            return "utf-8-sig"  # reading the lines will raise the error, with the line number
     marked = next((name for mark, name in _BOM_ENCODINGS.items() if first_bytes.startswith(mark)), None)
     if (
         marked is None
@@ -127,17 +127,17 @@ def _detect_encoding(path: Path) -> str:
     return marked or "utf-8-sig"
 
 
-def _read_wide_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+def _read_utf16_or_utf32_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     with _open_decompressed(path) as file, io.TextIOWrapper(file, encoding=encoding, newline="\n") as text:
         number = 1
-        while line := _read_or_refuse(lambda: text.readline(MAX_LINE_BYTES + 1), path, number, encoding):
+        while line := _read_text(lambda: text.readline(MAX_LINE_BYTES + 1), path, number, encoding):
             if len(line) > MAX_LINE_BYTES:
                 raise _line_length_error(path, number)
             yield number, line
             number += 1
 
 
-def _read_or_refuse(read: Callable[[], str], path: Path, number: int, encoding: str) -> str:
+def _read_text(read: Callable[[], str], path: Path, number: int, encoding: str) -> str:
     try:
         return read()
     except UnicodeDecodeError as error:
@@ -228,7 +228,7 @@ def _decompress(path: Path, raw: io.BufferedReader, stack: contextlib.ExitStack)
     if first_bytes.startswith(_ZSTANDARD):
         return stack.enter_context(_Zstandard(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")))
     if first_bytes.startswith(_ZIP):
-        return stack.enter_context(_only_member(path, raw, stack))
+        return stack.enter_context(_open_only_member(path, raw, stack))
     return raw
 
 
@@ -242,7 +242,7 @@ class _Zstandard(io.BufferedReader):
             raise EOFError(str(error)) from error
 
 
-def _only_member(path: Path, raw: IO[bytes], stack: contextlib.ExitStack) -> IO[bytes]:
+def _open_only_member(path: Path, raw: IO[bytes], stack: contextlib.ExitStack) -> IO[bytes]:
     try:
         archive = stack.enter_context(zipfile.ZipFile(raw))
         names = [info.filename for info in archive.infolist() if not info.is_dir()]

@@ -43,7 +43,7 @@ class File:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder contains and how it was made; equal work writes an equal manifest, without times and paths.
+    """What a folder contains and how it was made. The same work writes the same manifest, so it has no times or paths.
 
     `step_version` is the version of the step that wrote it. Older manifests have a hash of the code in `code` instead.
     """
@@ -164,8 +164,8 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
 def rename_folder(source: Path, target: Path, *, last: str) -> None:
     """Renames a folder atomically, or file by file with `last` at the end if the file system cannot rename folders.
 
-    Mounted Cloud Storage cannot. Readers of `target` treat it as complete once it contains `last`; without that file it
-    was left by a killed process.
+    A mounted Cloud Storage bucket is such a file system. Readers treat `target` as complete once it contains `last`;
+    without that file it was left by a killed process.
     """
     shutil.rmtree(target, ignore_errors=True)
     try:
@@ -216,7 +216,7 @@ def write(folder: str | Path, instances: Iterable[Instance], *, step: str = "", 
     """Writes instances as a finished folder, `part_rows` per part; FolderError if the folder is already finished."""
     target = Path(folder)
     if (target / MANIFEST).exists():
-        raise FolderError(f"{target}: already holds a finished folder; choose another one, or delete it first")
+        raise FolderError(f"{target}: is already finished; choose another folder, or delete this one first")
     files = [write_part(target, index, part) for index, part in enumerate(batched(instances, part_rows))]
     manifest = Manifest(step=step, files=tuple(files))
     write_manifest(target, manifest)
@@ -233,7 +233,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not path.parent.is_dir():
         raise FolderError(f"{folder}: no such folder; check the path")
     if not path.is_file() and any(path.parent.glob(f"*/{MANIFEST}")):
-        remedy = "join them: cappy preparation --source on this folder"
+        remedy = f"join them: cappy preparation --source {folder}"
         raise FolderError(f"{folder}: contains folders of records but is not one itself; {remedy}")
     if not path.is_file():
         raise FolderError(f"{folder}: has no {MANIFEST}, so it is unfinished; run the step that writes it again")

@@ -75,7 +75,7 @@ def _link_part(path: Path, file: File, folder: Path, index: int) -> File:
 
 
 def _common_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """The settings that are equal in all shards: all but the shard itself."""
+    """The settings that are equal in all shards: all but `shard`."""
     first, *others = configs
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 

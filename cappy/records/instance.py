@@ -1,4 +1,4 @@
-"""The one record: an instruction with its references, choices and candidates."""
+"""The record that every step reads and writes: an instruction with its references, choices and candidates."""
 
 import hashlib
 import unicodedata
@@ -18,7 +18,7 @@ GIVEN = "given"
 SOURCES: tuple[Source, ...] = get_args(Source)
 STATUSES: tuple[Status, ...] = get_args(Status)
 SELECTABLE: tuple[Status, ...] = ("ok", "truncated")
-"""Statuses of candidates that a user would have; a response that reached the length limit is one of them."""
+"""Statuses of responses that an LLM would return to a user, including those that reached the length limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class Candidate:
 
     @property
     def selectable(self) -> bool:
-        """Whether a selector may pick it: only what a user would have, never a reference or a mismatch."""
+        """Whether a selector may pick it: what an LLM would return to a user, or a choice."""
         return self.source in ("llm", "choice") and self.status in SELECTABLE
 
 

@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 def _defaults(kind: type[Instance | Candidate]) -> dict[str, object]:
-    """The value for null of each field: its default, or "" if it has none."""
+    """The value that replaces a null, by field: its default, or "" if it has none."""
     return {field.name: "" if field.default is MISSING else field.default for field in fields(kind)}
 
 
@@ -92,7 +92,7 @@ def to_table(instances: Iterable[Instance]) -> pa.Table:
     columns = [pa.array([getattr(row, name) for row in rows], SCHEMA.field(name).type) for name in _INSTANCE_FIELDS]
     candidates = [candidate for row in rows for candidate in row.candidates]
     struct = pa.StructArray.from_arrays(
-        [pa.array(_values(candidates, name), _CANDIDATE.field(name).type) for name in _CANDIDATE_FIELDS],
+        [pa.array(_field_values(candidates, name), _CANDIDATE.field(name).type) for name in _CANDIDATE_FIELDS],
         fields=list(_CANDIDATE),
     )
     offsets = list(itertools.accumulate((len(row.candidates) for row in rows), initial=0))
@@ -107,25 +107,27 @@ def from_batch(batch: pa.RecordBatch) -> Iterator[Instance]:
     Reads column by column: pyarrow creates an object for every nested value of a row, which is much slower.
     """
     columns = {
-        name: _column(batch[name], _INSTANCE_DEFAULTS[name]) for name in _INSTANCE_FIELDS if name in batch.schema.names
+        name: _read_column(batch[name], _INSTANCE_DEFAULTS[name])
+        for name in _INSTANCE_FIELDS
+        if name in batch.schema.names
     }
-    candidates = _candidates(batch["candidates"]) if "candidates" in batch.schema.names else [()] * len(batch)
+    candidates = _read_candidates(batch["candidates"]) if "candidates" in batch.schema.names else [()] * len(batch)
     for values, row_candidates in zip(zip(*columns.values(), strict=True), candidates, strict=True):
         yield Instance(**dict(zip(columns, values, strict=True)), candidates=row_candidates)
 
 
-def _candidates(column: pa.ListArray) -> list[tuple[Candidate, ...]]:
+def _read_candidates(column: pa.ListArray) -> list[tuple[Candidate, ...]]:
     struct = column.flatten()
     names = [name for name in _CANDIDATE_FIELDS if struct.type.get_field_index(name) >= 0]
-    columns = [_column(struct.field(name), _CANDIDATE_DEFAULTS[name]) for name in names]
+    columns = [_read_column(struct.field(name), _CANDIDATE_DEFAULTS[name]) for name in names]
     flat = [Candidate(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
     return _split_flat(flat, column)
 
 
-def _column(column: pa.Array, default: object) -> Sequence[Any]:
+def _read_column(column: pa.Array, default: object) -> Sequence[Any]:
     """The values of a column: nulls as the default, lists as tuples, maps as mappings."""
     if pa.types.is_map(column.type):
-        return _maps(column)
+        return _read_maps(column)
     if pa.types.is_list(column.type):
         return _split_flat(column.flatten().to_pylist(), column)
     values = column.to_pylist()
@@ -139,7 +141,7 @@ def _split_flat(flat: Sequence[T], column: pa.ListArray) -> list[tuple[T, ...]]:
     return [tuple(flat[start:end]) for start, end in itertools.pairwise(ends)]
 
 
-def _maps(column: pa.MapArray) -> list[Mapping[str, float]]:
+def _read_maps(column: pa.MapArray) -> list[Mapping[str, float]]:
     ends = column.offsets.to_pylist()
     if not ends or ends[0] == ends[-1]:
         return [{} for _ in range(len(column))]
@@ -147,6 +149,6 @@ def _maps(column: pa.MapArray) -> list[Mapping[str, float]]:
     return [dict(zip(keys[start:end], items[start:end], strict=True)) for start, end in itertools.pairwise(ends)]
 
 
-def _values(candidates: Sequence[Candidate], name: str) -> list[object]:
+def _field_values(candidates: Sequence[Candidate], name: str) -> list[object]:
     values = [getattr(candidate, name) for candidate in candidates]
     return [list(value.items()) for value in values] if name in _MAPS else values

@@ -34,7 +34,9 @@ class PromotionConfig:
     ] = 0.0
     baseline: Annotated[
         Baseline,
-        Field(description="Selector that a first version must beat besides random choice; mbr: MBR and likelihood"),
+        Field(
+            description="Selector that a first version must beat besides random choice; with mbr, likelihood and MBR"
+        ),
     ] = "likelihood"
     guard: Annotated[
         tuple[str, ...], Field(description="TASK=MARGIN: this task must not fall by more than the margin, 0 to 1")
@@ -102,6 +104,7 @@ def read_version(folder: Path) -> str:
 
 def dry_run(version: Path, report: Path, **settings: object) -> Decision:
     """The decision that the gate would make now; nothing is moved or written."""
+    # A config needs a target, but nothing is written to it.
     config = build(PromotionConfig, {**settings, "version": version, "report": report, "target": "nowhere"})
     decision, _, _ = _decide(config, read_version(version), read_values(report, check_hashes=True), apply=False)
     return decision
@@ -117,11 +120,12 @@ def _decide(
     guards = parse_guards(config.guard)
     version = versions.resolve(spec, tracking_uri=config.tracking_uri)
     with connect(config.tracking_uri) as client:
-        # The lock makes the second of two promotions see the new champion, which its report does not compare with.
+        # With the lock, the second of two concurrent promotions sees the new champion and holds, because its report
+        # does not compare with it.
         with aliases.lock_alias(client, version.name) if apply else contextlib.nullcontext():
             champion = versions.find(client, version.name, CHAMPION)
             attempt = versions.count_attempt(client, version, _tested_groups(report)) if config.count_attempts else 0
-            decision = _decide_against(report, version, champion, config, guards, attempt)
+            decision = _decide_given_champion(report, version, champion, config, guards, attempt)
             if decision.decision == "promote" and not config.force:
                 decision = _hold_rolled_back(aliases.was_rolled_back(client, version), version) or decision
             if apply:
@@ -146,7 +150,7 @@ def _hold_rolled_back(was_rolled_back: bool, version: Version) -> Decision | Non
     return Decision(decision="hold", reasons=(reason,))
 
 
-def _decide_against(
+def _decide_given_champion(
     report: ReportValues,
     version: Version,
     champion: Version | None,

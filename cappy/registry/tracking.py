@@ -20,12 +20,12 @@ from cappy.training.meter import TRAINING_LOG, read_curves
 STEP_TAG = "cappy.step"
 PIPELINE = "pipeline"
 PARAM_LIMIT = 500
-BATCH = 1000
+MAX_METRICS_PER_REQUEST = 1000
 """Metrics that MLflow accepts in one request."""
 
 
 def track_run(fingerprints: Mapping[str, str], settings: str, *, run: str, state: str) -> None:
-    """Tracks a pipeline run in the exit step of an orchestrator; a CappyError becomes one line and status 1.
+    """Tracks a pipeline run in the exit step of an orchestrator; a CappyError is printed on one line, with status 1.
 
     `worker.launch` is not used here, so the secrets, such as MLflow's password, are read here.
     """
@@ -60,7 +60,7 @@ def track(
         parent = pipeline_run(client, experiment_key, run)
         for step, fingerprint in fingerprints.items():
             record = read_record(work, fingerprint)
-            if record is not None and _concerns(record, run):
+            if record is not None and _counts_for_run(record, run):
                 nested = step_run(client, experiment_key, run, step)
                 _log_step(client, nested, record, cached=record.run != run)
                 if step == "evaluation":
@@ -114,7 +114,7 @@ def _find_run(client: MlflowClient, experiment: str, run: str, step: str) -> str
     return str(runs[0].info.run_id) if runs else None
 
 
-def _concerns(record: StepRecord, run: str) -> bool:
+def _counts_for_run(record: StepRecord, run: str) -> bool:
     """Whether the record counts for this run: a success of another run does, a failure does not."""
     return record.run == run or record.status == "done"
 
@@ -149,7 +149,7 @@ def _log_files(client: MlflowClient, run_id: str, record: StepRecord) -> None:
 
 
 def _log_curve(client: MlflowClient, run_id: str, record: StepRecord) -> None:
-    """Logs loss, learning rate, picks and speed of a training step per update."""
+    """Logs loss, learning rate, speed and the mean label of the picked responses of a training step, by update."""
     if record.step not in TRAINING_STEPS:
         return
     points = read_curves(Path(record.target), Path(str(record.config["work"])), record.manifest_hash)
@@ -162,8 +162,8 @@ def _log_curve(client: MlflowClient, run_id: str, record: StepRecord) -> None:
         for name, value in point.items()
         if name != "update"
     ]
-    for start in range(0, len(curve), BATCH):
-        client.log_batch(run_id, metrics=curve[start : start + BATCH])
+    for start in range(0, len(curve), MAX_METRICS_PER_REQUEST):
+        client.log_batch(run_id, metrics=curve[start : start + MAX_METRICS_PER_REQUEST])
 
 
 def _metrics(values: Mapping[str, float], started: float) -> list[Metric]:

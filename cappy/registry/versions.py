@@ -1,6 +1,7 @@
 """Registered versions: lookup by alias, number or content, verified downloads, and counts of attempts.
 
-Every version tested on the same groups is another chance to win by luck, so the gate requires more of later ones.
+Every version tested on the same groups is another chance to win by luck, so the gate requires more confidence
+for later ones.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ SCORER_PATH = "artifacts/scorer"
 """Path of the scorer folder inside a version."""
 _CONTENT = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{12}){0,3}")
 _PORTS = {"http": 80, "https": 443}
-_SAME_TEST = 0.5
-"""A version whose tag has at least this share of the groups was tested on them before and keeps its attempt."""
+_SAME_SHARE = 0.5
+"""A version whose tag has at least this share of the groups was tested on them before: later versions do not count."""
 ARTIFACT_HOSTS = "CAPPY_ARTIFACT_HOSTS"
 """Environment variable: comma-separated artifact servers (host:port) that may receive MLflow's credentials."""
 
@@ -233,7 +234,7 @@ def count_attempt(client: MlflowClient, version: Version, tested_groups: str) ->
     used = sum(
         sketch_overlap(tested_groups, other.tags.get(TESTED_TAG, ""))
         for other in _other_versions(client, version)
-        if other.manifest_hash != version.manifest_hash and (other.number < version.number or own_overlap < _SAME_TEST)
+        if other.manifest_hash != version.manifest_hash and (other.number < version.number or own_overlap < _SAME_SHARE)
     )
     return 1 + int(used + 0.5)
 

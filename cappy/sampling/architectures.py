@@ -39,7 +39,7 @@ class Causal(LocalLLM):
         self._num_truncated += truncated
         return ids
 
-    def _response(self, text: str) -> list[int]:
+    def _tokenize_response(self, text: str) -> list[int]:
         return response_tokens(self.tokenizer, text, int(self.end_ids[0]))
 
     def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,11 +47,11 @@ class Causal(LocalLLM):
         ids, mask = pad(prompts, self.pad_id, left=True)
         return ids.to(self.device), mask.to(self.device)
 
-    def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
+    def _start_rows(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
         rows = _CausalContinuation(self.model, mask)
         return rows, rows.start(encoded, copies)
 
-    def _beams(
+    def _beam_search(
         self,
         prompts: Sequence[Sequence[int]],
         encoded: torch.Tensor,
@@ -67,9 +67,9 @@ class Causal(LocalLLM):
             stopping_criteria=progress_criteria(decoding, len(prompts) * decoding.num_samples, on_candidates),
         )[:, encoded.shape[1] :]
         tokens = self._truncate_at_end(sequences)
-        return tokens, self._sums([prompt for prompt in prompts for _ in range(decoding.num_samples)], tokens)
+        return tokens, self._logprob_sums([prompt for prompt in prompts for _ in range(decoding.num_samples)], tokens)
 
-    def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _logprob_sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
         both = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         # Right padding does not change a causal model's outputs at earlier positions.
         ids, mask = (tensor.to(self.device) for tensor in pad(both, self.pad_id))
@@ -153,7 +153,7 @@ class Seq2Seq(LocalLLM):
         self._num_truncated += sum(len(prompt) > longest for prompt in whole)
         return prompts
 
-    def _response(self, text: str) -> list[int]:
+    def _tokenize_response(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text_target=text).input_ids
         return ids
 
@@ -162,11 +162,11 @@ class Seq2Seq(LocalLLM):
         ids, mask = (tensor.to(self.device) for tensor in pad(prompts, self.pad_id))
         return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
-    def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
+    def _start_rows(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
         rows = _Seq2SeqContinuation(self.model, encoded, mask)
         return rows, rows.start(copies)
 
-    def _beams(
+    def _beam_search(
         self,
         prompts: Sequence[Sequence[int]],
         encoded: torch.Tensor,
@@ -187,7 +187,7 @@ class Seq2Seq(LocalLLM):
             encoded.repeat_interleave(num_samples, 0), mask.repeat_interleave(num_samples, 0), tokens
         )
 
-    def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _logprob_sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
         distinct_prompts = list(dict.fromkeys(map(tuple, prompts)))
         states, mask = self._encode(distinct_prompts)
         index = {prompt: i for i, prompt in enumerate(distinct_prompts)}
@@ -212,7 +212,7 @@ class Seq2Seq(LocalLLM):
 
 
 class _Seq2SeqContinuation:
-    """The `Continuation` of an encoder-decoder: computes the source's key-value cache once per instruction."""
+    """The `Continuation` of an encoder-decoder: computes the cross-attention's keys and values once per instruction."""
 
     def __init__(self, model: LanguageModel, states: torch.Tensor, mask: torch.Tensor) -> None:
         self._model = model
@@ -237,7 +237,7 @@ class _Seq2SeqContinuation:
         self._mask = self._mask[rows]
 
     def _forward(self, tokens: torch.Tensor, cache: KeyValueCache | None) -> torch.Tensor:
-        # Once the cache holds the source's keys and values, only the shape of the states matters.
+        # Once the cache holds the cross-attention's keys and values, only the shape of the states matters.
         states = self._states if cache is None else self._states[:1].expand(len(tokens), -1, -1)
         output = self._model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),

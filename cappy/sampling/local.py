@@ -85,7 +85,7 @@ class LocalLLM(LocalGenerator):
     Instructions longer than the model's context are truncated and counted.
 
     A sample depends on the seed, the instruction, the name of the decoding and its own number, not on the rest of the
-    batch except for the last bits of the logits. Two instances with the same instruction have the same candidates.
+    batch except for rounding of the logits. Two instances with the same instruction have the same candidates.
     """
 
     BATCH_TOKENS = 65_536
@@ -128,7 +128,7 @@ class LocalLLM(LocalGenerator):
         seed: int,
         on_candidates: OnCandidates = ignore_progress,
     ) -> list[list[list[Response]]]:
-        """Responses as tokens, without the store: one list of samples per instruction and decoding."""
+        """Responses as tokens, without using stored candidates: one list of samples per instruction and decoding."""
         prompts = self._prompts(instructions, max(decoding.max_new_tokens for decoding in decodings))
         ranges = [SampleRange(decoding) for decoding in decodings]
         responses: list[list[list[Response]]] = [[] for _ in instructions]
@@ -140,7 +140,7 @@ class LocalLLM(LocalGenerator):
     @torch.inference_mode()
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
         """Log-probability sum and token count of each response, end token included."""
-        responses = [self._response(response) for _, response in pairs]
+        responses = [self._tokenize_response(response) for _, response in pairs]
         instructions = list(dict.fromkeys(instruction for instruction, _ in pairs))
         longest = max(map(len, responses), default=0)
         prompts = dict(zip(instructions, self._prompts(instructions, longest), strict=True))
@@ -150,7 +150,7 @@ class LocalLLM(LocalGenerator):
         for batch in batch_by_length(
             [len(prompt) + len(response) for prompt, response in rows], reserved=0, budget=budget
         ):
-            sums = self._sums([rows[i][0] for i in batch], [rows[i][1] for i in batch])
+            sums = self._logprob_sums([rows[i][0] for i in batch], [rows[i][1] for i in batch])
             for index, total in zip(batch, sums.tolist(), strict=True):
                 results[index] = (total, len(rows[index][1]))
         return results
@@ -174,19 +174,19 @@ class LocalLLM(LocalGenerator):
         )
 
     @abstractmethod
-    def _response(self, text: str) -> list[int]:
+    def _tokenize_response(self, text: str) -> list[int]:
         """Tokens of a response text, end token included."""
 
     @abstractmethod
     def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The padded input for `_begin`, and its mask (prompts, longest)."""
+        """The padded input for `_start_rows`, and its mask (prompts, longest)."""
 
     @abstractmethod
-    def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
+    def _start_rows(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
         """Starts `copies` rows per prompt; also the first token's logits (prompts * copies, vocabulary)."""
 
     @abstractmethod
-    def _beams(
+    def _beam_search(
         self,
         prompts: Sequence[Sequence[int]],
         encoded: torch.Tensor,
@@ -197,12 +197,12 @@ class LocalLLM(LocalGenerator):
         """Beam search: the tokens of each prompt's samples, prompt by prompt, and their log-probabilities (rows,)."""
 
     @abstractmethod
-    def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _logprob_sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
         """Log-probability sum of each response given its prompt: (rows,)."""
 
     @staticmethod
     def _is_extendable(decoding: Decoding) -> bool:
-        """True for sampling, where each sample has its own random numbers; false for a beam search."""
+        """Whether more samples can be added later: true for sampling, where each has its own random numbers."""
         return decoding.do_sample
 
     def _draw(
@@ -255,7 +255,7 @@ class LocalLLM(LocalGenerator):
         responses: list[list[list[Response]]] = [[[] for _ in ranges] for _ in prompts]
         for position, samples in enumerate(ranges):
             if samples.decoding.num_beams > 1:
-                tokens, sums = self._beams(prompts, encoded, mask, samples.decoding, on_candidates)
+                tokens, sums = self._beam_search(prompts, encoded, mask, samples.decoding, on_candidates)
                 on_candidates(len(tokens))
                 for row, (row_tokens, total) in enumerate(zip(tokens, sums.tolist(), strict=True)):
                     responses[row // samples.decoding.num_samples][position].append(Response(row_tokens, total))
@@ -269,7 +269,7 @@ class LocalLLM(LocalGenerator):
                 for _, samples in sampled
                 for row_uniforms in draw_uniforms(seed, text, samples.decoding, samples.first)
             ]
-            model, logits = self._begin(encoded, mask, len(decodings))
+            model, logits = self._start_rows(encoded, mask, len(decodings))
             continued = continue_rows(model, logits, decodings * len(prompts), uniforms, self.end_ids, on_candidates)
             for row, response in enumerate(continued):
                 responses[row // len(decodings)][positions[row % len(decodings)]].append(response)

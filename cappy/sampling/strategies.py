@@ -88,8 +88,8 @@ def _paper_pretrain() -> tuple[Decoding, ...]:
     """Five samples from each of two generators (method, section 1.4): a reconstruction, not a published setting.
 
     The number of samples and the filter of each generator (top-k for the first, BART0; top-p for the second, T0-3B)
-    are from memory; the values 40 and 0.95 are those of the finetuning code. As in the sampling step, only templates
-    without choices were sampled from.
+    are recalled, not looked up; the values 40 and 0.95 are those of the finetuning code. As in the sampling step, only
+    templates without choices were sampled from.
     """
     return (
         Decoding(name="topk40", num_samples=5, top_k=40, generator=0),
@@ -124,8 +124,8 @@ GRAMMAR = (
     f"file of decodings ({', '.join(FILES)})"
 )
 _NUMBER = "[0-9]{1,9}"
-_FRACTION = rf"{_NUMBER}(?:\.[0-9]{{1,9}})?"
-_PARAMETER = rf"(?:topk{_NUMBER}|(?:temperature|topp|minp){_FRACTION})"
+_DECIMAL = rf"{_NUMBER}(?:\.[0-9]{{1,9}})?"
+_PARAMETER = rf"(?:topk{_NUMBER}|(?:temperature|topp|minp){_DECIMAL})"
 _BEAM = re.compile(rf"beam({_NUMBER})(?:x({_NUMBER}))?")
 _SAMPLING = re.compile(rf"sampling({_NUMBER})")
 _PARAMETERS = re.compile(rf"({_PARAMETER}(?:-{_PARAMETER})*)(?:x({_NUMBER}))?")

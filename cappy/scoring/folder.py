@@ -39,7 +39,7 @@ ACTIVATIONS: Mapping[Head, str] = {
 }
 """The activation of each head, in the notation of sentence-transformers."""
 _HEADS: Mapping[str, Head] = {"Identity": "mse", "Sigmoid": "bce"}
-_OLD_KEY = "sbert_ce_default_activation_function"
+_OLD_ACTIVATION_KEY = "sbert_ce_default_activation_function"
 _WITHOUT_EFFECT = {"modality_config", "module_output_name", "unpad_inputs", "query_length", "document_length"}
 _UNSUPPORTED = {
     "do_lower_case": "lowers the case of every text",
@@ -92,7 +92,9 @@ def _check_template(folder: Path, template: object) -> None:
     if not template:
         return
     if all(role in json.dumps(template) for role in ("query", "document")):
-        remedy = f"delete it ({CHAT_TEMPLATE}, or its entry in tokenizer_config.json) if the scorer was trained without"
+        remedy = (
+            f"delete it ({CHAT_TEMPLATE}, or its entry in tokenizer_config.json) if the scorer was trained without it"
+        )
         raise FolderError(
             f"{folder}: has a chat template for pairs (query, document), which is not applied here; {remedy}"
         )
@@ -112,7 +114,7 @@ def _head_of_config(folder: Path, config: "PreTrainedConfig") -> Head | None:
         raise FolderError(f"{where}: sentence_transformers must be an object, got {quote(json.dumps(stated))}")
     if stated is not None and "activation_fn" in stated:
         return _parse_head(stated["activation_fn"], f"{where}: sentence_transformers.activation_fn")
-    return _parse_head(getattr(config, _OLD_KEY, None), f"{where}: {_OLD_KEY}")
+    return _parse_head(getattr(config, _OLD_ACTIVATION_KEY, None), f"{where}: {_OLD_ACTIVATION_KEY}")
 
 
 def _parse_head(path: object, where: str) -> Head | None:
@@ -182,10 +184,10 @@ DEFAULT_MAX_LENGTH = 512
 """Maximum tokens of a pair if neither positions nor tokenizer have a limit."""
 MIN_MAX_LENGTH = 8
 UNLIMITED = 10**6
-"""A tokenizer's `model_max_length` from here on is not a limit; transformers writes 1e30 if it is not set."""
+"""A tokenizer's `model_max_length` of at least this is not a limit; transformers writes 1e30 if it is not set."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
-INPUTS = "model_input_names"
-TYPES = "token_type_ids"
+INPUT_NAMES = "model_input_names"
+TYPES_INPUT = "token_type_ids"
 _COMPATIBLE_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Class names of transformers 5 -> names that every version knows."""
 _LOAD_ARGUMENTS = ("is_local", "local_files_only")
@@ -205,26 +207,26 @@ def read_config(
     A folder that states no activation has the head `default_head`; the CrossEncoder's default is `bce`.
     """
     stated = _read_stated(folder.path, config)
-    own = _read_recorded(config)
-    if stated.uses_chat_template and not (own and folder.listed):
+    recorded = _read_recorded(config)
+    if stated.uses_chat_template and not (recorded and folder.listed):
         _check_template(folder.path, getattr(tokenizer, "chat_template", None))
     return ScorerConfig(
-        head=stated.head or _recorded_head(own) or _warn_default_head(folder.path, default_head),
+        head=stated.head or _recorded_head(recorded) or _warn_default_head(folder.path, default_head),
         max_length=_find_max_length(folder, config, tokenizer, model, stated),
         truncation=_read_truncation(config),
     )
 
 
-def record_config(config: "PreTrainedConfig", own: ScorerConfig) -> None:
+def record_config(config: "PreTrainedConfig", scorer_config: ScorerConfig) -> None:
     """Records head, activation, length and, unless it is the default, truncation in a model configuration."""
-    config.cappy = {"head": own.head, "max_length": own.max_length}
-    if own.truncation != "middle":
-        config.cappy["truncation"] = own.truncation
+    config.cappy = {"head": scorer_config.head, "max_length": scorer_config.max_length}
+    if scorer_config.truncation != "middle":
+        config.cappy["truncation"] = scorer_config.truncation
     # The first key is read by sentence-transformers 4 and later, vLLM and cappy, the second by versions 2 and 3.
-    config.sentence_transformers = {"activation_fn": ACTIVATIONS[own.head]}
-    config.sbert_ce_default_activation_function = ACTIVATIONS[own.head]
+    config.sentence_transformers = {"activation_fn": ACTIVATIONS[scorer_config.head]}
+    config.sbert_ce_default_activation_function = ACTIVATIONS[scorer_config.head]
     # Makes the text-classification pipeline of transformers apply the identity, or the sigmoid.
-    config.problem_type = "regression" if own.head == "mse" else "multi_label_classification"
+    config.problem_type = "regression" if scorer_config.head == "mse" else "multi_label_classification"
 
 
 def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, max_length: int, *, types: bool) -> None:
@@ -243,7 +245,7 @@ def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, max_leng
     values |= {
         "tokenizer_class": _COMPATIBLE_CLASSES.get(name, values.get("tokenizer_class")),
         "model_max_length": max_length,
-        INPUTS: [name for name in tokenizer.model_input_names if types or name != TYPES],
+        INPUT_NAMES: [name for name in tokenizer.model_input_names if types or name != TYPES_INPUT],
     }
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -255,18 +257,18 @@ def restore_token_types(folder: ModelFolder, config: "PreTrainedConfig", tokeniz
     """
     path = folder.path / TOKENIZER_CONFIG
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if folder.listed and _read_recorded(config) and INPUTS not in values and use_token_types(tokenizer, config):
+    if folder.listed and _read_recorded(config) and INPUT_NAMES not in values and use_token_types(tokenizer, config):
         remedy = "other loaders do not use them until it is saved again: Scorer.load(...).save(...)"
         warn_once(folder.path, f"its tokenizer's file does not name token types, which are used here; {remedy}")
 
 
 def use_token_types(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> bool:
     """Makes a tokenizer return the token types that its model has; returns whether this changed it."""
-    if (getattr(config, "type_vocab_size", 0) or 0) < 2 or TYPES in tokenizer.model_input_names:
+    if (getattr(config, "type_vocab_size", 0) or 0) < 2 or TYPES_INPUT in tokenizer.model_input_names:
         return False
-    if not any(tokenizer("a", "b", return_token_type_ids=True)[TYPES]):
+    if not any(tokenizer("a", "b", return_token_type_ids=True)[TYPES_INPUT]):
         return False
-    tokenizer.model_input_names = ["input_ids", TYPES, "attention_mask"]
+    tokenizer.model_input_names = ["input_ids", TYPES_INPUT, "attention_mask"]
     return True
 
 
@@ -277,17 +279,17 @@ def check_single_label(folder: Path, config: "PreTrainedConfig") -> None:
 
 
 def _read_truncation(config: "PreTrainedConfig") -> Truncation:
-    """The recorded truncation, else `middle`; in folders of other tools that of CrossEncoder, `longest_first`.
+    """The recorded truncation, else `middle`; for folders of other tools, CrossEncoder's `longest_first`.
 
     Raises FolderError if the recorded one is unknown.
     """
-    own = _read_recorded(config)
-    recorded = own.get("truncation", "middle" if own else "longest_first")
+    recorded = _read_recorded(config)
+    name = recorded.get("truncation", "middle" if recorded else "longest_first")
     for truncation in TRUNCATIONS:
-        if truncation == recorded:
+        if truncation == name:
             return truncation
     known = " or ".join(TRUNCATIONS)
-    raise FolderError(f"config.json: cappy.truncation must be {known}, got {quote(json.dumps(recorded))}")
+    raise FolderError(f"config.json: cappy.truncation must be {known}, got {quote(json.dumps(name))}")
 
 
 def _find_max_length(
@@ -337,14 +339,14 @@ def _check_length(length: object, where: str) -> int:
 
 def _read_recorded(config: "PreTrainedConfig") -> Mapping[str, JSON]:
     """The settings that this project recorded in a model configuration."""
-    own = getattr(config, "cappy", None) or {}
-    if not isinstance(own, Mapping):
-        raise FolderError(f"config.json: cappy must be an object, got {quote(json.dumps(own))}")
-    return own
+    recorded = getattr(config, "cappy", None) or {}
+    if not isinstance(recorded, Mapping):
+        raise FolderError(f"config.json: cappy must be an object, got {quote(json.dumps(recorded))}")
+    return recorded
 
 
-def _recorded_head(own: Mapping[str, JSON]) -> Head | None:
-    return next((head for head in HEADS if head == own.get("head")), None)
+def _recorded_head(recorded: Mapping[str, JSON]) -> Head | None:
+    return next((head for head in HEADS if head == recorded.get("head")), None)
 
 
 def _warn_default_head(folder: Path, head: Head) -> Head:

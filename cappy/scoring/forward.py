@@ -42,7 +42,7 @@ def batch_by_length(encoded: Sequence[EncodedPair], budget: int) -> Iterator[lis
 
 
 def padding_token_id(config: "PreTrainedConfig") -> int | None:
-    """The id of the model's padding token, from which it derives its last token or positions.
+    """The id of the padding token, by which the model finds the last token, or the positions, of a pair.
 
     None if it has no valid one, or if its head reads the last position including padding (XLNet): then pairs are
     computed one at a time.
@@ -69,9 +69,10 @@ def collate(batch: Sequence[EncodedPair], *, pad: int, types: bool, device: torc
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
+PACKABLE_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
+"""Model types of transformers that `packed_logits` supports."""
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
-"""Families whose positions count the non-padding tokens, starting after the padding id."""
+"""Model types whose positions count the non-padding tokens, starting after the padding id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ class _Body(Protocol):
 def can_pack(model: "PreTrainedModel") -> bool:
     """Whether `packed_logits` supports the model's architecture."""
     config = model.config
-    return config.model_type in FAMILIES and not config.is_decoder and hasattr(model, "classifier")
+    return config.model_type in PACKABLE_MODEL_TYPES and not config.is_decoder and hasattr(model, "classifier")
 
 
 def packed_logits(model: "PreTrainedModel", batch: Sequence[EncodedPair], device: torch.device) -> Tensor:
@@ -232,13 +233,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, singl
 
 
 PREPACKED_ROWS = 8192
-"""Number of rows that the weight order is optimised for; any number is allowed."""
+"""Number of input rows for which the order of the weights is optimised; inputs may have any number."""
 Activation = Literal["none", "gelu"]
 
 
 @cache
 def has_prepacking() -> bool:
-    """Whether torch has the operators and the processor the instructions, determined by trying."""
+    """Whether torch has the operators and the processor has the instructions; tries them on a small layer."""
     try:
         with torch.inference_mode():
             PrepackedLinear(nn.Linear(2, 2))(torch.zeros(1, 2, dtype=torch.bfloat16))

@@ -104,7 +104,7 @@ class Facts:
 class Corpus:
     """The instances of one split, by index: token ids, labels, sources and which responses are selectable.
 
-    `responses` are indices of an instance's responses throughout.
+    The argument `responses` of the methods holds indices among the responses of the instance.
     """
 
     def __init__(self, folder: Path, encoder: PairEncoder) -> None:

@@ -48,6 +48,7 @@ class DeepSpeedStrategy:
     """
 
     lockstep = True
+    """All ranks must run equally many passes, because each pass is a collective call."""
 
     def __init__(self, model: "PreTrainedModel", config: TrainingSettings, ranks: Ranks) -> None:
         deepspeed = _import_deepspeed()
@@ -103,7 +104,7 @@ class DeepSpeedStrategy:
         return moments
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
-        """Loads a checkpoint's tensors, on each rank its shard."""
+        """Loads a checkpoint's tensors; every rank loads its shard."""
         with self._gather_parameters(
             list(self._model.parameters()), modifier_rank=0, enabled=self._stage == WEIGHT_SHARDING_STAGE
         ):
@@ -178,7 +179,7 @@ def _engine_config(config: TrainingSettings) -> dict[str, object]:
 
 
 def set_accelerator() -> None:
-    """Names the accelerator for DeepSpeed, which else warns on stdout; some models of transformers import it."""
+    """Sets DeepSpeed's accelerator: without one, importing it (as some transformers models do) warns on stdout."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -190,9 +191,9 @@ def _import_deepspeed() -> ModuleType:
     except ImportError as error:
         remedy = "pip install 'cappy-scorer[train]', or --parallelism ddp"
         raise ConfigError(f"--parallelism deepspeed: cannot be imported ({error}); {remedy}") from error
-    # Else every rank on a CPU compiles an extension that gloo does not need; a killed build leaves a lock on which the
-    # next one waits forever.
+    # Otherwise every rank on a CPU compiles an extension that gloo does not need, and a killed build leaves a lock on
+    # which the next one waits forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # Else every rank logs its whole configuration.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # Otherwise every rank logs its whole configuration.
     module: ModuleType = deepspeed
     return module

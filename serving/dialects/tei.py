@@ -22,7 +22,7 @@ from serving.dialects.dialect import (
 
 LABEL = "LABEL_0"
 """transformers' default name for the only output of a model."""
-Raw = Annotated[Flag, Field(description="true returns logits, false scores, about 0 to 1")]
+Raw = Annotated[Flag, Field(description="Whether to return logits instead of scores (about 0 to 1)")]
 Truncate = Annotated[
     Flag | None,
     Field(
@@ -43,7 +43,8 @@ class _Options(Body):
     raw_scores: Raw = False
     truncate: Truncate = None
     truncation_direction: Annotated[
-        Literal["Right", "right"], Field(description="Only the default; the middle of the instruction is removed")
+        Literal["Right", "right"],
+        Field(description="Only Right is accepted; what is removed is the middle of the instruction"),
     ] = "Right"
 
 
@@ -105,7 +106,7 @@ def _values(request: _Options, result: ScoredPairs) -> Sequence[float]:
     return result.logits if request.raw_scores else result.scores
 
 
-def _pool(request: TeiRerankRequest) -> list[Pair]:
+def _rerank_pairs(request: TeiRerankRequest) -> list[Pair]:
     return [(request.query, text) for text in request.texts]
 
 
@@ -118,7 +119,7 @@ def _ranks(request: TeiRerankRequest, result: ScoredPairs) -> TeiRerankResponse:
     )
 
 
-def _inputs(request: TeiPredictRequest) -> list[Pair]:
+def _predict_pairs(request: TeiPredictRequest) -> list[Pair]:
     return [request.inputs] if isinstance(request.inputs, tuple) else request.inputs
 
 
@@ -150,7 +151,7 @@ RERANK = Dialect(
     request=TeiRerankRequest,
     response=TeiRerankResponse,
     problem=TeiProblem,
-    pairs=_pool,
+    pairs=_rerank_pairs,
     answer=_ranks,
     refuse=_refuse,
     shape='{"query": "the instruction", "texts": ["a response", ...]}',
@@ -165,7 +166,7 @@ PREDICT = Dialect(
     request=TeiPredictRequest,
     response=TeiPredictResponse,
     problem=TeiProblem,
-    pairs=_inputs,
+    pairs=_predict_pairs,
     answer=_predictions,
     refuse=_refuse,
     shape='{"inputs": [["instruction", "response"], ...]}',

@@ -18,7 +18,7 @@ from serving.gateway.upstream import RoundResult, SampledCandidate, SamplingCall
 SAMPLING_SHARE = 0.9
 """Share of a request's time for sampling; the rest is for scoring."""
 MAX_SCORED_CHARACTERS = 100_000
-"""Of a response: scorers read about its first thousand tokens, and encoding more would delay other requests."""
+"""Characters of a response to score: scorers read about a thousand tokens; encoding more would delay other requests."""
 OutcomeKind = Literal["answered", "abstained", "escalated", "escalation-failed", "unscored"]
 
 
@@ -71,6 +71,8 @@ class Gateway:
 
 
 class _Run:
+    """The work on one request: its candidates, problems and ledger so far."""
+
     def __init__(self, gateway: Gateway, request: ChatRequest, authorization: str) -> None:
         self._gateway = gateway
         self._request = request
@@ -235,12 +237,13 @@ class _Run:
             )
             headers = {"x-should-retry": "false"}
             return GatewayError(429, text, kind="insufficient_quota", code="insufficient_quota", headers=headers)
-        text = f"the request's limit on {self._limit} does not allow a single candidate; shorten the prompt or raise it"
+        remedy = "raise that limit or shorten the prompt"
+        text = f"the request's limit on {self._limit} does not allow a single candidate; {remedy}"
         return GatewayError(400, text, code="limit_too_low")
 
 
 def with_values(candidates: Sequence[SampledCandidate], scoring: Scoring) -> list[SampledCandidate]:
-    """Sets the calibrated values of candidates as the best of all distinct texts; equal texts count once."""
+    """Sets each candidate's value: its score, calibrated for the best of n candidates; n counts distinct texts."""
     scores = {index: candidate.score for index, candidate in enumerate(candidates) if candidate.score is not None}
     if not scores:
         return list(candidates)
@@ -260,8 +263,8 @@ def _ranking_key(candidate: SampledCandidate) -> tuple[bool, bool, float]:
 def _values(candidates: Sequence[SampledCandidate]) -> list[float]:
     """Calibrated values of the complete candidates; of the truncated ones if there are no others."""
     scored_candidates = [(candidate.status, candidate.value) for candidate in candidates if candidate.value is not None]
-    whole = [value for status, value in scored_candidates if status != "truncated"]
-    return whole or [value for _, value in scored_candidates]
+    complete = [value for status, value in scored_candidates if status != "truncated"]
+    return complete or [value for _, value in scored_candidates]
 
 
 def _tokens(usage: dict[str, object], name: str) -> int:

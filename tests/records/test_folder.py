@@ -86,7 +86,7 @@ def test_a_manifest_survives_the_round_trip() -> None:
 
 def test_a_finished_folder_is_never_overwritten(tmp_path: Path) -> None:
     before = write(tmp_path / "f", some(3))
-    with raises_naming(FolderError, f"{tmp_path / 'f'}: already holds", "choose another"):
+    with raises_naming(FolderError, f"{tmp_path / 'f'}: is already finished", "choose another"):
         write(tmp_path / "f", some(4))
     assert verify(tmp_path / "f") == before
 

@@ -45,12 +45,14 @@ from cappy.records.instance import SOURCES
 Hashes = npt.NDArray[np.uint64]
 K = TypeVar("K", str, tuple[str, str], tuple[str, str, str])
 _Key = tuple[str, str, str]
-_CELLS = NUM_BINS + 2
+_NUM_CELLS = NUM_BINS + 2
+"""Cells of a histogram of labels: exactly 0, the bins, exactly 1."""
 
 _NO_LABELS = Labels(zero=0, bins=(0,) * NUM_BINS, one=0, mean=None)
 _TEXTS = ("instruction", "reference", "response")
 _MIN_PENDING = 2**12
-_BITS = 11
+"""Minimum number of hashes to collect before they are merged."""
+_KEPT_BITS = 11
 """Leading bits of a length that are kept: all of them up to 2,047."""
 _IS_SPACE = np.zeros(256, dtype=np.bool_)
 _IS_SPACE[[*b" \t\n\v\f\r\x1c\x1d\x1e\x1f"]] = True
@@ -60,9 +62,10 @@ def summarize(batches: Iterable[pa.RecordBatch], metric: str) -> DataReport:
     """The data report of annotated instances, from record batches with at least the columns `candidates.COLUMNS`.
 
     Memory grows with the number of tasks, splits and generators, and by 8 bytes per distinct instruction and group
-    (three times that while hashes are merged); otherwise it is that of 512 instances. The result does not depend on the
-    batches and is exact, except as documented in `LengthSummary` and `Repetition`. Raises RecordError, naming the
-    instance, if a candidate has no label of this metric, or a label outside 0 to 1.
+    (three times that while hashes are merged); apart from that, 512 instances at a time are in memory. The result does
+    not depend on how the rows are divided into batches, and is exact except as documented in `LengthSummary` and
+    `Repetition`. Raises RecordError, naming the instance, if a candidate has no label of this metric, or a label
+    outside 0 to 1.
     """
     summary = _Summary(metric)
     for batch in batches:
@@ -105,7 +108,7 @@ class _Summary:
             total=dict(kinds["total"]).get("", to_pools([0] * NUM_COLUMNS)),
             splits=dict(kinds["split"]),
             tasks=dict(kinds["task"]),
-            labels=self._every_label(),
+            labels=self._all_labels(),
             sources=self._sources(),
             generators=self._generators(),
             statuses=dict(sorted((+self._statuses).items(), key=lambda item: (-item[1], item[0]))),
@@ -154,7 +157,7 @@ class _Summary:
     def _named_pools(self) -> dict[str, list[tuple[str, Pools]]]:
         return {kind: [(name, to_pools(sums)) for name, sums in t.items()] for kind, t in self._pools.items()}
 
-    def _every_label(self) -> Labels:
+    def _all_labels(self) -> Labels:
         return self._labels.group_by(lambda key: "").get("", (_NO_LABELS, 0))[0]
 
     def _sources(self) -> dict[str, Labels]:
@@ -223,7 +226,7 @@ class LabelTotals:
     """Sums of labels and counts of blank responses by (source, generator, decoding)."""
 
     def __init__(self) -> None:
-        self._totals: Totals[_Key] = Totals(_CELLS + 2)
+        self._totals: Totals[_Key] = Totals(_NUM_CELLS + 2)
 
     def add(self, candidates: Candidates, blank: Flags) -> None:
         """Adds the candidates; `blank` marks responses without words."""
@@ -236,36 +239,36 @@ class LabelTotals:
             (names[0][source], names[1][generator], names[2][decoding])
             for source, generator, decoding in zip(*np.unravel_index(distinct, shape), strict=True)
         ]
-        cells = np.bincount(index * _CELLS + _cell_indices(candidates.labels), minlength=len(keys) * _CELLS)
+        cells = np.bincount(index * _NUM_CELLS + _cell_indices(candidates.labels), minlength=len(keys) * _NUM_CELLS)
         sums = np.zeros((len(keys), 2), dtype=np.int64)
         np.add.at(sums[:, 0], index, to_fixed_point(candidates.labels))
         np.add.at(sums[:, 1], index, blank)
-        self._totals.add(keys, np.arange(len(keys)), np.hstack([cells.reshape(-1, _CELLS), sums]))
+        self._totals.add(keys, np.arange(len(keys)), np.hstack([cells.reshape(-1, _NUM_CELLS), sums]))
 
     def group_by(self, group: Callable[[_Key], K]) -> dict[K, tuple[Labels, int]]:
         """Labels of the candidates and number of blank ones, by the value of `group` for their keys."""
-        sums: Totals[K] = Totals(_CELLS + 2)
+        sums: Totals[K] = Totals(_NUM_CELLS + 2)
         for key, row in self._totals.items():
             sums.add_row(group(key), row)
         return {name: (_to_labels(row), row[-1]) for name, row in sums.items()}
 
 
 def _to_labels(sums: list[int]) -> Labels:
-    zero, *bins, one = sums[:_CELLS]
-    return Labels(zero=zero, bins=tuple(bins), one=one, mean=mean_of_sum(sums[-2], sum(sums[:_CELLS])))
+    zero, *bins, one = sums[:_NUM_CELLS]
+    return Labels(zero=zero, bins=tuple(bins), one=one, mean=mean_of_sum(sums[-2], sum(sums[:_NUM_CELLS])))
 
 
 def _cell_indices(labels: Floats) -> Ints:
-    """The cell of each label: 0 for exact 0, _CELLS - 1 for exact 1, else 1 + its bin."""
+    """The cell of each label: 0 for exact 0, _NUM_CELLS - 1 for exact 1, else 1 + its bin."""
     inside = 1 + np.minimum((labels * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-    return np.where(labels == 0, 0, np.where(labels == 1, _CELLS - 1, inside))
+    return np.where(labels == 0, 0, np.where(labels == 1, _NUM_CELLS - 1, inside))
 
 
 class LengthTotals:
     """A histogram of lengths, exact up to 2,047 with wider cells above, and the maximum length."""
 
     def __init__(self) -> None:
-        self._cells = np.zeros(2 << _BITS, dtype=np.int64)
+        self._cells = np.zeros(2 << _KEPT_BITS, dtype=np.int64)
         self._longest = 0
 
     def add(self, lengths: Ints, times: Ints) -> None:
@@ -275,8 +278,8 @@ class LengthTotals:
             return
         self._longest = max(self._longest, int(lengths.max()))
         # The number of trailing bits that are dropped: none if the length has at most 11 bits.
-        dropped = np.maximum(np.frexp(lengths)[1] - _BITS, 0)
-        index = (dropped << (_BITS - 1)) + (lengths >> dropped)
+        dropped = np.maximum(np.frexp(lengths)[1] - _KEPT_BITS, 0)
+        index = (dropped << (_KEPT_BITS - 1)) + (lengths >> dropped)
         if index.max() >= len(self._cells):
             self._cells = np.append(self._cells, np.zeros(index.max() + 1 - len(self._cells), dtype=np.int64))
         np.add.at(self._cells, index, times)
@@ -295,8 +298,8 @@ class LengthTotals:
 
 def _shortest_in_cell(index: int) -> int:
     """The shortest length that is counted in a cell."""
-    dropped = max((index >> (_BITS - 1)) - 1, 0)
-    return (index - (dropped << (_BITS - 1))) << dropped
+    dropped = max((index >> (_KEPT_BITS - 1)) - 1, 0)
+    return (index - (dropped << (_KEPT_BITS - 1))) << dropped
 
 
 def count_characters(texts: pa.StringArray) -> Ints:
@@ -336,7 +339,7 @@ def _hash_text(text: str) -> int:
 
 
 class DistinctHashes:
-    """The sorted distinct hashes of those added; they are merged when enough are pending."""
+    """Collects hashes and keeps them sorted and distinct; added hashes are merged once enough are pending."""
 
     def __init__(self) -> None:
         self._merged: Hashes = np.zeros(0, dtype=np.uint64)
@@ -359,7 +362,7 @@ class DistinctHashes:
 
 
 class RepetitionTotals:
-    """Counts values by split."""
+    """Counts values, distinct values, and values that occur in several splits."""
 
     def __init__(self) -> None:
         self._values = 0

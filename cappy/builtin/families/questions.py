@@ -100,7 +100,7 @@ _ASPECTS = words("""
 
 
 def draw_sentiment(rng: Random) -> Content:
-    """A review of three aspects: all good, all bad, or mixed. "Good" may be worded as "not" and a bad word."""
+    """A review of three aspects: all good, all bad, or mixed; "not" and a bad word may stand for a good one."""
     answer = rng.choice(("positive", "negative", "mixed"))
     good = rng.sample((True, True, False) if rng.random() < 0.5 else (True, False, False), 3)
     verdicts = good if answer == "mixed" else [answer == "positive"] * 3

@@ -73,7 +73,10 @@ def draw_word_editing(rng: Random) -> Content:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clause:
-    """Subject, verb forms, object and place (with its preposition) of a clause."""
+    """Subject, verb, object and place (with its preposition) of a clause.
+
+    `verb` has four forms: base form, third person singular, past tense and past participle.
+    """
 
     subject: str
     verb: tuple[str, str, str, str]

@@ -1,6 +1,7 @@
-"""Counts the rows that a mixture makes, by template, before anything is loaded; as text and as JSON.
+"""Counts the rows that a mixture makes, by template, before anything is loaded; writes the counts as text or JSON.
 
-An example is a row under a template. Rendering drops blank prompts and responses, so the counts are upper bounds.
+An example is a source row rendered with a template. Rendering drops blank prompts and responses, so the counts are
+upper bounds.
 """
 
 import json
@@ -17,7 +18,7 @@ T0_ROW_LIMIT = 500_000
 """T0 caps a training split with more rows than this (t-zero, t0/seqio_tasks/tasks.py)."""
 
 REFERENCE_AND_MISMATCH = 2
-"""Responses of an open-ended training example beside the sampled ones."""
+"""The reference and the mismatch of an open-ended training example, in addition to its sampled responses."""
 
 WIDTH = 100
 """Maximum line width of the text."""
@@ -146,15 +147,15 @@ def _totals(plan: MixturePlan) -> dict[str, int | list[str]]:
 
 def _subset_lines(mixture: Mixture, plan: MixturePlan) -> list[Line]:
     """A header, a line for each subset, and the sums; with columns for templates if there are any."""
-    counted = any(subset.templates for subset in mixture.subsets)
+    has_templates = any(subset.templates for subset in mixture.subsets)
 
     def line(name: str, size: str, subsets: Sequence[Subset], rows: Sequence[PlanRow]) -> Line:
         templates = [template for subset in subsets for template in subset.templates]
         with_choices = sum(template.has_choices for template in templates)
-        counts = (len(templates), with_choices, len(templates) - with_choices) if counted else ()
+        counts = (len(templates), with_choices, len(templates) - with_choices) if has_templates else ()
         return (name, size, *map(_format_count, (*counts, *_sum_known(rows))))
 
-    header = ("templates", "choices", "open-ended") if counted else ()
+    header = ("templates", "choices", "open-ended") if has_templates else ()
     lines: list[Line] = [("dataset", "source rows", *header, "examples", "pairs")]
     for subset in mixture.subsets:
         rows = [row for row in plan.rows if row.subset == subset.name]
@@ -216,7 +217,8 @@ def _describe(mixture: Mixture, plan: MixturePlan) -> Iterator[str]:
         yield f"Size unknown, so not counted: {', '.join(plan.unknown)}."
     num_unverified = sum(not subset.verified for subset in mixture.subsets)
     if num_unverified:
-        yield f"{num_unverified} of {len(mixture.subsets)} hub addresses are from public text and have not been loaded."
+        count = f"{num_unverified} of {len(mixture.subsets)}"
+        yield f"{count} hub addresses were taken from public texts and have not been tried."
 
 
 def _describe_t0(mixture: Mixture, plan: MixturePlan) -> Iterator[str]:

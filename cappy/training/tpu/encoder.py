@@ -4,7 +4,8 @@ The arrays are converted from a torch model and back. They keep the names of the
 arrays are stacked: `bert.encoder.layer.*.x` has shape (layers, ...) and holds every `bert.encoder.layer.N.x`, so that
 XLA compiles one layer only.
 
-Shapes: hidden is (rows, length, width), attended (rows, length), attention probs (rows, heads, length, length).
+Shapes: hidden is (rows, length, width), attended (the attention mask) is (rows, length), and attention probs are
+(rows, heads, length, length).
 In the einsums r is rows, q and k are the positions of queries and keys, h is heads, d is width per head, i and o are a
 dense layer's inputs and outputs.
 """
@@ -40,7 +41,7 @@ EXACT = lax.Precision.HIGHEST
 """Without it a TPU multiplies fp32 arrays in bf16."""
 _LAYER = re.compile(r"^(\w+\.encoder\.layer\.)(\d+)\.(.+)$")
 # Indices of the dropout sites of one pass; layer n has sites 3 n + 3 to 3 n + 5.
-_EMBEDDINGS, _HEAD, _HEAD_OUT, _FIRST_LAYER = range(4)
+_EMBEDDINGS_SITE, _HEAD_INPUT_SITE, _HEAD_OUTPUT_SITE, _FIRST_LAYER_SITE = range(4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +128,7 @@ def forward(
     """
     attended = jnp.arange(ids.shape[1]) < lengths[:, None]
     hidden = _embed(params, arch, ids, types)
-    hidden = _dropout(hidden, keys, _EMBEDDINGS, arch.hidden_dropout)
+    hidden = _dropout(hidden, keys, _EMBEDDINGS_SITE, arch.hidden_dropout)
     stacked = {
         name.removeprefix(arch.stack_prefix): array
         for name, array in params.items()
@@ -136,7 +137,7 @@ def forward(
 
     def layer(hidden: Array, weights_and_index: tuple[Params, Array]) -> tuple[Array, None]:
         weights, index = weights_and_index
-        return _layer(weights, arch, hidden, attended, keys, 3 * index + _FIRST_LAYER), None
+        return _layer(weights, arch, hidden, attended, keys, 3 * index + _FIRST_LAYER_SITE), None
 
     hidden, _ = lax.scan(layer, hidden, (stacked, jnp.arange(arch.layers)))
     return _head(params, arch, hidden[:, 0], keys)
@@ -236,10 +237,10 @@ def _head(params: Params, arch: Architecture, pooled: Array, keys: Array | None)
         pooled = jnp.tanh(_dense(params, "bert.pooler.dense", pooled))
         out = "classifier"
     else:
-        pooled = _dropout(pooled, keys, _HEAD, arch.head_dropout)
+        pooled = _dropout(pooled, keys, _HEAD_INPUT_SITE, arch.head_dropout)
         pooled = jnp.tanh(_dense(params, "classifier.dense", pooled))
         out = "classifier.out_proj"
-    pooled = _dropout(pooled, keys, _HEAD_OUT, arch.head_dropout)
+    pooled = _dropout(pooled, keys, _HEAD_OUTPUT_SITE, arch.head_dropout)
     return _dense(params, out, pooled)[:, 0]
 
 
@@ -255,7 +256,7 @@ def _norm(params: Params, name: str, x: Array, epsilon: float) -> Array:
 
 
 def _dropout(x: Array, keys: Array | None, site: int | Array, rate: float) -> Array:
-    """Dropout of (rows, ...) at one site. A row's bits are drawn from its start, so padding does not change them."""
+    """Dropout of (rows, ...) at one site. A row's bits are drawn from its first token on, whatever its padding."""
     if keys is None or rate == 0.0:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1.0 - rate, x.shape[1:]))(keys)
