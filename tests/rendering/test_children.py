@@ -155,7 +155,7 @@ import os, sys
 sys.path[:0] = {tests!r}
 from test_children import *
 from cappy.rendering import process
-running = jobs.run("promptsource", [hello("a"), *[Job(items=((SLEEPY, "0"),), seconds=1.0)] * 99])
+running = jobs.run("promptsource", [hello("a"), *[RenderJob(items=((SLEEPY, "0"),), seconds=1.0)] * 99])
 next(running)
 print(*(child.pid for child in process._processes), flush=True)
 for _ in running:
