@@ -42,9 +42,9 @@ from cappy.records.overlap import (
 MAX_DROPPED_SHARE = 0.2
 """Share of the rows of train and validation; above it near-duplicates are merged into groups instead of dropped."""
 _NEAR_DUPLICATE_SHARE = 0.55
-"""Share of a held-out row's shingles that makes a training prompt its near-duplicate; see `RowSample`."""
+"""Share of a held-out row's shingles that makes a training prompt its near-duplicate; see `HeldOutSample`."""
 SAMPLED_ROWS = 256
-"""Training rows of each table of a mixture that `RowSample` receives."""
+"""Training rows of each table of a mixture that `HeldOutSample` receives."""
 _COLUMNS = ["instruction", "task", "group_id"]
 
 
