@@ -56,7 +56,7 @@ def test_coheres_sdk_reranks_by_both_of_its_versions(ask: Ask) -> None:
     assert result["second"] == [[1, 3.004], [2, 3.002]]
     assert result["tokens"] == TOKENS
     assert result["unknown"].startswith("NotFoundError: ")
-    assert "ask for cappy" in result["unknown"]
+    assert "use cappy" in result["unknown"]
     assert result["empty"].startswith("BadRequestError: ")
     assert "documents: " in result["empty"]
 
@@ -65,7 +65,7 @@ def test_haystacks_ranker_for_jina_ranks(ask: Ask) -> None:
     result = ask("jina")
     assert result["ranked"] == [["xxxx", 3.004], ["yy", 3.002]]
     assert result["meta"] == {"model": "cappy", "usage": {"prompt_tokens": TOKENS, "total_tokens": TOKENS}}
-    assert "ask for cappy" in result["unknown"]
+    assert "use cappy" in result["unknown"]
 
 
 def test_haystacks_ranker_for_text_embeddings_inference_ranks(ask: Ask) -> None:
@@ -80,7 +80,7 @@ def test_tritons_client_infers_with_binary_tensors_and_with_json(ask: Ask) -> No
     assert (result["live"], result["ready"]) == (True, True)
     assert result["metadata"]["inputs"][0] == {"name": "instruction", "datatype": "BYTES", "shape": [-1]}
     assert result["server"]["name"] == "cappy"
-    assert "ask for cappy" in result["unknown"]
+    assert "use cappy" in result["unknown"]
 
 
 def test_kserves_client_predicts_and_infers(ask: Ask) -> None:
