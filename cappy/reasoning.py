@@ -4,7 +4,7 @@ Reasoning is recognised by its markup alone:
 
 - a block between two tags, such as `<think>...</think>` or `[THINK]...[/THINK]`, anywhere in the text;
 - text up to a closing tag without an opening one: chat templates such as DeepSeek's open the block in the prompt;
-- an opening tag at the start of a line that is never closed: the model ran out of tokens, and there is no answer;
+- an opening tag at the start of a line without a closing one: the model ran out of tokens before it answered;
 - the channels of gpt-oss: everything but the last `final` message is reasoning. Where a server dropped the special
   tokens, `analysis`, `assistantanalysis` and `assistantfinal` remain, joined to the text around them.
 

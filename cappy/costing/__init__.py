@@ -115,7 +115,7 @@ class Measurement:
     date: str
     machine: str
     load: float
-    # Files of earlier releases call it "told".
+    # The key in files that earlier releases wrote.
     details: Annotated[Mapping[str, float], Field(validation_alias=AliasChoices("details", "told"))] = field(
         default_factory=dict
     )

@@ -471,7 +471,7 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_says_so(env: Any, regi
     workers = [
         multiprocessing.get_context("spawn").Process(
             target=race.promote,
-            args=(start, str(version), str(result), env.uri, str(env.folder / f"told-{index}")),
+            args=(start, str(version), str(result), env.uri, str(env.folder / f"parallel-{index}")),
         )
         for index, (version, result) in enumerate(rivals)
     ]
@@ -479,7 +479,7 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_says_so(env: Any, regi
         worker.start()
     for worker in workers:
         worker.join(120)
-    actual = [json.loads((env.folder / f"told-{index}" / "decision.json").read_text()) for index in (0, 1)]
+    actual = [json.loads((env.folder / f"parallel-{index}" / "decision.json").read_text()) for index in (0, 1)]
     assert sorted(one["decision"] for one in actual) == ["hold", "promote"]
     winner, loser = sorted(actual, key=lambda one: one["decision"], reverse=True)
     assert_names(loser["reasons"][0], "champion", f"now version {winner['version']}")

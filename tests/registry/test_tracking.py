@@ -1,4 +1,4 @@
-"""Tracking: one parent, one nested run per step, the same however often it is told."""
+"""Tracking: one parent, one nested run per step, the same however often it is logged."""
 
 import json
 import time

@@ -3,7 +3,7 @@
 A body that is not a completion is an error, not an empty response. A server may fail after it has sent status 200; it
 then reports this by `finish_reason`, or by an `error` object in the choice or the body, with an incomplete text. Such a
 choice is an error as well. Only known values of `finish_reason` (complete, at the limit, withheld) are accepted, since
-an incomplete response cannot be told from a complete one later. A null `finish_reason` without an error is accepted.
+an incomplete response cannot be recognised later. A null `finish_reason` without an error is accepted.
 """
 
 import json
