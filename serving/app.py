@@ -25,12 +25,13 @@ from starlette.routing import compile_path
 import cappy
 from cappy.errors import CappyError
 from serving.access import AccessLog, Tracing
+from serving.admin import add_admin
 from serving.bodies import Refusal
 from serving.config import RequestLimits
 from serving.dialects import DIALECTS, Dialect, ServedModels
 from serving.dialects.own import SCORE, refuse
 from serving.engine import PROBES, Batcher, Models, ProbePairs, probe
-from serving.following import Follower, add_admin
+from serving.following import Follower
 from serving.guards import ANY_HOST, BrowserGuard, Hosts, Keys, Refuse
 from serving.page import About, add_page
 from serving.service import Service, write_refusal

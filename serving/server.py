@@ -14,10 +14,11 @@ from cappy.records.folder import MANIFEST
 from cappy.registry import Version
 from cappy.specs import parse_spec
 from serving.access import start_tracing
+from serving.admin import read_secret
 from serving.app import Options, create_app
 from serving.config import Environment, ServeConfig
 from serving.engine import Model, Models, load
-from serving.following import Follower, load_version, read_secret
+from serving.following import Follower, load_version
 from serving.guards import hosts_of, read_keys
 from serving.listener import GracefulServer, address_errors, bind, check_tls, format_url, http_config, prepare_process
 

@@ -18,18 +18,9 @@ from cappy.errors import ConfigError, quote
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records.instance import SELECTABLE, Status
 from cappy.redaction import MIN_SECRET_LENGTH
+from cappy.sampling.endpoint.address import NO_KEY, api_key, base_address, join_path, key_headers, refuse_secrets
 from cappy.sampling.endpoint.answers import BadAnswerError, IncompleteChoiceError, model_name, read_choice, read_choices
-from cappy.sampling.endpoint.client import (
-    MAX_BYTES,
-    NO_KEY,
-    api_key,
-    async_settings,
-    base_address,
-    join_path,
-    key_headers,
-    max_connections,
-    refuse_secrets,
-)
+from cappy.sampling.endpoint.client import MAX_BYTES, async_settings, max_connections
 from cappy.sampling.endpoint.faults import MAX_COMPLETION_TOKENS, MAX_TOKENS, Capabilities, refused_parameter
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
 from cappy.sampling.generators import estimate_tokens

@@ -21,10 +21,11 @@ from wording import raises_naming
 
 from cappy.errors import ConfigError, RegistryError, UnreachableError
 from cappy.registry import Version
+from serving.admin import read_secret
 from serving.app import Options, create_app
 from serving.config import ServeConfig
 from serving.engine import Model, Models
-from serving.following import Follower, read_secret
+from serving.following import Follower
 from serving.guards import Keys
 
 ALIAS = "models:/cappy@champion"
