@@ -15,6 +15,7 @@ from cappy.errors import ConfigError, GeneratorError
 from cappy.records import Candidate
 from cappy.redaction import truncate
 from cappy.sampling.accounts import unanswered_counts
+from cappy.sampling.endpoint.address import NO_KEY, base_address, refuse_secrets
 from cappy.sampling.endpoint.answers import (
     Answer,
     AnswerCache,
@@ -25,14 +26,7 @@ from cappy.sampling.endpoint.answers import (
     failed_answers,
     read_answers,
 )
-from cappy.sampling.endpoint.client import (
-    NO_KEY,
-    Clients,
-    DeadlineExceededError,
-    EndpointClient,
-    base_address,
-    refuse_secrets,
-)
+from cappy.sampling.endpoint.client import Clients, DeadlineExceededError, EndpointClient
 from cappy.sampling.endpoint.faults import (
     PROBE,
     Capabilities,
@@ -210,7 +204,7 @@ Job = tuple[GenerationRequest, list[int]]
 class Endpoint:
     """Samples from an endpoint by chat completions, or by completions if the config says so.
 
-    The API key comes from the environment (`client.api_key`) and never appears in settings, records, files or logs.
+    The API key comes from the environment (`address.api_key`) and never appears in settings, records, files or logs.
     The samples of an instruction are requested together (`n`) until the model refuses or ignores that, then one by one.
     Samples depend only on the instruction, the decoding and the seed, so cached answers stay valid with another part
     size or more instances.

@@ -27,8 +27,8 @@ import openai
 
 from cappy.records.instance import Status
 from cappy.redaction import one_line
+from cappy.sampling.endpoint.address import KEY_FILE_VARIABLE, KEY_VARIABLE
 from cappy.sampling.endpoint.answers import SERVER_LOG_REMEDY, BadAnswerError
-from cappy.sampling.endpoint.client import KEY_FILE_VARIABLE, KEY_VARIABLE
 from cappy.untrusted import read_json
 
 SAMPLING_PARAMETERS: Mapping[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0, "min_tokens": 0}
