@@ -234,7 +234,7 @@ def _scorer_folder(work: Path, number: int) -> Path:
 
 
 def _assign_folds(instances: Sequence[Instance], count: int, seed: int) -> dict[str, int]:
-    """Group -> index of its fold. Within each task, shuffled groups go to the folds in turn."""
+    """Group -> index of its fold. The groups, shuffled within each task, go to the folds in turn."""
     task_of = {instance.group_id: instance.task for instance in reversed(instances)}
     if len(task_of) < count:
         raise ConfigError(f"--folds {count}: there are only {len(task_of)} groups of instances; choose fewer folds")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cappy.pages.words import percent
+from cappy.pages import percent
 
 ReportValues = Mapping[str, Any]
 """The values of a report.json, or of a part of it, unconverted: written by this version or another one."""

@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator
 from cappy.evaluation.findings import CalibrationResult, Coverage, PublishedTask, TaskRow, format_interval
 from cappy.evaluation.report import Report
 from cappy.evaluation.verdict import advice, outcome, verdict
+from cappy.pages import format_signed, metric_name, percent
 from cappy.pages.page import INK, QUIET, draw_figure, plain_axes, render_template, to_png, to_svg, to_svg_file
-from cappy.pages.words import format_signed, metric_name, percent
 from cappy.selection.selectors import WEIGHTS, Selector, selectors_shown_in, title
 
 COLOURS: Mapping[str, str] = {

@@ -7,8 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 from cappy.errors import RecordError, quote
 from cappy.evaluation.findings import SCHEMA, Findings, ReportValues, format_interval
 from cappy.evaluation.verdict import advice, verdict
-from cappy.pages import words
-from cappy.pages.words import format_signed, metric_name, percent
+from cappy.pages import escape_text, format_signed, metric_name, percent, table
 from cappy.selection.selectors import selectors_shown_in
 from cappy.untrusted import JSON
 
@@ -64,16 +63,16 @@ class Report(Findings):
         headline, *sentences = verdict(self)
         scope = f"{self.facts['instances']} {self.split} instances, with 95% intervals"
         parts = [
-            f"# {words.escape_text(headline)}",
-            f"**{words.escape_text(advice(self))}**",
-            "\n".join(f"- {words.escape_text(sentence)}" for sentence in sentences),
-            words.escape_text(f"Mean {metric_name(self.metric)} ×100 over {scope}."),
-            words.table(self.table()),
+            f"# {escape_text(headline)}",
+            f"**{escape_text(advice(self))}**",
+            "\n".join(f"- {escape_text(sentence)}" for sentence in sentences),
+            escape_text(f"Mean {metric_name(self.metric)} ×100 over {scope}."),
+            table(self.table()),
             "## By task",
-            words.table(self._task_rows()),
+            table(self._task_rows()),
         ]
         if self.probes:
-            probes = (f"- {words.escape_text(f'{probe.name}: {probe.meaning}')}" for probe in self.probes)
+            probes = (f"- {escape_text(f'{probe.name}: {probe.meaning}')}" for probe in self.probes)
             parts += ["## Probes", "\n".join(probes)]
         return "\n\n".join(part for part in parts if part) + "\n"
 

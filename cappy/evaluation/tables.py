@@ -25,7 +25,7 @@ from cappy.evaluation.findings import (
     TableRow,
     TaskRow,
 )
-from cappy.pages.words import percent
+from cappy.pages import percent
 from cappy.selection.pools import Pool, Score, Values, Vector, extend_curve, is_tied, pick, pick_labels
 from cappy.selection.selectors import SELECTORS, Selection, compared_pairs
 

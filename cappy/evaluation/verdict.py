@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from cappy.evaluation.findings import MIN_GROUPS, Difference, Findings, format_interval
-from cappy.pages.words import format_signed, percent
+from cappy.pages import format_signed, percent
 from cappy.selection.selectors import SELECTORS, Selector, title
 
 SIGNIFICANCE_LEVEL = 0.05

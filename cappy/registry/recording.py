@@ -16,7 +16,7 @@ import pandas  # type: ignore[import-untyped]
 
 from cappy import __version__
 from cappy.evaluation.findings import ReportValues
-from cappy.pages.words import escape_code, escape_text, metric_name, table
+from cappy.pages import escape_code, escape_text, metric_name, table
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, sha256_of
 from cappy.registry.client import MlflowClient, MlflowException, connect, experiment_id, metric_key

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from cappy.evaluation import Report, evaluate
 from cappy.evaluation.findings import Probe
-from cappy.pages.words import escape_code, escape_text, table
+from cappy.pages import escape_code, escape_text, table
 from cappy.records import Candidate, Instance, Manifest
 from cappy.registry.recording import model_card
 

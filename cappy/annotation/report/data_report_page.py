@@ -22,8 +22,8 @@ from cappy.annotation.report.text import (
     to_values,
 )
 from cappy.errors import ConfigError, RecordError
+from cappy.pages import metric_name
 from cappy.pages.page import INK, QUIET, draw_figure, plain_axes, render_template, to_svg
-from cappy.pages.words import metric_name
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_batches, read_manifest
 from cappy.records.folder import write_bytes

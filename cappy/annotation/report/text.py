@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from rich.cells import cell_len, set_cell_size
 
 from cappy.annotation.report.record import NUM_BINS, QUANTILES, DataReport, Labels, LengthSummary, Pools
-from cappy.pages.words import metric_name, percent
+from cappy.pages import metric_name, percent
 from cappy.records.instance import SELECTABLE
 from cappy.untrusted import JSON
 
