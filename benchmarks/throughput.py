@@ -43,7 +43,6 @@ from throughput_texts import (
 
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
-from cappy.builtin.scorer import new_encoder
 from cappy.costing import DEFAULT_THROUGHPUT_PATH, Measurement, PlanConfig, Throughput, read_throughput
 from cappy.costing.costs import GENERATORS, HARDWARE, SCORERS, cost, list_work
 from cappy.preparation.step import PreparationConfig
@@ -51,6 +50,7 @@ from cappy.preparation.step import run as preparation
 from cappy.records import Instance, write
 from cappy.scoring.encoding import PairEncoder
 from cappy.training.corpus import open_corpora
+from cappy.training.pretraining import new_encoder
 
 PARTS = ("texts", "records", "sampling", "training", "scoring", "starts")
 PROMPTS_PER_SAMPLE = 5_000

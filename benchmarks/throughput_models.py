@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.builtin import LLM_FOLDER
-from cappy.builtin.scorer import new_encoder
 from cappy.builtin.tasks import instances as builtin_tasks
 from cappy.costing.costs import GENERATORS, SCORERS, GeneratorShape
 from cappy.model_folder import open_model_folder
@@ -32,7 +31,7 @@ from cappy.training.corpus import open_corpora
 from cappy.training.distributed import SINGLE_RANK
 from cappy.training.feed import draw_batch
 from cappy.training.loop import TrainingRun
-from cappy.training.pretraining import PretrainingConfig
+from cappy.training.pretraining import PretrainingConfig, new_encoder
 
 RESPONSE_TOKENS = 24
 UPDATES = {"mini": 20, "builtin": 20, "roberta-base": 4}

@@ -298,7 +298,7 @@ def _basic_credentials(user: str, password: str) -> str:
 
 
 def _escape_json(text: str, characters: str, digits: str) -> str:
-    """JSON text with these characters as `\\u` and four hex digits; `digits` is the format, "x" or "X" for upper case."""
+    """JSON text with these characters as `\\u` and four hex digits, in lower (`digits` "x") or upper case ("X")."""
     for character in characters:
         text = text.replace('\\"' if character == '"' else character, f"\\u{ord(character):04{digits}}")
     return text

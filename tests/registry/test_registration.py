@@ -168,6 +168,14 @@ def test_a_calibration_that_an_earlier_evaluation_left_is_not_taken(env: Any) ->
     assert read_calibration(folder) is None
 
 
+def expected_label_of_one(env: Any) -> list[float]:
+    """What the first version's calibration, as a service downloads it, expects of a score of 1."""
+    folder = registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models")
+    result = read_calibration(folder)
+    assert result is not None
+    return result.apply([1.0], n=1)
+
+
 @pytest.mark.parametrize("lost", ["calibration.json", "model.safetensors"])
 def test_a_version_that_lost_a_file_is_mended_by_registering_it_again_with_another_report(env: Any, lost: str) -> None:
     scorer = env.scorer("a")
@@ -175,9 +183,7 @@ def test_a_version_that_lost_a_file_is_mended_by_registering_it_again_with_anoth
     source = Path(registry.resolve("models:/cappy/1", tracking_uri=env.uri).source.removeprefix("file://"))
     (source / "artifacts" / "scorer" / lost).unlink()
     env.register(scorer, calibrated(env.report("later", scorer), top=0.7))
-    result = read_calibration(registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models"))
-    assert result is not None
-    assert result.apply([1.0], n=1) == [0.7]
+    assert expected_label_of_one(env) == [0.7]
 
 
 def test_the_out_of_fold_scores_of_a_cross_fitted_report_travel_with_the_version(env: Any) -> None:
@@ -197,9 +203,7 @@ def test_a_new_report_on_a_version_replaces_what_the_old_one_left(env: Any) -> N
     scorer = env.scorer("a")
     env.register(scorer, calibrated(env.report("report", scorer), top=0.9))
     env.register(scorer, calibrated(env.report("later", scorer), top=0.7))
-    result = read_calibration(registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models"))
-    assert result is not None
-    assert result.apply([1.0], n=1) == [0.7]
+    assert expected_label_of_one(env) == [0.7]
 
 
 def test_the_calibration_of_the_evaluation_travels_with_the_scorer(env: Any) -> None:

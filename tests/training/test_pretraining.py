@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from cappy.builtin import LLM_FOLDER
-from cappy.builtin.scorer import new_encoder
 from cappy.errors import ConfigError
-from cappy.training.pretraining import PretrainingConfig
+from cappy.training.pretraining import PretrainingConfig, new_encoder
 
 
 def test_a_narrow_new_encoder_is_trained_and_reported_as_json_alone(source: Path, tmp_path: Path) -> None:
