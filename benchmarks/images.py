@@ -51,13 +51,13 @@ def measure(name: str, environment: Mapping[str, str]) -> dict[str, Any]:
     size = run_docker(environment, "image", "inspect", "--format", "{{.Size}}", image)
     command = ("--version",) if name == "serving" else ("cappy", "--version")
     arguments = ("run", "--rm", "--network", "none", *LOCKED_DOWN, image, *command)
-    seconds_and_bytes: dict[str, Any] = {
+    measurements: dict[str, Any] = {
         "bytes": int(size),
         "version_seconds": time_repeatedly(lambda: run_docker(environment, *arguments)),
     }
     if name == "serving":
-        seconds_and_bytes["ready_seconds"] = time_repeatedly(lambda: time_until_ready(environment, image))
-    return seconds_and_bytes
+        measurements["ready_seconds"] = time_repeatedly(lambda: time_until_ready(environment, image))
+    return measurements
 
 
 def time_repeatedly(action: Callable[[], object]) -> dict[str, float]:

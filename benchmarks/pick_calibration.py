@@ -156,19 +156,19 @@ def evaluate_split(
         for name, minimum in thresholds.items():
             values |= {
                 f"{precision} {name} {key}": value
-                for key, value in find_threshold(test_picks.scores, test_picks.labels, minimum, precision)
+                for key, value in evaluate_threshold(test_picks.scores, test_picks.labels, minimum, precision)
             }
         expected = maps["after"](fit_picks.scores, fit_picks.sizes)
         floor = threshold.find_lowest(expected, fit_picks.labels >= GOOD, groups, precision)
         expected_of_test = maps["after"](test_picks.scores, test_picks.sizes)
         values |= {
             f"{precision} floor {key}": value
-            for key, value in find_threshold(expected_of_test, test_picks.labels, floor, precision)
+            for key, value in evaluate_threshold(expected_of_test, test_picks.labels, floor, precision)
         }
     return values
 
 
-def find_threshold(
+def evaluate_threshold(
     scores: Vector, labels: Vector, minimum: float | None, required_precision: float
 ) -> list[tuple[str, float]]:
     """Whether there is a threshold, its coverage and precision, and whether the precision is too low."""

@@ -58,9 +58,9 @@ def main() -> None:
         wait_until_ready(address)
         result = asyncio.run(measure(address, pools, scores, process, arguments.seconds))
         result["exit status"] = process.wait(60)
-    result_with_facts = {"benchmark": "serving_load", "date": date.today().isoformat(), "machine": machine(), **result}
-    arguments.target.write_text(json.dumps(result_with_facts, indent=1) + "\n")
-    print(json.dumps(result_with_facts, indent=1))
+    report = {"benchmark": "serving_load", "date": date.today().isoformat(), "machine": machine(), **result}
+    arguments.target.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
 
 
 def wait_until_ready(address: str) -> None:

@@ -3,7 +3,8 @@
     python benchmarks/throughput.py [--parts texts records sampling training scoring starts]
         [--generators builtin flan-t5-small bart0 t0-3b] [--scorers mini roberta-base roberta-large] [--hardware cpu]
 
-It measures the library's own functions in one process with one thread, after a warm-up: rendered prompts, labelled and
+It measures the library's own functions in one process with one thread, after a warm-up where a
+long run would be warm: rendered prompts, labelled and
 tokenized pairs, sampling of 5 responses, training updates, scored pairs. Seconds are CPU seconds of the process, so
 that other work on the machine matters little. Models have published shapes and random weights, which do not affect
 speed (they rarely end a response, so responses have the maximum length). Texts come from T0's mixture in its
@@ -53,7 +54,7 @@ from cappy.training.corpus import open_corpora
 from cappy.training.pretraining import new_encoder
 
 PARTS = ("texts", "records", "sampling", "training", "scoring", "starts")
-PROMPTS_PER_SAMPLE = 5_000
+SAMPLING_INTERVAL = 5_000
 """One of this many prompts of T0's mixture is in the sample."""
 SAMPLED_PART = 64
 """Instances per part that sampling writes by default; smaller parts need more bytes per instance."""
@@ -80,10 +81,10 @@ def main() -> None:
     prompts = t0_prompts()
     measures: dict[str, Callable[[], None]] = {
         "texts": lambda: measure_texts(bench, prompts),
-        "records": lambda: measure_records(bench, t0_instances(prompts, PROMPTS_PER_SAMPLE)),
-        "sampling": lambda: measure_sampling(bench, arguments.generators, t0_instances(prompts, PROMPTS_PER_SAMPLE)),
-        "training": lambda: measure_training(bench, arguments.scorers, t0_instances(prompts, PROMPTS_PER_SAMPLE)),
-        "scoring": lambda: measure_scoring(bench, arguments.scorers, t0_instances(prompts, PROMPTS_PER_SAMPLE)),
+        "records": lambda: measure_records(bench, t0_instances(prompts, SAMPLING_INTERVAL)),
+        "sampling": lambda: measure_sampling(bench, arguments.generators, t0_instances(prompts, SAMPLING_INTERVAL)),
+        "training": lambda: measure_training(bench, arguments.scorers, t0_instances(prompts, SAMPLING_INTERVAL)),
+        "scoring": lambda: measure_scoring(bench, arguments.scorers, t0_instances(prompts, SAMPLING_INTERVAL)),
         "starts": lambda: measure_starts(bench),
     }
     for part in PARTS:

@@ -7,7 +7,7 @@
     ├── GeneratorError    an LLM could not be reached, or refused the request
     ├── TrainingError     training had to stop: the loss is not a number, memory ran out, a rank or the machine was lost
     │   └── UnansweredError   the platform that runs a training job did not answer; it may answer later
-    └── RegistryError     MLflow has no such version, or its files differ from the registered ones
+    └── RegistryError     a version that MLflow does not have, files that differ, a busy lock, MLflow unreachable
         └── UnreachableError  MLflow or its store did not answer; it may answer later
 
 Each message is one line: the input (file, line, field), the problem (with the value), the remedy. The command line
@@ -52,7 +52,7 @@ class UnansweredError(TrainingError):
 
 
 class RegistryError(CappyError):
-    """MLflow has no such version, or its files differ from the registered ones."""
+    """A problem of the registry: no such version, files that differ, a busy lock, or MLflow unreachable."""
 
 
 class UnreachableError(RegistryError):

@@ -146,5 +146,5 @@ def _resolve_commit(spec: Spec) -> str:
 
 def _revision_error(spec: Spec, commit: str) -> ConfigError:
     return ConfigError(
-        f"{spec.text}: is a branch or a tag ({quote(commit, 50)}), not a commit; give the whole commit hash"
+        f"{spec.text}: is a branch or a tag (now at {quote(commit, 50)}), not a commit; give the whole commit hash"
     )

@@ -6,7 +6,8 @@ any size that config.json states. So every loader of the project opens the folde
 - a folder with a manifest must contain exactly the listed files, each with its sha256; a folder without one is hashed,
   and the hash is logged;
 - neither a file nor a key of a JSON file may name code;
-- every file has a size limit, and config.json must not describe a much larger model than the weights contain.
+- JSON files, templates, tables and safetensors headers have size limits, and config.json must not describe a much
+  larger model than the weights contain.
 """
 
 import hashlib
@@ -145,7 +146,7 @@ class ModelFolder:
 def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "") -> ModelFolder:
     """Checks a folder before anything is loaded from it; FolderError names the offending file.
 
-    `pinned` says that the content is verified otherwise (a commit, a signature), so its hash is not logged;
+    `pinned` says that the content is verified otherwise (a commit, a known sha256), so its hash is not logged;
     `checkpoint` is the name of a pickle that is allowed because it is converted, not loaded.
     """
     if not folder.is_dir():

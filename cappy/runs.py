@@ -19,7 +19,10 @@ PARENT_VARIABLE = "CAPPY_PARENT"
 TIMEOUT_VARIABLE = "CAPPY_TIMEOUT"
 """Environment variable: time limit of a step in seconds; Vertex AI has no limit for steps of a pipeline."""
 ORCHESTRATOR: ContextVar[int | None] = ContextVar("orchestrator", default=None)
-"""Id of the process that started this one to run a step; None if a person ran it."""
+"""Id of the process that started this one to run a step; None if a person ran it.
+
+It is read when the step starts, because the id of the parent changes if the parent dies.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ def commit() -> str:
 
 
 def source() -> str:
-    """The URL of the git remote, if it is public and holds no password, else "unknown"."""
+    """`SOURCE`, else the git remote, if it is an https:// or git@ address without a password; else "unknown"."""
     result = subprocess.run(
         ["git", "-C", str(ROOT), "config", "--get", "remote.origin.url"], capture_output=True, text=True, check=False
     )

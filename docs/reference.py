@@ -84,7 +84,7 @@ def _flag(names: str, text: str) -> str:
     if not description or not bracket.startswith(("default: ", "required")):
         return f"- `{_type(names)}`: {_escape(' '.join(text.split()))}"
     value = re.sub(r"^\((.*)\)(?=;|$)", r"\1", bracket.removesuffix("]").removeprefix("default: "))
-    shown = value if value.startswith(("required", "needed")) else f"default: {value}"
+    shown = value if value.startswith("required") else f"default: {value}"
     return f"- `{_type(names)}` ({_escape(shown)}): {_escape(description.strip())}"
 
 

@@ -99,7 +99,8 @@ def refuse_artifacts(pipeline: str, steps: Mapping[str, StepSettings]) -> None:
             if (step, name, pipeline) != ("evaluation", "scorer", "evaluate"):
                 raise ConfigError(f"{step}: --{name} is set by the pipeline; leave it out of settings and --set")
         if STEP_SPECS[step].sharded and values.get("shard"):
-            raise ConfigError(f"{step}: --shard is set by the pipeline; give the number of shards with --shards")
+            remedy = "give the number of shards with shards: in the recipe, or --shards"
+            raise ConfigError(f"{step}: --shard is set by the pipeline; {remedy}")
 
 
 def _by_shard(digests: Mapping[str, str], shards: int) -> dict[str, str]:

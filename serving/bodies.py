@@ -196,6 +196,12 @@ async def run_in_thread(size: int, work: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(_LARGE_BODY_POOL, work)
 
 
+async def wait_for_disconnect(request: Request) -> None:
+    """Returns when the client has closed the connection; the body must have been read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 @dataclass(eq=False)
 class BodyBudget:
     """Bounds the memory of all bodies that are held at once; beyond `max_bytes` a request is refused."""

@@ -39,8 +39,8 @@ Refuse = Callable[[str, Refusal], Response]
 class Hosts:
     """Names that a service answers to, by the Host header: always those `allowed` (`*` stands for any).
 
-    A service that listens on `loopback` also answers to the names of this machine. Any other service answers to all
-    names if clients need `keys`, and otherwise also to addresses, names without a dot, names with one of
+    A service that listens on `loopback` also answers to `localhost` and loopback addresses. Any other service answers
+    to all names if clients need `keys`, and otherwise also to addresses, names without a dot, names with one of
     `INTERNAL_SUFFIXES`, and the machine's own name.
     """
 

@@ -22,6 +22,7 @@ from serving.bodies import (
     distinct_texts,
     receive_body,
     run_in_thread,
+    wait_for_disconnect,
 )
 from serving.config import RequestLimits
 from serving.dialects import Dialect, ScoredPairs
@@ -111,7 +112,7 @@ class Service:
     async def _score(self, request: Request, model: Model, pairs: Sequence[tuple[str, str]], *, n: int) -> ScoredPairs:
         """Scores pairs, unless the client disconnects; expected labels are those of the best of `n` candidates."""
         score_task = asyncio.ensure_future(self.batcher.score(model.engine, pairs))
-        disconnect_task = asyncio.ensure_future(_wait_for_disconnect(request))
+        disconnect_task = asyncio.ensure_future(wait_for_disconnect(request))
         try:
             await asyncio.wait((score_task, disconnect_task), return_when=asyncio.FIRST_COMPLETED)
             if not score_task.done():
@@ -205,12 +206,6 @@ def write_refusal(dialects: Sequence[Dialect], refusal: Refusal) -> Response:
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(fields, status_code=refusal.status, headers=headers)
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    """Returns when the client has closed the connection; the body must have been read before."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _is_positive(text: str) -> bool:

@@ -1,6 +1,6 @@
-"""Very small random models that every room's tests share: real architectures, no weights to fetch.
+"""Very small random models of real architectures, shared by all tests, so that no weights are downloaded.
 
-And a real OpenAI-compatible server that nobody here wrote: `transformers serve` on one of them.
+Also a real OpenAI-compatible server that is not part of this project: `transformers serve` on one of the models.
 """
 
 import functools
@@ -26,8 +26,13 @@ from waiting import wait_until
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+_stack_with_source = inspect.stack
+
+
 def _stack(context: int = 0) -> list[inspect.FrameInfo]:
-    """The callers, without source lines."""
+    """The callers, without source lines unless a number of them is given."""
+    if context:
+        return _stack_with_source(context)[1:]
     frame: FrameType | None = sys._getframe(1)
     frames = []
     while frame is not None:
@@ -39,12 +44,35 @@ def _stack(context: int = 0) -> list[inspect.FrameInfo]:
 
 # Two calls that libraries make often cost much in a worker that has loaded thousands of modules. kfp's setters ask for
 # the whole call stack, and `inspect` looks each frame up in all modules: a pipeline took seven seconds to compile. And
-# every HTTP client, also one that talks to this machine alone, reads all certificates anew.
+# every HTTP client reads all certificates again, even if it only talks to this machine; no client changes its context,
+# so equal ones are shared.
 inspect.stack = _stack
 ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three is are not yes no where who".split()
+
+
+SLOWEST_FIRST = (
+    "training/test_ranks.py",
+    "test_canaries.py",
+    "training/remote/test_local_trainjobs.py",
+    "training/test_tpu.py",
+    "pipelines/test_local.py",
+    "test_pulse.py",
+    "test_readme.py",
+    "test_model_folder.py",
+    "serving/test_connections.py",
+    "training/test_robustness.py",
+    "pages/test_policy.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Starts the slow files first where workers share the tests by file, so that none runs alone at the end."""
+    if hasattr(config, "workerinput"):
+        ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(SLOWEST_FIRST)}
+        items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def _tokenizer(folder: Path, pair: bool) -> object:

@@ -27,7 +27,7 @@ _SCALES = {
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 _SIGN = r"(?:(?<![\w%)\]}°'£€¥₹₩₽₺฿₫₪₴₦])(?<![0-9]\$)(?P<NAME>[-+]))?"
 _VIDEO_WORDS = "video|resolution|display|screen|monitor|tv|television|uhd|ultra|hdr|camera|footage|film|movie|image"
-"""Words after which 4K is a resolution, not 4,000."""
+"""Words that make 4K before them a resolution, not 4,000."""
 
 _TOKEN = re.compile(
     rf"""

@@ -30,7 +30,7 @@ class AnnotationConfig:
     preset: Annotated[
         Literal["default", "paper"],
         ADVANCED,
-        Field(description="paper reproduces the published regression set exactly; see docs/annotation.md"),
+        Field(description="paper builds the regression set as the published code does; see docs/annotation.md"),
     ] = "default"
     mismatches: Annotated[
         int,

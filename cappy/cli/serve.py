@@ -17,7 +17,7 @@ SERVE_HELP = """Serve a scorer over HTTP: POST /score {"pairs": [[instruction, r
 GET /ready.
 
 Loads and verifies the scorer, then listens until SIGTERM (status 0) or Ctrl-C (status 130). On Vertex AI,
-AIP_STORAGE_URI, AIP_HTTP_PORT, AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE are the defaults of the flags.
+AIP_STORAGE_URI and AIP_HTTP_PORT apply where no flag is given; AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE set the paths.
 """
 GATEWAY_HELP = """Serve best-of-n for an LLM: change one base URL, and POST /v1/chat/completions returns the best
 response.

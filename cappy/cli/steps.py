@@ -114,7 +114,9 @@ def _refuse_conflicts(selected: Sequence[ExtraFlag]) -> None:
     for extra in selected:
         if extra.used_by and names.isdisjoint(extra.used_by):
             others = " or ".join(map(flag_name, extra.used_by))
-            raise typer.BadParameter(f"{extra.flag} requires {others}; leave it out")
+            raise typer.BadParameter(
+                f"{extra.flag} has an effect only with {others}; add it, or leave {extra.flag} out"
+            )
 
 
 def _flag(extra: ExtraFlag) -> inspect.Parameter:

@@ -21,7 +21,7 @@ MAX_SHARDS = 64
 NUM_VALIDATIONS = 11
 """Number of validations during pretraining by default, including the first and the last one."""
 MAX_VALIDATION_CANDIDATES = 16
-"""Maximum candidates of a validation instance that are scored (`cappy.training.checks.CANDIDATES`)."""
+"""Maximum candidates of a validation instance that are scored (`cappy.training.checks.CHECK_CANDIDATES`)."""
 CHECKPOINTS = 2
 """Number of checkpoints that are kept."""
 _FORWARD_SHARE = 1 / 3

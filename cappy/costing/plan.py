@@ -147,7 +147,7 @@ def _format_volumes(plan: PretrainingPlan) -> str:
 
 
 def _work_lines(plan: PretrainingPlan) -> list[Line]:
-    lines: list[Line] = [("step", "work", "tokens", "storage", "speed per device")]
+    lines: list[Line] = [("step", "work", "tokens", "storage", "speed of one device or core")]
     for work in plan.steps:
         amount = f"{work.amount:.3g} FLOP" if work.unit == "FLOP" else f"{work.amount:,.0f} {work.unit}"
         lines.append((work.name, amount, _format_tokens(work.tokens), format_bytes(work.bytes), work.basis))

@@ -94,7 +94,7 @@ def _cautions(report: Findings) -> Iterator[str]:
     if report.folds:
         yield (
             f"Cross-fitted over {report.folds} folds: the results are those of the recipe, trained on the other folds; "
-            "the registered scorer is trained on more instances."
+            "the evaluated scorer itself was trained on more instances."
         )
     for name, count in report.leaks.items():
         if count:

@@ -269,7 +269,7 @@ def _is_valid_value(name: str, value: object) -> bool:
 
 
 def _contains(instruction: str, text: str) -> bool:
-    """Whether the instruction contains a text already; a short word counts only if it stands alone at a line end."""
+    """Whether the instruction contains a text already; a short one only as a line of its own or after a colon."""
     if text not in instruction:
         return False
     if len(text.split()) > 1 or len(text) > 20:

@@ -1,7 +1,7 @@
 """Removal of training rows that leak held-out data: near-duplicates of held-out rows, and rows of an evaluation set.
 
 The criterion is that of `cappy.scoring.training_data`, which checks a scorer after training, so a scorer trained on
-the remaining rows passes that check. Only rows of train and validation are dropped; the test split never changes.
+the remaining rows passes that check. Only rows of train and validation are dropped, never those of test.
 
 Where more than `MAX_DROPPED_SHARE` of those rows would be dropped (for example five questions on one passage, each in
 its own group), near-duplicates are merged into one group instead and the splits are drawn again. That moves rows
@@ -50,7 +50,7 @@ _COLUMNS = ["instruction", "task", "group_id"]
 
 def describe_dropped(count: int, total: int) -> str:
     """The warning for `count` dropped near-duplicates among `total` rows."""
-    what = f"dropped {count:,} of {total:,} training rows, which are near-duplicates of held-out rows"
+    what = f"dropped {count:,} of {total:,} rows of train and validation, which are near-duplicates of held-out rows"
     return f"{what}; to keep them, give rows that belong together the same group_id"
 
 
@@ -151,7 +151,9 @@ def find_root(member: int, parents: dict[int, int]) -> int:
 
 
 class HeldOutSample:
-    """A sample of the rows of each split, for sources with too many training rows to compare all of them.
+    """A sample of the rows of each split, for sources with too many training rows to render them twice.
+
+    Each training row is compared with the sampled held-out rows.
 
     Some training rows are sampled too, so that the shingles of a template are recognised even if few held-out rows
     share it. The check after training looks for each reported row among the training rows;

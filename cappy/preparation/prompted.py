@@ -2,7 +2,8 @@
 
 The rows of a dataset are streamed. If some are held out, all rows are read once beforehand to collect the held-out
 prompts, so that no training instance has a held-out prompt or a near-duplicate of one. For a single dataset up to
-32,768 training rows are compared exactly; otherwise a sample is (see `leakage`). The split of a row depends on the
+32,768 training rows are compared exactly; otherwise each is compared with a sample of the held-out rows (see
+`leakage`). The split of a row depends on the
 hash of its values, so the instances of one row are one group, whatever their templates, and so are those of equal rows.
 Only the hashes of held-out prompts and a bounded number of shingles are kept in memory.
 """
@@ -24,7 +25,7 @@ from cappy.records.overlap import MAX_ROWS, GroupedPrompt, group_hash
 from cappy.records.work import Shard
 
 MIN_ROWS_TO_REFUSE = 100
-"""If a template failed on all of its first rows, this many, the run fails at once."""
+"""A template that failed on all of its first 100 rows ends the run at once."""
 MAX_CONSECUTIVE_LIMITS = 3
 """If a template exceeds its limits on this many consecutive rows, the run fails: each such row costs seconds."""
 _PROGRESS_EVERY = 4_096

@@ -30,7 +30,7 @@ RowMask = npt.NDArray[np.bool_]
 """A boolean for each row, shape [num_rows]."""
 
 TRAIN, VALIDATION, TEST = (SPLITS.index(split) for split in ("train", "validation", "test"))
-FIXED_SPLIT_FORMATS = ("builtin", "records", "bigbench")
+FORMATS_WITHOUT_USER_SPLITS = ("builtin", "records", "bigbench")
 """Formats whose instances have their splits already, not from the rows of a user."""
 _DEFAULT_SHARES = (PreparationConfig.test, PreparationConfig.validation)
 _PROGRESS_EVERY = 512
@@ -64,7 +64,7 @@ def assign_splits(source: Source, config: PreparationConfig, progress: Progress)
         raise RecordError(f"{later.where}: {what}; give every row its own id")
     if first.has_split:
         if (
-            source.format not in FIXED_SPLIT_FORMATS
+            source.format not in FORMATS_WITHOUT_USER_SPLITS
             and not config.unlabelled
             and (config.test, config.validation) != _DEFAULT_SHARES
         ):

@@ -104,7 +104,8 @@ def _warn_dropped(source: Source, tally: Tally, counts: Mapping[str, int]) -> No
     """Warns about near-duplicates dropped from datasets of prompts, which are counted while writing."""
     if source.datasets and (count := tally.counts["dropped_near_held_out"]):
         total = count + sum(number for split, number in counts.items() if split != "test")
-        what = f"dropped {count:,} of {total:,} training prompts, which are near-duplicates of held-out prompts"
+        scope = f"dropped {count:,} of {total:,} prompts of train and validation"
+        what = f"{scope}, which are near-duplicates of held-out prompts"
         source.warnings.add("near_held_out", what)
         source.warnings.log()
 

@@ -68,7 +68,7 @@ class Candidate:
 
     @property
     def selectable(self) -> bool:
-        """Whether a selector may pick it: what an LLM would return to a user, or a choice."""
+        """Whether a selector may pick it: an LLM's response or a choice, never a reference or a mismatch."""
         return self.source in ("llm", "choice") and self.status in SELECTABLE
 
 

@@ -64,7 +64,7 @@ class Registration:
 
     @cached_property
     def evaluation_hashes(self) -> dict[str, str]:
-        """Tags with the sha256 of the evaluation files; files that its manifest does not list are ignored.
+        """Tags with the sha256 of the evaluation files; those that the report's manifest does not list are ignored.
 
         They may be left from an earlier evaluation.
         """
@@ -222,7 +222,7 @@ def _update_tags(client: MlflowClient, version: Version, registration: Registrat
 
 
 def _mean_labels(report: ReportValues) -> dict[str, float]:
-    """Mean label per metric and selector, for the selectors that the report shows by task, except upper bounds."""
+    """Mean label per selector that the report shows by task, without upper bounds and the champion."""
     metric = report.get("metric", "label")
     means = {name: row["estimate"]["mean"] for name, row in report.get("selectors", {}).items()}
     selectors = selectors_shown_in(means, "tasks")

@@ -40,7 +40,7 @@ _to_json = json.JSONEncoder(ensure_ascii=False).encode
 _GRACE_SECONDS = 1
 """Minimum CPU time between the timer and the kernel's limit."""
 _REPEAT_SECONDS = 0.05
-"""The timer fires again after this time, in case the template caught the exception."""
+"""The timer fires again after this time, in case other code caught the exception."""
 _MAX_FILES = 16
 
 _state = {"running": False, "cpu_limit": 0}
@@ -208,7 +208,7 @@ def _encode_line(answer: object) -> bytes:
 
 
 class _TimeLimitError(BaseException):
-    """The time is up. Not an Exception, so that no `except Exception` in a template's code catches it."""
+    """The time is up. Not an Exception, so that no `except Exception` on its way catches it."""
 
 
 def _apply_limits() -> None:

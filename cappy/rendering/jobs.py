@@ -139,7 +139,7 @@ class _Channel:
         self._expected.append(job)
 
     def _load_if_missing(self, source: TemplateSource, job: RenderJob) -> int:
-        """The template's number in the child, which loads it first if needed; -1 for a template that failed."""
+        """The template's number in the child, which loads it first if needed; -1 if loading it ended a child."""
         numbers = self._process.template_numbers
         number = numbers.get(source)
         if number is not None:

@@ -27,7 +27,7 @@ _processes: "weakref.WeakSet[Process]" = weakref.WeakSet()
 
 
 class ChildExitError(Exception):
-    """The child exited or was killed: `reason` is time, memory or size, or a text: "sends an invalid answer"."""
+    """The child exited or was killed: `reason` is time, memory or size, or a text that says how it ended."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -155,9 +155,7 @@ class Process:
             return ChildExitError("memory")
         if code == -signal.SIGXCPU:
             return ChildExitError("time")
-        return ChildExitError(
-            f"crashes its process ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
-        )
+        return ChildExitError(f"ended its process ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})")
 
 
 def close_all() -> None:

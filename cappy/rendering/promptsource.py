@@ -85,7 +85,7 @@ _FILTERS: dict[str, Callable[..., object]] = {name: FILTERS[name] for name in _J
 
 
 MAX_BITS = 2**14
-"""Limit on the integers that a template may compute."""
+"""Maximum bits of an integer that a template may compute."""
 _METHOD_NAMES: dict[type, str] = {
     str: "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
     "isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rstrip split splitlines "

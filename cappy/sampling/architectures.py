@@ -139,7 +139,9 @@ class Seq2Seq(LocalLLM):
     def __init__(self, name: str, folder: ModelFolder, revision: str = "") -> None:
         super().__init__(name, folder, revision)
         if getattr(self.model.config, "decoder_start_token_id", None) is None:
-            raise ConfigError(f"{folder.path}: config.json has no decoder_start_token_id; set it to sample from it")
+            raise ConfigError(
+                f"{folder.path}: config.json has no decoder_start_token_id, which starts responses; set it there"
+            )
 
     def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
         context = getattr(self.model.config, "max_position_embeddings", None) or MAX_INSTRUCTION_TOKENS

@@ -306,7 +306,8 @@ def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:
     )
     if unused and num_needed <= len(specs):
         raise ConfigError(
-            f"sampling: --strategy has no decoding for --generator {quote(unused)}; it needs {num_needed} generators"
+            f"sampling: --strategy has no decoding for --generator {quote(unused)}; it is for {num_needed} generators, "
+            "so leave this one out"
         )
     if specs and num_needed > len(specs):
         raise ConfigError(

@@ -194,7 +194,7 @@ class LocalLLM(LocalGenerator):
         decoding: Decoding,
         on_candidates: OnCandidates,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
-        """Beam search: the tokens of each prompt's samples, prompt by prompt, and their log-probabilities (rows,)."""
+        """Beam search: the tokens of all samples, prompt by prompt, and the sums of their log-probabilities (rows,)."""
 
     @abstractmethod
     def _logprob_sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:

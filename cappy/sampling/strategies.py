@@ -302,4 +302,4 @@ def _parse_entry(path: Path, index: int, entry: object, length: int) -> Decoding
 
 
 def _type_names(types: tuple[type, ...]) -> str:
-    return {str: "a text", bool: "true or false", float: "a number", int: "a whole number"}[types[0]]
+    return {str: "a string", bool: "true or false", float: "a number", int: "an integer"}[types[0]]

@@ -90,7 +90,7 @@ class VLLM(LocalGenerator):
         reject_beams(self.name, decodings)
 
     def close(self) -> None:
-        """Closes the store of draws and frees the engine."""
+        """Closes the store and frees the engine."""
         super().close()
         vars(self).pop("_llm", None)
 

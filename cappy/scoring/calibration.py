@@ -16,7 +16,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from cappy.errors import FolderError
+from cappy.errors import FolderError, quote
 
 CALIBRATION = "calibration.json"
 KIND = "picks"
@@ -84,7 +84,7 @@ def read_calibration(folder: str | Path) -> Calibration | None:
         if values["kind"] == "isotonic":
             raise ValueError("an older version fitted it on all candidates, so it overestimates the best of several")
         if values["kind"] != KIND:
-            raise ValueError(f"expected the kind {KIND!r}, got {values['kind']!r}")
+            raise ValueError(f"expected the kind {KIND!r}, got {quote(values['kind'])}")
         maps = tuple(_parse_map(each) for each in values["maps"])
         calibration = Calibration(maps, metric=str(values["metric"]), fitted_on=int(values["fitted_on"]))
         sizes = [each.n for each in maps]

@@ -318,7 +318,7 @@ def _find_max_length(
 def max_positions(model: "PreTrainedModel") -> int | None:
     """Number of positions of a model, None if unlimited.
 
-    RoBERTa and related models count positions from the padding id on, so they have fewer than their table.
+    RoBERTa and related models count positions from the padding id + 1 on, so they have fewer than their table.
     """
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)

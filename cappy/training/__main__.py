@@ -28,7 +28,7 @@ from cappy.training import finetuning, pretraining
 from cappy.training.launch import REPORT_VARIABLE, VERSION_VARIABLE, RankReport
 
 MAX_MESSAGE_CHARACTERS = 1000
-"""Characters of an error text in a report: about 4,096 bytes as escaped JSON, which a pipe writes atomically."""
+"""Characters of an error text in a report: usually within 4,096 bytes as JSON, which a pipe writes atomically."""
 Send = Callable[[RankReport], None]
 
 

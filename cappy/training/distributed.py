@@ -18,7 +18,7 @@ from cappy.training.settings import TrainingSettings
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The moments in torch's AdamW state of a parameter, beside "step"."""
 BUCKET_SIZE = 16 * 2**20
-"""Numbers per all-reduce: enough to saturate a link, few enough that the flat copies stay small."""
+"""Numbers per all-reduce, enough to saturate a link; all are in flight at once, as one copy of the gradients."""
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """How long a rank waits for another. If one dies, the launcher ends the others much earlier."""
 

@@ -343,7 +343,7 @@ def _unused_settings(config: TrainingSettings) -> Iterator[tuple[str, str]]:
     if config.keep == "last":
         yield "patience", "with --keep last, which never stops early"
     elif config.schedule == "published":
-        yield "patience", "with --schedule published, whose rate never decays"
+        yield "patience", "with --schedule published: it counts checks while the rate decays, and this rate never does"
     if config.unit == "row":
         yield "max_candidates", "with --unit row, whose batches are single responses"
         for name in COMPARING_LOSSES:
@@ -376,7 +376,10 @@ def _refuse_unlaunchable(config: TrainingSettings) -> None:
         )
     job = config.customjob
     if config.launcher == "customjob" and not (config.image and job.project and job.bucket.startswith("gs://")):
-        raise ConfigError(f"{launcher}: give --image, --customjob.project and --customjob.bucket gs://...")
+        raise ConfigError(
+            f"{launcher}: needs an image, a project and a bucket; give --image, --customjob.project and "
+            "--customjob.bucket gs://..."
+        )
     if config.launcher == "customjob" and config.devices > 1 and not job.accelerator and config.parallelism != "jax":
         remedy = "give --customjob.accelerator, or --devices 1"
         raise ConfigError(f"{launcher}: {config.devices} devices but no accelerator; {remedy}")

@@ -120,11 +120,11 @@ def _open_inputs(config: TrainingSettings, make_scorer: MakeScorer, progress: Pr
         progress=progress,
     )
     if not corpora.has_train:
-        with_sources = f" with a response of source {', '.join(config.sources)}" if config.sources else ""
-        raise ConfigError(
-            f"{config.source}: has no instance of split train{with_sources}; give a folder that has some"
-            f"{', or other --sources' if config.sources else ''}"
-        )
+        with_sources, remedy = "", "give a folder that has some"
+        if config.sources:
+            with_sources = f" with a response of source {', '.join(config.sources)}"
+            remedy = f"{remedy}, or other --sources"
+        raise ConfigError(f"{config.source}: has no instance of split train{with_sources}; {remedy}")
     return scorer, corpora
 
 

@@ -21,7 +21,7 @@ PUBLISHED_MICRO_BATCHES = 16
 EXPLOSION_RATIO = 100.0
 """A loss above this multiple of its running mean, and above `MIN_EXPLODED_LOSS`, counts as diverged."""
 MIN_EXPLODED_LOSS = 10.0
-"""Labels are 0 to 1, so that a usual loss is below 1."""
+"""Labels are 0 to 1, so usual losses are a few units at most."""
 
 
 class DivergedError(Exception):

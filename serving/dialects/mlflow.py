@@ -14,7 +14,7 @@ from serving.dialects.vertex import UNREADY_RESPONSES, NoParameters
 
 COLUMNS = ("instruction", "response")
 FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
-ERROR_TYPES: Mapping[int, str] = {
+ERROR_CODES: Mapping[int, str] = {
     401: "UNAUTHENTICATED",
     404: "RESOURCE_DOES_NOT_EXIST",
     429: "REQUEST_LIMIT_EXCEEDED",
@@ -102,7 +102,7 @@ class InvocationsResponse(Body):
 
 
 class MlflowProblem(RefusalResponse):
-    """What was wrong with a request."""
+    """An error."""
 
     error_code: str
     message: str
@@ -118,7 +118,7 @@ def _pairs(request: InvocationsRequest) -> list[Pair]:
 
 
 def _refuse(status: int, message: str) -> Mapping[str, object]:
-    return {"error_code": ERROR_TYPES.get(status, "BAD_REQUEST"), "message": message}
+    return {"error_code": ERROR_CODES.get(status, "BAD_REQUEST"), "message": message}
 
 
 def _add_routes(app: FastAPI, served: ServedModels) -> None:

@@ -42,7 +42,7 @@ class GatewayOutcome:
 
     @property
     def best(self) -> SampledCandidate:
-        """The candidate with the highest score (the first of equal ones); a truncated one only if all are."""
+        """The candidate with the highest score, the first of equals; truncated only if no complete one is scored."""
         return self.candidates[0]
 
 

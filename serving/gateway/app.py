@@ -25,6 +25,7 @@ from serving.bodies import (
     Reservation,
     receive_body,
     run_in_thread,
+    wait_for_disconnect,
 )
 from serving.engine import SHUTTING_DOWN
 from serving.gateway.answering import Gateway, GatewayOutcome
@@ -85,7 +86,7 @@ class Metrics:
         """Counts a failed request, including invalid ones, by its status."""
         self._requests.labels(str(status)).inc()
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
@@ -267,7 +268,7 @@ def _add_probes(app: FastAPI, context: _RouteContext) -> None:
     @app.get("/metrics", tags=["probes"], response_class=Response)
     async def metrics() -> Response:
         """Prometheus metrics."""
-        return Response(context.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(context.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
 async def _unreachable_reason(gateway: Gateway) -> str:
@@ -304,7 +305,7 @@ async def _wait_until_done(task: "asyncio.Task[GatewayOutcome]", request: Reques
 
     If the client disconnects first, cancels the task with its calls to the LLM and raises GatewayError.
     """
-    disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
+    disconnect_task = asyncio.create_task(wait_for_disconnect(request))
     try:
         await asyncio.wait({task, disconnect_task}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if disconnect_task.done() and not task.done():
@@ -315,12 +316,6 @@ async def _wait_until_done(task: "asyncio.Task[GatewayOutcome]", request: Reques
     finally:
         disconnect_task.cancel()
     return task.done()
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    """Returns when the client has closed the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _body(request: Request, context: _RouteContext, reservation: Reservation) -> bytes:

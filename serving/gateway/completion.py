@@ -174,9 +174,9 @@ async def events(
     *,
     keep_alive: float,
 ) -> AsyncIterator[str]:
-    """Yields the chunks of the outcome as server-sent events, then `[DONE]`; before them, comments.
+    """Yields the chunks of the outcome as server-sent events, then `[DONE]`.
 
-    A comment is sent every `keep_alive` seconds.
+    Before them it sends a comment at once, which opens the stream, and then one every `keep_alive` seconds.
 
     A GatewayError becomes an event with OpenAI's error object, which its clients raise. The task is cancelled when the
     client disconnects.

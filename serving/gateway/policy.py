@@ -140,7 +140,7 @@ def allow(
 ) -> Allowance:
     """Allows up to `max_count` candidates with at least `min_tokens` each.
 
-    If there is no candidate yet (`first`), one with fewer tokens is allowed.
+    If there is no candidate yet (`first`), one with fewer is allowed: at least `MIN_TOKENS`, or `min_tokens` if lower.
     """
     for count in range(max_count, 0, -1):
         tokens, limit = _max_tokens_each(count, budgets, prices, prompt_tokens)

@@ -31,8 +31,8 @@ def blocks(page: Path) -> Iterator[Block]:
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         fence = FENCE.match(line)
         if opened is None and fence:
-            actual = REASON.search(before)
-            opened, lines = (f"{page.relative_to(ROOT)}:{number}", fence[2].strip(), actual[1] if actual else ""), []
+            match = REASON.search(before)
+            opened, lines = (f"{page.relative_to(ROOT)}:{number}", fence[2].strip(), match[1] if match else ""), []
         elif opened is not None and fence and not fence[2].strip():
             place, language, reason = opened
             yield Block(place, language, "".join(f"{text}\n" for text in lines), reason)

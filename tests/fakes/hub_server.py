@@ -51,20 +51,20 @@ def serving(repositories: Mapping[str, Mapping[str, Files]]) -> Iterator[str]:
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
-            result = re.fullmatch(
+            match = re.fullmatch(
                 r"(/api)?/datasets/([^/]+/[^/]+)/(revision|tree|resolve)/(refs/convert/parquet|[^/]+)/?(.*)", path
             )
-            revisions = repositories.get(result[2], {}) if result else {}
+            revisions = repositories.get(match[2], {}) if match else {}
             at = {**revisions, **{commit_of(files): files for files in revisions.values()}}
-            files = at.get(result[4]) if result else None
-            if result is None or files is None:
+            files = at.get(match[4]) if match else None
+            if match is None or files is None:
                 return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-            if result[3] == "resolve":
-                return self.resolve(files, result[5])
-            if result[3] == "tree":
-                return self.answer(200, tree(files, result[5]))
+            if match[3] == "resolve":
+                return self.resolve(files, match[5])
+            if match[3] == "tree":
+                return self.answer(200, tree(files, match[5]))
             siblings = [{"rfilename": name} for name in files]
-            known = {"id": result[2], "sha": commit_of(files), "siblings": siblings, "tags": []}
+            known = {"id": match[2], "sha": commit_of(files), "siblings": siblings, "tags": []}
             return self.answer(200, {**known, "private": False, "gated": False, "disabled": False})
 
         def resolve(self, files: Files, name: str) -> None:
@@ -96,12 +96,12 @@ def serving(repositories: Mapping[str, Mapping[str, Files]]) -> Iterator[str]:
 def tree(files: Files, folder: str) -> list[dict[str, Any]]:
     """The files and folders right under a folder."""
     inside = [name for name in files if not folder or name.startswith(f"{folder}/")]
-    result: dict[str, dict[str, Any]] = {}
+    match: dict[str, dict[str, Any]] = {}
     for name in inside:
         first, *rest = name[len(folder) :].strip("/").split("/")
         path = "/".join(filter(None, (folder, first)))
         if rest:
-            result[path] = {"type": "directory", "path": path, "oid": "0" * 40}
+            match[path] = {"type": "directory", "path": path, "oid": "0" * 40}
         else:
-            result[path] = {"type": "file", "path": path, "size": len(files[name]), "oid": "0" * 40}
-    return list(result.values())
+            match[path] = {"type": "file", "path": path, "size": len(files[name]), "oid": "0" * 40}
+    return list(match.values())

@@ -25,7 +25,7 @@ API = "/apis/v2beta1"
 
 @dataclass
 class Kubeflow:
-    """What the server was told, and what it tells of runs, pods and their logs."""
+    """What the server received, and the runs, pods and logs that it serves."""
 
     experiments: list[dict[str, Any]] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
@@ -164,13 +164,13 @@ def kubeflow_server() -> Iterator[Kubeflow]:
             kubeflow.headers.append(dict(self.headers))
             try:
                 status = 200
-                actual = kubeflow.answer(method, path, parse_qs(parts.query), json.loads(data) if data else {})
+                answer = kubeflow.answer(method, path, parse_qs(parts.query), json.loads(data) if data else {})
             except Refusal as refusal:
                 status, words = refusal.args
-                actual = {"error": words, "code": status, "message": words}
-            payload = (actual if isinstance(actual, str) else json.dumps(actual)).encode()
+                answer = {"error": words, "code": status, "message": words}
+            payload = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
             self.send_response(status)
-            self.send_header("content-type", "text/plain" if isinstance(actual, str) else "application/json")
+            self.send_header("content-type", "text/plain" if isinstance(answer, str) else "application/json")
             self.send_header("content-length", str(len(payload)))
             self.end_headers()
             self.wfile.write(payload)

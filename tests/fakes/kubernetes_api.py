@@ -38,7 +38,7 @@ class Cluster:
     requests: list[Request] = field(default_factory=list)
 
     def answer(self, method: str, path: str, body: Any) -> Any:
-        """What the server says to a request; None where there is no such thing."""
+        """The answer to a request; None if the object does not exist."""
         parts = urlsplit(path)
         asked = [part for part in parts.path.split("/") if part]
         group, rest = ("", asked[2:]) if asked[0] == "api" else (asked[1], asked[3:])
@@ -79,13 +79,13 @@ def cluster(runtimes: list[dict[str, Any]], pod_spec: dict[str, Any]) -> Iterato
         "spec": pod_spec,
         "status": {"phase": "Running"},
     }
-    actual = Cluster({one["metadata"]["name"]: one for one in runtimes}, pod)
+    state = Cluster({one["metadata"]["name"]: one for one in runtimes}, pod)
 
     class Handler(BaseHTTPRequestHandler):
         def _handle(self) -> None:
             length = int(self.headers.get("content-length", 0))
             body = json.loads(self.rfile.read(length)) if length else None
-            result = actual.answer(self.command, self.path, body)
+            result = state.answer(self.command, self.path, body)
             status = 200 if result is not None else 404
             content = {"kind": "Status", "code": 404} if result is None else result
             data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
@@ -101,5 +101,5 @@ def cluster(runtimes: list[dict[str, Any]], pod_spec: dict[str, Any]) -> Iterato
             """Says nothing."""
 
     with handled_by(Handler) as address:
-        actual.address = address
-        yield actual
+        state.address = address
+        yield state

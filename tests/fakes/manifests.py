@@ -18,7 +18,7 @@ Object = dict[str, Any]
 
 
 class Pod(NamedTuple):
-    """A pod's spec and labels, wherever they stand in an object."""
+    """A pod's spec and labels, at any depth of an object."""
 
     owner: str
     spec: Object
@@ -31,8 +31,8 @@ def _program() -> tuple[str, ...] | None:
     for command, asked in ((("kustomize", "build"), ["version"]), (("kubectl", "kustomize"), ["version", "--client"])):
         if shutil.which(command[0]) is None:
             continue
-        actual = subprocess.run([command[0], *asked], capture_output=True, text=True).stdout
-        result = re.search(r"(?:Kustomize Version: |^)v(\d+)\.", actual, re.MULTILINE)
+        output = subprocess.run([command[0], *asked], capture_output=True, text=True).stdout
+        result = re.search(r"(?:Kustomize Version: |^)v(\d+)\.", output, re.MULTILINE)
         if result and int(result[1]) >= 5:
             return command
     return None

@@ -16,7 +16,7 @@ Reply = tuple[int, Any] | tuple[int, Any, Mapping[str, str]]
 
 @dataclass
 class Script:
-    """`reply` answers a body; what was asked stands in `bodies`, `paths` and `headers`, in the order of arrival."""
+    """`reply` answers a body; `bodies`, `paths` and `headers` hold the requests in order of arrival."""
 
     reply: Callable[[dict[str, Any]], Reply]
     bodies: list[dict[str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A scorer's life on Vertex AI, told as JSON: run in the tests' own process, and by another version of the SDK.
+"""A scorer's life on Vertex AI as JSON: run in the tests' own process, and by another version of the SDK.
 
 python vertex_scenario.py FOLDER
 """

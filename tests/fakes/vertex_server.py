@@ -22,7 +22,7 @@ V1 = "type.googleapis.com/google.cloud.aiplatform.v1"
 
 @dataclass
 class Vertex:
-    """What the server was told: uploaded models, endpoints, custom jobs, objects of the bucket, and every call."""
+    """What the server received: uploaded models, endpoints, custom jobs, objects of the bucket, and every call."""
 
     models: list[dict[str, Any]] = field(default_factory=list)
     endpoints: list[dict[str, Any]] = field(default_factory=list)
@@ -236,11 +236,11 @@ def vertex_server() -> Iterator[Vertex]:
             data = self.rfile.read(int(self.headers.get("content-length", 0)))
             vertex.calls.append(f"{method} {unquote(parts.path)}")
             try:
-                status, actual = 200, vertex.answer(method, unquote(parts.path), parse_qs(parts.query), data)
+                status, answer = 200, vertex.answer(method, unquote(parts.path), parse_qs(parts.query), data)
             except Refusal as refusal:
                 code, words = refusal.args
-                status, actual = code, {"error": {"code": code, "message": words, "status": "FAILED_PRECONDITION"}}
-            payload = json.dumps(actual).encode()
+                status, answer = code, {"error": {"code": code, "message": words, "status": "FAILED_PRECONDITION"}}
+            payload = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(payload)))

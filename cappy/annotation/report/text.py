@@ -123,7 +123,9 @@ def _cautions(report: DataReport) -> Iterator[str]:
         # Responses with the status empty are blank and counted above.
         if status not in ("ok", "empty"):
             responses = _format_subject(count, sum(report.statuses.values()), "LLM response", "has", "have")
-            consequence = "selectors may pick them" if status in SELECTABLE else "selectors may not pick them"
+            consequence = (
+                "selectors may pick such responses" if status in SELECTABLE else "selectors never pick such responses"
+            )
             yield f"Caution: {responses} the status {status}; {consequence}."
     if instructions.in_several_splits:
         shared = _format_subject(instructions.in_several_splits, instructions.distinct, "instruction", "is", "are")

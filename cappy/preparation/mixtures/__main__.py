@@ -123,7 +123,8 @@ def count_choices(answer_choices: str | None, per_row: float | None) -> float | 
         return len(answer_choices.split("|||"))
     if per_row is None:
         raise ConfigError(
-            f"{answer_choices}: the number of choices depends on the row; add choices_per_row to sources.json"
+            f"{answer_choices}: the number of choices depends on the row; add choices_per_row and its source to "
+            "sources.json"
         )
     return per_row
 

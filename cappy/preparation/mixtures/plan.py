@@ -239,7 +239,7 @@ def _describe_t0(mixture: Mixture, plan: MixturePlan) -> Iterator[str]:
     one_more = cap_rows(wiki_hop.rows["train"] or 0, len(wiki_hop.templates)) * len(num_choices)
     yield (
         f"This reconstruction has {_millions(plan.pairs())} million pairs; Cappy's authors report {PUBLISHED_MILLIONS} "
-        "million without saying how they count. The number of choices of wiki_hop differs by row: "
+        "million, and no public text found says how they count. The number of choices of wiki_hop differs by row: "
         f"{max(num_choices):g} are counted, the average in its paper is probably 19.8, and one choice more or less "
         f"changes the sum by {_millions(one_more)} million."
     )

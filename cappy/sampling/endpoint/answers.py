@@ -294,7 +294,7 @@ def read_choice(choice: Mapping[str, object]) -> tuple[str, Status, list[float]]
         parts = [part for part in text if isinstance(part, dict) and part.get("type") not in _REASONING_PARTS]
         text = "".join(str(part.get("text", "")) for part in parts)
     if not isinstance(text, str | None):
-        raise BadAnswerError("the content of a choice is not a text", text)
+        raise BadAnswerError("the content of a choice is not a string", text)
     stripped = replace_surrogates(text or "").strip()
     if refusal and not stripped:
         text = replace_surrogates(str(refusal)).strip()

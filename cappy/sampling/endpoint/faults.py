@@ -11,7 +11,8 @@ outcome of other requests decide:
   instruction, and after every `REFUSALS_PER_PROBE` refusals in a row. If it is refused too, the run is aborted.
 - `--max-failed` limits the share of failed candidates (`cappy.sampling.accounts`).
 
-Messages only decide between the statuses `filtered` (content policy) and `failed`.
+Messages decide between the statuses `filtered` (content policy) and `failed`, and separate a refusal of one instruction
+(too long) or of one parameter from one that ends the run (no credit, an invalid key).
 """
 
 import email.utils
@@ -320,7 +321,7 @@ def read_embedded_error(error: BadAnswerError, keys: Sequence[str] = ()) -> Erro
 
 
 def backoff(attempt: int, first: float) -> float:
-    """Seconds to wait before retry `attempt` (from 1): doubled up to `MAX_BACKOFF_SECONDS`, minus jitter."""
+    """Seconds to wait before retry `attempt` (from 1): doubled up to `MAX_BACKOFF_SECONDS`, minus up to a quarter."""
     return float(min(first * 2.0 ** (attempt - 1), MAX_BACKOFF_SECONDS)) * (1 - 0.25 * random.random())
 
 

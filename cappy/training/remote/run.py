@@ -133,7 +133,10 @@ def _job_environment(folder: Path, step: str) -> dict[str, str]:
 
 
 def _stage(source: Path, staged_input: Path) -> None:
-    """Publishes the input to the volume, by hard links if `source` is on it; the same input is not published twice."""
+    """Publishes the input to the volume, by hard links if `source` is on it.
+
+    The same input is not published again, because a job may be reading it.
+    """
     manifest = read_manifest(source)
     if not (staged_input / MANIFEST).is_file() or read_manifest(staged_input).hash != manifest.hash:
         publish(source, staged_input, manifest)
