@@ -22,7 +22,7 @@ demo: $(STAMP) ## Adapt a scorer to the built-in tasks, offline, and show how mu
 	$(BIN)/cappy adapt --instances builtin --generator builtin --strategy sampling8 --set finetuning.epochs=2
 
 test: $(STAMP) ## Run all tests except those that need servers
-	$(BIN)/python -m pytest --ignore=tests/integration --ignore=tests/serving/test_load.py --numprocesses=$(JOBS) --dist=loadfile
+	$(BIN)/python -m pytest --ignore=tests/integration --ignore=tests/serving/test_load.py --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder
 	@# The load test needs all cores.
 	$(BIN)/python -m pytest tests/serving/test_load.py
 
