@@ -11,17 +11,20 @@ The published Rouge-L sees only [a-z0-9], so other text scores 0; `rouge_l_unico
 import re
 import unicodedata
 from collections.abc import Hashable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import regex
-from nltk.stem.porter import PorterStemmer
 from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cpdist
+
+if TYPE_CHECKING:
+    from nltk.stem.porter import PorterStemmer
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -40,7 +43,6 @@ _IS_WORD[[*b"abcdefghijklmnopqrstuvwxyz0123456789"]] = True
 
 _WORDS = re.compile(r"[a-z0-9]+")
 _INVISIBLE = re.compile(r"[^\W_a-z0-9]|[\u0300-\u036f]")
-_STEMMER = PorterStemmer()
 _MAX_CACHED_CHARACTERS = 4_096
 """Longer texts are not cached, which bounds the size of the cache."""
 _MAX_CACHED_WORD = 64
@@ -97,7 +99,15 @@ def _stem(word: str) -> str:
     """The token of a word: its Porter stem if it is longer than three characters."""
     if len(word) <= 3 or word[-1] in _NO_SUFFIX_ENDS:
         return word
-    return _porter_stem(word) if len(word) <= _MAX_CACHED_WORD else _STEMMER.stem(word)
+    return _porter_stem(word) if len(word) <= _MAX_CACHED_WORD else _stemmer().stem(word)
+
+
+@cache
+def _stemmer() -> "PorterStemmer":
+    """Imported at its first use: nltk imports pandas and scikit-learn, which most processes do not need."""
+    from nltk.stem.porter import PorterStemmer
+
+    return PorterStemmer()
 
 
 def _split_tokens(text: str, use_stemmer: bool) -> tuple[str, ...]:
@@ -110,7 +120,7 @@ _cached_tokens = lru_cache(maxsize=8_192)(_split_tokens)
 
 @lru_cache(maxsize=131_072)
 def _porter_stem(word: str) -> str:
-    return str(_STEMMER.stem(word))
+    return str(_stemmer().stem(word))
 
 
 def rouge_l_unicode(references: Sequence[str], response: str) -> float:
