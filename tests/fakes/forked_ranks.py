@@ -136,7 +136,7 @@ def main() -> None:
     import importlib.util
     import select
 
-    from cappy.training import finetuning, pretraining  # noqa: F401 (imported for the children)
+    from cappy.training import train  # noqa: F401 (imported for the children, as are the next)
     from cappy.training.deepspeed import set_accelerator
 
     set_accelerator()

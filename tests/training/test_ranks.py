@@ -30,11 +30,14 @@ from cappy.records import read_manifest
 from cappy.records.folder import verify
 from cappy.scoring import Scorer
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.launch import Topology, must_launch, topology
+from cappy.training.launch import REPORT_VARIABLE, Topology, must_launch, topology
 
+ROOT = str(Path(__file__).parents[2])
 Plan = Callable[..., FinetuningConfig]
-CURVE = {"checks": 1000, "patience": 1000, "epochs": 1.5, "checkpoint_updates": 6}
-"""A check after every update, so that the log is the loss curve; 12 updates."""
+CURVE = {"checks": 1000, "patience": 1000, "epochs": 1.5, "checkpoint_updates": 6, "clip": 50.0}
+"""A check after every update, so that the log is the loss curve; 12 updates, of which half are clipped.
+
+Were all clipped or none, AdamW would hide a wrong scale of the gradients."""
 EVERY_UPDATE = {**CURVE, "checkpoint_updates": 1}
 """The same run, to be broken off anywhere: gathering a checkpoint takes DeepSpeed longer than an update."""
 
@@ -206,7 +209,7 @@ def short_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python imports this module at every start, before the rank does what it is for."""
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "sitecustomize.py").write_text(OUT_OF_MEMORY)
-    paths = [str(tmp_path / "start"), str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(tmp_path / "start"), ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 
 
@@ -312,6 +315,26 @@ def test_ranks_die_with_the_process_that_started_them(parent: Group) -> None:
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in own.values()), f"the end of {own}", seconds=20)
 
 
+def test_a_rank_that_reports_nothing_ends_with_its_parent_too() -> None:
+    """One that reports would end anyhow, by the broken pipe."""
+    blocked = "import sys, time, cappy.training.__main__ as rank; rank._run = lambda *_: time.sleep(60); rank.main([])"
+    report_reader, report_writer = os.pipe()
+    alive_reader, alive_writer = os.pipe()
+    rank = subprocess.Popen(
+        [sys.executable, "-c", blocked],
+        env={**os.environ, "PYTHONPATH": ROOT, REPORT_VARIABLE: f"{report_writer},{alive_reader}"},
+        pass_fds=(report_writer, alive_reader),
+    )
+    try:
+        os.close(alive_writer)
+        assert rank.wait(20) == -signal.SIGKILL
+    finally:
+        rank.kill()
+        rank.wait()
+        for descriptor in (report_reader, report_writer, alive_reader):
+            os.close(descriptor)
+
+
 def test_sigterm_reaches_the_ranks_which_write_a_checkpoint_and_end(parent: Group) -> None:
     os.kill(parent.pids[0], signal.SIGTERM)
     assert parent.wait(60) == [1]
@@ -374,7 +397,7 @@ def test_ranks_that_torchrun_started_train_together(one: FinetuningConfig, plan:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cappy.training"]
     done = subprocess.run(
         [sys.executable, *command, "finetuning", json.dumps(to_values(settings))],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": ROOT},
         capture_output=True,
         text=True,
         timeout=200,
@@ -385,6 +408,6 @@ def test_ranks_that_torchrun_started_train_together(one: FinetuningConfig, plan:
 
 def test_ranks_tell_each_other_nothing_by_pickle() -> None:
     """Torch's collectives for objects pickle what they send; ours send JSON and tensors."""
-    sources = (Path(__file__).parents[2] / "cappy").rglob("*.py")
+    sources = Path(ROOT, "cappy").rglob("*.py")
     named = re.compile(r"\b(all_gather_object|gather_object|(broadcast|scatter|send|recv)_object_list)\b")
     assert not [path for path in sources if named.search(path.read_text(encoding="utf-8"))]
