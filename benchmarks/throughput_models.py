@@ -156,7 +156,7 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
                 corpora.train, number, config.batch_instances, config.max_candidates, seed=config.seed
             )
         ]
-        lengths = [length for pool in pools for length in corpora.train.tokens(pool.index, pool.responses)]
+        lengths = [length for pool in pools for length in corpora.train.token_counts(pool.index, pool.responses)]
         seconds, _ = bench.time_call(partial(run_updates, run, updates))
         flops = sum(SCORERS[name].training_flops(length, length**2) for length in lengths) / seconds
         bench.record(

@@ -1,4 +1,4 @@
-"""Estimates time and resources of a pretraining: the config of the plan, and the measured speeds."""
+"""Estimates the time and resources of pretraining; this module has the config and reads the measured speeds."""
 
 import math
 from collections.abc import Mapping
@@ -82,10 +82,10 @@ Unit = Literal["prompts/s", "pairs/s", "FLOP/s", "seconds to start", "bytes/prom
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextLengths:
-    """Mean lengths of one kind of prompts of a subset, in tokens of the scorer, over `prompts` prompts.
+    """Mean lengths, in tokens of the scorer, of one kind of prompts of a subset; `prompts` is the number measured.
 
-    Prompts and responses are truncated to the limits of a generator, pairs to that of the scorer; `_squared` are means
-    of squares.
+    Prompts and responses are truncated to the limits of a generator, pairs to that of the scorer. Fields that end in
+    `_squared` are means of squares.
     """
 
     subset: str
@@ -103,7 +103,7 @@ class Measurement:
     """One measured value of a `step` on one device or core of `hardware`.
 
     `of` names the model shape or the mixture that was measured. `details` has related values (tokens and pairs per
-    second, mean lengths, the share of the data sheet's peak), `load` the load average of the machine before the
+    second, mean lengths, the share of the data sheet's peak), `load` is the load average of the machine before the
     measurement.
     """
 
@@ -115,7 +115,7 @@ class Measurement:
     date: str
     machine: str
     load: float
-    # The key in files that earlier releases wrote.
+    # Files of earlier releases have the key "told".
     details: Annotated[Mapping[str, float], Field(validation_alias=AliasChoices("details", "told"))] = field(
         default_factory=dict
     )
@@ -125,12 +125,12 @@ class Measurement:
 class Throughput:
     """Text lengths of each mixture, and the measurements."""
 
-    benchmark: Literal["throughput", "calibration"]  # The second in files of earlier releases.
+    benchmark: Literal["throughput", "calibration"]  # Files of earlier releases have "calibration".
     texts: Mapping[str, tuple[TextLengths, ...]]
     measurements: tuple[Measurement, ...]
 
     def lengths_of(self, mixture: str) -> tuple[TextLengths, ...]:
-        """Text lengths of a mixture; ConfigError if they were not measured."""
+        """The text lengths of a mixture; raises ConfigError if they were not measured."""
         if not self.texts.get(mixture):
             raise ConfigError(f"plan: the measured speeds have no text lengths of {mixture}; {REMEDY}")
         return self.texts[mixture]
@@ -141,7 +141,7 @@ class Throughput:
         return next((m for m in self.measurements if (m.step, m.unit, m.hardware, m.of) == key), None)
 
     def need(self, step: Step, unit: Unit, *, hardware: str, of: str) -> Measurement:
-        """The measurement; ConfigError says what is missing and what was measured."""
+        """The measurement; if there is none, raises ConfigError with what is missing and what was measured."""
         measurement = self.find(step, unit, hardware=hardware, of=of)
         if measurement is None:
             others = [m.of for m in self.measurements if (m.step, m.unit, m.hardware) == (step, unit, hardware)]
@@ -153,18 +153,19 @@ class Throughput:
 
 
 def read_throughput(path: Path) -> Throughput:
-    """The measured speeds in a file; ConfigError if it is missing, damaged or has impossible values."""
+    """Reads a file of measured speeds; raises ConfigError if it is missing, damaged or has impossible values."""
     if not path.is_file():
         raise ConfigError(f"plan: {path}: no such file of measured speeds; {REMEDY}")
     try:
         throughput = TypeAdapter(Throughput).validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        field_path = ".".join(map(str, first["loc"]))
+        first_error = error.errors()[0]
+        field_path = ".".join(map(str, first_error["loc"]))
         raise ConfigError(
-            f"plan: {path}: is not a file of measured speeds ({field_path or 'file'}: {first['msg']}); {REMEDY}"
+            f"plan: {path}: is not a file of measured speeds ({field_path or 'file'}: {first_error['msg']}); {REMEDY}"
         ) from error
     invalid = next((m for m in throughput.measurements if not 0 < m.value < float("inf")), None)
     if invalid:
-        raise ConfigError(f"plan: {path}: {invalid.step} of {invalid.of} is {invalid.value} {invalid.unit}; {REMEDY}")
+        value = f"{invalid.step} of {invalid.of} is {invalid.value} {invalid.unit}, not a positive number"
+        raise ConfigError(f"plan: {path}: {value}; {REMEDY}")
     return throughput

@@ -1,8 +1,8 @@
-"""The cost of each step in seconds, device-hours, core-hours and bytes, from volumes and measured speeds.
+"""Computes the cost of each step in seconds, device-hours, core-hours and bytes, from volumes and measured speeds.
 
-Work of models is counted in floating point operations. Kaplan et al. 2020 (section 2.1) count 2 operations per weight
-and token forward, and twice as many backward; the two products of attention are added. Biases, norms and padding are
-ignored.
+The work of models is counted in floating-point operations. Kaplan et al. 2020 (section 2.1) count 2 operations per
+weight and token in the forward pass, and twice as many in the backward pass; the two products of attention are added.
+Biases, norms and padding are ignored.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ MAX_VALIDATION_CANDIDATES = 16
 CHECKPOINTS = 2
 """Number of checkpoints that are kept."""
 _FORWARD_SHARE = 1 / 3
-"""Cost of scoring a pair relative to training on it."""
+"""Cost of scoring a pair relative to that of training on it."""
 END_TOKENS = 1
 """The end-of-sequence token after a response."""
 
@@ -40,7 +40,10 @@ Processors = Literal["devices", "cores"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratorShape:
-    """An encoder-decoder: layers per stack, widths of model, attention and feed-forward, vocabulary size."""
+    """The shape of an encoder-decoder: layers per stack, width of model, attention and feed-forward, vocabulary size.
+
+    A `gated` feed-forward has three matrices instead of two.
+    """
 
     layers: int
     hidden: int
@@ -69,18 +72,18 @@ class GeneratorShape:
         return (3 if self.gated else 2) * self.hidden * self.inner
 
     def prompt_flops(self, tokens: float, squared: float) -> float:
-        """Operations of a prompt; `tokens` and `squared` are the means of its number of tokens and of that squared."""
+        """Operations for a prompt; `tokens` is its mean number of tokens, `squared` the mean of that number squared."""
         return 2 * (self.encoder_weights + self.prompt_weights) * tokens + 4 * self.layers * self.attention * squared
 
     def response_flops(self, tokens: float, prompt_tokens: float) -> float:
-        """Operations of a response of `tokens` tokens, generated one by one after an encoded prompt."""
+        """Operations for a response of `tokens` tokens, generated one by one after an encoded prompt."""
         attended = prompt_tokens + tokens / 2
         return tokens * (2 * self.decoder_weights + 4 * self.layers * self.attention * attended)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerShape:
-    """An encoder whose feed-forward is four times as wide as the model."""
+    """The shape of an encoder whose feed-forward is four times as wide as the model."""
 
     layers: int
     hidden: int
@@ -98,14 +101,14 @@ class ScorerShape:
         return self.layer_weights + (self.vocabulary + self.positions + self.hidden) * self.hidden
 
     def training_flops(self, tokens: float, squared: float) -> float:
-        """Operations of a pair, forward and backward, as `cappy.training.meter` counts them.
+        """Operations for a pair, forward and backward, counted like in `cappy.training.meter`.
 
-        `tokens` and `squared` are the means of a pair's number of tokens and of that squared.
+        `tokens` is the mean number of tokens of a pair, `squared` the mean of that number squared.
         """
         return 6.0 * self.layer_weights * tokens + 12.0 * self.layers * self.hidden * squared
 
     def scoring_flops(self, tokens: float, squared: float) -> float:
-        """Operations of a pair, forward only."""
+        """Operations for a pair, forward only; arguments like those of `training_flops`."""
         return _FORWARD_SHARE * self.training_flops(tokens, squared)
 
 
@@ -137,7 +140,7 @@ Shape = TypeVar("Shape")
 
 
 def find_shape(name: str, shapes: Mapping[str, Shape], flag: str) -> Shape:
-    """The shape with this name; ConfigError lists the known ones."""
+    """The shape with this name; for an unknown name, raises ConfigError with the known ones."""
     if name not in shapes:
         raise ConfigError(f"plan: --{flag}: unknown shape {quote(name)}; choose one of {', '.join(shapes)}")
     return shapes[name]
@@ -147,9 +150,10 @@ def find_shape(name: str, shapes: Mapping[str, Shape], flag: str) -> Shape:
 class Work:
     """The work of a step, and how fast one device or core does it.
 
-    `amount` is in `unit`, `rate` in `unit` per second, `start` is the startup time in seconds, `max_devices` the
+    `amount` is in `unit` and `rate` in `unit` per second; `start` is the startup time in seconds, `max_devices` the
     maximum number of devices. `linear` is false if several devices have overhead, `blocks_devices` true if all devices
-    wait for one core. `basis` describes the origin of the rate, `measured` whether it was measured.
+    wait for one core. `basis` describes the origin of the rate; `measured` says whether it was measured. `tokens` is
+    the number of tokens processed, `bytes` the storage that the output needs.
     """
 
     step: Step
@@ -180,7 +184,7 @@ class Cost:
 
 
 def peak_of(hardware: str) -> float | None:
-    """FLOP/s of one device in its data sheet; ConfigError for unknown hardware."""
+    """FLOP/s of one device in its data sheet, None for a CPU; raises ConfigError for unknown hardware."""
     if hardware not in HARDWARE:
         raise ConfigError(f"plan: --hardware: unknown hardware {quote(hardware)}; choose one of {', '.join(HARDWARE)}")
     return HARDWARE[hardware]
@@ -207,9 +211,9 @@ def cost(work: Work, devices: int, config: PlanConfig, *, cores: int) -> Cost:
 
 
 def list_work(volumes: Volumes, throughput: Throughput, config: PlanConfig) -> list[Work]:
-    """The work of all steps, in order; ConfigError if a speed is neither measured nor assumed.
+    """The work of all steps, in order; raises ConfigError if a speed is neither measured nor assumed.
 
-    Speeds for prompts and pairs are those measured on the mixture of the config.
+    Speeds in prompts and pairs per second are those measured on the mixture of the config.
     """
     peak_of(config.hardware)
     rates = _Rates(throughput, config)
@@ -228,7 +232,7 @@ def list_work(volumes: Volumes, throughput: Throughput, config: PlanConfig) -> l
 
 @dataclass(frozen=True, slots=True)
 class _Rates:
-    """Speeds by step: measured, else assumed."""
+    """The speeds of the steps: measured if there is a measurement, else assumed."""
 
     throughput: Throughput
     config: PlanConfig
@@ -248,7 +252,7 @@ class _Rates:
         )  # fmt: skip
 
     def flops_per_second(self, step: Step, of: str) -> tuple[float, str, bool]:
-        """FLOP/s of a device at a step, the origin of that number, and whether it was measured."""
+        """FLOP/s of one device in a step, the origin of that number, and whether it was measured."""
         hardware = self.config.hardware
         peak = peak_of(hardware)
         lookup = self.throughput.need if peak is None else self.throughput.find
@@ -259,7 +263,7 @@ class _Rates:
                 f"measured {speed.date}: {speed.value / 1e9:,.0f} GFLOP/s a device",
                 True,
             )
-        assert peak is not None  # noqa: S101 (`need` has raised)
+        assert peak is not None  # noqa: S101 (otherwise `need` has raised)
         flag, share = ("--sampling-mfu", self.config.sampling_mfu) if step == "sampling" else ("--mfu", self.config.mfu)
         if share is None:
             raise ConfigError(
@@ -270,12 +274,12 @@ class _Rates:
 
 
 def _bytes_written(volumes: Volumes, rates: _Rates) -> dict[str, float]:
-    """Bytes that each step writes; every folder of records contains the prompts again."""
-    need, texts = rates.throughput.need, rates.config.mixture
-    prompts = volumes.prompts * need("preparation", "bytes/prompt", hardware=CPU, of=texts).value
-    candidates = volumes.candidates * need("sampling", "bytes/pair", hardware=CPU, of=texts).value
-    labelled = volumes.pairs * need("annotation", "bytes/pair", hardware=CPU, of=texts).value
-    tokens = volumes.pairs * need("tokenization", "bytes/pair", hardware=CPU, of=texts).value
+    """The number of bytes that each step writes; every folder of records contains the prompts again."""
+    need, mixture = rates.throughput.need, rates.config.mixture
+    prompts = volumes.prompts * need("preparation", "bytes/prompt", hardware=CPU, of=mixture).value
+    candidates = volumes.candidates * need("sampling", "bytes/pair", hardware=CPU, of=mixture).value
+    labelled = volumes.pairs * need("annotation", "bytes/pair", hardware=CPU, of=mixture).value
+    tokens = volumes.pairs * need("tokenization", "bytes/pair", hardware=CPU, of=mixture).value
     return {
         "preparation": prompts,
         "sampling": prompts + candidates,
@@ -284,8 +288,8 @@ def _bytes_written(volumes: Volumes, rates: _Rates) -> dict[str, float]:
     }
 
 
-def _sampling_work(volumes: Volumes, rates: _Rates, stored: float) -> Iterator[Work]:
-    """The work of each generator, one after another on the same shards; only the last folder is kept."""
+def _sampling_work(volumes: Volumes, rates: _Rates, stored_bytes: float) -> Iterator[Work]:
+    """The work of each generator; they run one after another on the same shards, and only the last folder is kept."""
     response_tokens = volumes.response_tokens + END_TOKENS
     for number, (name, samples) in enumerate(volumes.samples.items(), start=1):
         shape = find_shape(name, GENERATORS, "generators")
@@ -296,39 +300,41 @@ def _sampling_work(volumes: Volumes, rates: _Rates, stored: float) -> Iterator[W
             step="sampling", name=f"sampling {name}", amount=volumes.open_prompts * (prompts + responses),
             unit="FLOP", rate=rate, start=rates.startup_seconds("sampling"), basis=basis, measured=measured,
             max_devices=MAX_SHARDS, tokens=volumes.open_prompts * (volumes.prompt.tokens + samples * response_tokens),
-            bytes=stored if number == len(volumes.samples) else 0.0,
+            bytes=stored_bytes if number == len(volumes.samples) else 0.0,
         )  # fmt: skip
 
 
-def _tokenization_work(volumes: Volumes, rates: _Rates, stored: float) -> Work:
-    """Tokenization at the start of pretraining, in one process while the devices wait."""
+def _tokenization_work(volumes: Volumes, rates: _Rates, stored_bytes: float) -> Work:
+    """The work of tokenization at the start of pretraining, in one process while the devices wait."""
     rate = rates.throughput.need("tokenization", "pairs/s", hardware=CPU, of=rates.config.mixture)
     return Work(
         step="tokenization", name="pretraining: tokens", amount=volumes.pairs, unit="pairs", rate=rate.value,
         start=0.0, basis=f"measured {rate.date}: {rate.value:,.0f} pairs/s, on one core", measured=True,
-        processors="cores", max_devices=1, blocks_devices=rates.config.hardware != CPU, bytes=stored,
+        processors="cores", max_devices=1, blocks_devices=rates.config.hardware != CPU, bytes=stored_bytes,
     )  # fmt: skip
 
 
 def _pretraining_work(volumes: Volumes, rates: _Rates, scorer: ScorerShape) -> Work:
-    """All epochs and validations, without early stopping."""
+    """The work of all epochs and validations, without early stopping."""
     config = rates.config
-    trained = volumes.pairs * (1 - config.validation) * config.epochs
-    per_prompt = min(1.0, MAX_VALIDATION_CANDIDATES / max(1.0, volumes.selectable / volumes.prompts))
-    checked_pairs = volumes.selectable * per_prompt * config.validation * NUM_VALIDATIONS
+    trained_pairs = volumes.pairs * (1 - config.validation) * config.epochs
+    scored_share = min(1.0, MAX_VALIDATION_CANDIDATES / max(1.0, volumes.selectable / volumes.prompts))
+    checked_pairs = volumes.selectable * scored_share * config.validation * NUM_VALIDATIONS
     rate, basis, measured = rates.flops_per_second("pretraining", config.scorer)
     tokens, squared = volumes.pair.tokens, volumes.pair.squared
+    training_flops = trained_pairs * scorer.training_flops(tokens, squared)
+    checking_flops = checked_pairs * scorer.scoring_flops(tokens, squared)
     checkpoint = rates.throughput.need("pretraining", "bytes/weight", hardware=CPU, of="builtin")
     return Work(
         step="pretraining", name="pretraining", unit="FLOP", rate=rate, start=rates.startup_seconds("pretraining"),
-        amount=trained * scorer.training_flops(tokens, squared) + checked_pairs * scorer.scoring_flops(tokens, squared),
-        basis=basis, measured=measured, linear=False, tokens=trained * tokens,
+        amount=training_flops + checking_flops, basis=basis, measured=measured, linear=False,
+        tokens=trained_pairs * tokens,
         bytes=scorer.weights * (4 + CHECKPOINTS * checkpoint.value),
     )  # fmt: skip
 
 
 def _evaluation_work(volumes: Volumes, rates: _Rates, scorer: ScorerShape) -> Work:
-    """Scoring of the held-out pairs on one device."""
+    """The work of scoring the held-out pairs on one device."""
     rate, basis, measured = rates.flops_per_second("evaluation", rates.config.scorer)
     tokens, squared = volumes.evaluated_pair.tokens, volumes.evaluated_pair.squared
     return Work(

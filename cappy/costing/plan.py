@@ -1,4 +1,4 @@
-"""The plan of a pretraining, from a config and measured speeds, as text or as JSON values."""
+"""Plans a pretraining from a config and measured speeds; formats the plan as text or as JSON values."""
 
 import re
 import textwrap
@@ -13,7 +13,7 @@ from cappy.preparation.mixtures.plan import PUBLISHED_MILLIONS
 from cappy.untrusted import JSON
 
 WIDTH = 110
-"""Maximum columns of a sentence."""
+"""Line width of the assumptions in characters."""
 
 _TERMS = ("scorer", "epochs", "validation", "workers", "mfu", "sampling_mfu", "scaling")
 """The settings in the object `terms` of the JSON values."""
@@ -25,7 +25,7 @@ Line = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainingPlan:
-    """The volumes and the work of each step; `machines` are those that speeds were measured on."""
+    """The volumes and the work of each step; `machines` are those on which the speeds were measured."""
 
     config: PlanConfig
     volumes: Volumes
@@ -44,7 +44,7 @@ class PretrainingPlan:
 
 
 def make_plan(config: PlanConfig, throughput: Throughput) -> PretrainingPlan:
-    """The plan of a pretraining; ConfigError for an unknown name or a speed that is neither measured nor assumed."""
+    """Plans a pretraining; raises ConfigError for an unknown name or a speed that is neither measured nor assumed."""
     volumes = mixture_volumes(config.mixture, _parse_samples(config.generators), throughput)
     return PretrainingPlan(
         config=config,
@@ -55,7 +55,7 @@ def make_plan(config: PlanConfig, throughput: Throughput) -> PretrainingPlan:
 
 
 def _parse_samples(generators: Sequence[str]) -> Mapping[str, int]:
-    """Parses NAME or NAME:NUMBER into candidates per open-ended prompt by generator; ConfigError if invalid."""
+    """Parses NAME or NAME:NUMBER; returns the candidates per open-ended prompt of each generator."""
     samples: dict[str, int] = {}
     for generator in generators:
         match = re.fullmatch(r"([^:]+)(?::([1-9][0-9]{0,3}))?", generator)
@@ -73,12 +73,12 @@ def _parse_samples(generators: Sequence[str]) -> Mapping[str, int]:
 def text(plan: PretrainingPlan) -> str:
     """The plan as plain text: the work of each step, its time by number of devices, and the assumptions."""
     blocks = [_format_volumes(plan), _align(_work_lines(plan)), _align(_time_lines(plan))]
-    sentences = [textwrap.fill(text, WIDTH, initial_indent="- ", subsequent_indent="  ") for text in assumptions(plan)]
-    return "\n\n".join([*blocks, "\n".join(["Assumptions", *sentences])])
+    items = [textwrap.fill(item, WIDTH, initial_indent="- ", subsequent_indent="  ") for item in assumptions(plan)]
+    return "\n\n".join([*blocks, "\n".join(["Assumptions", *items])])
 
 
 def to_values(plan: PretrainingPlan) -> dict[str, JSON]:
-    """The plan as JSON values: seconds, hours and bytes; each step says whether its speed was measured."""
+    """The plan as JSON values, in seconds, hours and bytes; each step says whether its speed was measured."""
     volumes = {**asdict(plan.volumes), "candidates": plan.volumes.candidates}
     return {
         "mixture": plan.config.mixture,
@@ -96,7 +96,7 @@ def to_values(plan: PretrainingPlan) -> dict[str, JSON]:
 
 
 def assumptions(plan: PretrainingPlan) -> Iterator[str]:
-    """What the numbers are based on and leave out, one sentence each."""
+    """Yields what the numbers are based on and what they leave out, as a list of short paragraphs."""
     volumes, config = plan.volumes, plan.config
     assumed = [work for work in plan.steps if not work.measured]
     if assumed:
@@ -173,17 +173,17 @@ def _time_lines(plan: PretrainingPlan) -> list[Line]:
 def _sums(plan: PretrainingPlan, devices: int) -> Mapping[str, float]:
     """Totals of the steps, which run one after another; device-hours of CPUs are core-hours."""
     costs = plan.costs(devices)
-    hours, cores = sum(cost.device_hours for cost in costs), sum(cost.core_hours for cost in costs)
+    device_hours, core_hours = sum(cost.device_hours for cost in costs), sum(cost.core_hours for cost in costs)
     if plan.config.hardware == CPU:
-        hours, cores = 0.0, cores + hours
-    sums = {"seconds": sum(cost.seconds for cost in costs), "device_hours": hours, "core_hours": cores}
+        device_hours, core_hours = 0.0, core_hours + device_hours
+    sums = {"seconds": sum(cost.seconds for cost in costs), "device_hours": device_hours, "core_hours": core_hours}
     if plan.config.price is not None:
-        sums["price"] = plan.config.price * (cores if plan.config.hardware == CPU else hours)
+        sums["price"] = plan.config.price * (core_hours if plan.config.hardware == CPU else device_hours)
     return sums
 
 
 def format_duration(seconds: float) -> str:
-    """A duration as text in one unit."""
+    """A duration in seconds as text in a suitable unit."""
     for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h"), (730 * 86_400, 86_400, "d")):
         if seconds < limit:
             return f"{seconds / size:.{0 if seconds / size >= 10 else 1}f} {unit}"
@@ -191,7 +191,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes as text; empty for 0."""
+    """A number of bytes as text in a suitable unit; "" for 0."""
     for limit, size, unit in ((1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
         if count < limit:
             return f"{count / size:.3g} {unit}" if count else ""

@@ -14,7 +14,7 @@ EVALUATED_ON: Mapping[str, str] = {"t0": "heldout"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """Means of the number of tokens and of its square, for the cost of attention."""
+    """The mean number of tokens, and the mean of its square, which determines the cost of attention."""
 
     tokens: float
     squared: float
@@ -22,11 +22,11 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Volumes:
-    """The amount of work of a pretraining.
+    """The amount of work of pretraining on a mixture and evaluating the scorer.
 
-    `pairs` are the rows of the regression set, `selectable` those that a selector may pick (neither references nor
-    mismatches), `samples` the candidates per open-ended prompt by generator. `known` is the share of prompts whose
-    lengths were measured; the others are assumed to have the same means.
+    `pairs` is the number of rows of the regression set, `selectable` the number of those that a selector may pick
+    (neither references nor mismatches), `samples` the candidates per open-ended prompt by generator. `known` is the
+    share of prompts, 0 to 1, whose lengths were measured; the others are assumed to have the same means.
     """
 
     prompts: int
@@ -48,10 +48,10 @@ class Volumes:
 
 
 def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughput) -> Volumes:
-    """The volumes of pretraining on a mixture; ConfigError if it is not a pretraining mixture.
+    """The volumes of pretraining on a mixture; raises ConfigError if it is not a pretraining mixture.
 
-    `samples` maps each generator to its candidates per open-ended prompt, which are assumed to be
-    as long as the references.
+    `samples` maps each generator to its candidates per open-ended prompt, which are assumed to be as long as the
+    references.
     """
     if name not in EVALUATED_ON:
         raise ConfigError(
@@ -59,15 +59,15 @@ def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughpu
         )
     mixture = replace(load_mixture(name), samples=sum(samples.values()))
     held_out = load_mixture(EVALUATED_ON[name])
-    trained, evaluated = _rows(mixture), [row for row in _rows(held_out) if row.pairs]
-    texts, evaluated_texts = _texts_by_subset(throughput, name), _texts_by_subset(throughput, held_out.name)
-    open_ended = [row for row in trained if row.kind == "open-ended"]
+    training_rows, evaluation_rows = _rows(mixture), [row for row in _rows(held_out) if row.pairs]
+    lengths, evaluation_lengths = _lengths_by_subset(throughput, name), _lengths_by_subset(throughput, held_out.name)
+    open_ended = [row for row in training_rows if row.kind == "open-ended"]
     prompts, open_prompts, pairs = (
-        _sum(trained, _num_examples),
+        _sum(training_rows, _num_examples),
         _sum(open_ended, _num_examples),
-        _sum(trained, _num_pairs),
+        _sum(training_rows, _num_pairs),
     )
-    known = [row for row in trained if (row.subset, row.kind) in texts]
+    measured = [row for row in training_rows if (row.subset, row.kind) in lengths]
     return Volumes(
         prompts=prompts,
         open_prompts=open_prompts,
@@ -75,18 +75,18 @@ def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughpu
         selectable=pairs - REFERENCE_AND_MISMATCH * open_prompts,
         samples=dict(samples),
         prompt=Lengths(
-            tokens=_mean(open_ended, texts, _num_examples, lambda lengths: lengths.prompt_tokens),
-            squared=_mean(open_ended, texts, _num_examples, lambda lengths: lengths.prompt_squared),
+            tokens=_mean(open_ended, lengths, _num_examples, lambda means: means.prompt_tokens),
+            squared=_mean(open_ended, lengths, _num_examples, lambda means: means.prompt_squared),
         ),
-        response_tokens=_mean(open_ended, texts, _num_examples, lambda lengths: lengths.response_tokens),
-        pair=_pair_lengths(trained, texts),
-        evaluated_pairs=_sum(evaluated, _num_pairs),
-        evaluated_pair=_pair_lengths(evaluated, evaluated_texts),
-        known=_sum(known, _num_examples) / prompts,
+        response_tokens=_mean(open_ended, lengths, _num_examples, lambda means: means.response_tokens),
+        pair=_pair_lengths(training_rows, lengths),
+        evaluated_pairs=_sum(evaluation_rows, _num_pairs),
+        evaluated_pair=_pair_lengths(evaluation_rows, evaluation_lengths),
+        known=_sum(measured, _num_examples) / prompts,
     )
 
 
-TextsBySubset = Mapping[tuple[str, str], TextLengths]
+LengthsBySubset = Mapping[tuple[str, str], TextLengths]
 Count = Callable[[PlanRow], int]
 
 
@@ -94,8 +94,8 @@ def _rows(mixture: Mixture) -> tuple[PlanRow, ...]:
     return plan_mixture(mixture).rows
 
 
-def _texts_by_subset(throughput: Throughput, name: str) -> TextsBySubset:
-    return {(texts.subset, texts.kind): texts for texts in throughput.lengths_of(name)}
+def _lengths_by_subset(throughput: Throughput, name: str) -> LengthsBySubset:
+    return {(means.subset, means.kind): means for means in throughput.lengths_of(name)}
 
 
 def _num_examples(row: PlanRow) -> int:
@@ -110,25 +110,29 @@ def _sum(rows: Iterable[PlanRow], count: Count) -> int:
     return sum(map(count, rows))
 
 
-def _pair_lengths(rows: Sequence[PlanRow], texts: TextsBySubset) -> Lengths:
+def _pair_lengths(rows: Sequence[PlanRow], lengths: LengthsBySubset) -> Lengths:
     return Lengths(
-        tokens=_mean(rows, texts, _num_pairs, lambda lengths: lengths.pair_tokens),
-        squared=_mean(rows, texts, _num_pairs, lambda lengths: lengths.pair_squared),
+        tokens=_mean(rows, lengths, _num_pairs, lambda means: means.pair_tokens),
+        squared=_mean(rows, lengths, _num_pairs, lambda means: means.pair_squared),
     )
 
 
-def _mean(rows: Sequence[PlanRow], texts: TextsBySubset, weight: Count, value: Callable[[TextLengths], float]) -> float:
-    """Mean over the rows, weighted by `weight`; rows of unknown length get the mean of their kind."""
-    total = total_weight = 0.0
+def _mean(
+    rows: Sequence[PlanRow], lengths: LengthsBySubset, weight: Count, value: Callable[[TextLengths], float]
+) -> float:
+    """The mean over the rows, weighted by `weight`; rows without measured lengths get the mean of their kind."""
+    weighted_sum = total_weight = 0.0
     for kind in {row.kind for row in rows}:
         kind_rows = [row for row in rows if row.kind == kind]
-        known = [(weight(row), value(texts[row.subset, kind])) for row in kind_rows if (row.subset, kind) in texts]
-        count = sum(number for number, _ in known)
-        if not count:
+        measured = [
+            (weight(row), value(lengths[row.subset, kind])) for row in kind_rows if (row.subset, kind) in lengths
+        ]
+        measured_weight = sum(row_weight for row_weight, _ in measured)
+        if not measured_weight:
             raise ConfigError(
                 f"plan: the measured speeds have no lengths of {kind} prompts; run benchmarks/throughput.py"
             )
-        mean = sum(number * length for number, length in known) / count
-        total += _sum(kind_rows, weight) * mean
+        mean = sum(row_weight * length for row_weight, length in measured) / measured_weight
+        weighted_sum += _sum(kind_rows, weight) * mean
         total_weight += _sum(kind_rows, weight)
-    return total / total_weight
+    return weighted_sum / total_weight

@@ -1,1 +1,1 @@
-"""Deployment: proof that a registered version answers as it did when it was evaluated, and then its service."""
+"""Deployment: checks that a registered version gives the scores of its evaluation, then deploys it."""

@@ -1,4 +1,4 @@
-"""KServe: the manifest of an InferenceService that serves a registered version."""
+"""KServe: creates the manifest of an InferenceService that serves a registered version."""
 
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
@@ -16,9 +16,9 @@ PORT = 8080
 SCRATCH = "/tmp"  # noqa: S108 (inside a container)
 """The only writable folder of the container: registry downloads, temporary files, caches."""
 STORAGE_MOUNT = "/mnt/models"
-"""Where KServe's storage initializer downloads STORAGE_URI to."""
+"""The folder to which KServe's storage initializer downloads STORAGE_URI."""
 NOTICE_SECONDS, GRACE_SECONDS = 5, 20
-"""After SIGTERM the server reports not ready for the notice period, then finishes open requests in the grace period.
+"""After SIGTERM the server is not ready during the notice period, then finishes open requests in the grace period.
 
 The sum is below the 30 seconds until SIGKILL, which Knative does not let a manifest change
 (terminationGracePeriodSeconds).
@@ -28,8 +28,8 @@ The sum is below the 30 seconds until SIGKILL, which Knative does not let a mani
 def inference_service(config: "DeploymentConfig", version: Version) -> dict[str, object]:
     """An InferenceService (serving.kserve.io/v1beta1) with the serving image as a custom predictor.
 
-    `traffic` below 100 becomes `canaryTrafficPercent`: the previous revision gets the rest. The version is named by
-    number, not by alias, so that the manifest says what runs. ConfigError if a cluster could not reach MLflow.
+    `traffic` below 100 becomes `canaryTrafficPercent`: the previous revision gets the rest. The manifest names the
+    version by number, not by alias, so that it says what runs. Raises ConfigError if a cluster cannot reach MLflow.
     """
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
@@ -48,7 +48,7 @@ def inference_service(config: "DeploymentConfig", version: Version) -> dict[str,
                 "minReplicas": config.min_replicas,
                 "maxReplicas": config.max_replicas,
                 **({"canaryTrafficPercent": config.traffic} if config.traffic < 100 else {}),
-                # It needs no access to the Kubernetes API.
+                # The server needs no access to the Kubernetes API.
                 # Service links would set MLFLOW_PORT to tcp://... for a Service named mlflow.
                 "automountServiceAccountToken": False,
                 "enableServiceLinks": False,
@@ -65,9 +65,9 @@ def to_yaml(service: dict[str, object]) -> str:
 
 
 def _container(config: "DeploymentConfig", version: Version) -> dict[str, object]:
-    quantities = {"cpu": config.kserve.cpu, "memory": config.kserve.memory}
+    resources = {"cpu": config.kserve.cpu, "memory": config.kserve.memory}
     if config.kserve.gpus:
-        quantities["nvidia.com/gpu"] = str(config.kserve.gpus)
+        resources["nvidia.com/gpu"] = str(config.kserve.gpus)
     return {
         "name": "kserve-container",
         "image": config.image,
@@ -82,7 +82,7 @@ def _container(config: "DeploymentConfig", version: Version) -> dict[str, object
         "workingDir": SCRATCH,
         "volumeMounts": [{"name": "scratch", "mountPath": SCRATCH}],
         "ports": [{"containerPort": PORT, "protocol": "TCP"}],
-        "resources": {"requests": quantities, "limits": dict(quantities)},
+        "resources": {"requests": resources, "limits": dict(resources)},
         "startupProbe": {**_probe("/startup"), "failureThreshold": 60},
         "readinessProbe": _probe("/ready"),
         "livenessProbe": _probe("/health"),
@@ -97,9 +97,9 @@ def _container(config: "DeploymentConfig", version: Version) -> dict[str, object
 
 
 def _environment(config: "DeploymentConfig") -> list[dict[str, str]]:
-    """Environment variables that say where the scorer comes from, without user and password, which need a secret."""
+    """The container's environment variables. MLflow's address has no user and password, because they need a secret."""
     variables = [{"name": "MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "value": "false"}]
-    # Requests have the host names of the ingress, which only the cluster knows.
+    # Requests are addressed to host names of the ingress, which only the cluster knows.
     variables += [{"name": "CAPPY_ALLOWED_HOSTS", "value": "*"}]
     variables += [{"name": name, "value": SCRATCH} for name in ("HOME", "TMPDIR")]
     if config.kserve.storage:

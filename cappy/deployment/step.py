@@ -1,7 +1,7 @@
 """The deployment step: checks that a registered version gives the scores of its evaluation, then deploys it.
 
-`local` only writes the command that serves the version to endpoint.json. `kserve` writes the manifest of an
-InferenceService for `kubectl apply`. `vertex` uploads the version and gives it a share of an endpoint's traffic.
+Platform `local` only writes the serving command to endpoint.json. `kserve` writes the manifest of an InferenceService
+for `kubectl apply`. `vertex` uploads the version and gives it a share of an endpoint's traffic.
 """
 
 import json
@@ -40,7 +40,7 @@ from cappy.steps import step_version
 __all__ = ["DeploymentConfig", "run"]
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-3}
-
+"""Maximum absolute difference of a score, by the precision of the scorer."""
 
 Platform = Literal["local", "kserve", "vertex"]
 
@@ -88,7 +88,7 @@ class VertexSettings:
 
 @settings
 class DeploymentConfig:
-    """A registered version, the scored pairs of its evaluation, and where to deploy it."""
+    """Settings of deployment: a registered version, the report of its evaluation, and the platform to deploy to."""
 
     RENAMED: ClassVar[Renames] = {
         **{name: f"kserve.{name}" for name in ("gpus", "cpu", "memory", "namespace", "storage", "secret")},
@@ -132,11 +132,15 @@ class DeploymentConfig:
                     f"{platform}.{changed[0].replace('_', '-')}: has no effect on {self.platform}; {remedy}"
                 )
         if self.max_replicas < self.min_replicas:
-            raise ValueError("max-replicas: is below min-replicas")
+            remedy = f"give {self.min_replicas} or more"
+            raise ValueError(f"max-replicas: {self.max_replicas} is below min-replicas; {remedy}")
 
 
 def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
-    """Downloads the version, scores the stored pairs again, and deploys it; FolderError if the scores differ."""
+    """Downloads the version, scores the pairs of its evaluation again, and deploys it.
+
+    Raises FolderError if the scores differ by more than `TOLERANCES`, or the report is of another scorer.
+    """
     uri = read_version(config.version)
     probes = _read_probes(config.report)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
@@ -169,17 +173,17 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
 
 
 def _check_report_version(report: Path, version: Version) -> None:
-    """FolderError if the report is about another scorer than this version."""
+    """Raises FolderError if the report is about another scorer than this version."""
     scorer_hash = read_values(report).get("versions", {}).get("challenger", "")
     if scorer_hash and not version.manifest_hash.startswith(scorer_hash):
-        numbers = f"report on {scorer_hash}, version of {version.manifest_hash[:12]}"
+        hashes = f"report on {scorer_hash}, version of {version.manifest_hash[:12]}"
         raise FolderError(
-            f"{report}: is about another scorer than {version.uri} ({numbers}); give the report of that version"
+            f"{report}: is about another scorer than {version.uri} ({hashes}); give the report of that version"
         )
 
 
 def deploy(config: DeploymentConfig, version: Version, scorer: Path, folder: Path) -> dict[str, object]:
-    """Deploys to the platform; returns the fields of endpoint.json, where `command` is the next command to run."""
+    """Deploys to the platform; returns fields of endpoint.json, including `command`, the next command to run."""
     if config.platform == "kserve":
         name = "inference_service.yaml"
         write_bytes(folder / name, kserve.to_yaml(kserve.inference_service(config, version)).encode())
@@ -192,7 +196,7 @@ def deploy(config: DeploymentConfig, version: Version, scorer: Path, folder: Pat
 
 
 def _read_probes(report: Path) -> list[Triple]:
-    """The (instruction, response, score) triples of an evaluation; FolderError if there are none."""
+    """The (instruction, response, score) triples of an evaluation; raises FolderError if there are none."""
     read_manifest(report)
     triples = read_probe(report)
     if not triples:
@@ -201,7 +205,7 @@ def _read_probes(report: Path) -> list[Triple]:
 
 
 def largest_difference(folder: Path, probes: list[Triple], uri: str) -> float:
-    """The largest difference to the stored scores; FolderError if it exceeds the tolerance of the precision."""
+    """The largest absolute difference from the stored scores; raises FolderError if it exceeds the tolerance."""
     from cappy.scoring import Scorer
 
     scorer = Scorer.load(str(folder))

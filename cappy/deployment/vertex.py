@@ -1,6 +1,6 @@
 """Vertex AI: uploads a version as a model and deploys it to an endpoint with a share of the traffic.
 
-Works with google-cloud-aiplatform 1.165 and later and with 2.x, which keeps the same classes for models and endpoints.
+It works with google-cloud-aiplatform 1.165 and later, and with 2.x, which keeps the classes for models and endpoints.
 """
 
 from collections.abc import Mapping
@@ -33,10 +33,10 @@ class _DeployedModel(Protocol):
 
 
 def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[str, object]:
-    """Uploads and deploys a version; earlier ones keep the rest of the traffic, or are undeployed if there is none.
+    """Uploads and deploys a version; earlier ones keep the rest of the traffic, or are undeployed if there is no rest.
 
-    A version that is already uploaded or deployed is reused. ConfigError with the message of the service if it refuses
-    or does not answer.
+    A version that is already uploaded or deployed is reused. Returns fields of endpoint.json. Raises ConfigError with
+    the message of Vertex AI if it refuses or does not answer.
     """
     silence_sdk()
     with translate_errors("deployment", config.vertex.project, config.vertex.region):
@@ -44,7 +44,7 @@ def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[s
             project=config.vertex.project, location=config.vertex.region, staging_bucket=config.vertex.bucket
         )
         model = _upload_model(config, version, scorer)
-        endpoint = _endpoint(config)
+        endpoint = _open_endpoint(config)
         deployed_id = next((deployed.id for deployed in endpoint.list_models() if _is_deployed(deployed, model)), None)
         current = _traffic(endpoint)
         if deployed_id is None:
@@ -68,9 +68,9 @@ def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[s
 
 
 def split_traffic(current: Mapping[str, int], share: int) -> dict[str, int]:
-    """Traffic with `share` percent for the new model ("0") and the rest in the current proportions; sums to 100.
+    """Gives `share` percent to the new model ("0"), and the rest to the others in their current proportions.
 
-    The new model gets all traffic if no other one has any, because the shares must sum to 100.
+    The result sums to 100, as Vertex AI requires; so the new model gets all traffic if no other model has any.
     """
     answering = {name: percent for name, percent in current.items() if percent}
     if share == 100 or not answering:
@@ -103,9 +103,9 @@ def _deploy(
 
 
 def _upload_model(config: "DeploymentConfig", version: Version, scorer: Path) -> aiplatform.Model:
-    """The model version with this content; if there is none, uploads it to the model with this name.
+    """Returns the model version with this content; if there is none, uploads it to the model with this name.
 
-    Lists of models contain only the newest version of each, so the versions are listed too.
+    A list of models contains only the newest version of each, so the versions are listed too.
     """
     parents = aiplatform.Model.list(filter=f'display_name="{version.name}"')
     description = f"{version.uri}, manifest {version.manifest_hash}"
@@ -127,7 +127,8 @@ def _upload_model(config: "DeploymentConfig", version: Version, scorer: Path) ->
     return uploaded
 
 
-def _endpoint(config: "DeploymentConfig") -> aiplatform.Endpoint:
+def _open_endpoint(config: "DeploymentConfig") -> aiplatform.Endpoint:
+    """The endpoint with the name of the service; creates it if there is none."""
     endpoints = aiplatform.Endpoint.list(filter=f'display_name="{config.service}"')
     if endpoints:
         return endpoints[0]
@@ -135,6 +136,7 @@ def _endpoint(config: "DeploymentConfig") -> aiplatform.Endpoint:
 
 
 def _traffic(endpoint: aiplatform.Endpoint) -> dict[str, int]:
+    """Percent of the traffic by id of the deployed model."""
     return {str(name): int(percent) for name, percent in (endpoint.traffic_split or {}).items()}
 
 
@@ -143,7 +145,7 @@ def _is_deployed(deployed: _DeployedModel, model: aiplatform.Model) -> bool:
 
 
 def _undeploy(endpoint: aiplatform.Endpoint, model: aiplatform.Model) -> list[str]:
-    """Undeploys all other models; returns their names."""
+    """Undeploys all models except this one; returns their names."""
     others = [deployed for deployed in endpoint.list_models() if not _is_deployed(deployed, model)]
     for deployed in others:
         endpoint.undeploy(deployed_model_id=deployed.id)

@@ -4,7 +4,7 @@ A TrainJob runs this command; a Vertex AI CustomJob runs the same module with `p
 
     torchrun --nproc-per-node 2 -m cappy.training finetuning '{"source": "annotated", "target": "scorer"}'
 
-Settings are JSON, or encoded as the components encode them (`cappy.config.encode`).
+Settings are JSON, or encoded with `cappy.config.encode`, as the components do.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from cappy.training import finetuning, pretraining
 from cappy.training.launch import REPORT_VARIABLE, VERSION_VARIABLE, RankReport
 
 MAX_MESSAGE_CHARACTERS = 1000
-"""Characters of an error text in a report: usually within 4,096 bytes as JSON, which a pipe writes atomically."""
+"""Maximum length of an error text in a report: as JSON usually within the 4,096 bytes that a pipe writes atomically."""
 Send = Callable[[RankReport], None]
 
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     """Runs the step and exits: status 1 after a CappyError, which is printed as one line."""
     try:
         status = _run_process(arguments)
-    except BaseException:  # noqa: BLE001 (the traceback is printed, as the interpreter would)
+    except BaseException:  # noqa: BLE001 (prints the traceback, like the interpreter)
         sys.stderr.write(redact(traceback.format_exc()))
         status = 1
     sys.stdout.flush()
@@ -70,24 +70,24 @@ def _run_and_print(arguments: Sequence[str]) -> int:
 
 
 def _job_progress(arguments: Sequence[str]) -> Progress:
-    """Progress of a job: written to a file on the volume for the step that submitted it, and logged now and then."""
+    """Progress of a job: written to a file on the volume for the step that submitted it, and logged at intervals."""
     folder = os.environ.get(PROGRESS_VARIABLE)
     if not folder or not arguments:
         return silent
     step = arguments[0]
-    in_file = FileProgress(Path(folder) / f"{step}.json")
-    in_log = LogProgress(lambda text: sys.stderr.write(f"{step}: {text}\n"))
+    file_progress = FileProgress(Path(folder) / f"{step}.json")
+    log_progress = LogProgress(lambda text: sys.stderr.write(f"{step}: {text}\n"))
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         with contextlib.suppress(OSError):  # A volume that is briefly unavailable must not end the training.
-            in_file(done, total, unit=unit, resumed=resumed, note=note)
-        in_log(done, total, unit=unit, resumed=resumed, note=note)
+            file_progress(done, total, unit=unit, resumed=resumed, note=note)
+        log_progress(done, total, unit=unit, resumed=resumed, note=note)
 
     return progress
 
 
 def _run_and_report(arguments: Sequence[str], report: Send) -> int:
-    """Runs the step; reports its progress and its result to the process that started us."""
+    """Runs the step and reports its progress and its result to the parent process; returns the exit status."""
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         report({"progress": (done, total, unit, resumed, note)})
@@ -133,6 +133,7 @@ def _send(descriptor: int, message: RankReport) -> None:
 
 
 def _exit_with_parent(parent_descriptor: int) -> None:
+    """Waits until the parent exits, which closes its end of the pipe, and then kills this process."""
     os.read(parent_descriptor, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 

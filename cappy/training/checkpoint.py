@@ -1,6 +1,6 @@
-"""Checkpoints of a training run: writing and reading them, when one is due, and SIGTERM, which makes one due.
+"""Checkpoints of a training run: writes and reads them, decides when one is due, and records SIGTERM.
 
-Tensors are stored as safetensors, the rest as JSON; two generations are kept.
+Tensors are stored as safetensors, the rest as JSON. The two newest checkpoints ("generations") are kept.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from cappy.errors import FolderError
 from cappy.records.folder import disk_errors, rename_folder, sha256_of
 
 CONTINUE_REMEDY = "run the same command again to continue"
-"""The remedy in errors of runs that need no change and continue at their checkpoint."""
+"""The remedy in errors after which the unchanged command continues from the last checkpoint."""
 MAX_GENERATIONS = 2
-"""Generations kept: if the newest is damaged, the one before it is used."""
+"""Number of generations kept: if the newest is damaged, the one before it is used."""
 
 Tensors = dict[str, Tensor]
 _DAMAGE_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
@@ -35,7 +35,7 @@ _CHECKSUMS = "sums.json"
 
 @dataclass
 class TrainingState:
-    """The state of the loop; `log` has one entry per check of the validation instances, `curve` points in between.
+    """The state of the loop; `log` has an entry per check on the validation instances, `curve` has points in between.
 
     The position in the data and the state of all random draws follow from the seed and `update`. `best_update` and
     `best_pick` belong to the check whose weights are kept; `best_values` are the expected labels of the best check, by
@@ -58,7 +58,7 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A state with its tensors: the model's weights, the optimizer's moments ("parameter.moment"), the best weights."""
+    """A state and its tensors: current weights, the optimizer's moments (keys "parameter.moment") and best weights."""
 
     state: TrainingState
     weights: Tensors
@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes a generation to `folder` atomically and deletes all but the last `MAX_GENERATIONS`."""
+    """Writes a generation to `folder` atomically and deletes all but the newest `MAX_GENERATIONS`."""
     generation = folder / f"{checkpoint.state.update:09d}"
     temporary = folder / ".tmp"
     with disk_errors(folder):
@@ -88,10 +88,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(folder: Path) -> tuple[Checkpoint | None, str]:
-    """The newest undamaged checkpoint (None if there never was one) and a note about damaged ones, or "".
+    """Returns the newest undamaged checkpoint, None if none was written, and a note about damaged ones, "" if none are.
 
-    Damaged generations newer than it are deleted, so that the next one written is the newest. Raises FolderError if all
-    are damaged, rather than silently starting over.
+    Damaged generations that are newer are deleted, so that the next one written is the newest. Raises FolderError if
+    all are damaged, rather than silently starting over.
     """
     damaged: list[Path] = []
     for generation in reversed(_generations(folder)):
@@ -107,7 +107,7 @@ def load(folder: Path) -> tuple[Checkpoint | None, str]:
 
 
 def describe_newest(folder: Path) -> str:
-    """The path of the newest generation, for an error message."""
+    """The path of the newest generation, or "none yet", for an error message."""
     generations = _generations(folder)
     return str(generations[-1]) if generations else "none yet"
 
@@ -124,9 +124,9 @@ def copy_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 class Shutdown:
-    """Records SIGTERM while its block runs, instead of ending the process at once.
+    """Records SIGTERM during its `with` block, instead of ending the process at once.
 
-    Only the main thread of a process can handle signals; in other threads nothing is ever requested.
+    Only the main thread of a process can handle signals; in other threads `requested` always returns False.
     """
 
     def __init__(self) -> None:
@@ -154,14 +154,14 @@ class Shutdown:
 
 
 class CheckpointClock:
-    """Decides when a checkpoint is due: every so many seconds or updates."""
+    """Decides when a checkpoint is due: `seconds` after the last one, and every `updates` updates (None: never)."""
 
     def __init__(self, seconds: float, updates: int | None) -> None:
         self._seconds, self._updates = seconds, updates
         self._last = time.monotonic()
 
     def due(self, update: int) -> bool:
-        """Whether one is due after this update (1-based); if so, restarts the clock."""
+        """Whether a checkpoint is due after this update (1-based); if so, restarts the clock."""
         by_update = self._updates is not None and update % self._updates == 0
         due = by_update or time.monotonic() - self._last >= self._seconds
         if due:

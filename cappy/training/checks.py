@@ -1,10 +1,10 @@
-"""Early stopping: checks on the validation instances, which weights are kept, and when training stops.
+"""Early stopping: checks the weights on the validation instances, and decides which are kept and when training stops.
 
-A check scores the validation instances. Its value is the mean over them of the expected label under a softmax of the
-scores, at the temperature of the listwise loss; this is smooth in the scores, unlike the label of the best-scored
-response. Two checks are compared by their paired differences per instance and the standard error of the mean. The
-weights kept are those of the latest check that is not below the best by more than that error and `MIN_DIFFERENCE`: if
-the instances cannot tell checks apart, longer training wins.
+A check scores the validation instances. Its value is the expected label under a softmax of the scores, at the
+temperature of the listwise loss, averaged over the instances. Unlike the label of the best-scored response, this is
+smooth in the scores. Two checks are compared by their paired differences per instance and the standard error of the
+mean. The weights kept are those of the latest check that is not below the best by more than that error and
+`MIN_DIFFERENCE`: if the instances cannot tell checks apart, longer training wins.
 """
 
 import itertools
@@ -25,11 +25,11 @@ from cappy.training.losses import LISTWISE_TEMPERATURE
 from cappy.training.settings import TrainingSettings
 
 CHECK_CANDIDATES = 16
-"""Responses scored per validation instance at most; more cost more time and reduce the variance of a check."""
+"""Maximum responses scored per validation instance; more take longer and reduce the variance of a check."""
 CHUNK = 64
-"""Instances scored at a time: this bounds memory and the time until a request to stop is seen."""
+"""Instances scored at a time; this bounds memory, and the time until a request to stop is noticed."""
 MIN_INSTANCES = 8
-"""Validation instances that early stopping needs: with fewer the standard error is too uncertain."""
+"""Minimum number of validation instances for early stopping: with fewer, the standard error is too uncertain."""
 MIN_DIFFERENCE = 0.001
 """Differences in the expected label (0 to 1) up to this are ignored, however significant."""
 
@@ -51,7 +51,7 @@ def check_scorer(
     lockstep: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Check | None:
-    """Scores the validation instances; the first of equal scores is picked.
+    """Scores the validation instances; among equal scores, the first response is picked.
 
     Every rank scores its share, or all instances if `lockstep`. Returns None on all ranks if `stop_requested` returns
     true on one of them.
@@ -67,8 +67,8 @@ def check_scorer(
             break
         indices = own_indices[start : start + CHUNK]
         pools = [draw_validation(validation, index, CHECK_CANDIDATES, seed=config.seed) for index in indices]
-        for index, labels in zip(indices, _label_pools(scorer, validation, pools), strict=True):
-            values[index], values[count + index] = labels
+        for index, (pick, expected) in zip(indices, _score_pools(scorer, validation, pools), strict=True):
+            values[index], values[count + index] = pick, expected
     *values, stops = (ranks.all_reduce if not lockstep else list)([*values, float(stop)])
     return None if stops else Check(tuple(values[:count]), tuple(values[count:]))
 
@@ -81,8 +81,8 @@ def stops_early(config: TrainingSettings, validation: Corpus) -> bool:
 def record_check(check: Check | None, state: TrainingState, *, early_stopping: bool, rate_falling: bool) -> bool:
     """Records a check in the state and returns whether its weights are kept from now on.
 
-    They always are without `early_stopping` or without validation instances (None). Checks that are not kept count
-    against the patience only while the learning rate decays (`rate_falling`).
+    Without `early_stopping`, or without validation instances (`check` is None), they always are. A check whose weights
+    are not kept counts against the patience only while the learning rate decays (`rate_falling`).
     """
     entry = {"update": state.update, "loss": round(state.running_loss, 6)}
     behind = error = 0.0
@@ -104,9 +104,9 @@ def record_check(check: Check | None, state: TrainingState, *, early_stopping: b
 
 
 def explain_kept_weights(state: TrainingState, updates: int, count: int) -> str:
-    """Why weights other than the last were kept, on `count` validation instances; "" if the last ones were.
+    """Why the kept weights are not the last ones, as text; "" if they are.
 
-    `updates` is the planned number.
+    `updates` is the planned number of updates, `count` the number of validation instances.
     """
     if state.best_update == state.update:
         return ""
@@ -124,8 +124,8 @@ def explain_kept_weights(state: TrainingState, updates: int, count: int) -> str:
 
 
 @torch.no_grad()
-def _label_pools(scorer: Scorer, validation: Corpus, pools: Sequence[Draw]) -> list[tuple[float, float]]:
-    """The label of the pick and the expected label, for each pool."""
+def _score_pools(scorer: Scorer, validation: Corpus, pools: Sequence[Draw]) -> list[tuple[float, float]]:
+    """Scores the drawn responses of each instance; returns the label of the pick and the expected label of each."""
     encoded = [pair for draw in pools for pair in validation.pairs(draw.index, draw.responses)]
     scores = [0.0] * len(encoded)
     for batch in batch_by_length(encoded, scorer.batch_tokens):
@@ -133,12 +133,12 @@ def _label_pools(scorer: Scorer, validation: Corpus, pools: Sequence[Draw]) -> l
         for index, value in zip(batch, logits, strict=True):
             scores[index] = value
     remaining = iter(scores)
-    labels = []
+    results = []
     for draw in pools:
         pool_scores = list(itertools.islice(remaining, len(draw.responses)))
         pool_labels = validation.labels(draw.index, draw.responses)
-        labels.append((pool_labels[pool_scores.index(max(pool_scores))], expected_label(pool_scores, pool_labels)))
-    return labels
+        results.append((pool_labels[pool_scores.index(max(pool_scores))], expected_label(pool_scores, pool_labels)))
+    return results
 
 
 def expected_label(scores: Sequence[float], labels: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
-"""Instances as token ids on disk: tokenized once per folder and tokenizer, then memory-mapped.
+"""Stores instances as token ids on disk: tokenized once per folder and tokenizer, then memory-mapped.
 
-Memory does not grow with the number of rows, neither when a corpus is written nor when it is read.
+Memory use does not grow with the number of rows, neither when a corpus is written nor when it is read.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 2
-"""Raise it when the arrays change."""
+"""Increase it when the format of the arrays changes."""
 ARRAY_DTYPES: Mapping[str, str] = {
     "tokens": "<u4",  # per instance: the instruction's tokens, then those of each response
-    "text_ends": "<u8",  # end of each text in `tokens`
-    "pair_ends": "<u8",  # end of each instance in `labels`
+    "text_ends": "<u8",  # end of each text, as an index in `tokens`
+    "pair_ends": "<u8",  # end of each instance, as an index in `labels`
     "labels": "<f8",
     "selectable": "<u1",
     "sources": "<u1",  # index in SOURCES, per response
@@ -45,9 +45,9 @@ ARRAY_DTYPES: Mapping[str, str] = {
 _FACTS = "facts.json"
 _HAS_TRAIN = "has_train"
 _PROMPTS = "prompts"
-"""The hash of each prompt. This file is written last: a folder that has it is complete."""
+"""File with the hash of each prompt. It is written last, so a folder that contains it is complete."""
 COUNT_CHUNK = 2**16
-"""Instances whose lengths are in memory at a time when cut pairs are counted."""
+"""Instances per chunk when cut pairs are counted; this bounds memory."""
 CHUNK = 512
 """Instances tokenized at a time; this bounds memory."""
 
@@ -64,7 +64,7 @@ class TrainingInstance:
 
 
 def to_training_instance(instance: Instance, metric: str, sources: Sequence[Source] = ()) -> TrainingInstance:
-    """The instance's rows of the regression set, only those of `sources` if any are given.
+    """Converts an instance to its rows of the regression set, only those from `sources` if any are given.
 
     Raises RecordError if a candidate has no label of this metric.
     """
@@ -104,7 +104,7 @@ class Facts:
 class Corpus:
     """The instances of one split, by index: token ids, labels, sources and which responses are selectable.
 
-    The argument `responses` of the methods holds indices among the responses of the instance.
+    The argument `responses` of the methods is a sequence of response indices, each 0 to `size(index)` - 1.
     """
 
     def __init__(self, folder: Path, encoder: PairEncoder) -> None:
@@ -149,19 +149,19 @@ class Corpus:
 
     def pairs(self, index: int, responses: Sequence[int]) -> list[EncodedPair]:
         """The instruction encoded with each of these responses."""
-        first = _start(self._pair_ends, index) + index  # Each earlier instance has its responses and one instruction.
+        first = _start(self._pair_ends, index) + index  # Each earlier instance has one instruction and its responses.
         instruction = self._text(first)
         return [self._encoder.join(instruction, self._text(first + 1 + response)) for response in responses]
 
-    def tokens(self, index: int, responses: Sequence[int]) -> list[int]:
-        """The number of tokens of each of these pairs, after cutting."""
+    def token_counts(self, index: int, responses: Sequence[int]) -> list[int]:
+        """The number of tokens of the pair with each of these responses, after cutting."""
         first = _start(self._pair_ends, index) + index
         overhead = self._encoder.num_special_tokens + self._length(first)
         return [min(self._encoder.max_length, overhead + self._length(first + 1 + response)) for response in responses]
 
     def max_tokens(self, index: int, responses: Sequence[int]) -> int:
         """The number of tokens of the longest of these pairs, after cutting."""
-        return max(self.tokens(index, responses))
+        return max(self.token_counts(index, responses))
 
     @property
     def longest_pair(self) -> int:
@@ -177,14 +177,14 @@ class Corpus:
         )
 
     def _count_cut(self, start: int, stop: int) -> int:
-        """`cut_pairs` of the instances in range(start, stop)."""
+        """The number of cut pairs of the instances in range(start, stop)."""
         ends = self._pair_ends[start:stop].astype(np.int64)
         sizes = np.diff(ends, prepend=_start(self._pair_ends, start))
         first, last = _start(self._pair_ends, start) + start, int(ends[-1]) + stop
         lengths = np.diff(self._text_ends[first:last].astype(np.int64), prepend=_start(self._text_ends, first))
         instructions = np.cumsum(sizes + 1) - (sizes + 1)
-        pairs = np.delete(lengths, instructions) + np.repeat(lengths[instructions], sizes)
-        return int((pairs + self._encoder.num_special_tokens > self._encoder.max_length).sum())
+        pair_lengths = np.delete(lengths, instructions) + np.repeat(lengths[instructions], sizes)
+        return int((pair_lengths + self._encoder.num_special_tokens > self._encoder.max_length).sum())
 
     def _text(self, index: int) -> list[int]:
         ids: list[int] = self._tokens[_start(self._text_ends, index) : int(self._text_ends[index])].tolist()
@@ -219,11 +219,11 @@ def open_corpora(
     unit: Unit = "instance",
     progress: Progress = silent,
 ) -> Corpora:
-    """Opens the corpora of a finished folder, tokenizing it into `cache` if needed, under a lock between processes.
+    """Opens the corpora of a finished folder; tokenizes it into `cache` first if needed, locked between processes.
 
     The cache key is a hash of the folder's manifest, the tokenizer, the metric, and the sources and unit of the train
     split. The train split keeps instances with two or more responses (with unit `row`, each response by itself), the
-    validation split those with a selectable response. Memory holds `CHUNK` instances, and 8 bytes per instance read.
+    validation split those with a selectable response. Memory use is `CHUNK` instances, plus 8 bytes per instance read.
     """
     key = fingerprint(
         FORMAT_VERSION, read_manifest(source).hash, _tokenizer_hash(tokenizer), metric, list(sources), unit
@@ -243,7 +243,7 @@ def open_corpora(
 
 
 def _tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256 of the tokenizer's definition."""
+    """The SHA-256 of the tokenizer's class and definition."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{type(tokenizer).__name__} {text}".encode()).hexdigest()
@@ -252,10 +252,10 @@ def _tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
 class CorpusWriter:
     """Writes the arrays of one split, chunk by chunk; they are complete when its block ends without an error."""
 
-    def __init__(self, folder: Path, encoder: PairEncoder, vocabulary: int) -> None:
+    def __init__(self, folder: Path, encoder: PairEncoder, vocabulary_size: int) -> None:
         folder.mkdir(parents=True)
         self._folder, self._encoder = folder, encoder
-        self._facts = Facts(token_type="<u2" if vocabulary <= 2**16 else "<u4")
+        self._facts = Facts(token_type="<u2" if vocabulary_size <= 2**16 else "<u4")
         self._dtypes = {**ARRAY_DTYPES, "tokens": self._facts.token_type}
         self._files: dict[str, IO[bytes]] = {name: (folder / name).open("wb") for name in ARRAY_DTYPES}
         self._ends = dict.fromkeys(("text_ends", "pair_ends", "name_ends"), 0)
@@ -315,19 +315,19 @@ def _write_corpora(
     source: Path,
     folder: Path,
     encoder: PairEncoder,
-    vocabulary: int,
+    vocabulary_size: int,
     metric: str,
     sources: Sequence[Source],
     unit: Unit,
     progress: Progress,
 ) -> None:
-    """Writes the corpora under a temporary name, then renames: a killed run leaves nothing that looks complete."""
+    """Writes the corpora to a temporary folder, then renames it: a killed run leaves nothing that looks complete."""
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     done = 0
     with (
-        CorpusWriter(temporary / "train", encoder, vocabulary) as train,
-        CorpusWriter(temporary / "validation", encoder, vocabulary) as validation,
+        CorpusWriter(temporary / "train", encoder, vocabulary_size) as train,
+        CorpusWriter(temporary / "validation", encoder, vocabulary_size) as validation,
         (temporary / _PROMPTS).open("wb") as prompts,
     ):
         for instances in batched(read(source, splits=("train", "validation")), CHUNK):
@@ -364,4 +364,5 @@ def _memmap(path: Path, dtype: str) -> NDArray[Any]:
 
 
 def _start(ends: NDArray[np.uint64], index: int) -> int:
+    """Where the item of this index starts: at the end of the previous one."""
     return int(ends[index - 1]) if index else 0

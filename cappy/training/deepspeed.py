@@ -22,7 +22,7 @@ WEIGHT_SHARDING_STAGE = 3
 
 
 class _Parameter(Protocol):
-    """The attributes used of a parameter; at stage 3 `ds_tensor` is this rank's shard, `ds_shape` the full shape."""
+    """The parameter attributes used here; at stage 3 `ds_tensor` is this rank's shard, `ds_shape` the full shape."""
 
     shape: torch.Size
     ds_shape: torch.Size
@@ -30,7 +30,7 @@ class _Parameter(Protocol):
 
 
 class _EngineModule(nn.Module):
-    """The module the engine wraps: it runs any computation with the model, not only the model's own `forward`."""
+    """The module that the engine wraps: it runs any computation with the model, not only the model's `forward`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class _EngineModule(nn.Module):
 
 
 class DeepSpeedStrategy:
-    """DeepSpeed's engine with the methods of `ReplicatedStrategy`.
+    """Trains with DeepSpeed's engine; has the same methods as `ReplicatedStrategy`.
 
-    Checkpoints hold full tensors by name instead of DeepSpeed's format, so that any strategy on any number of ranks can
-    continue another's run. AdamW is torch's, so that the strategies compute the same.
+    Checkpoints contain full tensors by name instead of DeepSpeed's format, so that any strategy on any number of ranks
+    can resume a run of another. The optimizer is torch's AdamW, so that all strategies compute the same updates.
     """
 
     lockstep = True
-    """All ranks must run equally many passes, because each pass is a collective call."""
+    """All ranks must run the same number of passes, because each pass is a collective call."""
 
     def __init__(self, model: "PreTrainedModel", config: TrainingSettings, ranks: Ranks) -> None:
         deepspeed = _import_deepspeed()
@@ -63,32 +63,32 @@ class DeepSpeedStrategy:
         )
 
     def zero_grad(self) -> None:
-        """Drops the gradients."""
+        """Resets the gradients."""
         self.engine.optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """As `ReplicatedStrategy.backward`; the factor undoes DeepSpeed's mean over the ranks."""
+        """Like `ReplicatedStrategy.backward`; the factor undoes DeepSpeed's mean over the ranks."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self._ranks.count)
 
     def step(self, rate: float) -> float:
-        """As `ReplicatedStrategy.step`, except that the weights are lost if the norm is not finite."""
+        """Like `ReplicatedStrategy.step`, except that the weights are unusable afterwards if the norm is not finite."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None] if self._stage == 0 else []
-        norm = float(nn.utils.get_total_norm(gradients))  # DeepSpeed computes none at stage 0.
+        norm = float(nn.utils.get_total_norm(gradients))  # At stage 0 DeepSpeed does not compute it.
         self.engine.step()
         return norm if self._stage == 0 else float(self.engine.get_global_grad_norm())
 
     def weights(self) -> Tensors:
-        """A copy of the full weights, on the CPU; a collective call, which all ranks must make."""
+        """A copy of the full weights on the CPU; a collective call, which all ranks must make."""
         if self._stage < WEIGHT_SHARDING_STAGE:
             return copy_tensors(self._model.state_dict())
         with self._gather_parameters(list(self._model.parameters())):
             return copy_tensors(self._model.state_dict())
 
     def moments(self) -> Tensors:
-        """A copy of the full optimizer state, by "parameter.moment", on the CPU; a collective call."""
+        """A copy of the full optimizer state on the CPU, with keys "parameter.moment"; a collective call."""
         if self._stage == 0:
             return moments_of(self._model, self.engine.optimizer)
         states = list(self.engine.optimizer.optimizer.state.values())
@@ -100,11 +100,11 @@ class DeepSpeedStrategy:
             moments[f"{name}.step"] = torch.as_tensor(states[0]["step"], dtype=torch.float32).cpu().clone()
             for key in MOMENTS:
                 value = self._utils.safe_get_full_optimizer_state(parameter, key)
-                moments[f"{name}.{key}"] = value.detach().cpu().reshape(self._shape(parameter)).clone()
+                moments[f"{name}.{key}"] = value.detach().cpu().reshape(self._full_shape(parameter)).clone()
         return moments
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
-        """Loads a checkpoint's tensors; every rank loads its shard."""
+        """Loads a checkpoint's tensors; each rank loads its shard."""
         with self._gather_parameters(
             list(self._model.parameters()), modifier_rank=0, enabled=self._stage == WEIGHT_SHARDING_STAGE
         ):
@@ -127,7 +127,7 @@ class DeepSpeedStrategy:
         return model.to(self.engine.device)
 
     def _prepare_moments(self, step: Tensor) -> None:
-        """Creates the optimizer's state, which is otherwise created in the first step."""
+        """Creates the optimizer's state, which DeepSpeed would create only in the first step."""
         optimizer = self.engine.optimizer
         sharded = self._stage == WEIGHT_SHARDING_STAGE
         groups = optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
@@ -139,14 +139,14 @@ class DeepSpeedStrategy:
     def _link_moments(self) -> None:
         """Links every parameter to its moments.
 
-        DeepSpeed does so itself after the first step of the first parameter group, and misses the second group.
+        DeepSpeed does this itself after the first step of the first parameter group, but misses the second group.
         """
         if self._stage < WEIGHT_SHARDING_STAGE:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _load_tensor(self, parameter: _Parameter, value: Tensor, moment: str | None = None) -> None:
-        """Loads this rank's shard of a full tensor: of the weights, or of a moment."""
+        """Loads this rank's shard of a full tensor into the parameter, or into one of its moments."""
         utils, value = self._utils, value.to(self.engine.device)
         if self._stage == WEIGHT_SHARDING_STAGE:
             # DeepSpeed's own function for full tensors fails if their size is not a multiple of the number of ranks.
@@ -162,7 +162,7 @@ class DeepSpeedStrategy:
         else:
             utils.safe_set_full_fp32_param(parameter, value)
 
-    def _shape(self, parameter: _Parameter) -> torch.Size:
+    def _full_shape(self, parameter: _Parameter) -> torch.Size:
         return parameter.ds_shape if self._stage == WEIGHT_SHARDING_STAGE else parameter.shape
 
 
@@ -179,7 +179,10 @@ def _engine_config(config: TrainingSettings) -> dict[str, object]:
 
 
 def set_accelerator() -> None:
-    """Sets DeepSpeed's accelerator: without one, importing it (as some transformers models do) warns on stdout."""
+    """Selects DeepSpeed's CPU accelerator if there is no GPU.
+
+    Without it, importing deepspeed, as some transformers models do, prints a warning to stdout.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -190,9 +193,9 @@ def _import_deepspeed() -> ModuleType:
         import deepspeed  # type: ignore[import-untyped]
     except ImportError as error:
         remedy = "pip install 'cappy-scorer[train]', or --parallelism ddp"
-        raise ConfigError(f"--parallelism deepspeed: cannot be imported ({error}); {remedy}") from error
-    # Otherwise every rank on a CPU compiles an extension that gloo does not need, and a killed build leaves a lock on
-    # which the next one waits forever.
+        raise ConfigError(f"--parallelism deepspeed: DeepSpeed cannot be imported ({error}); {remedy}") from error
+    # Otherwise every rank on a CPU compiles an extension that gloo does not need. If that build is killed, it leaves a
+    # lock that blocks the next build forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # Otherwise every rank logs its whole configuration.
     module: ModuleType = deepspeed

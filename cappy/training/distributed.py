@@ -16,11 +16,11 @@ from cappy.training.checkpoint import Tensors, copy_tensors
 from cappy.training.settings import TrainingSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""The moments in torch's AdamW state of a parameter, beside "step"."""
+"""Keys of the moments in torch's AdamW state of a parameter, which also has "step"."""
 BUCKET_SIZE = 16 * 2**20
-"""Numbers per all-reduce, enough to saturate a link; all are in flight at once, as one copy of the gradients."""
+"""Gradient elements per all-reduce, enough to saturate a link. All are in flight at once: a copy of the gradients."""
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""How long a rank waits for another. If one dies, the launcher ends the others much earlier."""
+"""How long a rank waits for another. If a rank dies, the launcher ends the others much earlier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class Ranks:
         return sums
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Replaces each gradient by its sum over the ranks, in fixed buckets.
+        """Replaces each gradient in place with its sum over the ranks, in fixed buckets.
 
-        DistributedDataParallel rebuilds its buckets after the first update, so that a resumed run would add in another
-        order than an uninterrupted one.
+        DistributedDataParallel is not used because it rebuilds its buckets after the first update, so a resumed run
+        would add in a different order than an uninterrupted one.
         """
         if self.count == 1:
             return
@@ -67,7 +67,7 @@ class Ranks:
                 gradient.copy_(summed.view_as(gradient))
 
     def broadcast_object(self, value: object) -> Any:
-        """The first rank's `value`, which must be JSON-serializable; torch's broadcast of objects uses pickle."""
+        """The first rank's `value`, sent as JSON, because torch's own broadcast of objects uses pickle."""
         if self.count == 1:
             return value
         encoded = json.dumps(value).encode() if self.first else b""
@@ -104,7 +104,7 @@ def is_launched() -> bool:
 
 @contextlib.contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Joins the ranks that a launcher started (nccl with a GPU, else gloo); a single rank without a launcher."""
+    """Joins the ranks that a launcher started (nccl with a GPU, else gloo); yields a single rank without a launcher."""
     if not is_launched():
         yield SINGLE_RANK
         return
@@ -147,7 +147,7 @@ class ReplicatedStrategy:
         self._optimizer = adamw(model, config)
 
     def zero_grad(self) -> None:
-        """Drops the gradients."""
+        """Resets the gradients."""
         self._optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -165,11 +165,11 @@ class ReplicatedStrategy:
         return norm
 
     def weights(self) -> Tensors:
-        """A copy of the weights, on the CPU."""
+        """A copy of the weights on the CPU."""
         return copy_tensors(self._model.state_dict())
 
     def moments(self) -> Tensors:
-        """A copy of the optimizer's state, by "parameter.moment", on the CPU."""
+        """A copy of the optimizer's state on the CPU, with keys "parameter.moment"."""
         return moments_of(self._model, self._optimizer)
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
@@ -183,7 +183,7 @@ class ReplicatedStrategy:
         return self._model
 
     def _sum_gradients(self) -> None:
-        """Sums the gradients over the ranks; a parameter that no rank used keeps no gradient, as with one rank."""
+        """Sums the gradients over the ranks; a parameter that no rank used has no gradient, as with one rank."""
         if self._ranks.count == 1:
             return
         parameters = list(self._model.parameters())
@@ -200,13 +200,13 @@ def adamw(model: nn.Module, config: TrainingSettings) -> torch.optim.AdamW:
     """AdamW without weight decay on biases and norms; the learning rate is set at every step."""
     parameters = list(model.parameters())
     decayed = [parameter for parameter in parameters if parameter.ndim >= 2]
-    plain = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    not_decayed = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
 
 
 def moments_of(model: nn.Module, optimizer: torch.optim.AdamW) -> Tensors:
-    """A copy of the optimizer's state, by "parameter.moment", on the CPU."""
+    """A copy of the optimizer's state on the CPU, with keys "parameter.moment"."""
     return copy_tensors(
         {
             f"{name}.{key}": value

@@ -1,4 +1,4 @@
-"""The batches of the loop: whole instances, whose order and drawn responses depend only on seed and update."""
+"""Draws the batches of training: whole instances, whose order and responses depend only on the seed and the update."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ _HALF_WORD = np.uint64(32)
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The indices of an instance and of the responses drawn from it; `width` is its longest pair in tokens."""
+    """The indices of an instance and of its drawn responses; `width` is the longest of their pairs in tokens."""
 
     index: int
     responses: tuple[int, ...]
@@ -27,15 +27,15 @@ class Draw:
 
     @property
     def tokens(self) -> int:
-        """Tokens of its pairs, padded to the longest pair."""
+        """The number of tokens of all pairs, padded to the longest pair."""
         return self.width * len(self.responses)
 
 
 def draw_batch(corpus: Corpus, update: int, size: int, max_candidates: int, *, seed: int) -> list[Draw]:
     """The `size` instances of an update (0-based), with up to `max_candidates` responses drawn from each.
 
-    Every epoch has every instance once, in an order of its own; an update may span the end of one epoch and the start
-    of the next. The function has no state, so a resumed run continues with the next update.
+    Every epoch contains each instance once, in its own random order; an update may span the end of one epoch and the
+    start of the next. The function has no state, so a resumed run continues with the next update.
     """
     positions = range(update * size, (update + 1) * size)
     draws = []
@@ -61,7 +61,7 @@ def draw_validation(corpus: Corpus, index: int, count: int, *, seed: int) -> Dra
 
 
 def split_batch(batch: Sequence[Draw], budget: int, min_passes: int = 1) -> list[list[Draw]]:
-    """Splits a batch into passes of at most `budget` padded tokens, of whole instances of similar length.
+    """Splits a batch into passes of at most `budget` padded tokens, each with whole instances of similar length.
 
     An instance with more tokens is a pass by itself. There are at least `min_passes` passes, so that every rank has
     work, unless there are fewer instances.
@@ -83,7 +83,7 @@ def split_batch(batch: Sequence[Draw], budget: int, min_passes: int = 1) -> list
 
 
 def comparison_mask(responses: Sequence[int], selectable: Sequence[int]) -> list[bool]:
-    """Which drawn responses the losses that compare them use: the selectable ones, or all if fewer than two are.
+    """Whether the comparing losses use each drawn response: only selectable ones, or all if fewer than two are.
 
     The published data has only references and wrong choices, so all of them are compared. Mismatches (references of
     other instances) are left out because they are easy to recognise and have the lowest label, so they would dominate
@@ -95,12 +95,15 @@ def comparison_mask(responses: Sequence[int], selectable: Sequence[int]) -> list
 
 
 def padded_tokens(draws: Sequence[Draw]) -> int:
-    """The padded tokens of a pass."""
+    """The number of tokens of a pass, including padding."""
     return sum(len(draw.responses) for draw in draws) * max(draw.width for draw in draws)
 
 
 def assign_passes(costs: Sequence[int], rank: int, count: int) -> list[int]:
-    """The indices of this rank's passes: greedily, the costliest pass first, each to the rank with the lowest load."""
+    """The indices of the passes that `rank` runs, one of `count` ranks.
+
+    Passes are assigned greedily: the costliest first, each to the rank with the lowest load so far.
+    """
     loads, own_passes = [0] * count, []
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         lightest = loads.index(min(loads))
@@ -111,10 +114,10 @@ def assign_passes(costs: Sequence[int], rank: int, count: int) -> list[int]:
 
 
 def permute(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.uint64]:
-    """The values at these positions of a pseudo-random permutation of `range(size)` that depends only on the key.
+    """The values at `positions` of a pseudo-random permutation of `range(size)`, which depends only on `key`.
 
     A Feistel network over the next power of four, with cycle walking (Black and Rogaway 2002): values outside the range
-    are permuted again, four times on average at most. Memory is that of `positions`, independent of `size`.
+    are permuted again, at most four times on average. Memory grows with the number of positions, not with `size`.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     keys = np.frombuffer(hashlib.shake_128(key.encode()).digest(8 * _ROUNDS), dtype="<u8")
@@ -138,7 +141,7 @@ def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) ->
 
 
 def _mix_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Spreads the bits of each value over all 64; the multiplication is meant to wrap around."""
+    """Spreads the bits of each value over all 64 bits; overflow of the multiplication is intended."""
     values = (values ^ (values >> _HALF_WORD)) * _MIX_MULTIPLIER
     values = (values ^ (values >> _HALF_WORD)) * _MIX_MULTIPLIER
     return values ^ (values >> _HALF_WORD)

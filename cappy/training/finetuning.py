@@ -26,7 +26,10 @@ class FinetuningConfig(TrainingSettings):
 
 
 def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
-    """Finetunes `scorer` on the train split of `source` into `target`; a killed run continues at its checkpoint."""
+    """Finetunes `scorer` on the train split of `source` and writes the result to `target`.
+
+    A killed run resumes from its last checkpoint when it is started again.
+    """
     from cappy.scoring import training_prompts
     from cappy.training.train import train
 

@@ -1,6 +1,6 @@
 """Launches the ranks of this machine as child processes, which report to this process and end together.
 
-`topology` finds out which of several machines this is.
+`topology` determines which of several machines this is.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ from cappy.training.settings import TrainingSettings
 TRAINING_POOLS = ("workerpool0", "workerpool1")
 """The worker pools of a CustomJob that train: the first machine, and the others. Pools 2 and 3 have other uses."""
 REPORT_VARIABLE = "CAPPY_RANK_PIPES"
-"""Environment variable of a rank that we launched: descriptors to report to and to wait on for its parent's exit."""
+"""Environment variable of a launched rank: two pipe descriptors, to write reports and to notice the parent's exit."""
 VERSION_VARIABLE = "CAPPY_STEP_VERSION"
-"""Environment variable of a job: the version of the step that submitted it, which the job's code must have too."""
+"""Environment variable of a job: the version of the step that submitted it; the step in the job's image must match."""
 UNEXPECTED_ERROR = "a rank failed with an unexpected error; its traceback is above"
 NO_REPORT = "the ranks ended without a report"
 GRACE_SECONDS = 10.0
-"""How long the other ranks may continue after one has failed, before they are killed."""
+"""How long the other ranks may run after one has failed, before they are killed."""
 
 
 class RankReport(TypedDict, total=False):
-    """A message of a rank: progress, the manifest of its output, a CappyError (class name, text), or a traceback."""
+    """A message from a rank: progress, the manifest of its output, a CappyError (class name, text) or a traceback."""
 
     progress: tuple[int, int | None, str, int, str]
     manifest: str
@@ -63,7 +63,7 @@ class Topology:
 def topology(config: TrainingSettings, environment: Mapping[str, str] | None = None) -> Topology:
     """The topology from Vertex AI's CLUSTER_SPEC, or from NODE_RANK with MASTER_ADDR and MASTER_PORT.
 
-    Raises ConfigError if `config.nodes` is more than one and not what the environment says.
+    Raises ConfigError if `config.nodes` is above 1 and differs from the number of machines in the environment.
     """
     variables = os.environ if environment is None else environment
     machine = Topology()
@@ -81,7 +81,10 @@ def topology(config: TrainingSettings, environment: Mapping[str, str] | None = N
 
 
 def must_launch(config: TrainingSettings) -> bool:
-    """Whether this process is not a rank and must launch ranks: several, or the single one that DeepSpeed needs."""
+    """Whether this process must launch ranks: several, or the single one that DeepSpeed needs. A rank launches none.
+
+    Raises ConfigError if `config.parallelism` cannot use the requested number of ranks or machines.
+    """
     if config.parallelism == "jax":
         _refuse_several_processes(config)
         return False
@@ -94,7 +97,7 @@ def must_launch(config: TrainingSettings) -> bool:
 
 
 def _refuse_several_processes(config: TrainingSettings) -> None:
-    """Raises ConfigError if JAX is to train on several machines or in several processes."""
+    """Raises ConfigError for several machines or processes: JAX trains in one process on one machine."""
     nodes = config.nodes if config.nodes > 1 else topology(config).nodes
     if nodes > 1:
         raise ConfigError(f"--parallelism jax: runs on one machine, but {nodes} were requested; give ddp or deepspeed")
@@ -107,7 +110,7 @@ def launch_ranks(step: str, config: TrainingSettings, progress: Progress) -> Man
     """Runs the step in `config.devices` processes on this machine and returns the manifest of the output.
 
     Raises the error of the rank that failed, or TrainingError. SIGTERM and Ctrl-C are forwarded as SIGTERM, on which
-    the ranks write a checkpoint; if this process is killed, the ranks are too.
+    the ranks write a checkpoint; if this process is killed, so are the ranks.
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < config.devices:
         count = torch.cuda.device_count()
@@ -148,7 +151,7 @@ def _follow(ranks: Sequence["subprocess.Popen[bytes]"], report_reader: int, prog
         if "progress" in message:
             done, total, unit, resumed, note = message["progress"]
             progress(done, total, unit=unit, resumed=resumed, note=note)
-        reports = message | reports  # Keep the first of each kind.
+        reports = message | reports  # Keeps the first report of each kind.
         if any(rank.poll() for rank in ranks):
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
@@ -162,13 +165,13 @@ def _follow(ranks: Sequence["subprocess.Popen[bytes]"], report_reader: int, prog
     signalled = [(index, status) for index, status in failed if status is not None and status < 0]
     if signalled:
         index, status = signalled[0]
-        raise TrainingError(f"rank {index} was ended by signal {-status}; {CONTINUE_REMEDY} at the last checkpoint")
+        raise TrainingError(f"rank {index} was killed by signal {-status}; {CONTINUE_REMEDY} from the last checkpoint")
     sys.stderr.write(reports.get("defect", ""))
     raise TrainingError(UNEXPECTED_ERROR if "defect" in reports else NO_REPORT)
 
 
 def _read_reports(report_reader: int, is_alive: Callable[[], bool]) -> Iterator[RankReport]:
-    """Yields the ranks' messages, and an empty one at intervals, until all ranks have ended."""
+    """Yields the ranks' messages, and an empty message at intervals, until all ranks have ended."""
     buffer = b""
     with selectors.DefaultSelector() as selector:
         selector.register(report_reader, selectors.EVENT_READ)

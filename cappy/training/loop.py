@@ -1,6 +1,6 @@
-"""The training loop: updates, checks on the validation instances, checkpoints; it keeps the best weights.
+"""The training loop: runs updates, checks on the validation instances and checkpoints, and keeps the best weights.
 
-`run_trial` runs a few real updates and projects time and memory of the whole run.
+`run_trial` runs a few real updates and projects the time and memory of the whole run.
 """
 
 import resource
@@ -29,12 +29,12 @@ from cappy.training.settings import TrainingSettings
 from cappy.training.update import DivergedError, default_learning_rate, learning_rate, rate_falls, update
 
 MAX_NAMED_INSTANCES = 16
-"""Instances listed in an error."""
+"""Maximum number of instances listed in an error."""
 CURVE_POINTS = 200
-"""Points of a run's curve, approximately."""
+"""Approximate number of points of a run's curve."""
 TRIAL_UPDATES = 20
 UNTIMED_UPDATES = 2
-"""First updates of a trial that are not timed: they also load and allocate."""
+"""First updates of a trial, which are not timed because they also load and allocate."""
 FORWARD_COST_SHARE = 1 / 3
 """Cost of scoring a pair relative to training on it: a backward pass costs twice a forward pass."""
 
@@ -43,9 +43,10 @@ FORWARD_COST_SHARE = 1 / 3
 class TrainingOutcome:
     """The result of a training run.
 
-    `best_pick` is the mean label of the picks on the validation instances, 0 to 1, with the weights that were kept,
-    those of `best_update`; `reason` says why these are not the last weights, "" if they are. `log` has an entry per
-    check, `curve` has about `CURVE_POINTS`; `events` lists deviations such as a smaller token budget.
+    The weights that were kept are those after `best_update` updates; `reason` says why they are not the last ones, ""
+    if they are. `best_pick` is the mean label, 0 to 1, of the responses that they pick on the validation instances, -1
+    without such instances. `log` has an entry per check, `curve` about `CURVE_POINTS` points; `events` lists deviations
+    such as a smaller token budget.
     """
 
     updates: int
@@ -64,6 +65,9 @@ def fit(
 
     Order, draws and dropout depend only on the seed and the update's index, so a resumed run equals an uninterrupted
     one. Only the first rank reads and writes checkpoints, and only it has the best weights at the end.
+
+    Raises ConfigError if the settings cannot train on these instances, and TrainingError if the loss diverges, memory
+    runs out, or SIGTERM stops the run.
     """
     check_trainable(corpora.train, config, ranks)
     run = TrainingRun(scorer, corpora, config, checkpoints, ranks)
@@ -115,7 +119,7 @@ class TrainingRun:
         self._resume()
 
     def _resume(self) -> None:
-        """Restores the first rank's checkpoint on all ranks; without one, the first rank's weights."""
+        """Restores the first rank's checkpoint on all ranks, or copies the first rank's weights if it has none."""
         saved, note = checkpoint.load(self.checkpoints) if self.ranks.first else (None, "")
         state, self.note = self.ranks.broadcast_object((saved and asdict(saved.state), note))
         if state is not None:
@@ -127,7 +131,7 @@ class TrainingRun:
 
     @property
     def summary(self) -> str:
-        """The figures shown with the progress."""
+        """The text shown with the progress: loss, rate, speed and the note about damaged checkpoints."""
         update = self.state.update - 1
         figures = ""
         if update >= 0:
@@ -135,7 +139,7 @@ class TrainingRun:
         return ", ".join(filter(None, (figures, self.note)))
 
     def rate_at(self, update: int) -> float:
-        """Learning rate of an update (0-based)."""
+        """The learning rate of an update (0-based)."""
         return learning_rate(update, self.updates, self.peak_rate, self.config.warmup, self.config.schedule)
 
     @property
@@ -146,7 +150,7 @@ class TrainingRun:
         return at_interval and not (state.log and state.log[-1]["update"] == state.update)
 
     def check(self, shutdown: Shutdown) -> None:
-        """Scores the validation instances and keeps the weights unless their picks are clearly worse than the best."""
+        """Scores the validation instances and keeps the weights unless this check is clearly below the best one."""
         check, config, state = None, self.config, self.state
         if len(self.validation):
             check = check_scorer(
@@ -158,7 +162,7 @@ class TrainingRun:
                 stop_requested=shutdown.requested,
             )
             if check is None:
-                self._end()
+                self._save_and_stop()
         rate_falling = rate_falls(state.update, self.updates, config.warmup, config.schedule)
         early_stopping = stops_early(config, self.validation)
         if record_check(check, state, early_stopping=early_stopping, rate_falling=rate_falling):
@@ -167,7 +171,7 @@ class TrainingRun:
         state.stopped = state.checks_since_best >= config.patience
 
     def update(self) -> None:
-        """One optimizer step on the next instances; raises TrainingError if the run has diverged."""
+        """Runs an optimizer step on the next instances; raises TrainingError if the run has diverged."""
         config, state = self.config, self.state
         draws = draw_batch(self.train, state.update, config.batch_instances, config.max_candidates, seed=config.seed)
         rate = self.rate_at(state.update)
@@ -190,13 +194,13 @@ class TrainingRun:
 
     def _measure(self, draws: Sequence[Draw], rate: float) -> None:
         """Records the cost of the update and, at intervals, a point of the curve."""
-        lengths = [length for draw in draws for length in self.train.tokens(draw.index, draw.responses)]
+        lengths = [length for draw in draws for length in self.train.token_counts(draw.index, draw.responses)]
         encoder, state = self.scorer.model.config, self.state
         passes = split_batch(draws, state.budget, self.ranks.count)
         self.meter.add(
             pairs=len(lengths),
             tokens=sum(lengths),
-            padded=sum(map(padded_tokens, passes)) if self.scorer.pads else sum(lengths),
+            padded_tokens=sum(map(padded_tokens, passes)) if self.scorer.pads else sum(lengths),
             flops=sum(pair_flops(encoder, self.layer_weights, n) for n in lengths) if self.layer_weights else 0.0,
         )
         if state.update % max(1, self.updates // CURVE_POINTS) == 0 or state.update == self.updates:
@@ -204,11 +208,11 @@ class TrainingRun:
             state.curve.append({**point, **self.meter.figures()})
 
     def save_if_due(self, shutdown: Shutdown) -> None:
-        """Writes a checkpoint if one is due; after SIGTERM writes the last one and raises TrainingError."""
+        """Writes a checkpoint if one is due; after SIGTERM, writes a last one and raises TrainingError."""
         flags = self.ranks.first and self.clock.due(self.state.update), shutdown.requested()
         due, stop = self.ranks.all_reduce([float(flag) for flag in flags])
         if stop:
-            self._end()
+            self._save_and_stop()
         if due:
             self._save()
 
@@ -218,9 +222,9 @@ class TrainingRun:
             saved = Checkpoint(state=self.state, weights=weights, moments=moments, best=self.best)
             checkpoint.save(self.checkpoints, saved)
 
-    def _end(self) -> NoReturn:
+    def _save_and_stop(self) -> NoReturn:
         self._save()
-        # A rank that exits ends the others: wait until the first rank has written the checkpoint.
+        # When a rank exits, the launcher ends the others: wait until the first rank has written the checkpoint.
         self.ranks.broadcast_object(None)
         message = f"stopped by SIGTERM after update {self.state.update} of {self.updates}"
         raise TrainingError(f"{message}; the checkpoint is written, {CONTINUE_REMEDY}")
@@ -229,9 +233,9 @@ class TrainingRun:
 def run_trial(
     scorer: Scorer, corpora: Corpora, config: TrainingSettings, ranks: Ranks, progress: Progress
 ) -> dict[str, float]:
-    """Trains `TRIAL_UPDATES` updates, discards them, and returns their figures in seconds and bytes, for this rank.
+    """Runs `TRIAL_UPDATES` updates, discards them, and returns their figures for this rank, in seconds and bytes.
 
-    `projected_seconds` is the time of the whole run on these ranks without early stopping: every epoch and the checks,
+    `projected_seconds` is the time of the whole run on these ranks without early stopping: all epochs and the checks,
     which are assumed to cost `FORWARD_COST_SHARE` of training per pair.
     """
     check_trainable(corpora.train, config, ranks)
@@ -246,7 +250,7 @@ def run_trial(
             ends.append(time.perf_counter())
             progress(done, count, unit="updates of the trial", note=run.summary)
     untimed = min(UNTIMED_UPDATES, count - 1)
-    per_update = (ends[-1] - ends[untimed]) / (count - untimed)
+    seconds_per_update = (ends[-1] - ends[untimed]) / (count - untimed)
     figures = run.meter.figures()
     pairs_per_check = sum(
         min(CHECK_CANDIDATES, len(run.validation.selectable(index))) for index in range(len(run.validation))
@@ -256,16 +260,16 @@ def run_trial(
     return {
         "batch_tokens": float(run.state.budget),
         "trial_updates": float(count),
-        "seconds_per_update": per_update,
+        "seconds_per_update": seconds_per_update,
         **figures,
         "peak_bytes": float(_peak_memory(scorer.device)),
         "updates": float(run.updates),
-        "projected_seconds": per_update * run.updates + check_seconds,
+        "projected_seconds": seconds_per_update * run.updates + check_seconds,
     }
 
 
 def _start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> Strategy:
-    """The strategy that the settings name, for the scorer's model; ConfigError if its packages cannot be imported."""
+    """Creates the strategy `config.parallelism` for the scorer; ConfigError if its packages cannot be imported."""
     if config.parallelism == "deepspeed":
         from cappy.training.deepspeed import DeepSpeedStrategy
 
@@ -280,7 +284,7 @@ def _start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> S
         from cappy.training.tpu.strategy import JaxStrategy
     except ImportError as error:
         remedy = "pip install 'cappy-scorer[tpu]', or --parallelism single"
-        raise ConfigError(f"--parallelism jax: cannot be imported ({error}); {remedy}") from error
+        raise ConfigError(f"--parallelism jax: JAX or optax cannot be imported ({error}); {remedy}") from error
     return JaxStrategy(scorer, config)
 
 

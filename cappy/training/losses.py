@@ -1,7 +1,7 @@
 """Losses over whole instances: a scorer ranks the responses of one instance, so the losses compare within instances.
 
-A loss that compares responses is a function and a field of `LossSettings`; its flag, validation, help text and its term
-in the sum follow from the field. Importing this module does not import torch.
+A loss that compares responses is a function and a field of `LossSettings`; the field defines its flag, its validation,
+its help text and its weight in the sum. Importing this module does not import torch.
 
 Shapes: (pairs,) is one value per (instruction, response) pair of a forward pass, (count,) one per instance; `groups`,
 (pairs,), maps each pair to its instance, 0 to count - 1.
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LISTWISE_TEMPERATURE = 0.1
+"""Temperature of the softmax over labels (0 to 1) and over scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
     """The pairs of a forward pass: logits, labels (0 to 1) and instance indices (`groups`), all (pairs,).
 
-    `compared`, (pairs,) bool, marks the pairs that the comparing losses use, None for all. `weights`, (pairs,), weigh
-    the head's loss, None for equal weights.
+    `compared`, (pairs,) bool, marks the pairs that the comparing losses use; None means all. `weights`, (pairs,), are
+    the weights of the pairs in the head's loss; None means equal weights.
     """
 
     logits: "Tensor"
@@ -49,17 +50,20 @@ class ComparingLoss:
 
 
 def relative_loss(scores: "Tensor", labels: "Tensor", groups: "Tensor", count: int) -> "Tensor":
-    """Mean squared error, per instance, of the scores' and labels' deviations from their instance's mean, (count,)."""
+    """Mean squared error per instance, (count,), of scores and labels, each relative to its mean in the instance."""
     difference = scores - labels
     deviation = difference - group_mean(difference, groups, count)[groups]
     return group_mean(deviation**2, groups, count)
 
 
 def listwise_loss(scores: "Tensor", labels: "Tensor", groups: "Tensor", count: int) -> "Tensor":
-    """Cross-entropy, per instance, between softmaxes over labels and scores (ListNet's top one, Cao et al. 2007)."""
+    """Cross-entropy per instance, (count,), between the softmax of the labels and that of the scores.
+
+    This is ListNet with top-one probabilities (Cao et al. 2007).
+    """
     target = _log_softmax(labels / LISTWISE_TEMPERATURE, groups, count).exp()
-    entropy = -target * _log_softmax(scores / LISTWISE_TEMPERATURE, groups, count)
-    return scores.new_zeros(count).index_add(0, groups, entropy)
+    cross_entropy = -target * _log_softmax(scores / LISTWISE_TEMPERATURE, groups, count)
+    return scores.new_zeros(count).index_add(0, groups, cross_entropy)
 
 
 @settings
@@ -101,8 +105,8 @@ def instance_losses(pairs: Pairs, head: str, config: LossSettings) -> "Tensor":
     groups, count = pairs.groups, pairs.count
     pointwise = _pointwise(pairs, head)
     if pairs.weights is not None:
-        shares = group_mean(pairs.weights, groups, count).clamp(min=1e-12)
-        pointwise = pointwise * pairs.weights / shares[groups]
+        mean_weights = group_mean(pairs.weights, groups, count).clamp(min=1e-12)
+        pointwise = pointwise * pairs.weights / mean_weights[groups]
     loss = group_mean(pointwise, groups, count)
     scores, labels = pairs.logits.sigmoid() if head == "bce" else pairs.logits, pairs.labels
     if pairs.compared is not None:
@@ -114,7 +118,7 @@ def instance_losses(pairs: Pairs, head: str, config: LossSettings) -> "Tensor":
 
 
 def group_mean(values: "Tensor", groups: "Tensor", count: int) -> "Tensor":
-    """Mean of (pairs,) values per group, (count,)."""
+    """The mean per group, (count,), of values (pairs,); 0 for an empty group."""
     sums = values.new_zeros(count).index_add(0, groups, values)
     sizes = values.new_zeros(count).index_add(0, groups, values.new_ones(values.shape))
     return sums / sizes.clamp(min=1)
@@ -131,5 +135,5 @@ def _pointwise(pairs: Pairs, head: str) -> "Tensor":
 def _log_softmax(values: "Tensor", groups: "Tensor", count: int) -> "Tensor":
     highest = values.new_full((count,), -math.inf).scatter_reduce(0, groups, values.detach(), "amax")
     shifted = values - highest[groups]
-    total = values.new_zeros(count).index_add(0, groups, shifted.exp())
-    return shifted - total.log()[groups]
+    sums = values.new_zeros(count).index_add(0, groups, shifted.exp())
+    return shifted - sums.log()[groups]

@@ -36,18 +36,19 @@ WINDOW = 20
 """Updates over which the current figures are averaged."""
 TRAINING_LOG = "training.json"
 _LOSS_COLUMNS = ("update", "loss", "rate")
-"""The columns of a point that are reproducible; the others are speed."""
+"""The reproducible columns of a point; the others measure speed."""
 
 Point = Mapping[str, float]
+"""A point of a run's curves, by column name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cost:
-    """The cost of an update: pairs, their tokens, tokens including padding, FLOPs, seconds."""
+    """The cost of an update: pairs, their tokens without and with padding, FLOPs, seconds."""
 
     pairs: int
     tokens: int
-    padded: int
+    padded_tokens: int
     flops: float
     seconds: float
 
@@ -65,21 +66,24 @@ class Meter:
 
     @contextmanager
     def time_update(self) -> Iterator[None]:
-        """Times the update done in its block."""
+        """Times the update that runs in the `with` block."""
         started = time.perf_counter()
         yield
         self._seconds = time.perf_counter() - started
 
-    def add(self, *, pairs: int, tokens: int, padded: int, flops: float) -> None:
-        """Records the work of the update that was just timed."""
-        self._recent.append(_Cost(pairs=pairs, tokens=tokens, padded=padded, flops=flops, seconds=self._seconds))
+    def add(self, *, pairs: int, tokens: int, padded_tokens: int, flops: float) -> None:
+        """Records the work of the last timed update."""
+        seconds = self._seconds
+        self._recent.append(
+            _Cost(pairs=pairs, tokens=tokens, padded_tokens=padded_tokens, flops=flops, seconds=seconds)
+        )
 
     def reset(self) -> None:
         """Discards the updates so far."""
         self._recent.clear()
 
     def figures(self) -> dict[str, float]:
-        """The current figures: pairs and tokens per second, the share of padding, and MFU if the peak is known."""
+        """Pairs and tokens per second, the share of padding (0 to 1), and MFU (0 to 1) if the peak is known."""
         seconds = sum(cost.seconds for cost in self._recent)
         if seconds <= 0:
             return {}
@@ -87,7 +91,7 @@ class Meter:
         figures = {
             "pairs_per_second": sum(cost.pairs for cost in self._recent) / seconds,
             "tokens_per_second": tokens / seconds,
-            "padding_share": 1 - tokens / max(1, sum(cost.padded for cost in self._recent)),
+            "padding_share": 1 - tokens / max(1, sum(cost.padded_tokens for cost in self._recent)),
         }
         flops = sum(cost.flops for cost in self._recent)
         if self._peak and flops:
@@ -96,7 +100,7 @@ class Meter:
 
 
 def peak_flops(device: "torch.device", ranks: int, *, bf16: bool) -> float | None:
-    """The peak bf16 FLOP/s of `ranks` such devices; None for a CPU, an unknown GPU or another precision."""
+    """The peak bf16 FLOP/s of `ranks` devices of this kind; None for a CPU, an unknown GPU or another precision."""
     if device.type != "cuda" or not bf16:
         return None
     import torch
@@ -106,7 +110,7 @@ def peak_flops(device: "torch.device", ranks: int, *, bf16: bool) -> float | Non
 
 
 def pair_flops(config: "PretrainedConfig", weights: int, tokens: int) -> float:
-    """FLOPs of a pair of `tokens` tokens, forward and backward, without padding.
+    """FLOPs of a pair of `tokens` tokens, forward and backward, without padding; `weights` are the layers' weights.
 
     6 per layer weight and token (Kaplan et al. 2020, section 2.1), plus 12 x layers x width x tokens² for attention
     (PaLM, Chowdhery et al. 2022, appendix B).
@@ -118,7 +122,7 @@ def pair_flops(config: "PretrainedConfig", weights: int, tokens: int) -> float:
 def count_layer_weights(model: "PreTrainedModel") -> int:
     """The number of weights in the matrices of the encoder's layers, without embeddings and head; 0 if unknown.
 
-    ALBERT counts as unknown, because it applies one layer several times.
+    Returns 0 for ALBERT, because it applies one layer several times.
     """
     base = model.base_model
     names = [name for name in ("encoder", "transformer", "layers") if hasattr(base, name)]
@@ -144,20 +148,20 @@ def describe_progress(loss: float, rate: float, figures: Mapping[str, float]) ->
 def describe_trial(metrics: Mapping[str, float]) -> str:
     """The result of a dry run as a sentence."""
     mfu = f", MFU {metrics['mfu']:.0%}" if "mfu" in metrics else ""
-    total = duration(metrics["projected_seconds"])
+    total_time = duration(metrics["projected_seconds"])
     return (
         f"{metrics['trial_updates']:.0f} updates of {metrics['updates']:,.0f}: "
         f"{metrics['seconds_per_update']:.3g} s each, {metrics['pairs_per_second']:,.3g} pairs/s, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['padding_share']:.0%} padding{mfu}, "
         f"peak memory {metrics['peak_bytes'] / 2**20:,.0f} MiB at {metrics['batch_tokens']:,.0f} tokens per pass; "
-        f"the whole run takes about {total} with its checks, unless it stops early. No scorer was written."
+        f"the whole run takes about {total_time} with its checks, unless it stops early. No scorer was written."
     )
 
 
 def write_log(folder: Path, checks: Sequence[Point], curve: Sequence[Point], events: Sequence[str]) -> None:
-    """Writes checks (loss and pick), curve (loss and rate) and events into the scorer's folder.
+    """Writes checks (loss and pick), curve (loss and rate) and events to `TRAINING_LOG` in the scorer's folder.
 
-    Speed is left out, so that the same run gives the same files.
+    Speed is left out, so that the same run writes the same file.
     """
     loss_points = [{name: point[name] for name in _LOSS_COLUMNS} for point in curve]
     log = {"checks": list(checks), "curve": loss_points, "events": list(events)}
@@ -173,7 +177,7 @@ def write_speed(work: Path, manifest_hash: str, curve: Sequence[Point]) -> None:
 
 
 def read_curves(folder: Path, work: Path, manifest_hash: str) -> list[dict[str, float]]:
-    """All points of a run's curves, with speed if `work` still has it; empty for a folder without a log."""
+    """All points of a run's curves, with speed if its file is still in `work`; empty for a folder without a log."""
     if not (folder / TRAINING_LOG).is_file():
         return []
     log = json.loads((folder / TRAINING_LOG).read_text())

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _HEAD_SIZE = 32
-_WORD_SCALE = 0.1
-_TYPE_SCALE = 0.05
+_WORD_STD = 0.1
+_TOKEN_TYPE_STD = 0.05
 
 
 @settings
@@ -47,7 +47,10 @@ class PretrainingConfig(TrainingSettings):
 
 
 def run(config: PretrainingConfig, progress: Progress = silent) -> Manifest:
-    """Pretrains a scorer on the train split of `source` into `target`; a killed run continues at its checkpoint."""
+    """Pretrains a scorer on the train split of `source` and writes it to `target`.
+
+    A killed run resumes from its last checkpoint when it is started again.
+    """
     import numpy as np
 
     from cappy.training.train import train
@@ -64,7 +67,7 @@ def run(config: PretrainingConfig, progress: Progress = silent) -> Manifest:
 
 
 def _open_encoder(encoder: str) -> ModelFolder:
-    """The folder of the encoder; for `builtin` the built-in LLM's, whose tokenizer the new encoder shares."""
+    """Opens the encoder's folder; for `builtin`, that of the built-in LLM, whose tokenizer the new encoder uses."""
     spec = parse_spec(encoder)
     if spec.kind == "builtin":
         from cappy.builtin import LLM_FOLDER
@@ -88,7 +91,7 @@ def _make_scorer(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
     from cappy.scoring.config import ScorerConfig
     from cappy.scoring.folder import max_positions, use_token_types, warn_once
 
-    _refuse_without_tokenizer(folder.path)
+    _require_tokenizer(folder.path)
     torch.manual_seed(config.seed)
     if config.encoder == "builtin":
         model, tokenizer = new_encoder(config.layers, config.hidden_size, config.max_length)
@@ -109,18 +112,18 @@ def _make_scorer(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
     return Scorer(model, tokenizer, ScorerConfig(head=config.head, max_length=max_length, truncation=truncation))
 
 
-def _refuse_without_tokenizer(folder: Path) -> None:
-    """Raises FolderError if an encoder's folder has no tokenizer: transformers would make an empty one."""
+def _require_tokenizer(folder: Path) -> None:
+    """Raises FolderError if an encoder's folder has no tokenizer: transformers would create an empty one."""
     if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         remedy = "save the tokenizer beside the weights (tokenizer.save_pretrained)"
         raise FolderError(f"{folder}: has no tokenizer ({TOKENIZER_FILES[0]} or a vocabulary); {remedy}")
 
 
 def new_encoder(layers: int, hidden_size: int, max_length: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A randomly initialised BERT with one label, and the tokenizer of the built-in LLM with a pair template.
+    """Creates an untrained BERT with one label; returns it with the built-in LLM's tokenizer and a template for pairs.
 
-    Token types distinguish instruction and response. Dropout is low because so small a model underfits. The caller
-    seeds torch.
+    Token types distinguish instruction and response. Dropout is low because a model this small underfits. The weights
+    depend on torch's random seed, which the caller sets.
     """
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
@@ -153,7 +156,7 @@ def new_encoder(layers: int, hidden_size: int, max_length: int) -> "tuple[PreTra
 
 
 def _initialize_for_matching(model: "PreTrainedModel") -> None:
-    """Initialises the weights for comparing words: the LLM's word embeddings, and attention to equal tokens.
+    """Initialises the weights for comparing words: with the LLM's word embeddings, and attention between equal tokens.
 
     A scorer compares a response with its instruction word by word. A scorer with random word embeddings, shared queries
     and keys with gain 0.7 and a learning rate of 8e-4 had not learned this after 280 updates (loss 1.17). Of four
@@ -161,7 +164,8 @@ def _initialize_for_matching(model: "PreTrainedModel") -> None:
     ablated.
 
     Queries and keys share a projection, so that a token attends to equal ones; the output is the transpose of the value
-    projection; type embeddings are large enough to tell whether an equal token is in the instruction or the response.
+    projection; token type embeddings are large enough to tell whether an equal token is in the instruction or the
+    response.
     """
     import torch
     from safetensors.torch import load_file
@@ -173,8 +177,8 @@ def _initialize_for_matching(model: "PreTrainedModel") -> None:
         embeddings, width = model.bert.embeddings, model.config.hidden_size
         if width != words.shape[1]:  # A random projection roughly preserves distances.
             words = words @ torch.randn(words.shape[1], width)
-        embeddings.word_embeddings.weight[: len(words)] = words / words.std() * _WORD_SCALE
-        embeddings.token_type_embeddings.weight.normal_(0.0, _TYPE_SCALE)
+        embeddings.word_embeddings.weight[: len(words)] = words / words.std() * _WORD_STD
+        embeddings.token_type_embeddings.weight.normal_(0.0, _TOKEN_TYPE_STD)
         for layer in model.bert.encoder.layer:
             attention = layer.attention
             torch.nn.init.orthogonal_(attention.self.query.weight)

@@ -1,4 +1,4 @@
-"""The settings of pretraining and finetuning: the loop, where it runs, and checks before anything heavy is imported."""
+"""The settings of pretraining and finetuning, validated before anything heavy such as torch is imported."""
 
 import dataclasses
 import re
@@ -58,7 +58,7 @@ PAPER_PRESET: Mapping[str, object] = {
 Rows of all instances in one random order, 128 per update, 102,400 in total; squared error on a raw regression; AdamW
 without weight decay or gradient clipping; the published learning rate schedule; the last weights kept, without checks
 in between. The random draws differ. The settings of the published pretraining are not fully known: for pretraining the
-preset sets the same, and `recipes/pretrain-360m.yaml` has what else is known.
+preset sets the same values, and `recipes/pretrain-360m.yaml` contains what else is known.
 """
 _SOURCE_WEIGHT = re.compile(rf"({'|'.join(SOURCES)})=(\d+(?:\.\d+)?)")
 
@@ -74,7 +74,7 @@ class LoopSettings:
     metric: Annotated[str, Field(description="Label to learn")] = "rougeL"
     preset: Annotated[
         Literal["default", "paper"],
-        Field(description="paper: the settings of the published finetuning, except those that are given"),
+        Field(description="paper: the settings of the published finetuning; given settings take precedence"),
     ] = "default"
     unit: Annotated[
         Unit,
@@ -164,7 +164,7 @@ class LoopSettings:
     devices: Annotated[
         int,
         LOCATION,
-        Field(ge=1, description="Ranks per machine, one per GPU, or processes on a CPU; with jax: devices"),
+        Field(ge=1, description="Ranks per machine: one per GPU, or processes on a CPU; with jax: number of devices"),
     ] = 1
     nodes: Annotated[
         int, LOCATION, Field(ge=1, description="Number of machines; several need torchrun, a TrainJob or a CustomJob")
@@ -226,7 +226,7 @@ class CustomJobSettings:
 
 @settings
 class LauncherSettings:
-    """Settings of where to train, and of jobs on a platform."""
+    """Where to train, and the settings of jobs on a platform."""
 
     RENAMED: ClassVar[Renames] = {
         "retries": "max_restarts",
@@ -264,7 +264,7 @@ class LauncherSettings:
 
     @property
     def job_volume(self) -> str:
-        """The shared volume of the platform's job, "" if training runs here."""
+        """The shared volume of the job, "" if it has none or training runs here."""
         volumes = {"trainjob": self.trainjob.volume, "customjob": self.customjob.volume}
         return volumes.get(self.launcher, "")
 
@@ -276,7 +276,7 @@ class TrainingSettings(LauncherSettings, LossSettings, LoopSettings):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: object) -> object:
-        """Fills in the preset before validation, while it is still known which settings were given."""
+        """Fills in the preset before validation, when given settings can still be distinguished from defaults."""
         if not isinstance(values, ArgsKwargs):
             return values
         names = [field.name for field in dataclasses.fields(cls)]
@@ -294,9 +294,9 @@ def mount_point(volume: str) -> str:
 
 
 def _apply_preset(values: Mapping[str, object], names: Collection[str]) -> dict[str, object]:
-    """The given settings, completed with the preset's for those of `names` that were not given.
+    """Adds the preset's values of those settings in `names` that are missing from `values`.
 
-    A given setting wins, even if it equals the default. `epochs` replaces `train_rows`.
+    A given setting takes precedence, even if it equals the default; `epochs` replaces the preset's `train_rows`.
     """
     if values.get("preset") != "paper":
         return dict(values)
@@ -319,13 +319,13 @@ def _refuse_bad_weights(config: LoopSettings) -> None:
     duplicate = next((source for source in weighted if weighted.count(source) > 1), None)
     if duplicate:
         raise ConfigError(f"--weights: gives {duplicate} twice; give it once")
-    unused = next((source for source in weighted if config.sources and source not in config.sources), None)
-    if unused:
-        raise ConfigError(f"--weights: has a weight for {unused}, which --sources excludes; leave one of them out")
+    excluded = next((source for source in weighted if config.sources and source not in config.sources), None)
+    if excluded:
+        raise ConfigError(f"--weights: has a weight for {excluded}, which --sources excludes; leave one of them out")
 
 
 def _refuse_unused(config: TrainingSettings) -> None:
-    """Raises ConfigError for a setting that differs from its default and has no effect with the others."""
+    """Raises ConfigError if a setting differs from its default but has no effect in combination with the others."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, reason in _unused_settings(config):
         if name not in defaults or (value := getattr(config, name)) == defaults[name]:
@@ -337,7 +337,7 @@ def _refuse_unused(config: TrainingSettings) -> None:
 
 
 def _unused_settings(config: TrainingSettings) -> Iterator[tuple[str, str]]:
-    """Each setting that has no effect with the others, and the reason, whether or not its value is the default."""
+    """Yields each setting without effect in combination with the others, and the reason, even if it has its default."""
     if config.train_rows is not None:
         yield "epochs", "with --train-rows, which sets the length of training"
     if config.keep == "last":
@@ -363,7 +363,7 @@ def _unused_settings(config: TrainingSettings) -> Iterator[tuple[str, str]]:
 
 
 def _refuse_unlaunchable(config: TrainingSettings) -> None:
-    """Raises ConfigError, before anything is submitted, if the job of these settings could not run."""
+    """Raises ConfigError if the job of these settings could not run; nothing has been submitted yet."""
     if config.launcher == "here":
         return
     launcher = f"--launcher {config.launcher}"
@@ -387,10 +387,10 @@ def _refuse_unlaunchable(config: TrainingSettings) -> None:
 
 
 def _refuse_unshared_paths(config: TrainingSettings, launcher: str) -> None:
-    """Raises ConfigError for paths that the job's machines cannot see: relative ones, and ones not on the volume."""
+    """Raises ConfigError for paths that the job's machines cannot read: relative ones, and ones outside the volume."""
     models = {name: str(getattr(config, name)) for name in ("scorer", "encoder") if hasattr(config, name)}
     mount = mount_point(config.job_volume)
-    folders = {name: text for name, text in models.items() if parse_spec(text).kind == "path"}
+    folders = {name: spec for name, spec in models.items() if parse_spec(spec).kind == "path"}
     for name, path in {"work": str(config.work), **folders}.items():
         if not path.startswith("/"):
             remedy = "give an absolute path on a volume that the job's machines mount"

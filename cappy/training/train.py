@@ -44,12 +44,15 @@ def train(
 ) -> Manifest:
     """Trains the scorer of `make_scorer` on the train split, with early stopping on validation; publishes the folder.
 
-    The manifest's facts say how the weights were chosen (`_build_facts`).
+    Returns its manifest, whose facts say how the weights were chosen (`_build_facts`). With `config.dry_run`, writes
+    nothing and returns a manifest with the metrics of `run_trial`.
 
-    `seen_prompts` are the prompt hashes that the starting scorer in `start_folder` was trained on; the folder records
-    them together with this run's own, and groups and rows likewise (`cappy.scoring.training_data`).
-    Launches the ranks that the settings ask for, unless this process is one of them; only the first rank writes. If
-    the settings name a platform, all this runs in a job there.
+    `seen_prompts` are the prompt hashes that the starting scorer in `start_folder` was trained on. The folder records
+    them together with those of this run; likewise for groups and rows (`cappy.scoring.training_data`).
+
+    Launches the ranks that the settings request, unless this process is one of them; only the first rank writes. If
+    `config.launcher` is a platform, all this runs in a job there. Raises ConfigError if the settings or the data cannot
+    be used for training, and TrainingError if training fails or is stopped.
     """
     if config.launcher != "here":
         return train_remotely(
@@ -93,7 +96,7 @@ def train(
 
 
 def _result_settings(config: TrainingSettings) -> dict[str, object]:
-    """The settings that change the result: `jax` is one of them, because it rounds floats differently from torch."""
+    """The settings that change the result. They include `jax`, because it rounds floats differently from torch."""
     return identity(config) | ({"parallelism": "jax"} if config.parallelism == "jax" else {})
 
 
@@ -120,11 +123,11 @@ def _open_inputs(config: TrainingSettings, make_scorer: MakeScorer, progress: Pr
         progress=progress,
     )
     if not corpora.has_train:
-        with_sources, remedy = "", "give a folder that has some"
+        sources_text, remedy = "", "give a folder that has some"
         if config.sources:
-            with_sources = f" with a response of source {', '.join(config.sources)}"
+            sources_text = f" with a response of source {', '.join(config.sources)}"
             remedy = f"{remedy}, or other --sources"
-        raise ConfigError(f"{config.source}: has no instance of split train{with_sources}; {remedy}")
+        raise ConfigError(f"{config.source}: has no instance of split train{sources_text}; {remedy}")
     return scorer, corpora
 
 

@@ -1,4 +1,4 @@
-"""One update: its learning rate and its gradients, computed in as many passes over the batch as memory needs."""
+"""Runs one update: sets its learning rate, and computes its gradients in as many passes as memory requires."""
 
 import hashlib
 import math
@@ -21,7 +21,7 @@ PUBLISHED_MICRO_BATCHES = 16
 EXPLOSION_RATIO = 100.0
 """A loss above this multiple of its running mean, and above `MIN_EXPLODED_LOSS`, counts as diverged."""
 MIN_EXPLODED_LOSS = 10.0
-"""Labels are 0 to 1, so usual losses are a few units at most."""
+"""Labels are 0 to 1, so losses are usually a few units at most."""
 
 
 class DivergedError(Exception):
@@ -33,7 +33,7 @@ class PassMemoryError(Exception):
 
 
 def learning_rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:
-    """Learning rate of an update (0-based): linear warm-up over the share `warmup`, then linear decay to zero.
+    """The learning rate of an update (0-based): linear warm-up over the share `warmup`, then linear decay to zero.
 
     The schedule "published" reproduces the published code, which sized its warm-up in micro-batches,
     `PUBLISHED_MICRO_BATCHES` per update, but stepped it once per update: with a warm-up of 0.1 the rate rises from 0 to
@@ -72,10 +72,11 @@ def update(
     rate: float,
     ranks: Ranks,
 ) -> float:
-    """Does one optimizer step and returns the mean loss over the instances of the whole batch.
+    """Runs one optimizer step and returns the mean loss over the instances of the whole batch.
 
-    If memory runs out, halves `state.budget` and repeats the passes. Raises DivergedError if the loss or the gradient
-    is not finite or the loss explodes; the weights in memory must then be discarded.
+    If memory runs out, halves `state.budget` and repeats the passes; raises TrainingError if that is not possible.
+    Raises DivergedError if the loss or the gradient is not finite, or the loss explodes; the weights in memory must
+    then be discarded.
     """
     scorer.model.train()
     while True:
@@ -114,17 +115,17 @@ def _compute_gradients(
             len(assign_passes([padded_tokens(draws) for draws in passes], rank, ranks.count))
             for rank in range(ranks.count)
         )
-        # A rank with fewer passes repeats one with weight 0: all ranks must do equally many.
+        # A rank with fewer passes repeats one with weight 0, because all ranks must run the same number.
         weights += [0.0] * (max_passes - len(own_passes))
         own_passes += [own_passes[0] if own_passes else 0] * (max_passes - len(own_passes))
     strategy.zero_grad()
-    total, out_of_memory = 0.0, 0.0
+    total_loss, out_of_memory = 0.0, 0.0
     try:
-        for count, (index, weight) in enumerate(zip(own_passes, weights, strict=True), start=1):
+        for number, (index, weight) in enumerate(zip(own_passes, weights, strict=True), start=1):
             torch.manual_seed(_pass_seed(config.seed, state.update, index))
             loss = _run_pass(scorer, corpus, passes[index], config) * (weight / len(batch))
-            strategy.backward(loss, last=count == len(own_passes))
-            total += loss.item()
+            strategy.backward(loss, last=number == len(own_passes))
+            total_loss += loss.item()
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -132,15 +133,15 @@ def _compute_gradients(
             remedy = "give a smaller --batch-tokens and run the same command again"
             raise TrainingError(f"memory ran out at {state.budget} tokens per pass; {remedy}") from error
         out_of_memory = 1.0
-    total, out_of_memory = ranks.all_reduce([total, out_of_memory])
+    total_loss, out_of_memory = ranks.all_reduce([total_loss, out_of_memory])
     if out_of_memory:
         strategy.zero_grad()
         raise PassMemoryError
-    return total
+    return total_loss
 
 
 def _run_pass(scorer: Scorer, corpus: Corpus, micro_batch: Sequence[Draw], config: TrainingSettings) -> Tensor:
-    """The sum of the losses of the instances of one pass."""
+    """Runs one forward pass; returns the sum of its instances' losses."""
     logits = scorer.logits([pair for draw in micro_batch for pair in corpus.pairs(draw.index, draw.responses)])
     labels = [label for draw in micro_batch for label in corpus.labels(draw.index, draw.responses)]
     instance_of_pair = [index for index, draw in enumerate(micro_batch) for _ in draw.responses]

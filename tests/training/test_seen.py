@@ -31,7 +31,7 @@ def test_figures_are_means_over_recent_updates(monkeypatch: pytest.MonkeyPatch) 
     for pairs in (10, 30):
         with meter.time_update():
             pass
-        meter.add(pairs=pairs, tokens=5 * pairs, padded=8 * pairs, flops=20.0 * pairs)
+        meter.add(pairs=pairs, tokens=5 * pairs, padded_tokens=8 * pairs, flops=20.0 * pairs)
     assert meter.figures() == {
         "pairs_per_second": 10.0,
         "tokens_per_second": 50.0,

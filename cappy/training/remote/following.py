@@ -13,9 +13,9 @@ from cappy.runs import ORCHESTRATOR
 from cappy.training.checkpoint import Shutdown
 
 PATIENCE_SECONDS = 600.0
-"""How long a platform may be unreachable while a job runs, as when its API server is being replaced."""
+"""How long a platform may be unreachable while a job runs, for example while its API server is replaced."""
 CANCEL_SECONDS = 60.0
-"""How long to wait for a cancelled job: the usual grace period of 30 seconds, and time to release the machines."""
+"""How long to wait until a cancelled job ends: the usual grace period of 30 seconds, and time to release machines."""
 CANCEL_POLL_SECONDS = 0.5
 """Seconds between checks for cancellation while waiting for the next poll."""
 
@@ -35,7 +35,7 @@ FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A job's phase and the platform's reason why it is pending or failed.
+    """The phase of a job, and the platform's reason if it is pending or failed.
 
     `preempted`: its machines were taken away. `cannot_start`: it waits for something that will not come, such as an
     image that does not exist.
@@ -68,7 +68,7 @@ class Jobs(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PollLimits:
-    """The maximum number of resubmissions; `timeout` and the polling interval `poll` in seconds."""
+    """The maximum number of resubmissions, the time limit of the job and the polling interval, both in seconds."""
 
     max_restarts: int
     timeout: float
@@ -77,11 +77,11 @@ class PollLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What the loop calls besides the platform; tests replace `clock` and `sleep`.
+    """The functions that the loop calls, other than those of the platform; tests replace `clock` and `sleep`.
 
-    `checkpoint_update` returns the update of the job's newest checkpoint (-1: none), `output_exists` whether the output
-    of a job that succeeded is there, `cancel_reason` why this step must end ("": it must not), `find_error` an error
-    in a log line that the user must fix ("": none). `on_poll` is called at every poll.
+    `checkpoint_update` returns the update of the job's newest checkpoint, -1 if there is none; `output_exists` whether
+    the output of a job that succeeded exists; `cancel_reason` why this step must end, "" if it need not; `find_error`
+    the error in a log line that the user must fix, "" if there is none. `on_poll` is called at every poll.
     """
 
     checkpoint_update: Callable[[], int]
@@ -117,15 +117,16 @@ def end_job(jobs: Jobs, name: str, log: Callable[[str], None]) -> None:
     if status is not None and status.phase not in FINAL_PHASES:
         limits = PollLimits(max_restarts=0, timeout=0.0, poll=0.0)
         hooks = Hooks(checkpoint_update=lambda: -1, output_exists=lambda: False, cancel_reason=lambda: "", log=log)
-        _Follower(jobs, name, limits, hooks).cancel("its work is started anew")
+        _Follower(jobs, name, limits, hooks).cancel("its work starts over")
 
 
 def reason_not_to_resubmit(
     status: Status, *, update: int, previous_update: int | None, resubmissions: int, max_restarts: int
 ) -> str:
-    """Why a failed job is not resubmitted, "" if it is: its checkpoint must have advanced since it last failed.
+    """Why a failed job is not resubmitted, as the end of "it failed ..."; "" if it is resubmitted.
 
-    `update` is the update of its checkpoint (-1: none), `previous_update` that of the previous failure.
+    Its checkpoint must have advanced since the last failure. `update` is the update of its checkpoint, -1 if there is
+    none; `previous_update` is that at the previous failure, None if this is the first one.
     """
     if update < 0 and not status.preempted:
         return "before its first checkpoint"
@@ -138,27 +139,27 @@ def reason_not_to_resubmit(
 
 @contextlib.contextmanager
 def cancellation() -> Iterator[Callable[[], str]]:
-    """Yields a function that returns why this step must end, "" if it must not.
+    """Yields a function that returns why this step must end, "" if it need not.
 
-    It must end on SIGTERM, and when the orchestrator's shell is gone: an orchestrator starts a component under
-    `sh -ec`, and its SIGTERM may end only the shell, after which the component has another parent. A command started
-    by a user outlives the user's shell.
+    It must end on SIGTERM, and when the orchestrator's shell has ended: an orchestrator starts a component under
+    `sh -ec`, and its SIGTERM may end only the shell; the component then has another parent. A command that a user
+    started may outlive the user's shell.
     """
-    orchestrator = ORCHESTRATOR.get()
+    orchestrator_pid = ORCHESTRATOR.get()
     with Shutdown() as shutdown:
 
         def reason() -> str:
             if shutdown.requested():
                 return "this step received SIGTERM"
-            if orchestrator is not None and os.getppid() != orchestrator:
-                return "the process that started this step is gone"
+            if orchestrator_pid is not None and os.getppid() != orchestrator_pid:
+                return "the process that started this step has ended"
             return ""
 
         yield reason
 
 
 class _Follower:
-    """The state of the loop between two polls of a job."""
+    """Follows one job; keeps the state between polls."""
 
     def __init__(self, jobs: Jobs, name: str, limits: PollLimits, hooks: Hooks) -> None:
         self.jobs, self.name, self.limits, self.hooks = jobs, name, limits, hooks
@@ -175,11 +176,11 @@ class _Follower:
         status = self.jobs.status(self.name)
         if status is not None and status.phase is Phase.SUCCEEDED and not self.hooks.output_exists():
             # Platforms may keep a job longer than its output exists.
-            self.hooks.log(f"{self.name}: succeeded already, but its output is not there any more")
+            self.hooks.log(f"{self.name}: succeeded already, but its output no longer exists")
         elif status is not None and status.phase not in (Phase.FAILED, Phase.CANCELLED):
             self.hooks.log(f"{self.name}: {status.phase.value} already; {self.jobs.address(self.name)}")
             return
-        self._raise_if_over()
+        self._raise_if_must_end()
         self.jobs.submit(self.name)
         self.hooks.log(f"{self.name}: submitted; {self.jobs.address(self.name)}")
 
@@ -189,7 +190,7 @@ class _Follower:
             status = self.jobs.status(self.name)
             self.last_answer = self.hooks.clock()
         except UnansweredError as error:
-            self._raise_if_over()
+            self._raise_if_must_end()
             if self.hooks.clock() - self.last_answer > PATIENCE_SECONDS:
                 raise
             self._log_once(f"no answer: {error}")
@@ -197,17 +198,17 @@ class _Follower:
         self._log_lines()
         self.hooks.on_poll()
         if status is None or status.phase is Phase.CANCELLED:
-            remedy = "run the same command again to continue at its checkpoint"
+            remedy = "run the same command again to continue from its checkpoint"
             raise TrainingError(f"{self.name}: was cancelled or deleted by someone else; {remedy}")
         if status.phase is not Phase.FAILED:
             self._log_once(f"{status.phase.value}{status.reason and f': {status.reason}'}")
         if status.phase is Phase.SUCCEEDED:
             return True
-        self._raise_if_over()
+        self._raise_if_must_end()
         if status.cannot_start:
             self._cancel()
             raise TrainingError(
-                f"{self.name}: {status.reason}; it is cancelled, fix that and run the same command again"
+                f"{self.name}: {status.reason}; the job was cancelled; fix that and run the same command again"
             )
         if status.phase is Phase.FAILED:
             self._submit_again(status)
@@ -224,19 +225,20 @@ class _Follower:
         self.hooks.log(f"{self.name}: cancelling the job: {reason}")
         self._cancel()
 
-    def _raise_if_over(self) -> None:
+    def _raise_if_must_end(self) -> None:
+        """Cancels the job and raises TrainingError if this step must end or the time limit is exceeded."""
         if reason := self.hooks.cancel_reason():
             self.cancel(reason)
-            remedy = "run the same command again to continue at its checkpoint"
+            remedy = "run the same command again to continue from its checkpoint"
             raise TrainingError(f"{self.name}: was cancelled ({reason}); {remedy}")
         if self.hooks.clock() > self.deadline:
             self.cancel("it reached its time limit")
-            remedy = "give more --timeout-hours to continue at its checkpoint"
+            remedy = "give more --timeout-hours to continue from its checkpoint"
             hours = self.limits.timeout / 3600
             raise TrainingError(f"{self.name}: did not finish in {hours:g} hours and was cancelled; {remedy}")
 
     def _cancel(self) -> None:
-        """Cancels the job and waits until it has ended, so that a next run does not find it running."""
+        """Cancels the job and waits until it has ended, so that the next run does not find it running."""
         try:
             self.jobs.cancel(self.name)
             end = self.hooks.clock() + CANCEL_SECONDS
@@ -254,6 +256,7 @@ class _Follower:
         return status is not None and status.phase not in FINAL_PHASES
 
     def _submit_again(self, status: Status) -> None:
+        """Resubmits a failed job; raises TrainingError if that is pointless or not allowed."""
         update = self.hooks.checkpoint_update()
         event = "was preempted" if status.preempted else "failed"
         reason = f" ({status.reason})" if status.reason else ""
@@ -271,10 +274,11 @@ class _Follower:
             raise TrainingError(f"{self.name}: {event}{reason} {refusal}; {remedy}")
         self.failed_update, self.resubmissions, self.error = update, self.resubmissions + 1, ""
         position = f"the checkpoint of update {update}" if update >= 0 else "the start"
-        self.hooks.log(f"{self.name}: {event}{reason}, submitted again to continue at {position}")
+        self.hooks.log(f"{self.name}: {event}{reason}, submitted again to continue from {position}")
         self.jobs.submit(self.name)
 
     def _log_lines(self) -> None:
+        """Logs the job's new log lines, and remembers an error in them that the user must fix."""
         try:
             for node, line in self.jobs.lines(self.name):
                 self.hooks.log(f"{node}: {line}")

@@ -1,4 +1,4 @@
-"""Training steps as TrainJobs, with the Kubeflow Trainer SDK (0.5), on the cluster of the kubeconfig or of this pod.
+"""Runs training steps as TrainJobs with the Kubeflow Trainer SDK (0.5), on the cluster of the kubeconfig or this pod.
 
 The SDK has no option for owner references, so a TrainJob outlives the pod that submitted it: the step cancels it, and
 if the step is killed before it can, the TrainJob's own deadline ends it.
@@ -30,17 +30,17 @@ PHASES = {"Created": Phase.PENDING, "Running": Phase.RUNNING, "Complete": Phase.
 STEP_VARIABLE = "CAPPY_TRAINING_STEP"
 SETTINGS_VARIABLE = "CAPPY_TRAINING_SETTINGS"
 NODE = "node"
-"""The SDK's name of the replicated job and of the container that train in a runtime."""
+"""The SDK's name for the replicated job that trains in a runtime, and for the container of that job."""
 DELETION_SECONDS = 300.0
-"""How long to wait for the pods of a deleted job before another of the same name is submitted."""
+"""How long to wait until the pods of a deleted job are gone, before another job of the same name is submitted."""
 INITIAL_LINES = 1000
-"""Lines of a log to read when this step starts to follow it."""
+"""Number of lines to read when this step starts to follow a log."""
 OVERLAP_SECONDS = 5
-"""Seconds of a log that two reads overlap, so that no line is missed; lines read twice are dropped."""
+"""How many seconds two reads of a log overlap, so that no line is missed; lines that were read before are dropped."""
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 ROLE_LABEL = "jobset.sigs.k8s.io/replicatedjob-name"
 _FATAL_WAIT_REASONS = ("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError")
-"""Reasons of a waiting container that do not resolve with time: an image or a secret that does not exist."""
+"""Reasons of a waiting container that time does not resolve: an image or a secret that does not exist."""
 _PREEMPTION_REASONS = (
     "Evicted",
     "Preempting",
@@ -53,14 +53,14 @@ _PREEMPTION_REASONS = (
 )
 """Reasons of a pod that was ended by its node."""
 _MAX_MESSAGE_CHARACTERS = 160
-"""Characters of a pod's message."""
+"""Maximum characters of a pod's message."""
 REQUIRED_PERMISSIONS = (
     "create, get, delete on trainjobs; get on trainingruntimes, clustertrainingruntimes, pods/log; list on pods"
 )
 
 
 def run_rank() -> None:
-    """Runs `python -m cappy.training STEP SETTINGS` in this process; only the source text of this function is shipped.
+    """Runs `python -m cappy.training STEP SETTINGS` in this process; the job gets only the source of this function.
 
     The SDK calls it in every rank. Step and settings are passed in the environment, because the SDK's backends pass
     arguments differently (one by keyword, one as a dictionary).
@@ -81,10 +81,10 @@ def trainer(
     resources: Mapping[str, str | int] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> sdk.CustomTrainer:
-    """The CustomTrainer of a step on `config.nodes` machines with `resources` each, such as {"gpu": 4}.
+    """A CustomTrainer that runs a step on `config.nodes` machines with `resources` each, such as {"gpu": 4}.
 
     Source, target and work must be on a volume that every node mounts; torchrun starts one rank per GPU. The image
-    must have cappy installed, nothing is installed when the job starts.
+    must have cappy installed; nothing is installed when the job starts.
     """
     variables = {STEP_VARIABLE: step, SETTINGS_VARIABLE: encode(to_values(config))}
     return sdk.CustomTrainer(
@@ -97,7 +97,7 @@ def trainer(
 
 
 class TrainJobs:
-    """The TrainJobs of one step: `config` has the platform's settings, `job_config` is that of each rank."""
+    """The TrainJobs of one step: `config` has the settings of the platform, `job_config` those of each rank."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class TrainJobs:
         self._last_read: dict[str, float] = {}
 
     def status(self, name: str) -> Status | None:
-        """The status of the TrainJob, with the reasons that its pods give."""
+        """The status of the TrainJob with the reasons that its pods give; None if there is no such TrainJob."""
         with _translate_errors(self.config):
             # First, so that a missing permission to list pods is reported before anything is submitted.
             pods = self._pods(name)
@@ -136,9 +136,9 @@ class TrainJobs:
             return _read_status(PHASES[job.status], pods)
 
     def submit(self, name: str) -> None:
-        """Creates the TrainJob, after deleting one of this name that has ended, with its pods."""
+        """Creates the TrainJob, after deleting an ended one of this name and its pods."""
         with _translate_errors(self.config):
-            self._clear(name)
+            self._delete_ended(name)
             runtime, options = self.config.trainjob.runtime, _options(name, self.config)
             self.client.train(runtime=runtime, trainer=self.trainer, options=options)
 
@@ -150,7 +150,7 @@ class TrainJobs:
                     yield from ((_node_name(pod), line) for line in self._new_lines(pod.metadata.name))
 
     def cancel(self, name: str) -> None:
-        """Deletes the TrainJob and with it its pods, which get SIGTERM."""
+        """Deletes the TrainJob and its pods, which get SIGTERM."""
         with _translate_errors(self.config):
             try:
                 self.client.delete_job(name)
@@ -168,7 +168,8 @@ class TrainJobs:
         selector = f"jobset.sigs.k8s.io/jobset-name={name}"
         return _newest_pods(self.core.list_namespaced_pod(self.namespace, label_selector=selector).items)
 
-    def _clear(self, name: str) -> None:
+    def _delete_ended(self, name: str) -> None:
+        """Deletes the ended TrainJob of this name, if any, and its pods; UnansweredError if it has not ended."""
         status = self.status(name)
         if status is None:
             return
@@ -196,7 +197,7 @@ class TrainJobs:
                 **(window or {"tail_lines": INITIAL_LINES}),
             )
         except ApiException as error:
-            if error.status in (400, 404):  # Its container is being created, or is gone.
+            if error.status in (400, 404):  # Its container is being created or was removed.
                 return []
             raise
         self._last_read[pod] = now
@@ -211,7 +212,7 @@ class TrainJobs:
 
 def connect(config: TrainingSettings) -> sdk.TrainerClient:
     """The SDK's client of the current cluster; raises ConfigError if there is none."""
-    # Without this it warns about a config map in the system's namespace that most users may not read.
+    # Otherwise the SDK warns about a config map in the system's namespace that most users may not read.
     logging.getLogger("kubeflow").setLevel(logging.ERROR)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     with _translate_errors(config):
@@ -219,7 +220,7 @@ def connect(config: TrainingSettings) -> sdk.TrainerClient:
 
 
 def _node_resources(config: TrainingSettings) -> dict[str, str | int]:
-    """The resources of each node as Kubernetes names them; those that are not set are the runtime's."""
+    """The resources of each node by their names in Kubernetes; the runtime defines those that are not set."""
     job = config.trainjob
     resources: dict[str, str | int] = {job.accelerator: config.devices, "cpu": job.cpu, "memory": job.memory}
     return {name: amount for name, amount in resources.items() if name and amount}
@@ -252,7 +253,7 @@ def _patch(config: TrainingSettings) -> sdk_options.RuntimePatch | None:
 
 
 def _split_timestamp(line: str) -> tuple[tuple[str, str], str]:
-    """((second, fraction), text) of a line with a timestamp, whose fraction may lack trailing zeros.
+    """Splits a log line into ((second, fraction), text); the fraction is padded, because trailing zeros may be missing.
 
     A line without a timestamp gets one that is later than all others.
     """
@@ -262,7 +263,7 @@ def _split_timestamp(line: str) -> tuple[tuple[str, str], str]:
 
 
 def _node_name(pod: V1Pod) -> str:
-    """The name of the pod's node as the Trainer SDK gives it, such as node-0; the pod's own name for other pods."""
+    """The Trainer SDK's name of the pod's node, such as node-0; for pods without a node, the pod's name."""
     labels = pod.metadata.labels or {}
     role, index = labels.get(ROLE_LABEL, ""), labels.get(INDEX_LABEL, "")
     return f"{role}-{index}" if role and index else str(pod.metadata.name)
@@ -290,7 +291,7 @@ def _read_status(phase: Phase, pods: Sequence[V1Pod]) -> Status:
 
 
 def _has_started(pod: V1Pod) -> bool:
-    """Whether its container has started, so that there is a log."""
+    """Whether the pod's container has started, so that it has a log."""
     return bool(pod.status and pod.status.phase in ("Running", "Succeeded", "Failed"))
 
 
@@ -335,7 +336,7 @@ def _end_reason(pod: V1Pod) -> str:
 
 @contextlib.contextmanager
 def _translate_errors(config: TrainingSettings) -> Iterator[None]:
-    """Raises errors of the cluster, and a cluster that does not answer, as one-line errors."""
+    """Translates errors of the cluster, or of the connection to it, into one-line errors."""
     try:
         yield
     except CappyError:
@@ -349,10 +350,10 @@ def _translate_errors(config: TrainingSettings) -> Iterator[None]:
 
 def _to_cappy_error(error: BaseException, config: TrainingSettings) -> CappyError:
     location = f"Kubernetes, namespace {config.trainjob.namespace or 'of the current context'}"
-    api_errors = [link for link in _chain(error) if isinstance(link, ApiException)]
+    api_errors = [link for link in _with_causes(error) if isinstance(link, ApiException)]
     if not api_errors:
-        if any(isinstance(link, (HTTPError, OSError)) for link in _chain(error)):  # TimeoutError is an OSError.
-            reason = _one_line([*_chain(error)][-1])
+        if any(isinstance(link, (HTTPError, OSError)) for link in _with_causes(error)):  # TimeoutError is an OSError.
+            reason = _one_line([*_with_causes(error)][-1])
             return UnansweredError(f"{location}: gave no answer ({reason}); check that kubectl reaches it")
         return ConfigError(f"{location}: {_one_line(error)}; fix that setting")
     code, message = api_errors[0].status, _api_message(api_errors[0])
@@ -381,11 +382,12 @@ def _api_message(error: ApiException) -> str:
 
 
 def _status_code(error: BaseException) -> int | None:
-    codes: Iterable[int | None] = (link.status for link in _chain(error) if isinstance(link, ApiException))
+    codes: Iterable[int | None] = (link.status for link in _with_causes(error) if isinstance(link, ApiException))
     return next(iter(codes), None)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yields the error and its causes, the root cause last."""
     link: BaseException | None = error
     while link is not None:
         yield link

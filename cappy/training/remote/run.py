@@ -1,7 +1,7 @@
 """Runs a training step as a job: stages its input, follows the job, verifies and publishes its output.
 
-Everything that step and job share is under the step's `work`, on a volume that the job's machines mount: the paths that
-an orchestrator gives a component for its input and output exist only in that component.
+All files that the step and its job share are under the step's `work`, on a volume that the job's machines mount,
+because the paths that an orchestrator gives a component for its input and output exist only in that component.
 """
 
 import contextlib
@@ -41,8 +41,10 @@ def train_remotely(
 ) -> Manifest:
     """Trains in a job on the platform `config.launcher`, publishes the scorer it wrote and returns the manifest.
 
-    `result_settings` and `parents` identify the work, as in training without a job: the job continues at a checkpoint
-    that such a training wrote, and has the same name when this step is retried.
+    `result_settings` and `parents` identify the work, as in training without a job. So the job continues from a
+    checkpoint that training without a job wrote, and it has the same name when this step is retried.
+
+    Raises TrainingError if the job fails, and FolderError if its output is damaged.
     """
     key = work_key(step, result_settings, parents, fresh=config.fresh)
     name = job_name(step, key.name)
@@ -54,7 +56,7 @@ def train_remotely(
         def open_platform() -> Jobs:
             return open_jobs(step, config, job_config, _job_environment(folder, step))
 
-        if must_start_over(folder, key):  # A job of earlier work may still run, and would be followed.
+        if must_start_over(folder, key):  # A job of earlier work may still be running; it must not be followed.
             end_job(open_platform(), name, lambda text: _log(step, text))
         begin(folder, key)
         if not (output / MANIFEST).is_file():
@@ -68,14 +70,14 @@ def train_remotely(
 
 
 def _local_settings() -> dict[str, Any]:
-    """The launcher settings for training in the current process, as the job does."""
+    """The default launcher settings, so that the job trains in its own processes and submits no other job."""
     return {field.name: field.default for field in dataclasses.fields(LauncherSettings)}
 
 
 def open_jobs(
     step: str, config: TrainingSettings, job_config: TrainingSettings, environment: Mapping[str, str]
 ) -> Jobs:
-    """The jobs of the platform in `config`; they run the step with `job_config`."""
+    """Connects to the platform `config.launcher`; its jobs run the step with `job_config`."""
     if config.launcher == "trainjob":
         from cappy.training.remote.kubeflow import TrainJobs
 
@@ -88,13 +90,13 @@ def open_jobs(
 def _follow(
     jobs: Jobs, name: str, step: str, config: TrainingSettings, output: Path, key: str, progress: Progress
 ) -> None:
-    state_file = output.parent / f"{step}.json"
+    progress_file = output.parent / f"{step}.json"
     with contextlib.suppress(FileNotFoundError):
-        state_file.unlink()
+        progress_file.unlink()
 
     def report_progress() -> None:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # The file may be replaced at this moment.
-            if state := read_state(state_file):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # The job may be replacing the file.
+            if state := read_state(progress_file):
                 progress(state.done, state.total, unit=state.unit, resumed=state.resumed, note=state.note)
 
     with cancellation() as cancel_reason:
@@ -111,22 +113,22 @@ def _follow(
 
 
 def _log(step: str, text: str) -> None:
-    # Redacted because lines of the job's log pass here too.
+    # Redacted, because lines of the job's log are written here too.
     sys.stderr.write(f"{step}: {redact(text)}\n")
     sys.stderr.flush()
 
 
 def _user_error(step: str, line: str) -> str:
-    """The error in a rank's log line that the user must fix; empty if there is none.
+    """The error in a rank's log line that the user must fix, "" if there is none.
 
-    Errors of a rank that continues at its checkpoint, or that ended because another rank failed, are ignored.
+    Ignores errors after which the run continues from its checkpoint, and of ranks that ended because another failed.
     """
     message = line.partition(f"cappy {step}: ")[2]
     return "" if CONTINUE_REMEDY in message or message in (UNEXPECTED_ERROR, NO_REPORT) else message
 
 
 def _job_environment(folder: Path, step: str) -> dict[str, str]:
-    """The environment of a job's processes; a tracking address with a password is left out."""
+    """Environment variables of the job; MLflow's address is left out if it contains a password."""
     variables = {VERSION_VARIABLE: str(step_version(step)), PROGRESS_VARIABLE: str(folder)}
     tracking = os.environ.get(TRACKING_VARIABLE, "")
     return variables | ({TRACKING_VARIABLE: tracking} if tracking and not has_secret(tracking) else {})
@@ -145,13 +147,14 @@ def _stage(source: Path, staged_input: Path) -> None:
 def _verify(
     output: Path, step: str, result_settings: Mapping[str, object], parents: Sequence[str], name: str
 ) -> Manifest:
-    """Verifies each file of the job's output and that this work made it; returns its manifest.
+    """Verifies the files of the job's output, and that this work produced it; returns its manifest.
 
-    A damaged output is deleted, so that the next run makes it again.
+    Raises TrainingError if the output is missing or belongs to other work. Raises FolderError if it is damaged, after
+    deleting it, so that the next run produces it again.
     """
     if not (output / MANIFEST).is_file():
         remedy = "give a --work on a volume that the job and this step both mount"
-        raise TrainingError(f"{name}: succeeded, but {output} is not there; {remedy}")
+        raise TrainingError(f"{name}: succeeded, but {output} does not exist; {remedy}")
     try:
         manifest = verify(output)
     except FolderError:

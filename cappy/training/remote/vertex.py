@@ -1,10 +1,10 @@
-"""Training steps as Vertex AI CustomJobs, with the SDK (google-cloud-aiplatform 1.165 and later, or 2.x).
+"""Runs training steps as Vertex AI CustomJobs, with the SDK (google-cloud-aiplatform 1.165 and later, or 2.x).
 
 Vertex AI starts the same command on every machine and describes the machines in CLUSTER_SPEC, which `topology` reads;
-the command then launches a rank per accelerator. The first machine is one worker pool, the others are the second.
+the command then launches a rank per accelerator. The first machine is one worker pool, the others are a second one.
 
-Logs are read over the REST API of Cloud Logging, whose client is not installed; without permission the step continues
-and logs where to read them. Progress is read from a file on the volume.
+Logs are read with the REST API of Cloud Logging, whose client library is not installed; without permission, the step
+continues and logs where to read them. Progress is read from a file on the volume.
 """
 
 import contextlib
@@ -59,12 +59,14 @@ def worker_pools(
     environment: Mapping[str, str] | None = None,
     volume: str = "",
 ) -> list[dict[str, object]]:
-    """The worker pools of a step on `config.nodes` machines with `config.devices` accelerators of this type each.
+    """The worker pools of a step on `config.nodes` machines with `config.devices` accelerators each.
 
     Source, target and work must be on a file system that every machine mounts and that supports locks and renames, such
-    as NFS; `volume`, as SERVER:/export:/mnt/nfs/name, is one to mount. The image must have cappy installed and no entry
-    point of its own. A TPU is part of the machine type.
-    Raises ConfigError if a path is relative, or if a machine has several ranks but no accelerator.
+    as NFS; `volume`, SERVER:/export:/mnt/nfs/name, is mounted for that. The image must have cappy installed and no
+    entry point of its own. A TPU is part of the machine type.
+
+    Raises ConfigError if a path is relative, if a machine has several ranks but no accelerator, or if JAX would train
+    on several machines.
     """
     if config.parallelism == "jax" and config.nodes > 1:
         raise ConfigError(
@@ -95,7 +97,7 @@ def worker_pools(
 
 
 class CustomJobs:
-    """The CustomJobs of one step: `config` has the platform's settings, `job_config` is that of each machine."""
+    """The CustomJobs of one step: `config` has the settings of the platform, `job_config` those of each machine."""
 
     def __init__(
         self, step: str, config: TrainingSettings, job_config: TrainingSettings, environment: Mapping[str, str]
@@ -110,8 +112,8 @@ class CustomJobs:
             environment=environment,
             volume=self.settings.volume,
         )
-        self.resource = ""
-        self.logging = LOGGING_URL
+        self.resource_name = ""
+        self.logging_url = LOGGING_URL
         self._last_timestamp = "1970-01-01T00:00:00Z"
         self._seen_entries: set[str] = set()
         self._log_readable = True
@@ -122,13 +124,13 @@ class CustomJobs:
             )
 
     def status(self, name: str) -> Status | None:
-        """The status of the newest job of this name."""
+        """The status of the newest job of this name; None if there is none."""
         with self._translate_errors(TooManyRequests):
             job = self._newest(name)
             return None if job is None else read_status(job.state, job.error)
 
     def submit(self, name: str) -> None:
-        """Creates the job; ended jobs of this name remain, because Vertex AI keeps them."""
+        """Creates the job; Vertex AI keeps ended jobs of the same name."""
         with self._translate_errors():
             job = aiplatform.CustomJob(display_name=name, worker_pool_specs=self.pools)
             job.submit(
@@ -139,11 +141,11 @@ class CustomJobs:
                 restart_job_on_worker_restart=self.config.nodes > 1,
                 scheduling_strategy=Scheduling.Strategy.SPOT if self.settings.spot else None,
             )
-            self.resource = job.resource_name
+            self.resource_name = job.resource_name
 
     def lines(self, name: str) -> Iterator[tuple[str, str]]:
-        """New log lines of its machines from Cloud Logging, some seconds late (needs roles/logging.viewer)."""
-        job_id = self.resource.rpartition("/")[2]
+        """New log lines of the job's machines from Cloud Logging, some seconds late (needs roles/logging.viewer)."""
+        job_id = self.resource_name.rpartition("/")[2]
         if not (job_id and self._log_readable):
             return
         query = f'resource.type="ml_job" AND resource.labels.job_id="{job_id}" AND timestamp>="{self._last_timestamp}"'
@@ -161,7 +163,7 @@ class CustomJobs:
         while True:
             try:
                 session = AuthorizedSession(aiplatform.initializer.global_config.credentials)  # type: ignore[no-untyped-call]
-                response = session.post(f"{self.logging}/v2/entries:list", json=body, timeout=60)
+                response = session.post(f"{self.logging_url}/v2/entries:list", json=body, timeout=60)
             except (RequestException, GoogleAuthError) as error:
                 raise UnansweredError(f"Cloud Logging: gave no answer ({quote(str(error), 200)})") from error
             if response.status_code in (401, 403):
@@ -186,24 +188,24 @@ class CustomJobs:
 
     def address(self, name: str) -> str:
         """The URL of the job's page, which links to its log, and the command that streams the log."""
-        job_id, region, project = self.resource.rpartition("/")[2], self.settings.region, self.settings.project
+        job_id, region, project = self.resource_name.rpartition("/")[2], self.settings.region, self.settings.project
         if not job_id:
             return f"gcloud ai custom-jobs list --region={region} --project={project} --filter=displayName={name}"
-        url = console_utils.custom_job_console_uri(self.resource)
+        url = console_utils.custom_job_console_uri(self.resource_name)
         return f"{url} or gcloud ai custom-jobs stream-logs {job_id} --region={region} --project={project}"
 
     def _newest(self, name: str) -> Any:
         jobs = aiplatform.CustomJob.list(filter=f'display_name="{name}"')
         job = max(jobs, key=lambda job: job.create_time, default=None)
-        self.resource = self.resource if job is None else job.resource_name
+        self.resource_name = self.resource_name if job is None else job.resource_name
         return job
 
     @contextlib.contextmanager
     def _translate_errors(self, *transient: type[GoogleAPIError]) -> Iterator[None]:
-        """Raises the SDK's errors as one-line errors: UnansweredError for temporary ones, else ConfigError.
+        """Translates the SDK's errors into one-line errors: UnansweredError for temporary ones, else ConfigError.
 
-        `transient` errors are temporary too: TooManyRequests is when a job is read, but means an exhausted quota when
-        one is created.
+        `transient` are further errors that are temporary in this call: TooManyRequests is temporary when a job is read,
+        but means an exhausted quota when one is created.
         """
         location = f"Vertex AI, project {self.settings.project}, {self.settings.region}"
         with translate_errors(self.step, self.settings.project, self.settings.region):
@@ -217,7 +219,7 @@ class CustomJobs:
 
 
 def _log_entry(text: str) -> dict[str, Any]:
-    """A log entry of our own."""
+    """A log entry with this text, in the format of Cloud Logging."""
     return {"insertId": text, "timestamp": "", "resource": {"labels": {}}, "textPayload": text}
 
 

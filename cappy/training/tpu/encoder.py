@@ -1,13 +1,12 @@
-"""The encoder in JAX: BERT and RoBERTa with a classification head of one label, as a pure function of a dict of arrays.
+"""BERT and RoBERTa in JAX, with a classification head of one label, as a pure function of a dict of arrays.
 
 The arrays are converted from a torch model and back. They keep the names of the scorer folder, except that the layers'
 arrays are stacked: `bert.encoder.layer.*.x` has shape (layers, ...) and holds every `bert.encoder.layer.N.x`, so that
 XLA compiles one layer only.
 
-Shapes: hidden is (rows, length, width), attended (the attention mask) is (rows, length), and attention probs are
-(rows, heads, length, length).
-In the einsums r is rows, q and k are the positions of queries and keys, h is heads, d is width per head, i and o are a
-dense layer's inputs and outputs.
+Shapes: `hidden` is (rows, length, width), `attended` (the attention mask) is (rows, length), and the attention `probs`
+are (rows, heads, length, length). In the einsums, r is rows, q and k are the positions of queries and keys, h is heads,
+d is the width per head, and i and o are a dense layer's inputs and outputs.
 """
 
 import re
@@ -38,7 +37,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 EXACT = lax.Precision.HIGHEST
-"""Without it a TPU multiplies fp32 arrays in bf16."""
+"""Precision of matrix products: by default a TPU multiplies fp32 arrays in bf16."""
 _LAYER = re.compile(r"^(\w+\.encoder\.layer\.)(\d+)\.(.+)$")
 # Indices of the dropout sites of one pass; layer n has sites 3 n + 3 to 3 n + 5.
 _EMBEDDINGS_SITE, _HEAD_INPUT_SITE, _HEAD_OUTPUT_SITE, _FIRST_LAYER_SITE = range(4)
@@ -46,7 +45,10 @@ _EMBEDDINGS_SITE, _HEAD_INPUT_SITE, _HEAD_OUTPUT_SITE, _FIRST_LAYER_SITE = range
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """The part of a model's configuration that the forward pass needs; `positions` is the longest pair in tokens."""
+    """The part of a model's configuration that the forward pass needs.
+
+    `positions` is the maximum length of a pair in tokens, `pad` the padding token's id, `epsilon` the layer norm's.
+    """
 
     kind: Literal["bert", "roberta"]
     layers: int
@@ -66,7 +68,7 @@ class Architecture:
 
 
 class EncoderConfig(TypedDict, total=False):
-    """The fields that are read from a model's configuration as transformers writes it."""
+    """The fields of a transformers configuration that are read here."""
 
     hidden_act: Required[str]
     is_decoder: bool
@@ -180,27 +182,27 @@ def to_torch(arrays: Arrays) -> dict[str, Tensor]:
 
 
 def decay_mask(params: Arrays, arch: Architecture) -> dict[str, bool]:
-    """Which arrays have weight decay: those with two or more dimensions in the scorer folder, so no biases or norms."""
+    """Whether each array has weight decay: not biases and norms, which have one dimension in the scorer folder."""
     return {name: array.ndim - name.startswith(arch.stack_prefix) >= 2 for name, array in params.items()}
 
 
 def _embed(params: Params, arch: Architecture, ids: Array, types: Array) -> Array:
-    names = f"{arch.kind}.embeddings"
+    prefix = f"{arch.kind}.embeddings"
     padding = (ids == arch.pad)[:, :, None]
-    word_vectors = _stop_gradient_at(params[f"{names}.word_embeddings.weight"][ids], padding)
-    table = params[f"{names}.position_embeddings.weight"]
+    word_vectors = _stop_gradient_at(params[f"{prefix}.word_embeddings.weight"][ids], padding)
+    table = params[f"{prefix}.position_embeddings.weight"]
     if arch.kind == "roberta":
         is_token = (ids != arch.pad).astype(jnp.int32)
         positions = _stop_gradient_at(table[jnp.cumsum(is_token, axis=1) * is_token + arch.pad], padding)
     else:
         positions = table[jnp.arange(ids.shape[1])]
-    embedded = word_vectors + positions + params[f"{names}.token_type_embeddings.weight"][types]
-    return _norm(params, f"{names}.LayerNorm", embedded, arch.epsilon)
+    embedded = word_vectors + positions + params[f"{prefix}.token_type_embeddings.weight"][types]
+    return _norm(params, f"{prefix}.LayerNorm", embedded, arch.epsilon)
 
 
-def _stop_gradient_at(vectors: Array, where: Array) -> Array:
-    """The vectors, without a gradient `where` they are the padding token's, which torch does not train either."""
-    return jnp.where(where, lax.stop_gradient(vectors), vectors)
+def _stop_gradient_at(vectors: Array, is_padding: Array) -> Array:
+    """Stops the gradient of the padding token's vectors, which torch does not train either."""
+    return jnp.where(is_padding, lax.stop_gradient(vectors), vectors)
 
 
 def _layer(
@@ -232,7 +234,7 @@ def _attention(
 
 
 def _head(params: Params, arch: Architecture, pooled: Array, keys: Array | None) -> Array:
-    """Logits (rows,) of the first token's vectors (rows, width), in fp32."""
+    """Logits (rows,) in fp32 from the first token's vectors (rows, width)."""
     if arch.kind == "bert":
         pooled = jnp.tanh(_dense(params, "bert.pooler.dense", pooled))
         out = "classifier"
@@ -256,7 +258,7 @@ def _norm(params: Params, name: str, x: Array, epsilon: float) -> Array:
 
 
 def _dropout(x: Array, keys: Array | None, site: int | Array, rate: float) -> Array:
-    """Dropout of (rows, ...) at one site. A row's bits are drawn from its first token on, whatever its padding."""
+    """Dropout of (rows, ...) at one site. A row's bits start at its first token and do not depend on its padding."""
     if keys is None or rate == 0.0:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1.0 - rate, x.shape[1:]))(keys)
@@ -264,7 +266,7 @@ def _dropout(x: Array, keys: Array | None, site: int | Array, rate: float) -> Ar
 
 
 def _attention_dropout(probs: Array, keys: Array | None, site: Array, rate: float) -> Array:
-    """Dropout of (rows, heads, length, length), with a key per head and query so that the length changes no bits."""
+    """Dropout of (rows, heads, length, length); a key per head and query makes the bits independent of the length."""
     if keys is None or rate == 0.0:
         return probs
     rows, heads, length, _ = probs.shape

@@ -1,15 +1,15 @@
-"""The strategy `jax`: the encoder's passes and AdamW run in JAX on all devices of this machine, the rest in torch.
+"""The strategy `jax`: runs the encoder's passes and AdamW in JAX, on devices of this machine, and the rest in torch.
 
 During training `JaxModel` replaces the scorer's model: it sends tokens to the devices and returns their logits. The
-losses are computed by torch on the host, and their gradient is sent to the devices; so batches, losses, checks and
+losses are computed by torch on the host, and their gradient is sent to the devices. So batches, losses, checks and
 checkpoints are those of the shared loop.
 
-Data parallel: the rows of a pass are sharded over the devices, parameters and optimizer are replicated, gradients are
-summed, so results depend on the number of devices only through the order of float additions. XLA compiles one program
-per shape, so every pass is split and padded to one of a few shapes.
+Training is data-parallel: the rows of a pass are sharded over the devices, parameters and optimizer are replicated, and
+gradients are summed. So results depend on the number of devices only through the order of float additions. XLA compiles
+one program per shape, so every pass is split and padded to one of a few shapes.
 
-In the shapes of arrays, "pairs" is the number of pairs in a pass, "rows" that number padded to one of `Shapes.rows`,
-and "length" the padded number of tokens per row.
+In array shapes, "pairs" is the number of pairs in a pass, "rows" is that number padded to one of `Shapes.rows`, and
+"length" is the padded number of tokens per row.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ class _TracedTokens(Protocol):
 
 
 class JaxStrategy:
-    """JAX's engine with the methods of `ReplicatedStrategy`; it sets the scorer's model to `JaxModel`."""
+    """Trains in JAX; has the methods of `ReplicatedStrategy`. Replaces the scorer's model with a `JaxModel`."""
 
     lockstep = False
 
@@ -92,34 +92,34 @@ class JaxStrategy:
         scorer.model = JaxModel(self.engine, shapes, self._model.config)
 
     def zero_grad(self) -> None:
-        """Drops the gradients."""
+        """Resets the gradients."""
         self.engine.zero_grad()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """As `ReplicatedStrategy.backward`."""
+        """Like `ReplicatedStrategy.backward`."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, rate: float) -> float:
-        """As `ReplicatedStrategy.step`."""
+        """Like `ReplicatedStrategy.step`."""
         return self.engine.step(rate)
 
     def weights(self) -> Tensors:
-        """A copy of the weights, on the CPU."""
+        """A copy of the weights on the CPU."""
         return to_torch(self.engine.weights())
 
     def moments(self) -> Tensors:
-        """A copy of the optimizer's state, by "parameter.moment", on the CPU."""
-        steps, *moments = self.engine.moments()
-        named = {f"{name}.{STEP_KEY}": torch.tensor(float(steps)) for name in moments[0]}
+        """A copy of the optimizer's state on the CPU, with keys "parameter.moment"."""
+        step_count, *moments = self.engine.moments()
+        tensors = {f"{name}.{STEP_KEY}": torch.tensor(float(step_count)) for name in moments[0]}
         for key, arrays in zip(MOMENTS, moments, strict=True):
-            named |= {f"{name}.{key}": tensor for name, tensor in to_torch(arrays).items()}
-        return named
+            tensors |= {f"{name}.{key}": tensor for name, tensor in to_torch(arrays).items()}
+        return tensors
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
         """Loads a checkpoint's tensors."""
-        named = [from_torch({name: moments[f"{name}.{key}"] for name in weights}) for key in MOMENTS if moments]
-        steps = {int(tensor) for name, tensor in moments.items() if name.endswith(f".{STEP_KEY}")}
-        self.engine.restore(from_torch(weights), (steps.pop(), named[0], named[1]) if moments else None)
+        by_moment = [from_torch({name: moments[f"{name}.{key}"] for name in weights}) for key in MOMENTS if moments]
+        step_counts = {int(tensor) for name, tensor in moments.items() if name.endswith(f".{STEP_KEY}")}
+        self.engine.restore(from_torch(weights), (step_counts.pop(), by_moment[0], by_moment[1]) if moments else None)
 
     def best_model(self, best: Tensors) -> nn.Module:
         """The scorer's original torch model with the best weights."""
@@ -129,13 +129,13 @@ class JaxStrategy:
 
 
 class JaxModel(nn.Module):
-    """A module with the model's call signature that pads to the engine's shapes and runs there, with autograd."""
+    """Stands in for the scorer's model: pads batches to the fixed shapes and runs them on the engine, with autograd."""
 
     def __init__(self, engine: "JaxEngine", shapes: "Shapes", config: PretrainedConfig) -> None:
         super().__init__()
         self.config = config
         self._engine, self._shapes = engine, shapes
-        self._grad_anchor = nn.Parameter(torch.zeros(()))  # Without an input that needs a gradient, no backward runs.
+        self._grad_anchor = nn.Parameter(torch.zeros(()))  # Autograd skips a function whose inputs need no gradient.
         self.eval()
 
     def forward(
@@ -149,22 +149,22 @@ class JaxModel(nn.Module):
             seed = int(torch.randint(2**31, ()))
             logits: Tensor = _DevicePass.apply(self._grad_anchor, self, tokens, seed)  # type: ignore[no-untyped-call]
         else:
-            scored = [self._score(tokens, chunk, rows) for chunk, rows in self._split(tokens)]
-            logits = torch.from_numpy(np.concatenate(scored))
+            chunk_logits = [self._score(tokens, chunk, rows) for chunk, rows in self._split(tokens)]
+            logits = torch.from_numpy(np.concatenate(chunk_logits))
         return SequenceClassifierOutput(logits=logits[:, None])
 
     def training_forward(self, tokens: TokenArrays, seed: int) -> tuple[Tensor, list[tuple[slice, int, Pullback]]]:
-        """Logits (pairs,) with dropout, and for each chunk its pairs, its padded rows and its pullback."""
+        """Logits (pairs,) with dropout, and for each chunk the slice of its pairs, its padded rows and its pullback."""
         outputs, pullbacks = [], []
         for chunk, rows in self._split(tokens):
             logits, pullback = self._engine.forward(self._pad(tokens, chunk, rows), seed=seed, first=chunk.start)
             outputs.append(logits)
             pullbacks.append((chunk, rows, pullback))
-        values = [
+        chunk_logits = [
             np.asarray(logits)[: chunk.stop - chunk.start]
             for logits, (chunk, _, _) in zip(outputs, pullbacks, strict=True)
         ]
-        return torch.from_numpy(np.concatenate(values)), pullbacks
+        return torch.from_numpy(np.concatenate(chunk_logits)), pullbacks
 
     def backward(self, pullbacks: list[tuple[slice, int, Pullback]], gradient: NDArray[np.float32]) -> None:
         """Passes the gradient of the logits, (pairs,), to the engine, with zeros for padding rows."""
@@ -193,7 +193,7 @@ class JaxModel(nn.Module):
 
 
 class _Context(Protocol):
-    """The attributes that `_DevicePass` saves for its backward."""
+    """The attributes that `_DevicePass` saves for its backward pass."""
 
     model: JaxModel
     pullbacks: list[tuple[slice, int, Pullback]]
@@ -216,7 +216,7 @@ class _DevicePass(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shapes:
-    """The shapes of a run: pairs of up to `longest` tokens, up to `tokens` padded tokens on all devices together."""
+    """The array shapes of a run: up to `longest` tokens per pair, and up to `tokens` padded tokens on all devices."""
 
     longest: int
     tokens: int
@@ -240,7 +240,7 @@ class Shapes:
         return tuple(-(-full_rows // (divisor * self.devices)) * self.devices for divisor in ROW_DIVISORS)
 
     def chunks(self, pairs: int, length: int) -> Iterator[tuple[slice, int]]:
-        """Splits this many pairs into chunks: their slice, and the row count to which they are padded."""
+        """Splits this many pairs into chunks; yields the slice of each and the number of rows it is padded to."""
         row_counts = self.rows(length)
         for start in range(0, pairs, row_counts[0]):
             size = min(row_counts[0], pairs - start)
@@ -287,7 +287,7 @@ class JaxEngine:
         return result
 
     def backward(self, pullback: Pullback, gradient: NDArray[np.float32]) -> None:
-        """Adds the parameters' gradients from that of a pass's logits, (rows,); returns before they are computed."""
+        """Adds the parameters' gradients, given that of a pass's logits, (rows,); returns before they are computed."""
         self.gradient_sums = self._accumulate(self.gradient_sums, pullback, jax.device_put(gradient, self._sharded))
 
     def to_devices(self, tokens: TokenArrays) -> TokenArrays:
@@ -296,7 +296,7 @@ class JaxEngine:
         return tokens_on_devices
 
     def zero_grad(self) -> None:
-        """Drops the gradients."""
+        """Resets the gradients."""
         self.gradient_sums = self._zeros(self.params)
 
     def step(self, rate: float) -> float:
@@ -314,16 +314,16 @@ class JaxEngine:
         return unstack(self.params)
 
     def gradients(self) -> Arrays:
-        """The accumulated gradients, in the form of `weights`."""
+        """The accumulated gradients, named like `weights`, on the host."""
         return unstack(self.gradient_sums)
 
     def moments(self) -> tuple[int, Arrays, Arrays]:
-        """AdamW's state: the number of steps and the two moments, in the form of `weights`."""
+        """AdamW's state: the number of steps and the two moments, named like `weights`, on the host."""
         adam = self._state[0]
         return int(adam.count), unstack(adam.mu), unstack(adam.nu)
 
     def restore(self, weights: Arrays, moments: tuple[int, Arrays, Arrays] | None) -> None:
-        """Loads parameters and AdamW's state from the host; without moments AdamW's state is reset."""
+        """Loads parameters and AdamW's state from the host; without moments, AdamW's state is reset."""
         self.params = jax.device_put(stack(weights), self._replicated)
         state = self._optimizer.init(self.params)
         if moments is not None:
@@ -352,14 +352,14 @@ class JaxEngine:
 
 def _add_gradients(sums: Params, pullback: Pullback, gradient: Array) -> Params:
     (gradients,) = pullback(gradient)
-    total: Params = jax.tree.map(jnp.add, sums, gradients)
-    return total
+    new_sums: Params = jax.tree.map(jnp.add, sums, gradients)
+    return new_sums
 
 
 def find_devices(count: int) -> list[jax.Device]:
     """The first `count` of JAX's devices; raises ConfigError if there are fewer.
 
-    A CPU is split into `count` devices, which works only before JAX has computed anything in this process.
+    A CPU is split into `count` devices, which is possible only before JAX computes anything in this process.
     """
     if count > 1:
         with contextlib.suppress(RuntimeError):

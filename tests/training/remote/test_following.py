@@ -110,7 +110,7 @@ def test_a_step_that_finds_a_job_that_succeeded_and_whose_output_is_gone_submits
     played.written = False
     played.follow()
     assert played.did == ["submit"]
-    assert_names(played.said[0], NAME, "succeeded already", "not there")
+    assert_names(played.said[0], NAME, "succeeded already", "no longer exists")
 
 
 @pytest.mark.parametrize("result", [FAILED, CANCELLED])

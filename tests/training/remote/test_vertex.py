@@ -60,7 +60,7 @@ def jobs(server: Vertex, plan: Plan) -> Callable[..., Any]:
         settings = plan(**{**CLOUD, **values})
         shared = {name: getattr(settings, name) for name in ("nodes", "devices", "scorer", "work")}
         result = CustomJobs("finetuning", settings, plan(**shared), {"A": "b"})
-        result.logging = server.address
+        result.logging_url = server.address
         return result
 
     return make
