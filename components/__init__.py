@@ -1,4 +1,5 @@
 """One module per step: a typed Kubeflow component whose body is one call into cappy.
 
-These modules import only kfp and the standard library, so that a pipeline compiles on a machine with nothing else.
+These modules import only kfp and the standard library; the function bodies import cappy when a step runs. So a pipeline
+can be compiled without the packages that the steps need.
 """

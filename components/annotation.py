@@ -1,4 +1,4 @@
-"""Annotation: a label for every candidate."""
+"""Annotation: labels every candidate."""
 
 from kfp.dsl import Dataset, Input, Output
 

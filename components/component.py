@@ -1,4 +1,4 @@
-"""The decorator of all components: it sets the image and installs nothing when a step starts."""
+"""The decorator for all components: sets the image, and disables installing packages when a step starts."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -7,13 +7,13 @@ from kfp import dsl
 
 VERSION = "0.1.0"
 # The local runner warns about an image whose name does not contain "python".
-WORKER = f"cappy-python-worker:{VERSION}"
-TRAINER = f"cappy-python-trainer:{VERSION}"
-TRAINER_TPU = f"cappy-python-trainer-tpu:{VERSION}"
+WORKER_IMAGE = f"cappy-python-worker:{VERSION}"
+TRAINER_IMAGE = f"cappy-python-trainer:{VERSION}"
+TRAINER_TPU_IMAGE = f"cappy-python-trainer-tpu:{VERSION}"
 
 
 class Task(Protocol):
-    """A kfp task of a pipeline; `outputs` are placeholders by name."""
+    """A kfp task of a pipeline; `outputs` maps output names to placeholders."""
 
     @property
     def outputs(self) -> Mapping[str, object]: ...
@@ -22,7 +22,7 @@ class Task(Protocol):
 
 
 class Component(Protocol):
-    """A kfp component made from `python_func`; calling it in a pipeline's definition adds a task."""
+    """A kfp component made from `python_func`; calling it in a pipeline function adds a task."""
 
     @property
     def python_func(self) -> Callable[..., object]: ...
@@ -30,8 +30,8 @@ class Component(Protocol):
     def __call__(self, **arguments: object) -> Task: ...
 
 
-def component(base_image: str = WORKER) -> Callable[[Callable[..., object]], Component]:
-    """Makes a lightweight Python component; its image contains kfp and cappy."""
+def component(base_image: str = WORKER_IMAGE) -> Callable[[Callable[..., object]], Component]:
+    """Returns a decorator that makes a lightweight Python component; `base_image` must contain kfp and cappy."""
     decorate: Callable[[Callable[..., object]], Component] = dsl.component(
         base_image=base_image, install_kfp_package=False
     )

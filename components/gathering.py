@@ -1,4 +1,4 @@
-"""Gathering: joins the folders of the shards."""
+"""Gathering: joins the output folders of a step's shards."""
 
 from typing import List  # noqa: UP035 (kfp only accepts this name for a list of artifacts)
 

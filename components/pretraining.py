@@ -2,10 +2,10 @@
 
 from kfp.dsl import Dataset, Input, Model, Output
 
-from components.component import TRAINER, component
+from components.component import TRAINER_IMAGE, component
 
 
-@component(base_image=TRAINER)
+@component(base_image=TRAINER_IMAGE)
 def pretraining(
     annotated: Input[Dataset],
     pretrained: Output[Model],

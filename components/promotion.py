@@ -1,4 +1,4 @@
-"""Promotion: the statistical gate between challenger and champion."""
+"""Promotion: the statistical test that decides whether the challenger replaces the champion."""
 
 from kfp.dsl import Artifact, Input, Output
 

@@ -1,4 +1,4 @@
-"""Scoring: a scorer's score for every candidate of a dataset."""
+"""Scoring: scores every candidate of a dataset."""
 
 from kfp.dsl import Dataset, Input, Output
 

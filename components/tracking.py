@@ -1,4 +1,4 @@
-"""Tracking: the exit step, which logs the run to MLflow, also after a failure."""
+"""Tracking: the exit step, which logs the run to MLflow even if a step failed."""
 
 from kfp.dsl import PipelineTaskFinalStatus
 

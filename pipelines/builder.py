@@ -1,4 +1,4 @@
-"""Builds the kfp pipeline of a recipe and compiles it to the YAML that Kubeflow and Vertex AI take."""
+"""Builds the kfp pipeline of a recipe and compiles it to YAML for Kubeflow and Vertex AI."""
 
 import importlib
 import inspect
@@ -29,7 +29,7 @@ _MAX_CHARACTERS = 2**23
 _OLD_IMPORT = "from cappy.steps import launch"
 """This line is in every component that was compiled before `launch` moved to `cappy.worker`."""
 PARALLEL_SHARDS = 16
-"""Shards that run at a time on a cluster; kfp's local runner always runs two."""
+"""How many shards run at once on a cluster; kfp's local runner always runs two."""
 
 
 class Pipeline(Protocol):
@@ -41,23 +41,26 @@ class Pipeline(Protocol):
 
 
 def build(recipe: Recipe, platform: Platform = "local") -> Pipeline:
-    """The kfp pipeline of a recipe, with tasks customized for the platform; ConfigError for an unsupported resource."""
+    """Builds the kfp pipeline of a recipe, with tasks customized for the platform.
+
+    Raises ConfigError for a resource that the platform does not support.
+    """
     definition, shards = PIPELINES[recipe.pipeline], shards_of(recipe.shards)
     return build_pipeline(definition, shards, customizer_for(platform, recipe))
 
 
 def build_pipeline(definition: Definition, shards: Sequence[str], customize: TaskCustomizer) -> Pipeline:
-    """The kfp pipeline of a definition.
+    """Builds the kfp pipeline of a definition.
 
-    Its parameters are the components' parameters under their pipeline names (`StepSpec.parameters`), with the
-    components' types, and two per step: `STEP_settings` (encoded) and `STEP_fingerprint`. Defaults are the
-    definition's, else the components'. `source` is required if the definition has no default for it.
+    It has the components' parameters, with their types, under their pipeline names (`StepSpec.parameters`), and two
+    more per step: `STEP_settings` (encoded) and `STEP_fingerprint`. Defaults come from the definition, otherwise from
+    the components. `source` is required if the definition has no default for it.
     """
     signature = _signature(definition, len(shards))
 
     def pipeline(*values: object) -> None:
         arguments = dict(zip(signature.parameters, values, strict=True))
-        exit_task = _dsl_task(
+        exit_task = _add_task(
             "tracking", fingerprints=arguments["fingerprints"], settings=arguments["tracking_settings"], run=RUN_ID
         )
         exit_task.set_caching_options(False)
@@ -75,7 +78,7 @@ def build_pipeline(definition: Definition, shards: Sequence[str], customize: Tas
 
 
 def compile_pipeline(recipe: Recipe, platform: Platform = "local") -> str:
-    """The YAML of a recipe; needs only kfp. Kubeflow's has a second document, with the pods' settings."""
+    """Compiles a recipe to YAML; needs only kfp. For Kubeflow a second YAML document has the pods' settings."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         Compiler().compile(build(recipe, platform), str(path))
@@ -93,14 +96,14 @@ class _TaskGraph:
         self._arguments, self._shards, self._customize = arguments, shards, customize
         self._shard_argument: dict[str, object] = {}
 
-    def run(self, step: str, **inputs: object) -> Artifacts:
+    def add_step(self, step: str, **inputs: object) -> Artifacts:
         spec = STEP_SPECS[step]
         parameters = {
             setting: self._arguments[parameter]
             for setting, parameter in spec.parameters.items()
             if setting not in inputs and parameter in self._arguments
         }
-        task = _dsl_task(
+        task = _add_task(
             step,
             **inputs,
             **parameters,
@@ -114,14 +117,14 @@ class _TaskGraph:
         self._customize(step, task)
         return task.outputs
 
-    def each_shard(self, chain: Callable[[], object]) -> object:
+    def for_each_shard(self, chain: Callable[[], object]) -> object:
         if len(self._shards) == 1:
             return chain()
         with dsl.ParallelFor(list(self._shards), name="shards", parallelism=PARALLEL_SHARDS) as shard:
             self._shard_argument = {"part": shard}
             output = chain()
         self._shard_argument = {}
-        return self.run("gathering", parts=dsl.Collected(output))["gathered"]
+        return self.add_step("gathering", parts=dsl.Collected(output))["gathered"]
 
     @contextmanager
     def if_promoted(self, decision: Artifacts) -> Iterator[None]:
@@ -129,8 +132,8 @@ class _TaskGraph:
             yield
 
 
-def _dsl_task(step: str, **arguments: object) -> Task:
-    """A task of the step's component."""
+def _add_task(step: str, **arguments: object) -> Task:
+    """Adds a task of the step's component to the pipeline that is being built."""
     return _component(step)(**arguments)
 
 
@@ -150,8 +153,8 @@ def _signature(definition: Definition, shards: int) -> inspect.Signature:
     for step in steps:
         component_parameters = inspect.signature(_component(step).python_func).parameters
         for setting, parameter in STEP_SPECS[step].parameters.items():
-            chosen = definition.choices.get(parameter)
-            default = component_parameters[setting].default if chosen is None else chosen
+            definition_default = definition.parameters.get(parameter)
+            default = component_parameters[setting].default if definition_default is None else definition_default
             required = parameter == "source" and default == ""
             add(parameter, component_parameters[setting].annotation, inspect.Parameter.empty if required else default)
     for name in (*(f"{step}_settings" for step in (*steps, "tracking")), *(f"{step}_fingerprint" for step in steps)):
@@ -162,7 +165,10 @@ def _signature(definition: Definition, shards: int) -> inspect.Signature:
 
 
 def load_package(recipe: Recipe, platform: Platform, arguments: Mapping[str, object], path: Path | None = None) -> str:
-    """The YAML to submit: compiled now, or read from `path` and checked against the recipe, platform and arguments."""
+    """Returns the YAML to submit: compiled now, or read from `path`.
+
+    Raises ConfigError if the file does not fit the recipe, the platform and the arguments.
+    """
     if path is None:
         return compile_pipeline(recipe, platform)
     try:
@@ -171,14 +177,14 @@ def load_package(recipe: Recipe, platform: Platform, arguments: Mapping[str, obj
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); compile it again") from error
     spec = documents[0] if documents and isinstance(documents[0], dict) else {}
-    information, root = spec.get("pipelineInfo"), spec.get("root")
-    if "sdkVersion" not in spec or not isinstance(information, dict) or not isinstance(root, dict):
+    pipeline_info, root = spec.get("pipelineInfo"), spec.get("root")
+    if "sdkVersion" not in spec or not isinstance(pipeline_info, dict) or not isinstance(root, dict):
         raise ConfigError(f"{path}: is not a compiled pipeline; write one with cappy pipeline compile --on {platform}")
     _refuse_newer_sdk(path, str(spec["sdkVersion"]))
     if len(documents) != (2 if platform == "kubeflow" else 1) or (platform == "vertex" and JOB_ID in text):
         raise ConfigError(f"{path}: was compiled for another platform; compile it with --on {platform}")
     expected = PIPELINES[recipe.pipeline].kfp_name
-    if (name := information.get("name")) != expected:
+    if (name := pipeline_info.get("name")) != expected:
         raise ConfigError(
             f"{path}: is pipeline {quote(name)}, but the recipe's is {expected}; compile it from this recipe"
         )
@@ -186,24 +192,24 @@ def load_package(recipe: Recipe, platform: Platform, arguments: Mapping[str, obj
         raise ConfigError(f"{path}: does not have the recipe's {recipe.shards} shards; compile it from this recipe")
     if _OLD_IMPORT in text:
         raise ConfigError(
-            f"{path}: was compiled by an earlier version of cappy; the images cannot run it, compile it again"
+            f"{path}: was compiled by an earlier version of cappy, which the images cannot run; compile it again"
         )
     parameters = (root.get("inputDefinitions") or {}).get("parameters") or {}
     if unknown := set(arguments) - set(parameters):
         remedy = "compile it again"
-        raise ConfigError(f"{path}: was compiled by another version of cappy: no parameter {min(unknown)}; {remedy}")
+        raise ConfigError(f"{path}: has no parameter {min(unknown)}: another version of cappy compiled it; {remedy}")
     return text
 
 
 def _shards(spec: Mapping[str, Any]) -> tuple[str, ...]:
-    """The shards of a compiled pipeline, read from its loop; without a loop a single unnamed one."""
+    """The shards of a compiled pipeline, read from its loop; without a loop, one shard with an empty name."""
     graphs = [each.get("dag", {}).get("tasks", {}) for each in (spec["root"], *spec.get("components", {}).values())]
     loops = [task["parameterIterator"] for tasks in graphs for task in tasks.values() if "parameterIterator" in task]
     return tuple(json.loads(loops[0]["items"]["raw"])) if loops else ("",)
 
 
 def _refuse_newer_sdk(path: Path, sdk: str) -> None:
-    """Raises ConfigError if a newer kfp than the installed one compiled the file: its fields may be unknown here."""
+    """Raises ConfigError if the file was compiled by a newer kfp, whose fields the installed one may not know."""
     installed = version("kfp")
     try:
         newer = _version_numbers(sdk.removeprefix("kfp-")) > _version_numbers(installed)

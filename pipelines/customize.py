@@ -1,4 +1,4 @@
-"""Customizes tasks for a platform (image, resources, secrets, volumes, retries); refuses what the platform lacks."""
+"""Sets a task's image, resources, secrets, volumes and retries; refuses what the platform does not support."""
 
 import json
 import re
@@ -7,14 +7,14 @@ from typing import Any
 
 from cappy.errors import ConfigError
 from cappy.steps import TRAINING_STEPS
-from components.component import TRAINER, TRAINER_TPU, WORKER
+from components.component import TRAINER_IMAGE, TRAINER_TPU_IMAGE, WORKER_IMAGE
 from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, Resources, kubernetes_resource, refuse_password
 
 BACKOFF = {"backoff_duration": "30s", "backoff_factor": 2.0, "backoff_max_duration": "600s"}
 """Pauses between attempts: it takes minutes to replace a lost node."""
 FOLLOWER_RESOURCES = ("1", "2Gi")
 """Cores and memory of a step that submits a job and follows it."""
-SHARED_MEMORY = "/dev/shm"  # noqa: S108 (of the pod)
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 (in the pod)
 SECRET_VERSION = re.compile(r"projects/[^/]+/secrets/[^/]+/versions/[^/]+")
 
 TaskCustomizer = Callable[[str, Any], None]
@@ -22,7 +22,7 @@ TaskCustomizer = Callable[[str, Any], None]
 
 
 def customizer_for(platform: Platform, recipe: Recipe) -> TaskCustomizer:
-    """The function that customizes each task for a platform; ConfigError for an unsupported resource."""
+    """The function that customizes each task for a platform; raises ConfigError for an unsupported resource."""
     if platform == "kubeflow":
         return _for_kubeflow(recipe)
     if platform == "vertex":
@@ -47,7 +47,7 @@ def _for_docker(recipe: Recipe) -> TaskCustomizer:
 
 
 def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
-    """The customizer for Kubeflow; ConfigError if the recipe asks for what a pod cannot have."""
+    """The customizer for Kubeflow; raises ConfigError if the recipe requests something that a pod cannot have."""
     for step in (*recipe.steps, "tracking"):
         _refuse_on_kubeflow(recipe, step)
 
@@ -66,7 +66,7 @@ def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
         for secret in needs.secrets:
             kubernetes.use_secret_as_env(task, secret.name, {secret.key: secret.variable})
         if needs.nodes > 1:
-            return  # The step only follows a job, which has the accelerators.
+            return  # The step only follows a job, and the job has the accelerators.
         if needs.accelerator != "none":
             task.set_accelerator_type(kubernetes_resource(needs.accelerator)).set_accelerator_limit(needs.count)
         for label, value in needs.node_selector.items():
@@ -109,7 +109,7 @@ def _refuse_on_kubeflow(recipe: Recipe, step: str) -> None:
 
 
 def _for_vertex(recipe: Recipe) -> TaskCustomizer:
-    """The customizer for Vertex AI; ConfigError if the recipe asks for what Vertex AI does not support."""
+    """The customizer for Vertex AI; raises ConfigError if the recipe requests something unsupported."""
     for step in (*recipe.steps, "tracking"):
         _refuse_on_vertex(recipe, step)
 
@@ -152,7 +152,7 @@ def _refuse_on_vertex(recipe: Recipe, step: str) -> None:
 
 
 def _customize_common(recipe: Recipe, step: str, task: Any, environment: dict[str, str]) -> Resources:
-    """Sets what Kubeflow and Vertex AI have in common: image, cores, memory, retries, environment variables."""
+    """Sets what Kubeflow and Vertex AI both need: image, cores, memory, retries, environment variables."""
     needs = recipe.needs(step)
     task.set_container_image(image(recipe, step))
     # With several nodes the step only follows a job, and the recipe's resources are those of each node of the job.
@@ -172,7 +172,7 @@ def _customize_common(recipe: Recipe, step: str, task: Any, environment: dict[st
 
 
 def _refuse_on_any_cluster(recipe: Recipe, step: str) -> None:
-    """Raises ConfigError for what no cluster supports: several nodes for a step without training, a TPU without JAX."""
+    """Raises ConfigError for what no cluster supports: several nodes without training, or a TPU without JAX."""
     needs, where = recipe.needs(step), f"resources.{step}"
     if needs.nodes > 1 and step not in TRAINING_STEPS:
         remedy = "use shards to run it in parallel"
@@ -187,15 +187,15 @@ def _refuse_on_any_cluster(recipe: Recipe, step: str) -> None:
 
 
 def image(recipe: Recipe, step: str) -> str:
-    """The image of a step: its own, else the recipe's for its kind, else the default with this version's tag."""
+    """The image of a step: its own, otherwise the recipe's for its kind, otherwise the default of this version."""
     needs = recipe.needs(step)
     if needs.image:
         return needs.image
     if step in TRAINING_STEPS and needs.accelerator.startswith("tpu-"):
-        return recipe.images.get("trainer-tpu") or TRAINER_TPU
+        return recipe.images.get("trainer-tpu") or TRAINER_TPU_IMAGE
     if step in TRAINING_STEPS:
-        return recipe.images.get("trainer") or TRAINER
-    return recipe.images.get("worker") or WORKER
+        return recipe.images.get("trainer") or TRAINER_IMAGE
+    return recipe.images.get("worker") or WORKER_IMAGE
 
 
 def unpinned_images(recipe: Recipe) -> list[str]:

@@ -35,41 +35,43 @@ TARGETS: Mapping[str, Sequence[tuple[str, str]]] = {
     "training_seed": [("pretraining", "seed"), ("finetuning", "seed")],
     "tracking_uri": [("registration", "tracking_uri"), ("promotion", "tracking_uri"), ("deployment", "tracking_uri")],
 }
-"""Parameter -> the settings that it sets, in those steps that the pipeline has; `scorer` differs by pipeline."""
+"""Parameter -> the (step, setting) pairs that it sets, if the pipeline has the step. Without `scorer`, which differs by
+pipeline."""
 SEEDS = ("split_seed", "sampling_seed", "training_seed")
-"""Parameters that default to `seed`. Evaluation has its own seed, so that folds and examples stay the same."""
+"""Parameters whose default is `seed`. Evaluation has its own seed, so that folds and examples stay the same."""
 
 
 class Graph(Protocol):
     """The graph to which a definition adds its steps."""
 
-    def run(self, step: str, **inputs: object) -> Artifacts:
+    def add_step(self, step: str, **inputs: object) -> Artifacts:
         """Adds a step that reads these artifacts; returns its outputs by name."""
         ...
 
-    def each_shard(self, chain: Callable[[], object]) -> object:
-        """The artifact that `chain` returns; with several shards it runs for each, and the results are gathered."""
+    def for_each_shard(self, chain: Callable[[], object]) -> object:
+        """Adds the steps of `chain` once, or for each of several shards and then `gathering`; returns the artifact."""
         ...
 
     def if_promoted(self, decision: Artifacts) -> AbstractContextManager[None]:
-        """Steps added in this block run only if the gate promoted."""
+        """Steps that are added in this block run only if the decision is to promote."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Definition:
-    """A pipeline; `choices` are its parameters with their defaults, `scorer_of` is the step that reads `scorer`.
+    """A pipeline; `parameters` maps its parameters to defaults, `scorer_of` is the step that reads `scorer`.
 
-    `fixed` returns further settings for given parameters; the user's settings of a step override them.
+    `chain` adds the steps to a graph. `extra_settings` returns further settings that depend on the parameters; the
+    user's settings of a step override them.
     """
 
     name: str
     description: str
     steps: tuple[str, ...]
     chain: Callable[[Graph], None]
-    choices: Mapping[str, object]
+    parameters: Mapping[str, object]
     scorer_of: str = ""
-    fixed: Callable[[Mapping[str, object]], Settings] = field(default=lambda choices: {})
+    extra_settings: Callable[[Mapping[str, object]], Settings] = field(default=lambda parameters: {})
 
     @property
     def kfp_name(self) -> str:
@@ -84,28 +86,31 @@ class Definition:
         return (*self.steps[: last + 1], "gathering", *self.steps[last + 1 :])
 
     def settings(
-        self, choices: Mapping[str, object], overrides: Mapping[str, StepSettings] | None = None, tracking_uri: str = ""
+        self,
+        parameters: Mapping[str, object],
+        overrides: Mapping[str, StepSettings] | None = None,
+        tracking_uri: str = "",
     ) -> Settings:
         """The settings of each step for these parameters; `overrides` replaces or adds settings by step.
 
-        ConfigError for an unknown parameter, or a missing required one.
+        Raises ConfigError if a parameter is unknown, or a required one is missing.
         """
-        if unknown := set(choices) - set(self.choices):
-            names = ", ".join(sorted(self.choices))
+        if unknown := set(parameters) - set(self.parameters):
+            names = ", ".join(sorted(self.parameters))
             raise ConfigError(f"parameters: {self.name} has no {quote(min(unknown))}; choose from {names}")
-        parameters = {**self.choices, **choices, "tracking_uri": tracking_uri}
-        if "generator" in parameters:
-            parameters["generator"] = _generator_list(parameters["generator"])
+        complete = {**self.parameters, **parameters, "tracking_uri": tracking_uri}
+        if "generator" in complete:
+            complete["generator"] = _generator_list(complete["generator"])
         for name in SEEDS:
-            if name in parameters and parameters[name] is None:
-                parameters[name] = parameters["seed"]
+            if name in complete and complete[name] is None:
+                complete[name] = complete["seed"]
         targets = {**TARGETS, "scorer": [(self.scorer_of, "scorer")]}
         settings: Settings = {step: {} for step in self.steps}
-        for choice, value in parameters.items():
-            for step, setting in targets.get(choice, ()):
+        for parameter, value in complete.items():
+            for step, setting in targets.get(parameter, ()):
                 if step in settings:
                     settings[step][setting] = value
-        for step, values in [*self.fixed(parameters).items(), *(overrides or {}).items()]:
+        for step, values in [*self.extra_settings(complete).items(), *(overrides or {}).items()]:
             if step in settings:
                 settings[step].update(values)
         if not settings["preparation"]["source"]:
@@ -115,7 +120,7 @@ class Definition:
 
 
 def _generator_list(value: object) -> list[str]:
-    """The generators as a list of specs; ConfigError if `value` is neither a spec nor a list of specs."""
+    """The generators as a list of specs; raises ConfigError if `value` is neither a spec nor a list of specs."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
@@ -124,50 +129,50 @@ def _generator_list(value: object) -> list[str]:
 
 
 def _sample_and_annotate(graph: Graph) -> object:
-    """The first steps of every pipeline that samples: preparation, sampling and annotation."""
-    prepared = graph.run("preparation")
+    """Adds preparation, sampling and annotation; returns the annotated dataset."""
+    prepared = graph.add_step("preparation")
 
     def sample_and_annotate() -> object:
-        sampled = graph.run("sampling", instances=prepared["instances"])
-        return graph.run("annotation", candidates=sampled["candidates"])["annotated"]
+        sampled = graph.add_step("sampling", instances=prepared["instances"])
+        return graph.add_step("annotation", candidates=sampled["candidates"])["annotated"]
 
-    return graph.each_shard(sample_and_annotate)
+    return graph.for_each_shard(sample_and_annotate)
 
 
 def _adapt(graph: Graph) -> None:
     annotated = _sample_and_annotate(graph)
-    scorer = graph.run("finetuning", annotated=annotated)["finetuned"]
-    report = graph.run("evaluation", annotated=annotated, scorer=scorer)["report"]
-    version = graph.run("registration", scorer=scorer, report=report)["version"]
-    decision = graph.run("promotion", version=version, report=report)
+    scorer = graph.add_step("finetuning", annotated=annotated)["finetuned"]
+    report = graph.add_step("evaluation", annotated=annotated, scorer=scorer)["report"]
+    version = graph.add_step("registration", scorer=scorer, report=report)["version"]
+    decision = graph.add_step("promotion", version=version, report=report)
     with graph.if_promoted(decision):
-        graph.run("deployment", version=version, report=report)
+        graph.add_step("deployment", version=version, report=report)
 
 
 def _pretrain(graph: Graph) -> None:
     annotated = _sample_and_annotate(graph)
-    scorer = graph.run("pretraining", annotated=annotated)["pretrained"]
-    report = graph.run("evaluation", annotated=annotated, scorer=scorer)["report"]
-    graph.run("registration", scorer=scorer, report=report)
+    scorer = graph.add_step("pretraining", annotated=annotated)["pretrained"]
+    report = graph.add_step("evaluation", annotated=annotated, scorer=scorer)["report"]
+    graph.add_step("registration", scorer=scorer, report=report)
 
 
-def _pretraining_settings(choices: Mapping[str, object]) -> Settings:
+def _pretraining_settings(parameters: Mapping[str, object]) -> Settings:
     """The test prompts of the built-in tasks are reserved for adaptation, so pretraining is evaluated on validation."""
-    if choices["source"] != BUILTIN:
+    if parameters["source"] != BUILTIN:
         return {}
     return {"preparation": {"pool": "pretraining"}, "evaluation": {"split": "validation"}}
 
 
 def _evaluate(graph: Graph) -> None:
-    graph.run("evaluation", annotated=_sample_and_annotate(graph))
+    graph.add_step("evaluation", annotated=_sample_and_annotate(graph))
 
 
 def _batch_score(graph: Graph) -> None:
-    prepared = graph.run("preparation")
-    graph.each_shard(lambda: graph.run("scoring", instances=prepared["instances"])["scored"])
+    prepared = graph.add_step("preparation")
+    graph.for_each_shard(lambda: graph.add_step("scoring", instances=prepared["instances"])["scored"])
 
 
-def _unlabelled_settings(_: Mapping[str, object]) -> Settings:
+def _unlabelled_settings(parameters: Mapping[str, object]) -> Settings:
     """Instances that are only scored need no held-out splits and no references."""
     return {"preparation": {"unlabelled": True, "test": 0.0, "validation": 0.0}}
 
@@ -199,7 +204,7 @@ PIPELINES: Mapping[str, Definition] = {
                 "deployment",
             ),
             chain=_adapt,
-            choices={**_SAMPLING, "training_seed": None, "scorer": BUILTIN, "name": "cappy", "margin": 0.0},
+            parameters={**_SAMPLING, "training_seed": None, "scorer": BUILTIN, "name": "cappy", "margin": 0.0},
             scorer_of="finetuning",
         ),
         Definition(
@@ -207,15 +212,15 @@ PIPELINES: Mapping[str, Definition] = {
             description="A general scorer: sample, annotate, pretrain, register.",
             steps=("preparation", "sampling", "annotation", "pretraining", "evaluation", "registration"),
             chain=_pretrain,
-            choices={**_SAMPLING, "training_seed": None, "name": "cappy-pretrained"},
-            fixed=_pretraining_settings,
+            parameters={**_SAMPLING, "training_seed": None, "name": "cappy-pretrained"},
+            extra_settings=_pretraining_settings,
         ),
         Definition(
             name="evaluate",
             description="The quality of a registered scorer: sample, annotate, evaluate.",
             steps=("preparation", "sampling", "annotation", "evaluation"),
             chain=_evaluate,
-            choices={**_SAMPLING, "scorer": CHAMPION},
+            parameters={**_SAMPLING, "scorer": CHAMPION},
             scorer_of="evaluation",
         ),
         Definition(
@@ -223,15 +228,15 @@ PIPELINES: Mapping[str, Definition] = {
             description="A dataset scored by a registered scorer.",
             steps=("preparation", "scoring"),
             chain=_batch_score,
-            choices={"source": "", "scorer": CHAMPION, "seed": 0, "split_seed": None},
+            parameters={"source": "", "scorer": CHAMPION, "seed": 0, "split_seed": None},
             scorer_of="scoring",
-            fixed=_unlabelled_settings,
+            extra_settings=_unlabelled_settings,
         ),
     )
 }
-"""Every pipeline by name."""
+"""Name -> pipeline."""
 
 
 def shards_of(count: int) -> tuple[str, ...]:
-    """The shards i/N of the sharded steps; a single shard has the empty name."""
+    """The names of `count` shards, `i/N` with i from 0; a single shard has the empty name."""
     return tuple(f"{index}/{count}" for index in range(count)) if count > 1 else ("",)

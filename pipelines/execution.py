@@ -26,7 +26,7 @@ def main(path: Path) -> int:
     request: Request = json.loads(path.read_text())
     die_with_parent()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s - %(levelname)s - %(message)s")
-    # kfp's own id of a local run is eight random digits, which may repeat and which the parent does not know.
+    # kfp would choose eight random digits as the run's id, which may repeat and which the parent does not know.
     placeholder_utils.make_random_id = lambda: request["run"]
     local.init(
         _container_runner(request["recipe"], request["run"])
@@ -43,7 +43,7 @@ def main(path: Path) -> int:
     try:
         pipeline(**request["arguments"])
     except RuntimeError as error:
-        # kfp raises it if a task failed; the cause is in the step's own lines above.
+        # kfp raises it if a task failed; the step has already logged the cause.
         sys.stdout.write(f"{error}\n")
         return 1
     return 0
@@ -62,25 +62,25 @@ def _load_pipeline(request: Request) -> "Pipeline":
 
 
 def _container_runner(recipe: Mapping[str, object], run: str) -> object:
-    """A runner with one container per step, as this user, with the current folder mounted at the same path.
+    """A runner that starts one container per step, as this user, with the current folder mounted at the same path.
 
     Files that steps read must be under the current folder. Containers use the host's network, so that MLflow's address
-    is the same inside. Every container gets the keys of this process's environment.
+    is the same inside. Every container gets the keys that this process has in its environment.
     """
     from pipelines.local import RUN_LABEL, key_files, key_variables
     from pipelines.recipe import check_recipe
 
-    here = str(Path.cwd())
+    current_folder = str(Path.cwd())
     secrets = key_variables(check_recipe(recipe))
     # No CAPPY_PARENT: a container cannot see the lock of a process outside it.
     forwarded = {name: os.environ[name] for name in (PROGRESS_VARIABLE, "MLFLOW_TRACKING_URI") if name in os.environ}
     return local.DockerRunner(
         user=f"{os.getuid()}:{os.getgid()}",
-        working_dir=here,
+        working_dir=current_folder,
         environment={**secrets, **forwarded, "HOME": "/tmp"},  # noqa: S108 (in the container)
         labels={RUN_LABEL: run},
         network_mode="host",
-        mounts=[_mount(here), *(_mount(file, read_only=True) for file in key_files(secrets))],
+        mounts=[_mount(current_folder), *(_mount(file, read_only=True) for file in key_files(secrets))],
     )
 
 

@@ -1,7 +1,7 @@
-"""Runs a pipeline on this machine by kfp's local runner, and shows the progress of each step.
+"""Runs a pipeline on this machine with kfp's local runner, and shows the progress of each step.
 
-Steps run in processes or in containers. Containers need a running Docker engine with the images, and get their keys
-from the environment.
+Steps run in processes or in containers. Containers need a running Docker engine that has the images, and get their keys
+from this process's environment.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ _EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt): ")
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome:
-    """The result of a run: each step's output folder, the steps answered from the cache, and seconds by step."""
+    """The result of a run: the output folder of each step, the steps taken from the cache, and seconds by step."""
 
     run_id: str
     folder: Path
@@ -63,8 +63,8 @@ def run_recipe(
     """Runs a recipe's pipeline on this machine and waits for it.
 
     Artifacts go to `root`/pipeline and logs to `root`/runs/RUN_ID; `images` are the image ids by step, for platform
-    docker. CappyError with the step's own message if one fails. Ctrl-C and SIGTERM stop every process of the run and
-    raise KeyboardInterrupt.
+    docker. Raises CappyError with the step's own message if a step fails. Ctrl-C and SIGTERM stop every process of the
+    run and raise KeyboardInterrupt.
     """
     work = work_of(recipe, platform)
     recipe, marker = _with_fresh_name(recipe, work)
@@ -88,7 +88,7 @@ def _with_fresh_name(recipe: Recipe, work: Path) -> tuple[Recipe, Path | None]:
     """The recipe with the name of an unfinished fresh run, if there is one, and the file that stores that name.
 
     The caller removes the file when the run has finished. A new fresh run removes kfp's cache of earlier runs, so that
-    a later run uses what is in the work folder.
+    later runs use the results in the work folder.
     """
     fresh_names = {str(values["fresh"]) for values in recipe.settings.values() if values.get("fresh")}
     if not fresh_names:
@@ -109,7 +109,7 @@ def _with_fresh_name(recipe: Recipe, work: Path) -> tuple[Recipe, Path | None]:
 
 
 def _without_passwords(recipe: Recipe) -> Recipe:
-    """The recipe without addresses that hold a password; the child has MLflow's address in its environment."""
+    """The recipe without addresses that contain a password; the child has MLflow's address in its environment."""
     settings = {
         step: {name: value for name, value in values.items() if name != "tracking_uri" or not has_secret(str(value))}
         for step, values in recipe.settings.items()
@@ -197,7 +197,7 @@ def _supervise(request_path: Path, tracking_uri: str, update_table: Callable[[],
 
 
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
-    """Sends SIGTERM to the child's process group, and SIGKILL to what is left after a while; no-op if it has ended.
+    """Sends SIGTERM to the child's process group, and SIGKILL after `ORPHAN_SECONDS`; no-op if the child has ended.
 
     The child ends at once, but one of its steps may write a checkpoint first.
     """
@@ -216,10 +216,10 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
 
 @contextlib.contextmanager
 def _interrupt_on_sigterm() -> Iterator[None]:
-    """In this block SIGTERM acts like Ctrl-C, so that the run's processes are stopped and one line says so.
+    """Makes SIGTERM act like Ctrl-C in this block, so that the run's processes are stopped and one line says so.
 
-    Processes that a script starts in the background ignore SIGINT. A handler that is already set stays, and outside
-    the main thread none can be set.
+    SIGTERM, because processes that a script starts in the background ignore SIGINT. Does nothing if a handler is
+    already set, or outside the main thread, where none can be set.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -240,7 +240,7 @@ def _refuse_rewritten_text(arguments: Mapping[str, object]) -> None:
 
 
 def _raise_failure(states: list[StepState], log: Path, *, show: bool) -> None:
-    """Raises the failed step's own message; for a defect, which has none, shows the last lines of its log first."""
+    """Raises CappyError with the failed step's message; if it has none (a bug), shows the end of its log first."""
     failed = [state for state in states if state.state == "failed"] or [StepState(step="tracking", state="failed")]
     name = failed[0].step.partition(" ")[0]  # Shards log under the name of their step, interleaved.
     prefix = f"cappy {name}: "
@@ -270,7 +270,7 @@ def _outcome(run_id: str, folder: Path, states: list[StepState]) -> RunOutcome:
 
 RUN_LABEL = "cappy.run"
 """The label of a container with the id of its run."""
-KEYS = (
+KEY_VARIABLES = (
     "OPENAI_API_KEY",
     "HF_TOKEN",
     "MLFLOW_TRACKING_USERNAME",
@@ -281,30 +281,30 @@ KEYS = (
 
 
 def key_variables(recipe: Recipe) -> dict[str, str]:
-    """The environment variables with keys that are set here: `KEYS`, and those of the recipe's secrets.
+    """Name -> value of the variables with keys that are set here: `KEY_VARIABLES`, and those of the recipe's secrets.
 
-    For each variable X also `X_FILE`, the path of a file with the key (see `key_files`). The values go only into the
-    containers' environment.
+    For each variable X also `X_FILE`, the path of a file with the key (see `key_files`). The values are only passed to
+    the containers' environment.
     """
-    names = dict.fromkeys((*KEYS, *(variable for _, variable in _secret_variables(recipe))))
+    names = dict.fromkeys((*KEY_VARIABLES, *(variable for _, variable in _secret_variables(recipe))))
     variables = [form for name in names for form in (name, f"{name}_FILE")]
     return {name: os.environ[name] for name in variables if os.environ.get(name)}
 
 
 def key_files(variables: dict[str, str]) -> list[str]:
-    """Key files outside the current folder, which must be mounted too."""
+    """The paths of key files outside the current folder, which must be mounted too."""
     paths = [Path(os.path.abspath(value)) for name, value in variables.items() if name.endswith("_FILE")]  # noqa: PTH100
     return [str(path) for path in dict.fromkeys(paths) if path.is_file() and not path.is_relative_to(Path.cwd())]
 
 
 def check_secrets(recipe: Recipe) -> None:
-    """ConfigError if a secret of the recipe is not set on this machine, since containers get it from here."""
+    """Raises ConfigError if a secret of the recipe is not set on this machine, from which containers get it."""
     variables = key_variables(recipe)
     for step, variable in _secret_variables(recipe):
         if not {variable, f"{variable}_FILE"} & set(variables):
             remedy = f"export {variable}, or {variable}_FILE with the path of a file that holds it"
             raise ConfigError(
-                f"resources.{step}.secrets: {variable} is not set here, and containers get it from here; {remedy}"
+                f"resources.{step}.secrets: {variable} is not set here, where containers get it from; {remedy}"
             )
 
 
@@ -321,13 +321,13 @@ def _stop_containers(run: str) -> None:
 
 
 def _secret_variables(recipe: Recipe) -> list[tuple[str, str]]:
-    """Step and variable of every secret of the recipe."""
+    """(step, variable) of every secret of the recipe."""
     steps = (*recipe.steps, "tracking")
     return [(step, secret.variable) for step in steps for secret in recipe.needs(step).secrets]
 
 
 def check_images(recipe: Recipe) -> dict[str, str]:
-    """Step -> id of its image; ConfigError if no engine answers, or an image is missing and cannot be pulled."""
+    """Step -> id of its image, pulled if it is missing; raises ConfigError if no engine answers or a pull fails."""
     import docker
     from docker.errors import APIError, DockerException, ImageNotFound
 

@@ -1,4 +1,4 @@
-"""Makes a submission of a recipe: the settings of each step, the work folder, and checks for the platform."""
+"""Turns a recipe into a submission: the settings of each step, the work folder, and checks for the platform."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -23,18 +23,18 @@ LOCAL_PLATFORMS = ("local", "docker")
 
 
 def settings_of(recipe: Recipe, platform: Platform = "local") -> Settings:
-    """The settings of each step; ConfigError for an unknown parameter.
+    """The settings of each step; raises ConfigError for an unknown parameter.
 
-    A training step with several nodes gets the platform's launcher, unless its own settings say otherwise.
+    A training step with several nodes gets the platform's launcher, which the step's own settings override.
     """
     settings = plan_settings(recipe.pipeline, recipe.parameters, recipe.settings, tracking_uri=recipe.tracking_uri)
     extra = {step: values for step, values in recipe.settings.items() if step not in settings}
-    jobs = _launchers(recipe, platform)
-    return {step: _merge(jobs.get(step, {}), values) for step, values in {**settings, **extra}.items()}
+    launchers = _launchers(recipe, platform)
+    return {step: _merge(launchers.get(step, {}), values) for step, values in {**settings, **extra}.items()}
 
 
 def _merge(base: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, object]:
-    """`base` updated with `overrides`; groups of settings are merged too."""
+    """Returns `base` updated with `overrides`; groups of settings (dicts) are merged too."""
     merged = {**base, **overrides}
     for name in base.keys() & overrides.keys():
         old_group, new_group = base[name], overrides[name]
@@ -50,7 +50,7 @@ def plan_settings(
     *,
     tracking_uri: str = "",
 ) -> Settings:
-    """The pipeline's settings of each step for parameters and settings; ConfigError for a parameter without effect.
+    """The settings of each step of the pipeline; raises ConfigError for a parameter without effect.
 
     A parameter has no effect if it differs from its default but everything that it sets is overridden: `scorer` by
     `finetuning.scorer`, or `seed` by `split_seed`, `sampling_seed` and `training_seed`.
@@ -75,7 +75,7 @@ def plan_settings(
 
 
 def work_of(recipe: Recipe, platform: Platform) -> Path:
-    """The work folder: a local one, one on the volume, or one in the bucket as Vertex AI mounts it."""
+    """The work folder: local, on the volume, or in the mounted bucket; raises ConfigError if steps cannot share it."""
     if platform in LOCAL_PLATFORMS:
         return Path(recipe.work or DEFAULT_WORK)
     root = root_of(recipe, platform)
@@ -86,9 +86,9 @@ def work_of(recipe: Recipe, platform: Platform) -> Path:
 
 
 def registry_of(recipe: Recipe, platform: Platform) -> str:
-    """MLflow's address as seen from this machine: for steps on a cluster MLFLOW_TRACKING_URI, if it is set."""
-    elsewhere = "" if platform in LOCAL_PLATFORMS else os.environ.get("MLFLOW_TRACKING_URI", "")
-    return elsewhere or recipe.tracking_uri
+    """MLflow's address for this machine: the recipe's, or MLFLOW_TRACKING_URI if it is set and steps run elsewhere."""
+    address_from_here = "" if platform in LOCAL_PLATFORMS else os.environ.get("MLFLOW_TRACKING_URI", "")
+    return address_from_here or recipe.tracking_uri
 
 
 def root_of(recipe: Recipe, platform: Platform) -> str:
@@ -99,7 +99,7 @@ def root_of(recipe: Recipe, platform: Platform) -> str:
 
 
 def check_settings(recipe: Recipe, platform: Platform = "local") -> Settings:
-    """The settings of each step, validated; ConfigError for a wrong setting, or one that the pipeline sets itself."""
+    """The settings of each step; raises ConfigError for an invalid one, or one that the pipeline sets itself."""
     settings = settings_of(recipe, platform)
     refuse_artifacts(recipe.pipeline, recipe.settings)
     work = {"work": str(work_of(recipe, platform))}
@@ -108,7 +108,7 @@ def check_settings(recipe: Recipe, platform: Platform = "local") -> Settings:
 
 
 def check(recipe: Recipe, platform: Platform = "local") -> None:
-    """ConfigError for what cannot work on the platform, as far as the recipe shows; does not contact the registry."""
+    """Raises ConfigError if the recipe shows that it cannot work on the platform; does not contact the registry."""
     settings = check_settings(recipe, platform)
     if platform not in LOCAL_PLATFORMS:
         _refuse_local_files(recipe, settings, root_of(recipe, platform))
@@ -119,7 +119,7 @@ def check(recipe: Recipe, platform: Platform = "local") -> None:
 
 
 def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
-    """The submission for the platform; ConfigError for what cannot work there, or for a missing model version."""
+    """The submission for the platform; raises ConfigError if it cannot work there or a model version is missing."""
     check(recipe, platform)
     return prepare(
         recipe.pipeline,
@@ -134,21 +134,21 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
 
 
 def _refuse_missing_files(settings: Mapping[str, StepSettings]) -> None:
-    """ConfigError for a missing file or folder on this machine."""
+    """Raises ConfigError for a missing file or folder on this machine."""
     for step, name, text in _all_external_references(settings):
         if text != "builtin" and ":" not in text and not Path(text).exists():
             raise ConfigError(f"{step}: --{name}: {text}: no such file or folder; check the path")
 
 
 def _all_external_references(settings: Mapping[str, StepSettings]) -> Iterator[tuple[str, str, str]]:
-    """Step, setting and text of every external path or spec in the settings."""
+    """Yields (step, setting, text) of every external path or spec in the settings."""
     for step, values in settings.items():
         for name, text in external_references(step, values):
             yield step, name, text
 
 
 def _refuse_local_files(recipe: Recipe, settings: Mapping[str, StepSettings], root: str) -> None:
-    """ConfigError for a file outside the shared folder, and for one not visible from here if `revision` is empty."""
+    """Raises ConfigError for a file outside the shared folder, or not visible from here while `revision` is empty."""
     for step, name, text in _all_external_references(settings):
         _refuse_local_file(recipe, f"{step}: --{name}", text, root)
 
@@ -162,12 +162,12 @@ def _refuse_local_file(recipe: Recipe, where: str, text: str, root: str) -> None
     if not Path(text).exists() and not recipe.revision:
         remedy = "set revision: in the recipe, to any text that changes when the file does"
         raise ConfigError(
-            f"{where}: {text} is not visible from here, so a changed file would be answered from the cache; {remedy}"
+            f"{where}: {text} is not visible from here, so the cache would be used even if it changes; {remedy}"
         )
 
 
 def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, StepSettings]) -> None:
-    """ConfigError for an MLflow address, of the run or of a step, that cannot be reached from a cluster."""
+    """Raises ConfigError if the run or a step has an MLflow address that cannot be reached from a cluster."""
     addresses = {f"settings.{step}.tracking_uri": values.get("tracking_uri") for step, values in settings.items()}
     for where, address in {
         "tracking_uri": recipe.tracking_uri,
@@ -182,7 +182,7 @@ def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, StepSettings])
 def _launchers(recipe: Recipe, platform: Platform) -> Settings:
     """Step -> launcher settings of each training step with several nodes; others train in their own pod.
 
-    `retries` of the recipe apply both to the job and to the step that follows it; so do `hours`, nearly.
+    The recipe's `retries` apply to both the job and the step that follows it; so do `hours`, of which the job gets 95%.
     """
     multi_node_steps = [step for step in recipe.steps if step in TRAINING_STEPS and recipe.needs(step).nodes > 1]
     if platform == "kubeflow":

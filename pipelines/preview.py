@@ -12,7 +12,7 @@ CONDITION = "(if promoted)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepEstimate:
-    """One step of the preview; `hours` and `cost` are the maximum of one attempt, summed over all shards and nodes."""
+    """One step of the preview; `hours` and `cost` are the maximum for one attempt, summed over all shards and nodes."""
 
     step: str
     image: str
@@ -53,7 +53,7 @@ def estimate_steps(recipe: Recipe) -> list[StepEstimate]:
 
 
 def describe_graph(recipe: Recipe) -> str:
-    """The graph in one line."""
+    """The steps in order, in one line."""
     steps = list(recipe.steps)
     if recipe.shards > 1:
         sharded = [step for step in steps if STEP_SPECS[step].sharded]
@@ -77,7 +77,7 @@ def to_json(recipe: Recipe, platform: Platform) -> dict[str, object]:
 
 
 def max_cost(estimates: list[StepEstimate], *, retried: bool = False) -> float:
-    """The maximum cost of the steps with a price: of one attempt each, or with all retries used."""
+    """The maximum cost of the steps that have a price: of one attempt each, or with all retries used."""
     return sum((estimate.cost or 0.0) * (1 + estimate.retries if retried else 1) for estimate in estimates)
 
 

@@ -1,4 +1,4 @@
-"""A recipe: the YAML file that describes a run, typed and checked before anything is submitted."""
+"""A recipe: the YAML file that describes a run. It is validated before anything is submitted."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -17,7 +17,7 @@ from pipelines.definitions import MAX_SHARDS, PIPELINES, Settings
 
 Platform = Literal["local", "docker", "kubeflow", "vertex"]
 ERROR_TEXTS = {"dict_type": "must hold keys with values, one on each line", "int_type": "must be a whole number"}
-"""Type of a pydantic error -> its text, where pydantic's own is in terms of Python."""
+"""Type of a pydantic error -> our text, if pydantic's own uses Python's terms."""
 
 Accelerator = Literal[
     "none",
@@ -39,7 +39,7 @@ VERTEX_TYPES: dict[str, str] = {
     "nvidia-h100-80gb": "NVIDIA_H100_80GB",
     "nvidia-h200": "NVIDIA_H200_141GB",
 }
-"""Accelerator -> its name in Vertex AI's AcceleratorType; a TPU has none, as it is part of a machine type there."""
+"""Accelerator -> its name in Vertex AI's AcceleratorType, which has none for TPUs: they belong to machine types."""
 
 
 def kubernetes_resource(accelerator: str) -> str:
@@ -71,10 +71,11 @@ class Secret:
 
 @settings
 class Resources:
-    """The resources of one step; of a training step with several nodes, those of each node.
+    """The resources of one step; if a training step has several nodes, those of each node.
 
-    `cpu` is in cores, `memory` in Mi or Gi. A step on Kubeflow or Vertex AI is stopped after `hours`; `retries` are
-    the platform's further attempts, which continue from the work folder.
+    `cpu` is in cores, `memory` in Mi or Gi, and `count` is the number of accelerators. A step on Kubeflow or Vertex AI
+    is stopped after `hours`; `retries` is how often the platform repeats a failed step, which continues from the work
+    folder.
     """
 
     cpu: Annotated[str, Field(pattern=r"^([0-9]+m?)?$")] = ""
@@ -137,7 +138,7 @@ class Vertex:
 
 
 def refuse_missing_address(config: Kubeflow | Vertex) -> None:
-    """Raises ConfigError without an endpoint of Kubeflow, or without a project or bucket of Vertex AI."""
+    """Raises ConfigError if Kubeflow has no endpoint, or Vertex AI has no project or no bucket."""
     if isinstance(config, Kubeflow) and not config.endpoint:
         remedy = "give kubeflow.endpoint in the recipe, or --endpoint https://HOST/pipeline"
         raise ConfigError(f"kubeflow: no endpoint; {remedy}")
@@ -150,9 +151,9 @@ def refuse_missing_address(config: Kubeflow | Vertex) -> None:
 class Recipe:
     """A run of a pipeline: what to compute (parameters, settings, shards) and where (resources, platforms).
 
-    `parameters` are those of the pipeline's definition, `settings` any other settings by step, and `resources` are by
-    step, with `default` for the others. Change `revision` when content changes that the submitting machine cannot
-    see, such as a file on a cluster's volume. `prices` are per hour of one accelerator, or of a step without one
+    `parameters` are those of the pipeline's definition, `settings` any other settings by step. `resources` are by step;
+    its entry `default` is for steps without one. Change `revision` when content changes that the submitting machine
+    cannot see, such as a file on a cluster's volume. `prices` are per hour of one accelerator, or of a step without one
     (`none`); they are used only for the estimate.
     """
 
@@ -172,7 +173,7 @@ class Recipe:
     vertex: Vertex = Field(default_factory=Vertex)
 
     def needs(self, step: str) -> Resources:
-        """The resources of a step: its own entry, else the default one."""
+        """The resources of a step: its own entry, otherwise the default one."""
         return self.resources.get(step) or self.resources.get("default") or Resources()
 
     @property
@@ -182,14 +183,14 @@ class Recipe:
 
 
 def refuse_password(where: str, address: str) -> None:
-    """Raises ConfigError for an address with a password, which would be in the compiled pipeline and in every run."""
+    """Raises ConfigError if the address contains a password: the compiled pipeline and every run would store it."""
     if has_secret(address):
         remedy = "give it with the secrets of resources, as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         raise ConfigError(f"{where}: holds a password, which every reader of the run would see; {remedy}")
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file; ConfigError with file, key and remedy if it is invalid."""
+    """Reads a recipe from a YAML file; raises ConfigError with file, key and remedy if it is invalid."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -210,7 +211,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses duplicate keys: YAML forbids them, and PyYAML silently takes the last."""
+    """A SafeLoader that refuses duplicate keys: YAML forbids them, and PyYAML silently uses the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -222,7 +223,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def check_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """The recipe with these values; ConfigError with the invalid key, the reason and the nearest known key."""
+    """Validates a recipe; raises ConfigError with the invalid key, the reason and the nearest valid key."""
     try:
         recipe = Recipe(**values)
     except pydantic.ValidationError as error:
@@ -230,10 +231,11 @@ def check_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     except TypeError as error:  # A key is not a string.
         raise ConfigError(f"{where}: {error}; keys must be strings") from error
     for kind, names in (("settings", recipe.settings), ("resources", recipe.resources)):
-        known = {*recipe.steps, *(("default", "tracking") if kind == "resources" else ())}
+        valid_names = {*recipe.steps, *(("default", "tracking") if kind == "resources" else ())}
         for name in names:
-            if name not in known:
-                raise ConfigError(f"{where}: {kind}.{name}: {recipe.pipeline} has no such step{suggest(name, known)}")
+            if name not in valid_names:
+                problem = f"{recipe.pipeline} has no such step{suggest(name, valid_names)}"
+                raise ConfigError(f"{where}: {kind}.{name}: {problem}")
     return recipe
 
 
@@ -242,7 +244,7 @@ def _describe_error(error: pydantic.ValidationError) -> str:
     first = min(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument")
     keys = [str(part) for part in first["loc"] if part != "[key]"]
     if first["type"] == "unexpected_keyword_argument":
-        return f"{'.'.join(keys)}: no such key{suggest(keys[-1], _known_keys(keys))}"
+        return f"{'.'.join(keys)}: no such key{suggest(keys[-1], _valid_keys(keys))}"
     rule = ERROR_TEXTS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # A check of several keys, whose message names them.
         return f"{'.'.join(keys)}: {rule}"
@@ -250,8 +252,8 @@ def _describe_error(error: pydantic.ValidationError) -> str:
     return f"{'.'.join(keys)}: {rule}{value}"
 
 
-def _known_keys(keys: list[str]) -> list[str]:
-    """The known keys at the level of the last of `keys`."""
+def _valid_keys(keys: list[str]) -> list[str]:
+    """The valid keys at the level of the last of `keys`, the path of an invalid key."""
     fields_by_key = {
         "kubeflow": fields(Kubeflow),
         "vertex": fields(Vertex),

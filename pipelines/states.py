@@ -1,4 +1,4 @@
-"""The state of each step of a local run, read from the files that the steps write, and its table for a terminal."""
+"""Reads the state of each step of a local run from the files that the steps write, and shows it on a terminal."""
 
 import re
 import time
@@ -22,7 +22,7 @@ from cappy.runs import StepRecord, progress_path, read_record
 from cappy.steps import STEP_SPECS
 
 STATE_TEXTS = {"cached": "from the cache", "skipped": "skipped: not promoted"}
-"""The displayed text of a state, if it is not the state's name."""
+"""State -> the text that is shown for it, if that is not its name."""
 StateName = Literal["waiting", "running", "cached", "done", "failed", "skipped"]
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
@@ -33,7 +33,7 @@ _START = re.compile(r"Executing task '([a-z-]+)'")
 class StepState:
     """One step of a run, or a shard of one ("sampling 0/4").
 
-    `seconds` is its duration so far, `target` its output folder once there is one.
+    `seconds` is its duration so far, `target` its output folder if it is finished.
     """
 
     step: str
@@ -49,8 +49,10 @@ def read_states(
 ) -> list[StepState]:
     """The state of every step and shard, in order.
 
+    `alive` says whether the run's process is running, `succeeded` whether it ended with status 0.
+
     A step that this run finished has a record with the run's id, and a running step has a progress file. A step
-    that has neither was answered from the cache if a later step has one of them. Shards wait for earlier steps, not for
+    that has neither was taken from the cache if a later step has one of them. Shards wait for earlier steps, not for
     each other.
     """
     records = {step: read_record(work, fingerprint) for step, fingerprint in fingerprints.items()}
@@ -76,13 +78,13 @@ def read_states(
 
 
 def _follows(later: str, step: str, steps: list[str]) -> bool:
-    """Whether `later` starts only when `step` is done: it comes after it, and is not another shard."""
+    """Whether `later` starts only when `step` is done: it comes after `step` and belongs to no other shard."""
     shards = {name.partition(" ")[2] for name in (later, step)} - {""}
     return steps.index(later) > steps.index(step) and len(shards) < 2
 
 
 def log_section(log: Path, step: str, *, whole: bool = True) -> list[str]:
-    """The lines that a step wrote to the run's log; if it never started, all lines or, without `whole`, none."""
+    """The lines that a step wrote to the run's log; if it never started, all lines if `whole`, otherwise none."""
     lines = [_COLOR.sub("", line) for line in log.read_text(errors="replace").splitlines()]
     starts = [(index, match[1]) for index, line in enumerate(lines) if (match := _START.search(line))]
     section: list[str] = []
@@ -113,7 +115,7 @@ def _step_state(step: str, state: StateName, record: StepRecord | None, progress
 
 
 class StepTable:
-    """Context manager that shows the states of a run on stderr: a table on a terminal, else a line for each change."""
+    """Context manager that shows the states of a run on stderr: a table on a terminal, otherwise a line per change."""
 
     def __init__(self, title: str, log: Path, *, show: bool) -> None:
         self._title, self._log, self._show = title, log, show
@@ -144,7 +146,7 @@ class StepTable:
             self._write_changes(states)
 
     def _row(self, state: StepState) -> ProgressRow:
-        cells = (STATE_TEXTS.get(state.state, state.state), describe_progress(state), self._seconds(state))
+        cells = (STATE_TEXTS.get(state.state, state.state), describe_progress(state), self._duration(state))
         return ProgressRow(name=state.step, state=state.state, cells=cells)
 
     def _write_changes(self, states: Sequence[StepState]) -> None:
@@ -156,15 +158,15 @@ class StepTable:
                 self._written_states[state.step], self._last_written = state.state, now
                 write_line(f"{self._title}: {state.step}: {', '.join(filter(None, self._row(state).cells))}")
 
-    def _seconds(self, state: StepState) -> str:
-        """The duration of a step; of a running one it is counted here, because the step writes nothing between rows."""
+    def _duration(self, state: StepState) -> str:
+        """The duration of a step; a running one is timed here, because it writes nothing between rows."""
         if state.state == "running":
             return duration(time.monotonic() - self._start_times[state.step])
         return duration(state.seconds) if state.state in ("done", "failed") and state.seconds else ""
 
 
 def describe_progress(state: StepState) -> str:
-    """The progress of a running step (done of total, rate, time left), or how much a finished step processed."""
+    """The progress of a running step (done of total, rate, time left), or the count of a finished step."""
     progress = state.progress
     if progress is None or state.state not in ("running", "done"):
         return ""

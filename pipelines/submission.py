@@ -2,7 +2,7 @@
 
 An orchestrator's cache compares strings, not the contents behind them. Therefore each step has a fingerprint parameter:
 the digest of the key of its work (`cappy.keys`), which includes the content of every file, folder and model version in
-its settings. After an edited file, a moved alias or a new version of a step the cache is not used.
+its settings. So the cache is not used after a file was edited, an alias was moved or a step got a new version.
 """
 
 import functools
@@ -44,11 +44,11 @@ def prepare(
     registry: str = "",
     images: Mapping[str, str] | None = None,
 ) -> Submission:
-    """The submission of a pipeline with these settings per step; ConfigError if a setting is wrong.
+    """Prepares the submission of a pipeline with these settings by step; raises ConfigError if a setting is invalid.
 
     Aliases are resolved to versions, and the content of every file is part of a fingerprint. `revision` stands for
-    content that this machine cannot see, such as files on a cluster's volume. `registry` is MLflow's address from this
-    machine, if it differs from the steps' `tracking_uri`. `images` are the image ids, by step.
+    content that this machine cannot see, such as files on a cluster's volume. `registry` is MLflow's address for this
+    machine, if it differs from the steps' `tracking_uri`. `images` are the image ids by step.
     """
     if pipeline not in PIPELINES:
         raise ConfigError(f"{quote(pipeline)}: no such pipeline; choose one of {', '.join(PIPELINES)}")
@@ -78,9 +78,9 @@ def prepare(
 
 
 def _without_secret(step: str, values: StepSettings, address: str) -> StepSettings:
-    """The settings without an MLflow address that holds a password, since arguments are stored in many places.
+    """The settings without an MLflow address that contains a password, since arguments are stored in many places.
 
-    Steps get the run's own address by MLFLOW_TRACKING_URI; ConfigError for any other address with a password.
+    Steps get the run's own address in MLFLOW_TRACKING_URI; raises ConfigError for any other address with a password.
     """
     step_address = str(values.get("tracking_uri", ""))
     if not has_secret(step_address):
@@ -92,7 +92,7 @@ def _without_secret(step: str, values: StepSettings, address: str) -> StepSettin
 
 
 def refuse_artifacts(pipeline: str, steps: Mapping[str, StepSettings]) -> None:
-    """ConfigError for a setting that the pipeline sets itself, which would be ignored silently."""
+    """Raises ConfigError for a setting that the pipeline sets itself, since it would be ignored silently."""
     for step, values in steps.items():
         for name in sorted({*STEP_SPECS[step].artifacts, "work"} & set(values)):
             # Evaluation's scorer is an artifact in pipelines that train one, and a setting in `evaluate`.
@@ -104,7 +104,7 @@ def refuse_artifacts(pipeline: str, steps: Mapping[str, StepSettings]) -> None:
 
 
 def _by_shard(digests: Mapping[str, str], shards: int) -> dict[str, str]:
-    """The fingerprints under which steps and shards write their records; a sharded step has keys `sampling 0/4` etc.
+    """The fingerprints under which steps and shards write their records; a shard's key is for example `sampling 0/4`.
 
     Entries are in the order in which they run: shard by shard, each with its steps in order.
     """
@@ -123,7 +123,7 @@ def arguments(
     by_shard: Mapping[str, str],
     tracking: Mapping[str, str],
 ) -> dict[str, object]:
-    """The arguments of the pipeline function; the pipeline itself passes each shard its index."""
+    """The arguments of the pipeline function by name; the pipeline itself passes each shard its name."""
     values: dict[str, object] = {}
     for step, step_settings in settings.items():
         for name, parameter in STEP_SPECS[step].parameters.items():
@@ -131,8 +131,8 @@ def arguments(
                 continue
             value = step_settings[name]
             if values.setdefault(parameter, value) != value:
-                both = f"{quote(values[parameter])} and {quote(value)}"
-                raise ConfigError(f"{step}: --{name} must be the same for the whole pipeline, got {both}")
+                different_values = f"{quote(values[parameter])} and {quote(value)}"
+                raise ConfigError(f"{step}: --{name} must be the same for the whole pipeline, got {different_values}")
         values[f"{step}_settings"] = encode(
             {key: value for key, value in step_settings.items() if key not in STEP_SPECS[step].parameters}
         )
@@ -151,8 +151,8 @@ def fingerprints(
     """Step -> digest of the key of its work (`cappy.keys`).
 
     It covers the versions, settings, images and external content of this step and of all steps before it.
-    `revision` stands for external content that this machine cannot see, `images` are the image ids, by step.
-    ConfigError if a setting is wrong, so that it does not fail only after a training run.
+    `revision` stands for external content that this machine cannot see, `images` are the image ids by step.
+    Raises ConfigError if a setting is invalid, so that a run does not fail only after its training.
     """
     digests: dict[str, str] = {}
     upstream = revision
@@ -167,7 +167,7 @@ def fingerprints(
 
 
 def configs(settings: Mapping[str, StepSettings]) -> dict[str, StepConfig]:
-    """The config of each step, with placeholders for its folders; ConfigError if a setting is wrong."""
+    """The config of each step, with placeholders for its folders; raises ConfigError if a setting is invalid."""
     configs_by_step: dict[str, StepConfig] = {}
     for step, values in settings.items():
         folders: dict[str, object] = {name: Path("artifact") for name in STEP_SPECS[step].artifacts}
@@ -178,7 +178,7 @@ def configs(settings: Mapping[str, StepSettings]) -> dict[str, StepConfig]:
 
 
 def hash_content(text: str, *, tracking_uri: str = "") -> str:
-    """The hash of what a spec or path points to now; the text itself if its content cannot change."""
+    """The hash of the content that a spec or path has now; the text itself if its content cannot change."""
     if text == "builtin":
         return _hash_builtin_weights()
     if text.startswith("models:/"):
@@ -194,26 +194,26 @@ def hash_content(text: str, *, tracking_uri: str = "") -> str:
 
 
 def external_references(step: str, values: StepSettings) -> Iterator[tuple[str, str]]:
-    """Setting and text of every external path or spec in the settings of a step."""
+    """Yields (setting, text) of every external path or spec in the settings of a step."""
     from cappy.sampling.strategies import FILES
 
     for name in STEP_SPECS[step].outside if step in STEP_SPECS else ():
         value = values.get(name) or ()
         for text in value if isinstance(value, Iterable) and not isinstance(value, str) else (value,):
-            yield name, str(text).removeprefix("vllm:")  # The content does not depend on what runs it.
+            yield name, str(text).removeprefix("vllm:")  # vLLM only runs the model.
     if step == "sampling" and str(values.get("strategy", "")).endswith(FILES):
         yield "strategy", str(values["strategy"])
 
 
 def _hash_external(step: str, values: StepSettings, tracking_uri: str) -> list[list[str]]:
-    """Setting, name and hash of everything external; a file's name counts, because preparation names a task by it."""
+    """[setting, name, hash] of all external content; with the file's name, because preparation names tasks after it."""
     references = external_references(step, values)
     return [[name, Path(text).name, hash_content(text, tracking_uri=tracking_uri)] for name, text in references]
 
 
 def _hash_folder(path: Path) -> str:
     if (path / MANIFEST).is_file():
-        # Verified, because otherwise an edited part with its old manifest would be answered from the cache.
+        # Verified, because otherwise the cache would be used after a part was edited but not its manifest.
         return verify(path).hash
     return fingerprint([[file.name, file.sha256] for file in describe_files(path)])
 
@@ -240,7 +240,7 @@ def resolve_settings(
     revision: str = "",
     images: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The settings with every `models:/name@alias` as `models:/name/number`, and with the champion to compare with.
+    """Replaces every `models:/name@alias` by `models:/name/number`, and adds the champion that evaluation uses.
 
     `revision` and `images` are used for the fingerprints.
     """
@@ -265,8 +265,8 @@ def _champion_to_compare(
 ) -> str:
     """The version that evaluation compares with; empty if there is none.
 
-    If an identical earlier run trained the current champion, this is the champion before it, which that run compared
-    with. So a second identical run is answered from the cache as a whole.
+    If an identical earlier run trained the current champion, this is the previous champion, with which that run
+    compared. So every step of a second identical run is taken from the cache.
     """
     from cappy.registry import champion
 

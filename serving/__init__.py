@@ -1,4 +1,4 @@
-"""The HTTP service around a scorer."""
+"""The HTTP service that serves a scorer."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ __all__ = ["Options", "ServeConfig", "create_app", "run"]
 
 
 def __getattr__(name: str) -> object:
-    """Imports FastAPI on first use, so that importing the settings stays light."""
+    """Imports FastAPI on first use, so that importing the settings is fast."""
     if name == "ServeConfig":
         from serving.config import ServeConfig
 

@@ -1,7 +1,7 @@
 """Request ids, response headers, the access log and OpenTelemetry spans; none of them contains a client's text.
 
-Spans are made by OpenTelemetry's instrumentation of FastAPI and exported by OTLP over HTTP. OpenTelemetry is imported
-only if an environment variable names a collector.
+OpenTelemetry's instrumentation of FastAPI creates the spans, which are exported by OTLP over HTTP. OpenTelemetry is
+imported only if an environment variable names a collector.
 """
 
 import json
@@ -36,9 +36,9 @@ SECURITY_HEADERS = {
 COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 """Address of the collector; OpenTelemetry's library reads the other variables of its specification."""
 SHUTDOWN_SECONDS = 3.0
-"""How long exporting the queued spans may delay the end of the process."""
+"""How long exporting the queued spans may delay the end of the process, in seconds."""
 EXPORTED_ATTRIBUTES = frozenset({"http.request.method", "http.response.status_code", "http.route"})
-"""The instrumentation's attributes that are exported; others contain what a client wrote (paths, queries)."""
+"""The instrumentation's attributes that are exported; the others contain text from clients (paths, queries)."""
 ATTRIBUTE_PREFIX = "cappy."
 STATE_ATTRIBUTES = (
     "request_id",
@@ -126,7 +126,7 @@ class AccessLog:
     def _set_span_attributes(self, state: State) -> None:
         """Sets our attributes on the request's span, if it has one and is a request for scores or completions.
 
-        A span ends with the last part of the response, so this must happen before.
+        A span ends with the last part of the response, so this must be called before.
         """
         span: Span | None = state.get("span")
         if span is None or not {"dialect", "outcome"} & state.keys():
@@ -156,7 +156,7 @@ class AccessLog:
 
 
 class Tracing:
-    """Makes spans of an application's requests and exports them in batches from a background thread."""
+    """Creates a span for each request of an application and exports spans in batches from a background thread."""
 
     def __init__(self) -> None:
         """Raises ModuleNotFoundError if the otel extra is not installed."""
@@ -204,13 +204,13 @@ def start_tracing(variables: Mapping[str, str] = os.environ) -> Tracing | None:
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("opentelemetry"):
             raise
-        text = "requests are not traced: %s is not installed; install the otel extra: pip install -e '.[otel]'"
-        LOGGER.warning(text, error.name)
+        warning = "requests are not traced: %s is not installed; install the otel extra: pip install -e '.[otel]'"
+        LOGGER.warning(warning, error.name)
         return None
 
 
 def _make_clean_exporter(exporter: "SpanExporter") -> "SpanExporter":
-    """Wraps an exporter: only spans with our attributes, without events, and without attributes of clients' texts."""
+    """Wraps an exporter to export only spans with our attributes, without events or attributes of clients' texts."""
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
     from opentelemetry.trace import Status

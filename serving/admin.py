@@ -1,8 +1,8 @@
 """Routes that describe and change the served model.
 
-GET /model describes the loaded models; POST /admin/refresh and /admin/rollback need a key. POST /webhooks/mlflow takes
-MLflow's signed events and only makes the service check its own alias: it never fetches what a request names. The
-signature is that of MLflow 3: HMAC-SHA256 of delivery id, timestamp and body, as base64 after "v1,".
+GET /model describes the loaded models; POST /admin/refresh and /admin/rollback need a key. POST /webhooks/mlflow
+receives MLflow's signed events. An event only makes the service check its own alias; the service never fetches what a
+request names. The signature is that of MLflow 3: HMAC-SHA256 of delivery id, timestamp and body, as base64 after "v1,".
 """
 
 import base64
@@ -32,7 +32,7 @@ TIMESTAMP_HEADER = "x-mlflow-timestamp"
 SIGNATURE_HEADER = "x-mlflow-signature"
 ALIAS_ENTITY = "model_version_alias"
 MAX_DELIVERY_AGE_SECONDS = 300
-"""Maximum difference between a delivery's timestamp and our clock, as protection against replays."""
+"""Maximum difference between a delivery's timestamp and our clock; protects against replays."""
 MAX_WEBHOOK_BYTES = 65_536
 _UNAUTHORIZED: dict[int | str, dict[str, object]] = {401: {"model": Problem}}
 
@@ -43,7 +43,7 @@ class LoadedModel(BaseModel):
     name: str
     version: Annotated[str, Field(description="First 12 hexadecimal digits of the manifest's hash")]
     sha256: Annotated[str, Field(description="Hash of the manifest, which contains the hash of every file")]
-    registered: Annotated[str, Field(description="models:/name/number in the registry; empty if it is not from there")]
+    registered: Annotated[str, Field(description="models:/name/number in the registry; empty if not from the registry")]
     precision: str
 
 
@@ -115,7 +115,7 @@ def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
         "/webhooks/mlflow", tags=["model"], status_code=202, responses=_UNAUTHORIZED, response_model=RefreshResponse
     )
     async def webhook(request: Request) -> Response | RefreshResponse:
-        """Takes a signed event of MLflow; checks the alias now if the event is about it."""
+        """Receives a signed event of MLflow; checks the alias now if the event is about it."""
         try:
             body = await receive_body(request, MAX_WEBHOOK_BYTES, "MLflow's events are smaller")
             Bounds().check(body)

@@ -39,7 +39,7 @@ from serving.service import Service, write_refusal
 LOGGER = logging.getLogger("serving")
 ERROR_STATUSES = (400, 401, 403, 404, 408, 413, 415, 421, 429, 500, 503, 504)
 QUEUED_BATCHES = 32
-"""Default limit of the queue, in batches: at 2,048 tokens each, about 13 s of a RoBERTa-base on two cores."""
+"""Default limit of the queue, in batches: at 2,048 tokens each, they take a RoBERTa-base about 13 s on two cores."""
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKENS_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 SCORES_BUCKETS = tuple(tenths / 10 for tenths in range(11))
@@ -47,7 +47,7 @@ SCORES_BUCKETS = tuple(tenths / 10 for tenths in range(11))
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Settings of the application; `max_queued_tokens` 0 means 32 batches."""
+    """Settings of the application; `max_queued_tokens` 0 means the tokens of 32 batches."""
 
     limits: RequestLimits = field(default_factory=RequestLimits)
     batch_tokens: int = 2048
@@ -58,7 +58,7 @@ class Options:
     hosts: Hosts = ANY_HOST
     """Host names that the service answers to."""
     probes: ProbePairs = PROBES
-    """Probe pairs for a first model that has none stored with it."""
+    """Probe pairs for the first model, if none are stored with it."""
     webhook_secret: str = ""
     """Secret of MLflow's webhooks; without it the webhook route does not exist."""
     routes: Mapping[str, str] = field(default_factory=dict)
@@ -80,7 +80,7 @@ def create_app(
 
     The model is probed after start-up: /ready answers 503 until the probe has passed, and permanently if it fails, in
     which case `on_failure` is called. After the probe, `follower` changes the model while requests are answered.
-    `executor` is the thread that loaded the model, see `Batcher`; `tracing` is closed when the application ends.
+    `executor` has the thread that loaded the model, see `Batcher`; `tracing` is closed when the application ends.
     """
     options = options or Options()
     batcher = Batcher(
@@ -136,10 +136,10 @@ def create_app(
     _add_routes(app, service, paths)
     _add_probes(app, models, metrics, options.ready_path)
     add_page(app, lambda: _describe_service(models))
-    served = ServedModels(models=models, limits=options.limits, batch_tokens=options.batch_tokens)
+    served_models = ServedModels(models=models, limits=options.limits, batch_tokens=options.batch_tokens)
     for dialect in DIALECTS:
         if dialect.add_routes is not None:
-            dialect.add_routes(app, served)
+            dialect.add_routes(app, served_models)
     add_admin(app, models, follower, options.keys, options.webhook_secret)
     if tracing is not None:
         tracing.instrument(app)
@@ -148,7 +148,7 @@ def create_app(
 
 async def _not_found(request: Request, error: Exception) -> Response:
     """Answers a request with an unknown path or method."""
-    assert isinstance(error, HTTPException)  # noqa: S101 (what the handler is registered for)
+    assert isinstance(error, HTTPException)  # noqa: S101 (the handler is only registered for this type)
     path, allowed = request.url.path, (error.headers or {}).get("Allow")
     text = f"{path}: no such path; GET /openapi.json lists them"
     if allowed:
@@ -179,8 +179,8 @@ def _describe_service(models: Models) -> About:
 
 def _add_routes(app: FastAPI, service: Service, paths: Sequence[tuple[str, Dialect]]) -> None:
     """Adds one POST route per path, even if dialects share it, and all request schemas to the OpenAPI document."""
-    for path, shared in groupby(sorted(paths, key=lambda entry: entry[0]), key=lambda entry: entry[0]):
-        _add_route(app, service, path, [dialect for _, dialect in shared])
+    for path, path_entries in groupby(sorted(paths, key=lambda entry: entry[0]), key=lambda entry: entry[0]):
+        _add_route(app, service, path, [dialect for _, dialect in path_entries])
     models = [(model, "validation") for _, dialect in paths for model in (dialect.request,)]
     default_openapi = app.openapi
 
@@ -224,9 +224,9 @@ def _any_of(schemas: Sequence[Mapping[str, object]]) -> Mapping[str, object]:
     return schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}
 
 
-def _union(shapes: Sequence[type[BaseModel]]) -> object:
+def _union(models: Sequence[type[BaseModel]]) -> object:
     """The union type of these models, for FastAPI's OpenAPI document."""
-    return reduce(operator.or_, shapes)
+    return reduce(operator.or_, models)
 
 
 def _find_dialect(name: str) -> Dialect:

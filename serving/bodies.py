@@ -24,13 +24,13 @@ from serving.config import BodyLimits
 CLIENT_CLOSED_REQUEST = 499
 """Status in the access log for a request whose client closed the connection (nginx's convention)."""
 RECEIVE_SECONDS = 20.0
-"""A body must arrive within this time."""
+"""Time limit for receiving a body."""
 MAX_DEPTH = 64
 MAX_VALUES = 32_768
 LARGE_BYTES = 32_768
 """Bodies from this size on are processed in a thread; for smaller ones switching threads costs more than the work."""
 MAX_BODIES_IN_MEMORY = 16
-"""How many bodies of the maximum size may be in memory at once, over all open requests."""
+"""How many bodies of the maximum size may be in memory at once, for all open requests together."""
 Result = TypeVar("Result")
 _BLOCK = 1 << 20
 _DEPTH_CHANGES = np.zeros(256, np.int8)
@@ -92,7 +92,7 @@ class Violation:
 def describe_error(error: ValidationError, body: object) -> Violation:
     """Describes what is wrong with `body` without repeating its texts."""
     errors = error.errors(include_url=False, include_input=False)
-    # If a field may have several types, a message of our own validators says more than pydantic's about the first type.
+    # If a field may have several types, our validators' message is more helpful than pydantic's on the first type.
     first = next((item for item in errors if item["type"] == "value_error"), errors[0])
     template = RULES.get(first["type"])
     rule = template.format(**first.get("ctx", {})) if template else first["msg"].removeprefix("Value error, ")
@@ -116,7 +116,7 @@ def _field_path(location: Sequence[int | str], body: object, kind: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Limits of a body; `max_text_bytes` counts texts in UTF-8; in a request for scores equal texts count once."""
+    """Limits of a body; `max_text_bytes` counts all texts in UTF-8 (equal texts once in a request for scores)."""
 
     max_values: int = MAX_VALUES
     max_depth: int = MAX_DEPTH
@@ -163,9 +163,9 @@ class Bounds:
 
 
 def measure(data: bytes, bounds: Bounds | None = None) -> tuple[int, int]:
-    """Upper bound on the number of values, and the depth, of raw JSON; stops counting beyond `bounds`.
+    """Returns an upper bound on the number of values in raw JSON, and its depth; stops counting beyond `bounds`.
 
-    Counts commas and opening brackets outside of strings. For invalid JSON the counts hold up to the first error,
+    Counts commas and opening brackets outside of strings. For invalid JSON the counts are right up to the first error,
     where parsing stops too.
     """
     if b"\\" in data:
@@ -204,14 +204,14 @@ async def wait_for_disconnect(request: Request) -> None:
 
 @dataclass(eq=False)
 class BodyBudget:
-    """Bounds the memory of all bodies that are held at once; beyond `max_bytes` a request is refused."""
+    """Limits the memory of all bodies that are held at once; beyond `max_bytes` a request is refused."""
 
     max_bytes: int
     used_bytes: int = 0
 
     @contextlib.contextmanager
     def reserve(self) -> Iterator["Reservation"]:
-        """A reservation for one request, released at the end of the block."""
+        """Yields a reservation for one request, which is released at the end of the block."""
         reservation = Reservation(self)
         try:
             yield reservation
@@ -221,20 +221,20 @@ class BodyBudget:
 
 @dataclass(eq=False)
 class Reservation:
-    """The bytes that one request has reserved of a budget."""
+    """The bytes that one request has reserved in a budget."""
 
     budget: BodyBudget
     num_bytes: int = field(default=0, init=False)
 
     def extend(self, num_bytes: int) -> None:
-        """Reserves more bytes; raises Refusal 503 if the budget has no room for them."""
+        """Reserves more bytes; raises Refusal 503 if the budget does not have them."""
         if self.budget.used_bytes + num_bytes > self.budget.max_bytes:
             raise Refusal(503, "too many large bodies are being read; try again later", retry_after=1)
         self.budget.used_bytes += num_bytes
         self.num_bytes += num_bytes
 
     def transfer(self) -> "Reservation":
-        """Moves all of it to a new reservation, which the caller releases; this one is empty afterwards."""
+        """Moves the reserved bytes to a new reservation, which the caller must release."""
         reservation = Reservation(self.budget)
         reservation.num_bytes, self.num_bytes = self.num_bytes, 0
         return reservation
@@ -246,7 +246,7 @@ class Reservation:
 
 
 def _check_content_type(headers: Headers, extra_types: Collection[str] = ()) -> None:
-    """Raises Refusal 415 unless the body is sent as JSON or as one of `extra_types` ("" stands for no type).
+    """Raises Refusal 415 unless the body is sent as JSON or as one of `extra_types` ("" means no type).
 
     Browsers let a page of another site send other types, or none, without a preflight request.
     """

@@ -1,6 +1,6 @@
 """Settings of `cappy serve`, and those that it shares with `cappy gateway`; every field is a flag.
 
-Imports nothing of the service, so that usage errors are found before anything is loaded.
+It imports nothing of the service, so that usage errors are reported before anything is loaded.
 """
 
 import re
@@ -18,7 +18,7 @@ from cappy.scoring import Precision
 ANY = "*"
 DEFAULT_SCORER = "models:/cappy@champion"
 FOLLOW_SECONDS = 30.0
-"""Default interval between two checks of an alias."""
+"""Default interval between two checks of an alias, in seconds."""
 HOSTS_VARIABLE = "CAPPY_ALLOWED_HOSTS"
 _HOST = re.compile(r"(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]")
 _ORIGIN = re.compile(r"https?://[^/\s*]+")
@@ -34,7 +34,7 @@ class ListenerConfig:
     requests. Then it accepts no more connections and finishes open requests within `grace` seconds.
     """
 
-    host: Annotated[str, Field(description="Address to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1"
+    host: Annotated[str, Field(description="Address to listen on; 0.0.0.0 accepts other machines")] = "127.0.0.1"
     port: Port = 8080
     notice: Annotated[
         float, ADVANCED, Field(ge=0, description="Seconds after SIGTERM in which it still answers but is not ready")
@@ -112,7 +112,7 @@ class BodyLimits:
 
 @settings
 class RequestLimits(BodyLimits):
-    """Limits of a request for scores; `timeout` counts from its arrival, and a request may set a lower one."""
+    """Limits of a request for scores; `timeout` starts when it arrives, and a request may set a lower one."""
 
     max_pairs: Annotated[int, ADVANCED, Field(ge=1, description="Maximum pairs in a request; more get status 413")] = (
         1024
@@ -159,9 +159,7 @@ class ServedScorer:
     max_queued_tokens: Annotated[
         int,
         ADVANCED,
-        Field(
-            ge=0, description="Maximum tokens in the queue; beyond it requests get status 429; 0: those of 32 batches"
-        ),
+        Field(ge=0, description="Maximum tokens in the queue; more get status 429; 0: the tokens of 32 batches"),
     ] = 0
 
     def __post_init__(self) -> None:
@@ -219,7 +217,7 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     """Reads AIP_STORAGE_URI, AIP_HTTP_PORT, AIP_PREDICT_ROUTE, AIP_HEALTH_ROUTE and CAPPY_ALLOWED_HOSTS.
 
     The first four are set by Vertex AI. If AIP_HTTP_PORT is set, the service listens on all addresses under any host
-    name, since the platform's proxy is in front of it. Raises ConfigError for an invalid value.
+    name, since it is behind the platform's proxy. Raises ConfigError for an invalid value.
     """
     scorer, port = variables.get("AIP_STORAGE_URI", "").rstrip("/"), variables.get("AIP_HTTP_PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
@@ -229,7 +227,7 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
         values |= {"host": "0.0.0.0", "port": int(port), "allowed_hosts": (ANY,)}  # noqa: S104 (a container's only way to be reached)
     if hosts := hosts_from_environment(variables):
         values["allowed_hosts"] = hosts
-    predict, health = _route(variables, "AIP_PREDICT_ROUTE"), _route(variables, "AIP_HEALTH_ROUTE")
+    predict, health = _read_route(variables, "AIP_PREDICT_ROUTE"), _read_route(variables, "AIP_HEALTH_ROUTE")
     return Environment(settings=values, routes={predict: "vertex"} if predict else {}, ready_path=health)
 
 
@@ -240,7 +238,7 @@ def hosts_from_environment(variables: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(hosts)
 
 
-def _route(variables: Mapping[str, str], name: str) -> str:
+def _read_route(variables: Mapping[str, str], name: str) -> str:
     route = variables.get(name, "")
     if route and (not route.startswith("/") or set(route) & set("{}?# ")):
         raise ConfigError(f"{name}: {quote(route)} is not a path; give one such as /predict")

@@ -21,17 +21,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 KEEP_ALIVE_SECONDS = 620
-"""Longer than clients and load balancers keep a connection (httpx 5 s, Google's load balancers 600 s): if we closed it
-first, a request that they have just sent on it would fail."""
+"""How long a connection may be idle. Longer than clients and load balancers keep it (httpx 5 s, Google's load balancers
+600 s): if we closed it first, a request that they have just sent on it would fail."""
 BUSY_KEEP_ALIVE_SECONDS = 5
-"""The same while more than half of the allowed connections are open."""
+"""How long a connection may be idle while more than half of the allowed connections are open."""
 MAX_CONNECTIONS = 8192
-"""Regardless of the limit on open files: an idle connection takes about 20 KB."""
+"""Maximum connections, whatever the limit on open files is: an idle connection takes about 20 KB."""
 MAX_FILES = 65_536
 """The limit on open files is not raised beyond this: some programs loop over all descriptors below it."""
 MIN_CONNECTIONS = 8
 RESERVED_FILES = 96
-"""For connections that are accepted but not counted yet (three turns of the event loop), models, logs and DNS."""
+"""Open files for models, logs, DNS, and connections that are accepted but not counted yet (three turns of the event
+loop)."""
 ACCEPTS_PER_TURN = 16
 """Connections accepted in one turn of the event loop."""
 BACKLOG = 2048
@@ -63,7 +64,7 @@ class Connection(Protocol):
 
 @dataclass(eq=False)
 class Connections:
-    """The open connections, and those of them without a request (idle), longest idle first."""
+    """The open connections. Those without a request are idle; they are kept in order, longest idle first."""
 
     max_connections: int = MAX_CONNECTIONS
     _open: set[Connection] = field(default_factory=set)
@@ -82,7 +83,7 @@ class Connections:
         return True
 
     def mark(self, connection: Connection, *, idle: bool) -> None:
-        """Marks a connection as idle or busy; one that is idle already keeps its place in the order."""
+        """Marks a connection as idle or busy; if it was already idle, it keeps its place in the order."""
         if connection not in self._open:
             return
         if not idle:
@@ -117,7 +118,7 @@ def raise_file_limit() -> None:
 def max_client_connections(*, upstream: bool = False) -> int:
     """How many client connections fit below the limit on open files, given the files that are open now.
 
-    With `upstream` half of them is reserved for connections that the service opens itself, see
+    With `upstream` half of the files are reserved for connections that the service opens itself, see
     `max_upstream_connections`.
     """
     spare = _spare_files() // 2 if upstream else _spare_files()
@@ -125,7 +126,7 @@ def max_client_connections(*, upstream: bool = False) -> int:
 
 
 def max_upstream_connections() -> int:
-    """How many connections a gateway may open to LLMs and the scorer's service in total."""
+    """How many connections a gateway may open in total, to LLMs and to the scorer's service."""
     return max(MIN_CONNECTIONS, min(_spare_files() // 2, MAX_CONNECTIONS))
 
 
@@ -160,7 +161,7 @@ class _BoundedParser(h11.Connection):
 
 
 class BoundedProtocol(H11Protocol):
-    """HTTP/1.1 that closes connections without a complete head within `HEAD_SECONDS` or that do not read the response.
+    """HTTP/1.1. Closes connections that send no complete head within `HEAD_SECONDS`, or do not read their response.
 
     It is counted in `connections`, which may close it while it is idle.
     """
@@ -181,7 +182,7 @@ class BoundedProtocol(H11Protocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # always one of these
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # always a Transport
         """Starts the timer for the first head, or answers 503 if there are too many connections."""
         super().connection_made(transport)
         if self._handshake is not None:
@@ -280,13 +281,13 @@ class BoundedProtocol(H11Protocol):
             self._read_timer = None
 
     def attach_handshake(self, handshake: Connection) -> Connections:
-        """Remembers the handshake, which `connection_made` will replace by this connection in the returned count."""
+        """Stores a handshake and returns the connections that count it; `connection_made` counts this one instead."""
         self._handshake = handshake
         return self._connections
 
 
 class TlsHandshake(SSLProtocol):
-    """TLS of one connection, counted and with a time limit from its first byte on.
+    """TLS of one connection. It is counted, and has a time limit, from the start of the handshake.
 
     asyncio's own server allows a minute for each handshake and calls the protocol only after it.
     """
@@ -299,7 +300,7 @@ class TlsHandshake(SSLProtocol):
         self._connections = inner.attach_handshake(self)
         self._raw: asyncio.Transport | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # always one of these
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # always a Transport
         """Starts the handshake unless there are too many connections."""
         self._raw = transport
         if self._connections.admit(self):

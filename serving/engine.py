@@ -33,22 +33,22 @@ ProbePairs = Sequence[tuple[Pair, float | None]]
 """Pairs with their expected score, or None if any finite score is accepted."""
 
 PROBES: ProbePairs = ((("What is 1 + 1?", "2"), None),)
-"""For a scorer without stored probe pairs."""
+"""Probe pairs for a scorer without stored ones."""
 TOLERANCE = 2e-2
 """Maximum absolute difference between a score and the stored one.
 
 The precision of stored scores is unknown. The built-in scorer's scores in bf16 differed by up to 7e-3 from those in
 fp32 (256 pairs; 2 cores, Intel Xeon, 2026-11-26): a lower tolerance would refuse a sound version that was evaluated on
-another machine. Damaged files are found by their sha256; the probe finds wrong computation.
+another machine. Damaged files are detected by their sha256; the probe detects wrong computation.
 """
 
 
 class Engine(Protocol):
-    """What the batcher needs of a scorer."""
+    """The methods of a scorer that the batcher calls."""
 
     @property
     def pads(self) -> bool:
-        """Whether the pairs of a batch are padded to its longest."""
+        """Whether the pairs of a batch are padded to the longest one."""
 
     def encode(self, pairs: Sequence[Pair]) -> Sequence[EncodedPair]:
         """Tokenizes pairs."""
@@ -75,11 +75,11 @@ class Model:
     probes: ProbePairs = ()
     """Pairs with their scores at evaluation, if they are stored with the scorer."""
     registered: "Version | None" = None
-    """Its version in the registry, if an alias is followed."""
+    """The version in the registry, if an alias is followed."""
 
     @property
     def content(self) -> str:
-        """Identifies the version's content in the registry; empty if no alias is followed."""
+        """The id of the version's content in the registry; empty if no alias is followed."""
         return self.registered.content if self.registered else ""
 
     def headers(self) -> Mapping[str, str]:
@@ -95,7 +95,7 @@ class ScorerEngine:
 
     @property
     def pads(self) -> bool:
-        """Whether this encoder computes with padding."""
+        """Whether the pairs of a batch are padded to the longest one."""
         return self._scorer.pads
 
     @property
@@ -197,8 +197,11 @@ class Models:
 
 
 class ScoredBatch(NamedTuple):
-    """(score, logit) of each pair in order, the number of tokens, the seconds in the queue until the first pair was
-    computed, and the number of distinct pairs that were truncated."""
+    """The result of a request: (score, logit) of each pair in order, and the number of tokens.
+
+    `wait_seconds` is the time in the queue until the first pair was computed, `num_truncated` the number of distinct
+    pairs that were truncated.
+    """
 
     computed: Outputs
     tokens: int
@@ -238,7 +241,7 @@ class Batcher:
     max_queued_tokens: int
     on_batch: Callable[[int, int, float, int], None] = lambda tokens, pairs, seconds, num_truncated: None
     executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "computing"))
-    """One thread, the one that loaded the scorer: if two threads have run a model, torch's OpenMP waits passively in
+    """One thread, which also loaded the scorer: if two threads have run a model, torch's OpenMP waits passively in
     both, and a single pair takes 38 ms instead of 22 (size of RoBERTa-base, 2 cores, Intel Xeon, 2026-11-26)."""
     queued_tokens: int = 0
     rate: float = 0.0
@@ -248,7 +251,7 @@ class Batcher:
     _encoding_executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
 
     async def score(self, engine: Engine, pairs: Sequence[Pair]) -> ScoredBatch:
-        """Scores pairs; equal pairs are computed once.
+        """Scores pairs and returns the results in their order; equal pairs are computed once.
 
         Raises Refusal 429 if the queue is full. If the caller is cancelled, its pairs leave the queue.
         """
@@ -293,12 +296,12 @@ class Batcher:
             try:
                 computed = await loop.run_in_executor(self.executor, batch[0][0].engine.compute, pairs)
                 _deliver(batch, computed)
-            except Exception as error:  # noqa: BLE001 (it is raised in every request of the batch)
+            except Exception as error:  # noqa: BLE001 (every request of the batch raises it)
                 _fail(batch, error)
             finally:
                 self.queued_tokens -= tokens
             num_truncated = sum(not pair.whole for pair in pairs)
-            self._measure(tokens, len(batch), loop.time() - started, num_truncated)
+            self._record_batch(tokens, len(batch), loop.time() - started, num_truncated)
 
     def admit(self, tokens: int) -> None:
         """Raises Refusal 429 if the queue has no room for these tokens; an empty queue takes a request of any size."""
@@ -308,7 +311,7 @@ class Batcher:
             raise Refusal(429, text, retry_after=self.retry_after())
 
     def retry_after(self) -> int:
-        """Seconds until the queue should be empty, a whole number from 1 to 60."""
+        """Estimated seconds until the queue is empty, a whole number from 1 to 60."""
         return min(60, max(1, round(self.queued_tokens / self.rate))) if self.rate else 1
 
     async def run_between_batches(self, work: Callable[[], None]) -> None:
@@ -320,7 +323,7 @@ class Batcher:
         self._encoding_executor.shutdown(wait=False, cancel_futures=True)
         self.executor.shutdown(wait=False, cancel_futures=True)
 
-    def _measure(self, tokens: int, pairs: int, seconds: float, num_truncated: int) -> None:
+    def _record_batch(self, tokens: int, pairs: int, seconds: float, num_truncated: int) -> None:
         rate = tokens / max(seconds, 1e-6)
         self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
         self.on_batch(tokens, pairs, seconds, num_truncated)

@@ -23,7 +23,7 @@ LOGGER = logging.getLogger("serving")
 MAX_FETCH_ATTEMPTS = 3
 """A version whose files cannot be reached is refused after this many attempts."""
 SHUTDOWN_SECONDS = 5.0
-"""How long a version that is being loaded may delay the end of the process."""
+"""How long a version that is being loaded may delay the end of the process, in seconds."""
 Result = TypeVar("Result")
 Change = Literal["swap", "refusal"]
 
@@ -128,7 +128,7 @@ class Follower:
                 LOGGER.warning(text, version.uri, attempt, MAX_FETCH_ATTEMPTS, format_error(error))
                 return None
             self._refuse(version, format_error(error))
-        except Exception as error:  # noqa: BLE001 (a version may be bad in any way)
+        except Exception as error:  # noqa: BLE001 (loading may fail in any way)
             self._refuse(version, format_error(error))
             traceback.clear_frames(error.__traceback__)  # they keep the model in memory
         return None
@@ -161,7 +161,7 @@ class Follower:
         return self.models.current.version
 
     async def _run_in_thread(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` in a daemon thread, which does not keep the process from ending."""
+        """Returns the result of `work`, run in a daemon thread, which does not keep the process from ending."""
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Result] = loop.create_future()
         self._worker_done = loop.create_future()
@@ -181,7 +181,7 @@ def _run_and_deliver(
     failed: Exception | None = None
     try:
         outcome = work()
-    except Exception as error:  # noqa: BLE001 (it is raised from the future)
+    except Exception as error:  # noqa: BLE001 (awaiting the future raises it)
         failed = error
 
     def deliver() -> None:
@@ -205,7 +205,7 @@ def prepare_model(version: Version, load: Callable[[Version], Model]) -> Model:
 
 
 def load_version(version: Version, spec: str, name: str = "", precision: Precision = "auto") -> Model:
-    """Loads the version that `spec` named, by its number, so that an alias that moves meanwhile has no effect."""
+    """Loads the version that `spec` named, by its number, so that it does not matter if the alias moves meanwhile."""
     return replace(load(version.uri, name, precision), spec=spec, registered=version)
 
 

@@ -37,11 +37,11 @@ Refuse = Callable[[str, Refusal], Response]
 
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """Names that a service answers to, by the Host header: always those `allowed` (`*` stands for any).
+    """The names (Host header) that a service answers to: always those in `allowed` (`*` stands for any).
 
     A service that listens on `loopback` also answers to `localhost` and loopback addresses. Any other service answers
-    to all names if clients need `keys`, and otherwise also to addresses, names without a dot, names with one of
-    `INTERNAL_SUFFIXES`, and the machine's own name.
+    to all names if clients need a key (`keys`); otherwise it also answers to addresses, names without a dot, names with
+    one of `INTERNAL_SUFFIXES`, and the machine's own name.
     """
 
     allowed: Sequence[str] = ()
@@ -66,7 +66,7 @@ ANY_HOST = Hosts(allowed=(ANY,))
 
 
 def hosts_of(listener: socket.socket, allowed: Sequence[str], keys: bool) -> Hosts:
-    """The names that a service on this bound socket answers to."""
+    """The host names that a service on this bound socket answers to; `keys`: whether clients need a key."""
     address = _address(str(listener.getsockname()[0]))
     return Hosts(allowed=allowed, loopback=address is not None and _is_loopback(address), keys=keys)
 
@@ -98,7 +98,7 @@ class BrowserGuard:
         host_headers, origin_headers = headers.getlist("host"), headers.getlist("origin")
         from_browser = bool(origin_headers) or "sec-fetch-site" in headers
         if not host_headers and not from_browser and scope.get("http_version") == "1.0":
-            # A load balancer's health check, such as HAProxy's; browsers do not use HTTP/1.0 and always send a Host.
+            # A health check of a load balancer such as HAProxy; browsers never use HTTP/1.0, and always send a Host.
             return
         host = _HOST.fullmatch(host_headers[0]) if len(host_headers) == 1 else None
         if host is None:
@@ -121,7 +121,7 @@ class BrowserGuard:
 
 
 def _is_cross_site(method: str, headers: Headers) -> bool:
-    """Whether a browser reports a request from another site's page, without an Origin; following a link is allowed."""
+    """Whether a request without an Origin comes from another site's page; following a link to this one is allowed."""
     if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
         return False
     is_navigation = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
@@ -160,7 +160,7 @@ def _is_loopback(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool
 
 
 class Keys:
-    """The valid API keys, stored as digests; without any, no key is needed."""
+    """The valid API keys, stored as digests; if there are none, no key is needed."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -174,14 +174,14 @@ class Keys:
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        return bool(sum(hmac.compare_digest(digest, known) for known in self._digests))
+        return bool(sum(hmac.compare_digest(digest, valid_digest) for valid_digest in self._digests))
 
 
 def read_keys(path: Path | None) -> Keys:
     """Reads keys from a file, one per line, or from CAPPY_API_KEYS, separated by commas.
 
     Lines that start with # are comments. Raises ConfigError for a short key, and if a file or a non-empty variable
-    holds no key: its owner does not want an open service.
+    holds no key, since its owner does not want an open service.
     """
     if path is not None:
         try:

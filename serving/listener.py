@@ -40,24 +40,24 @@ ACCESS_LOGGER_NAME = "serving.access"
 LOGGER = logging.getLogger("serving.repeats")
 
 LineKey = tuple[str, int, str]
-"""Logger, level, first line of the message before formatting."""
+"""(logger, level, first line of the message before formatting)."""
 
 
 class ShutdownState(Protocol):
-    """What `GracefulServer` sets on SIGTERM, so that the service reports that it is not ready."""
+    """`GracefulServer` sets `shutting_down` on SIGTERM, so that the service reports that it is not ready."""
 
     shutting_down: bool
 
 
 @dataclass
 class ShutdownFlag:
-    """A `ShutdownState` and nothing else."""
+    """A `ShutdownState` without other fields."""
 
     shutting_down: bool = False
 
 
 class GracefulServer(uvicorn.Server):
-    """Keeps answering for `notice` seconds after SIGTERM with `shutdown.shutting_down` set, then stops listening."""
+    """After SIGTERM sets `shutdown.shutting_down`, answers for another `notice` seconds and then stops listening."""
 
     def __init__(self, config: uvicorn.Config, shutdown: ShutdownState, notice: float) -> None:
         super().__init__(config)
@@ -79,7 +79,7 @@ class GracefulServer(uvicorn.Server):
         await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens with a long queue in the operating system, of which asyncio accepts few at a time."""
+        """Starts to listen; the operating system queues many connections, of which asyncio accepts a few at a time."""
         if self.config.ssl is not None:
             protocol, context = self.config.http_protocol_class, self.config.ssl
             self.config.http_protocol_class, self.config.ssl = wrap_tls(protocol, context), None  # type: ignore[assignment, arg-type]
@@ -184,7 +184,7 @@ class _RepeatCount:
 class RepeatFilter(logging.Filter):
     """Passes at most `MAX_REPEATS` records with the same logger, level and first line per `REPEAT_SECONDS`.
 
-    The access log is exempt. The number of suppressed records is logged in a line of its own.
+    The access log is exempt. The number of suppressed records is logged in a separate line.
     """
 
     def __init__(self) -> None:
@@ -205,7 +205,7 @@ class RepeatFilter(logging.Filter):
         return is_written
 
     def _count_record(self, record: logging.LogRecord) -> int:
-        """Counts a record; returns how many there were like it in the current interval, this one included."""
+        """Counts a record; returns the number of similar ones in the current interval, including this one."""
         key = (record.name, record.levelno, str(record.msg).partition("\n")[0][:200])
         if key not in self._lines and len(self._lines) >= MAX_TRACKED_LINES:
             key = (record.name, record.levelno, "other lines")

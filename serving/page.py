@@ -1,4 +1,4 @@
-"""The page at /: one self-contained file, and a Content-Security-Policy that allows no other script."""
+"""The web page at /: one self-contained file, with a Content-Security-Policy that allows no other script."""
 
 import base64
 import re
@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 from fastapi import FastAPI, Response
 from pydantic import BaseModel, Field
 
-TEXT = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+HTML = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
 
 def headers() -> Mapping[str, str]:
-    """The page's content policy: only its own script and style (by hash) and requests to this service."""
+    """The page's headers. The policy allows only its own script and style (by hash) and requests to this service."""
     policy = (
         "default-src 'none'",
         f"script-src '{_digest('script')}'",
@@ -29,12 +29,12 @@ def headers() -> Mapping[str, str]:
 
 
 def _digest(element: str) -> str:
-    (text,) = re.findall(rf"<{element}>(.*?)</{element}>", TEXT, re.DOTALL)
+    (text,) = re.findall(rf"<{element}>(.*?)</{element}>", HTML, re.DOTALL)
     return f"sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}"
 
 
 class About(BaseModel):
-    """What is served, for the page."""
+    """The served model, as the page shows it."""
 
     service: Literal["scorer", "gateway"]
     model: Annotated[str, Field(description="Name of the model")]
@@ -51,9 +51,9 @@ def add_page(app: FastAPI, about: Callable[[], About]) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return Response(TEXT, media_type="text/html", headers=policy)
+        return Response(HTML, media_type="text/html", headers=policy)
 
     @app.get("/about", tags=["probes"])
     async def read_about() -> About:
-        """What is served."""
+        """Describes the served model."""
         return about()

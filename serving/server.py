@@ -33,7 +33,7 @@ def run(config: ServeConfig, environment: Environment | None = None) -> None:
     0.
     """
     check_tls(config.tls_certificate, config.tls_key)
-    # Find errors in the keys before a folder is copied from a bucket.
+    # Report invalid keys before a folder is copied from a bucket.
     read_keys(config.api_keys)
     read_secret()
     with local_scorer(config.scorer) as scorer:
@@ -62,7 +62,7 @@ def serve(
     *,
     make_follower: MakeFollower | None = None,
 ) -> None:
-    """Like `run`, with the model that `load` returns."""
+    """Like `run`, but serves the model that `load` returns."""
     keys, secret, environment = read_keys(config.api_keys), read_secret(), environment or Environment()
     prepare_process()
     failures: list[CappyError] = []
@@ -105,10 +105,10 @@ def serve(
 
 @contextlib.contextmanager
 def local_scorer(scorer: str) -> Iterator[str]:
-    """Yields the spec itself, or for a folder in a bucket (`gs://bucket/folder`) a local copy, deleted at the end.
+    """Yields the spec itself, or, for a folder in a bucket (`gs://bucket/folder`), a temporary local copy.
 
-    Raises ConfigError if the bucket cannot be read, and FolderError if the folder has no manifest: without one a
-    missing file would not be noticed. Loading checks every file against the manifest.
+    Raises ConfigError if the bucket cannot be read, and FolderError if the folder has no manifest, because a missing
+    file would not be noticed then. Loading checks every file against the manifest.
     """
     if "://" not in scorer:
         yield scorer
@@ -142,12 +142,12 @@ def _copy(uri: str, folder: Path) -> None:
 
 
 class _Blob(Protocol):
-    """An object of Google Cloud Storage, whose library has no types."""
+    """An object in Google Cloud Storage, whose library has no types."""
 
     name: str
 
     def download_to_filename(self, filename: str) -> None:
-        """Writes it to a file."""
+        """Downloads the object to a file."""
 
 
 def _copy_blobs(uri: str, folder: Path) -> None:

@@ -35,7 +35,7 @@ TRUNCATED_HEADER = "X-Cappy-Pairs-Cut"
 """Response header with the number of distinct pairs that were truncated, if any were."""
 REMEDY = "send fewer pairs per request"
 VALUES_PER_PAIR = 32
-"""Limit of JSON values in a body per allowed pair; tables may have additional columns."""
+"""Maximum JSON values in a body per allowed pair; tables may have additional columns."""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,7 @@ class Service:
         )
 
     async def answer(self, request: Request, dialects: Sequence[Dialect]) -> Response:
-        """Answers a request at a path of these dialects with scores or a refusal in the dialect's shape.
+        """Answers a request at a path that these dialects share, with scores or a refusal in the dialect's shape.
 
         Until the body shows which dialect it is, a refusal has the fields of all of them.
         """
@@ -137,7 +137,7 @@ class Service:
         )
 
     def _timeout_seconds(self, request: Request) -> float:
-        """The time limit of a request in seconds; `_admit` refuses an invalid header later."""
+        """The time limit of a request in seconds; an invalid header is ignored here and refused by `_admit`."""
         value = request.headers.get(TIMEOUT_HEADER, "")
         try:
             seconds = float(value) if value else self.limits.timeout
@@ -179,7 +179,7 @@ class Service:
 
 
 def choose_dialect(dialects: Sequence[Dialect], value: object) -> Dialect:
-    """Returns the first dialect with a marker field in the body, by default the path's first dialect."""
+    """Returns the first dialect with a marker field in the body; if there is none, the path's first dialect."""
     names = value.keys() if isinstance(value, Mapping) else frozenset()
     return next((dialect for dialect in dialects if dialect.marker_fields & names), dialects[0])
 

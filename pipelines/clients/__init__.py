@@ -1,4 +1,4 @@
-"""The interface of the platform clients: submit a run, get its state and logs, cancel it."""
+"""The interface of the platform clients: submit a run, get its state and logs, and cancel it."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ FINAL_STATES = ("done", "failed", "cancelled")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskState:
-    """One task of a remote run: `seconds` is its duration, `error` the platform's message."""
+    """The state of one task of a run; `seconds` is its duration, `error` the platform's message."""
 
     step: str
     state: State
@@ -33,7 +33,7 @@ class RunState:
 
     @property
     def is_final(self) -> bool:
-        """Whether the run has ended, so that its state does not change any more."""
+        """Whether the run has ended, so that its state no longer changes."""
         return self.state in FINAL_STATES
 
 
@@ -41,7 +41,7 @@ class PlatformClient(Protocol):
     """A platform that runs pipelines."""
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
-        """Submits a compiled pipeline with its arguments; ConfigError with the platform's message if it refuses."""
+        """Submits a compiled pipeline with its arguments; raises ConfigError if the platform refuses them."""
         ...
 
     def get_state(self, run: str) -> RunState:
@@ -49,9 +49,9 @@ class PlatformClient(Protocol):
         ...
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
-        """(source, line) pairs of what a step (all steps if empty) wrote so far; a line starts with its step.
+        """Yields (source, line) pairs of what a step, or every step if `step` is empty, has logged so far.
 
-        A source is a pod, a job or a log: lines of one source are in order.
+        Each line starts with the name of its step. A source is a pod, a job or a log; its lines are in order.
         """
         ...
 
@@ -61,5 +61,5 @@ class PlatformClient(Protocol):
 
 
 def step_name(task: str) -> str:
-    """The step of a task's name, without the suffix that kfp adds (-2, -driver, -executor)."""
+    """The name of a task's step: the task's name without the suffix that kfp adds (-2, -driver, -executor)."""
     return re.sub(r"-(\d+|driver|executor)$", "", task)

@@ -1,4 +1,4 @@
-"""Client for Kubeflow Pipelines: kfp's own client, with its way to find credentials; logs come from the pods."""
+"""Client for Kubeflow Pipelines, through kfp's client, which also finds the credentials; logs come from the pods."""
 
 import contextlib
 import io
@@ -36,9 +36,9 @@ REMEDIES = {
     429: "the quota is used up; wait, or request more",
 }
 STUCK_REASONS = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "CreateContainerConfigError", "Unschedulable")
-"""Reasons of a pod that will wait forever: an image, a secret or a machine is missing."""
+"""Reasons why a pod waits forever: an image, a secret or a machine is missing."""
 MAX_LOG_BYTES = 100_000_000
-"""Bytes that are read of a pod's log, from its beginning."""
+"""Maximum bytes that are read from the beginning of a pod's log."""
 RUN_LABEL = "pipeline/runid"
 NODE_NAME = "workflows.argoproj.io/node-name"
 
@@ -150,7 +150,7 @@ class Cluster(Protocol):
 
 
 class KubeflowClient:
-    """Kubeflow Pipelines at one address. States come from its server, logs from the cluster's API."""
+    """Client of Kubeflow Pipelines at one address. States come from its server, logs from the cluster's API."""
 
     def __init__(self, config: Kubeflow) -> None:
         refuse_missing_address(config)
@@ -172,7 +172,7 @@ class KubeflowClient:
         self._namespace = config.namespace if multi_user else None
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
-        """Creates the experiment if it is missing and a run in it."""
+        """Creates a run in the experiment, which is created if it does not exist."""
         # kfp prints links to stdout, where our own output goes.
         with self._translate_errors(), contextlib.redirect_stdout(io.StringIO()):
             created = self._client.create_run_from_pipeline_package(
@@ -200,7 +200,7 @@ class KubeflowClient:
         return RunState(run=run, state=state, url=self._url(run), tasks=tasks_with_reasons, error=error)
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
-        """Log lines of a run, pod by pod; needs access to the cluster's API (kubectl's configuration)."""
+        """Yields the log lines of a run, pod by pod; needs access to the cluster's API (kubectl's configuration)."""
         core = self._connect_to_cluster()
         with self._translate_errors():
             pods = core.list_namespaced_pod(self._config.namespace, label_selector=f"{RUN_LABEL}={run}").items
@@ -247,13 +247,13 @@ class KubeflowClient:
         except config.ConfigException as error:
             remedy = "set KUBECONFIG, or open the run's page"
             raise ConfigError(
-                f"kubeflow: logs come from the cluster, and kubectl has no configuration here; {remedy}"
+                f"kubeflow: cannot read logs from the cluster, since kubectl is not configured here; {remedy}"
             ) from error
         core: Cluster = client.CoreV1Api()
         return core
 
     def _reasons_of_stuck_pods(self, run: str) -> dict[str, list[str]]:
-        """Step -> reasons of its pods that will wait forever; empty if the cluster's API is not reachable."""
+        """Step -> reasons why its pods wait forever; empty if the cluster's API is not reachable."""
         reasons: dict[str, list[str]] = {}
         with contextlib.suppress(ConfigError, UnreachableError):
             core = self._connect_to_cluster()
@@ -266,7 +266,7 @@ class KubeflowClient:
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """Turns errors of the server and of the network into errors of one line."""
+        """Translates errors of the server and of the network to ConfigError and UnreachableError."""
         import kfp_server_api
         import urllib3
         from kubernetes.client import ApiException
@@ -284,7 +284,7 @@ class KubeflowClient:
 
 
 def _connect(endpoint: str) -> Server:
-    """kfp's client with a single health check: kfp itself repeats it five times with pauses, after any error."""
+    """Returns kfp's client, changed to make one health check; kfp repeats it five times with pauses after any error."""
     import kfp
 
     class Client(kfp.Client):  # type: ignore[misc]
@@ -296,7 +296,7 @@ def _connect(endpoint: str) -> Server:
 
 
 def _task_state(task: Task) -> TaskState | None:
-    """The state of a task; None for what Kubeflow adds (drivers, nodes of the graph itself)."""
+    """The state of a task; None for tasks that Kubeflow adds (drivers, nodes of the graph itself)."""
     name = task.display_name or ""
     if (
         name.endswith("-driver")
@@ -311,7 +311,7 @@ def _task_state(task: Task) -> TaskState | None:
 
 
 def _with_reason(task: TaskState, stuck: dict[str, list[str]]) -> TaskState:
-    """The task with the reason why a pod of its step is stuck, if any; each reason is used for one task.
+    """The task with the reason why a pod of its step is stuck, if any; removes the reason, so that it is used once.
 
     The server does not say which shard a pod belongs to, since all shards of a step have the same task name.
     """

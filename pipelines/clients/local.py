@@ -1,4 +1,4 @@
-"""Client for runs on this machine: reads their state and logs from the run's folder."""
+"""Client for runs on this machine: reads a run's state and logs from its folder."""
 
 import fcntl
 import json
@@ -43,13 +43,13 @@ class Request(PipelineSource):
 
 
 class LocalClient:
-    """The runs under a folder, by default `.cappy/runs`."""
+    """Client of the runs under a folder, by default `.cappy/runs`."""
 
     def __init__(self, runs: Path = RUNS) -> None:
         self._runs = runs
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
-        """Raises ConfigError: a local run lives only as long as the terminal that started it."""
+        """Always raises ConfigError: a local run ends with the terminal that started it, so it cannot be submitted."""
         raise ConfigError("local: cannot submit a run to this machine; start it with cappy pipeline run")
 
     def get_state(self, run: str) -> RunState:
@@ -71,7 +71,7 @@ class LocalClient:
         return RunState(run=run, state=state, url=str(folder / "run.log"), tasks=tasks)
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
-        """The lines of a step, or of the whole run; ConfigError for an unknown step.
+        """Yields the lines of a step, or of the whole run; raises ConfigError for an unknown step.
 
         Shards share one log, so a line of one shard may appear under the shard that started last.
         """
@@ -103,7 +103,7 @@ class LocalClient:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether the process that started the run is alive, since it holds the lock."""
+    """Whether the process that started the run is alive: it holds the lock as long as it runs."""
     with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

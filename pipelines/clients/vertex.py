@@ -40,7 +40,7 @@ REMEDIES = {
 
 
 class VertexClient:
-    """Vertex AI Pipelines of one project and region."""
+    """Client of Vertex AI Pipelines in one project and region."""
 
     def __init__(self, config: Vertex) -> None:
         refuse_missing_address(config)
@@ -78,7 +78,7 @@ class VertexClient:
         with self._translate_errors():
             job = self._sdk.PipelineJob.get(run)
         resource = job.gca_resource
-        tasks = tuple(task for task in map(_task, resource.job_detail.task_details) if task)
+        tasks = tuple(task for task in map(_task_state, resource.job_detail.task_details) if task)
         return RunState(
             run=run,
             state=_state(resource.state.name),
@@ -88,7 +88,7 @@ class VertexClient:
         )
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
-        """Log lines of the steps' containers, oldest first, from Cloud Logging (needs role logging.viewer)."""
+        """Yields log lines of the steps' containers, oldest first, from Cloud Logging (needs role logging.viewer)."""
         with self._translate_errors():
             details = self._sdk.PipelineJob.get(run).gca_resource.job_detail.task_details
         jobs = {
@@ -143,18 +143,18 @@ class VertexClient:
         return f"https://console.cloud.google.com/vertex-ai/{path}"
 
     def _translate_errors(self) -> contextlib.AbstractContextManager[None]:
-        """Turns errors of the service, the credentials and the network into errors of one line."""
+        """Translates errors of the service, the credentials and the network to errors with a remedy."""
         from cappy.vertex import translate_errors
 
         return translate_errors("pipeline", self._config.project, self._config.region, REMEDIES)
 
 
 def _endpoint_options(config: Vertex) -> dict[str, str]:
-    """Options for a custom endpoint, which must speak REST."""
+    """Options for a custom endpoint, which must accept REST."""
     return {"api_endpoint": config.endpoint, "api_transport": "rest"} if config.endpoint else {}
 
 
-def _task(task: "PipelineTaskDetail") -> TaskState | None:
+def _task_state(task: "PipelineTaskDetail") -> TaskState | None:
     """The state of a task; None for nodes of the graph itself, which run no container."""
     if not task.executor_detail.container_detail.main_job and task.state.name not in ("SKIPPED", "NOT_TRIGGERED"):
         return None

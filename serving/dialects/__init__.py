@@ -1,4 +1,4 @@
-"""The dialects of the service; if several share a path, the fields of a body decide, in this order."""
+"""The dialects of the service. If several share a path, the first one with a marker field in the body is used."""
 
 from collections.abc import Sequence
 

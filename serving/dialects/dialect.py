@@ -13,7 +13,7 @@ from serving.config import RequestLimits
 from serving.engine import Models
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
-"""A string that must not be empty."""
+"""A non-empty string."""
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 """At least one string; an error names the first invalid item only."""
 Flag = Annotated[bool, Field(strict=True)]
@@ -33,7 +33,7 @@ class RefusalResponse(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredPairs:
-    """The result of a request: a score and a logit per pair, in order, and which scorer gave them."""
+    """The result of a request: a score and a logit per pair, in order, and the scorer that computed them."""
 
     scores: Sequence[float]
     logits: Sequence[float]
@@ -48,7 +48,7 @@ class ScoredPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModels:
-    """What the GET routes of a dialect describe."""
+    """The served models and their limits, which the GET routes of a dialect describe."""
 
     models: Models
     limits: RequestLimits
@@ -57,12 +57,12 @@ class ServedModels:
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """One kind of client.
+    """The API of one kind of client.
 
-    `paths` may contain `{model}` and `{version}`. If several dialects share a path, a body belongs to the first one
-    with a marker field in it. `pairs` reads the pairs of a request, `answer` writes the response, `refuse` writes
-    (status, message) in the dialect's shape, whose type is `problem`. `requested_model` returns the model that a
-    request names, if any.
+    `paths` may contain `{model}` and `{version}`. If several dialects share a path, a body belongs to the first dialect
+    with a marker field in it. `pairs` reads the pairs of a request, and `answer` writes the response. `refuse` writes
+    an error from (status, message); its shape is `problem`. `requested_model` returns the model that a request names,
+    or None.
     """
 
     name: str
@@ -79,18 +79,18 @@ class Dialect:
     invalid_status: int = 422
     """Status for JSON of the wrong shape."""
     one_pool: bool = False
-    """Whether the pairs of a request are the candidates of one pool, of which the best is selected."""
+    """Whether the pairs of a request are the candidates of one pool, from which the best is selected."""
     exclude_none: bool = False
     """Whether responses omit fields without a value instead of writing null."""
     requested_model: Callable[[Any], str | None] = lambda request: None
     forbids_truncation: Callable[[Any], bool] = lambda request: False
-    """Whether a request wants pairs that are too long to be refused instead of truncated."""
+    """Whether a request demands that pairs which are too long are refused instead of truncated."""
     content_types: frozenset[str] = frozenset()
-    """Content types that are accepted in addition to JSON; "" stands for no content type."""
+    """Content types that are accepted in addition to JSON; "" means no content type."""
     parse: Callable[[bytes, Mapping[str, str], Bounds], object] = lambda body, headers, bounds: bounds.parse(body)
     """Parses a body, given its headers; raises Refusal if it is out of bounds, ValueError if it is not JSON."""
     add_routes: Callable[[FastAPI, ServedModels], None] | None = None
-    """Adds GET routes that its clients use, such as model metadata; they need no key."""
+    """Adds GET routes that the dialect's clients use, such as model metadata; they need no key."""
 
 
 def rank_pairs(result: ScoredPairs, values: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:

@@ -13,7 +13,7 @@ from serving.dialects.dialect import Body, Dialect, NonEmptyText, RefusalRespons
 from serving.dialects.vertex import UNREADY_RESPONSES, NoParameters
 
 COLUMNS = ("instruction", "response")
-FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
+FORMATS = ("dataframe_split", "dataframe_records", "instances", "inputs")
 ERROR_CODES: Mapping[int, str] = {
     401: "UNAUTHENTICATED",
     404: "RESOURCE_DOES_NOT_EXIST",
@@ -33,13 +33,13 @@ class InputRow(BaseModel):
 
 
 class Columns(BaseModel):
-    """Instructions and as many responses; other columns are ignored."""
+    """Instructions and responses, one per row; other columns are ignored."""
 
     instruction: Annotated[list[NonEmptyText], Field(min_length=1, fail_fast=True)]
     response: Annotated[list[str], Field(min_length=1, fail_fast=True)]
 
     @model_validator(mode="after")
-    def _equally_long(self) -> Self:
+    def _check_lengths(self) -> Self:
         if len(self.instruction) != len(self.response):
             raise ValueError(f"{len(self.instruction)} instructions for {len(self.response)} responses")
         return self
@@ -57,7 +57,7 @@ class Split(BaseModel):
         return self
 
     def pairs(self) -> list[Pair]:
-        """The pairs of the two columns, which may be in any order."""
+        """The pairs in the two columns; raises ValueError for a missing column or an invalid row."""
         if missing := set(COLUMNS) - set(self.columns):
             raise ValueError(f"there is no column {min(missing)}")
         if any(len(row) != len(self.columns) for row in self.data):
@@ -89,9 +89,9 @@ class InvocationsRequest(Body):
     params: NoParameters | None = None
 
     @model_validator(mode="after")
-    def _one_form(self) -> Self:
-        if sum(getattr(self, form) is not None for form in FORMS) != 1:
-            raise ValueError(f"there must be exactly one of {', '.join(FORMS)}")
+    def _check_format(self) -> Self:
+        if sum(getattr(self, name) is not None for name in FORMATS) != 1:
+            raise ValueError(f"there must be exactly one of {', '.join(FORMATS)}")
         return self
 
 
@@ -109,7 +109,7 @@ class MlflowProblem(RefusalResponse):
 
 
 def _pairs(request: InvocationsRequest) -> list[Pair]:
-    table = next(table for form in FORMS if (table := getattr(request, form)) is not None)
+    table = next(table for name in FORMATS if (table := getattr(request, name)) is not None)
     if isinstance(table, Split):
         return table.pairs()
     if isinstance(table, Columns):
@@ -121,11 +121,11 @@ def _refuse(status: int, message: str) -> Mapping[str, object]:
     return {"error_code": ERROR_CODES.get(status, "BAD_REQUEST"), "message": message}
 
 
-def _add_routes(app: FastAPI, served: ServedModels) -> None:
+def _add_routes(app: FastAPI, served_models: ServedModels) -> None:
     @app.get("/ping", tags=["served"], response_class=PlainTextResponse, responses=UNREADY_RESPONSES)
     async def ping() -> Response:
         """Readiness of the service."""
-        return PlainTextResponse("\n", status_code=503 if served.models.unready else 200)
+        return PlainTextResponse("\n", status_code=503 if served_models.models.unready else 200)
 
     @app.get("/version", tags=["served"], response_class=PlainTextResponse)
     async def version() -> Response:

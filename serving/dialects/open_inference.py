@@ -25,9 +25,9 @@ from serving.dialects.vertex import (
 )
 
 JSON_LENGTH_HEADER = "inference-header-content-length"
-"""How many bytes of a body are JSON; the rest is tensors."""
+"""Header with the number of bytes of JSON at the start of a body; the rest is tensors."""
 LENGTH_BYTES = 4
-"""Each element is preceded by its length as a little-endian integer of this many bytes."""
+"""Each element of a binary tensor is preceded by its length, a little-endian integer of this many bytes."""
 INPUTS = ("instruction", "response")
 OUTPUT, DATATYPE = "score", "FP64"
 EXAMPLE: dict[str, JsonValue] = {
@@ -79,13 +79,13 @@ class RequestedOutput(Body):
 
 
 class InferParameters(Body):
-    """Whether outputs may be binary; ignored, they are JSON."""
+    """Whether outputs may be binary; ignored, since they are always JSON."""
 
     binary_data_output: Flag = False
 
 
 class InferRequest(Body):
-    """Two tensors of equal shapes."""
+    """Two tensors of the same shape."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]}, protected_namespaces=())
 
@@ -180,8 +180,8 @@ def _answer(request: InferRequest, result: ScoredPairs) -> InferResponse:
     return InferResponse(model_name=result.model, model_version=result.version, id=request.id, outputs=[tensor])
 
 
-def _add_routes(app: FastAPI, served: ServedModels) -> None:
-    models = served.models
+def _add_routes(app: FastAPI, served_models: ServedModels) -> None:
+    models = served_models.models
 
     @app.get("/v2", tags=["served"])
     async def server_metadata() -> Mapping[str, object]:

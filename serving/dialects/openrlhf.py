@@ -13,7 +13,7 @@ EXAMPLE: dict[str, JsonValue] = {"query": ["What is 1 + 1? 2"], "prompts": ["Wha
 
 
 class RewardRequest(Body):
-    """Queries and as many prompts; `labels` are ignored, since a scorer needs no reference."""
+    """Queries and the prompt of each; `labels` are ignored, since a scorer needs no reference."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
@@ -32,7 +32,7 @@ class RewardRequest(Body):
 
 
 class RewardResponse(Body):
-    """Rewards in the order of the queries; `scores` has the same values, `extra_logs` is for plots."""
+    """Rewards in the order of the queries; `scores` has the same values, `extra_logs` has values to plot."""
 
     rewards: Sequence[float]
     scores: Sequence[float]
@@ -40,7 +40,7 @@ class RewardResponse(Body):
 
 
 def _pairs(request: RewardRequest) -> list[Pair]:
-    """The response is what follows the prompt, which may be preceded by a begin-of-text token."""
+    """The pairs; a response is the text after its prompt, before which there may be a begin-of-text token."""
     return [(prompt, query.partition(prompt)[2]) for query, prompt in zip(request.query, request.prompts, strict=True)]
 
 

@@ -89,7 +89,7 @@ def _refuse_cohere(status: int, message: str) -> Mapping[str, object]:
 
 
 def make_meta(version: str, tokens: int) -> Meta:
-    """The usage of a response of this API version."""
+    """The usage in a response of this version of Cohere's API."""
     num_tokens = Tokens(input_tokens=tokens)
     return Meta(api_version=ApiVersion(version=version), billed_units=num_tokens, tokens=num_tokens)
 

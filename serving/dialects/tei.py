@@ -88,7 +88,7 @@ class TeiPrediction(Body):
 
 
 class TeiPredictResponse(RootModel[Sequence[TeiPrediction] | Sequence[Sequence[TeiPrediction]]]):
-    """A list per pair; a single list if the request has one pair outside of a list."""
+    """A list per pair; a single list if the request is one pair instead of a list of pairs."""
 
 
 class TeiProblem(RefusalResponse):
@@ -128,18 +128,18 @@ def _predictions(request: TeiPredictRequest, result: ScoredPairs) -> TeiPredictR
     return TeiPredictResponse(predictions[0] if isinstance(request.inputs, tuple) else predictions)
 
 
-def _add_routes(app: FastAPI, served: ServedModels) -> None:
+def _add_routes(app: FastAPI, served_models: ServedModels) -> None:
     @app.get("/info", tags=["served"])
     async def info() -> Mapping[str, object]:
         """Model information in the format of Text Embeddings Inference."""
-        model = served.models.current
+        model = served_models.models.current
         return {
             "model_id": model.name,
             "model_sha": model.sha256,
             "model_dtype": model.precision,
             "model_type": {"reranker": {"id2label": {"0": LABEL}, "label2id": {LABEL: 0}}},
-            "max_batch_tokens": served.batch_tokens,
-            "max_client_batch_size": served.limits.max_pairs,
+            "max_batch_tokens": served_models.batch_tokens,
+            "max_client_batch_size": served_models.limits.max_pairs,
             "auto_truncate": True,
             "version": cappy.__version__,
         }

@@ -111,17 +111,17 @@ def model_state(models: Models, model: str, version: str = "") -> Response:
     return unknown_model(models, model, version) or JSONResponse(content, status_code=status)
 
 
-def _add_routes(app: FastAPI, served: ServedModels) -> None:
+def _add_routes(app: FastAPI, served_models: ServedModels) -> None:
     @app.get("/v1/models", tags=["served"])
     async def list_models() -> Mapping[str, object]:
         """The served model, for clients of KServe and vLLM."""
-        name = served.models.current.name
+        name = served_models.models.current.name
         return {"models": [name], "object": "list", "data": [{"id": name, "object": "model", "owned_by": "cappy"}]}
 
     @app.get("/v1/models/{model}", tags=["served"], responses={**UNKNOWN_MODEL_RESPONSES, **UNREADY_RESPONSES})
     async def model_status(model: str) -> Response:
         """Readiness of a model."""
-        return model_state(served.models, model)
+        return model_state(served_models.models, model)
 
 
 KSERVE = replace(VERTEX, name="kserve", paths=("/v1/models/{model}:predict",), add_routes=_add_routes)

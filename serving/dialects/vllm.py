@@ -48,9 +48,11 @@ class VllmRequest(Body):
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
-        first, second = len(_as_list(self.text_1)), len(_as_list(self.text_2))
-        if first not in (1, second):
-            raise ValueError(f"{first} instructions for {second} responses; give one, or one per response")
+        num_instructions, num_responses = len(_as_list(self.text_1)), len(_as_list(self.text_2))
+        if num_instructions not in (1, num_responses):
+            raise ValueError(
+                f"{num_instructions} instructions for {num_responses} responses; give one, or one per response"
+            )
         return self
 
 
@@ -107,8 +109,10 @@ def _as_list(texts: str | list[str]) -> list[str]:
 
 
 def _pairs(request: VllmRequest) -> list[Pair]:
-    first, second = _as_list(request.text_1), _as_list(request.text_2)
-    return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
+    instructions, responses = _as_list(request.text_1), _as_list(request.text_2)
+    if len(instructions) == 1:
+        instructions = instructions * len(responses)
+    return list(zip(instructions, responses, strict=True))
 
 
 def _answer(request: VllmRequest, result: ScoredPairs) -> VllmResponse:

@@ -10,24 +10,24 @@ from cappy.errors import CappyError
 from cappy.sampling.generators import estimate_tokens
 from serving.gateway.config import Policy, SpendingLimits
 from serving.gateway.errors import GatewayError
-from serving.gateway.policy import EXPECTED_TOKENS, Allowance, Ledger, Limit, Stop, Total, allow, decide
+from serving.gateway.policy import EXPECTED_TOKENS, Allowance, Ledger, Limit, Stop, TotalCost, allow, decide
 from serving.gateway.requests import ChatRequest
 from serving.gateway.scoring import Scoring
 from serving.gateway.upstream import RoundResult, SampledCandidate, SamplingCall, Upstream
 
 SAMPLING_SHARE = 0.9
-"""Share of a request's time for sampling; the rest is for scoring."""
+"""Share of a request's time limit for sampling; the rest is for scoring."""
 MAX_SCORED_CHARACTERS = 100_000
-"""Characters of a response to score: scorers read about a thousand tokens; encoding more would delay other requests."""
+"""Characters of a response that are scored: scorers read about a thousand tokens; more would delay other requests."""
 OutcomeKind = Literal["answered", "abstained", "escalated", "escalation-failed", "unscored"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatewayOutcome:
-    """The result of a request: its candidates, best first, and the ledger of all of them.
+    """The result of a request: its candidates, best first, and their ledger.
 
     `kind` is `unscored` if no candidate could be scored (refused, filtered or empty): then the LLM's first response is
-    returned.
+    returned. `scorer` is the scorer's version.
     """
 
     request: ChatRequest
@@ -42,21 +42,24 @@ class GatewayOutcome:
 
     @property
     def best(self) -> SampledCandidate:
-        """The candidate with the highest score, the first of equals; truncated only if no complete one is scored."""
+        """The candidate with the highest score, the first of equals; truncated only if no complete one has a score."""
         return self.candidates[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gateway:
-    """The LLM, the scorer and the policy; `second` is the LLM to ask if the best candidate is below the floor."""
+    """Answers requests with an LLM, a scorer and a policy.
 
-    first: Upstream
+    `second_upstream` is the second LLM, which is asked if the best score is below the policy's floor.
+    """
+
+    upstream: Upstream
     scoring: Scoring
     policy: Policy = field(default_factory=Policy)
     limits: SpendingLimits = field(default_factory=SpendingLimits)
-    second: Upstream | None = None
+    second_upstream: Upstream | None = None
     second_candidates: int = 1
-    total: Total = field(default_factory=Total)
+    total_cost: TotalCost = field(default_factory=TotalCost)
 
     async def answer(self, request: ChatRequest, authorization: str) -> GatewayOutcome:
         """Answers a request; raises GatewayError if there is no candidate."""
@@ -65,9 +68,9 @@ class Gateway:
     async def close(self) -> None:
         """Closes all connections and the scorer."""
         await self.scoring.close()
-        await self.first.close()
-        if self.second is not None:
-            await self.second.close()
+        await self.upstream.close()
+        if self.second_upstream is not None:
+            await self.second_upstream.close()
 
 
 class _Run:
@@ -77,7 +80,7 @@ class _Run:
         self._gateway = gateway
         self._request = request
         self._authorization = authorization
-        self._ledger = Ledger(gateway.limits, gateway.total)
+        self._ledger = Ledger(gateway.limits, gateway.total_cost)
         self._candidates: list[SampledCandidate] = []
         self._problems: list[GatewayError] = []
         self._limit: Limit | None = None
@@ -88,7 +91,7 @@ class _Run:
         # At temperature 0 all candidates would be the same.
         deterministic = self._request.temperature == 0 and gateway.policy.candidates > self._request.count
         max_candidates = self._request.count if deterministic else gateway.policy.candidates
-        stop: Stop = await self._sample(gateway.first, max_candidates)
+        stop: Stop = await self._sample(gateway.upstream, max_candidates)
         if not self._candidates:
             raise self._no_candidate_error()
         kind = await self._decide_outcome()
@@ -111,13 +114,13 @@ class _Run:
         floor = gateway.policy.floor
         if floor is None or (best is not None and best >= floor):
             return "answered" if best is not None else "unscored"
-        if gateway.second is not None:
+        if gateway.second_upstream is not None:
             num_before = len(self._candidates)
-            await self._sample(gateway.second, gateway.second_candidates)
+            await self._sample(gateway.second_upstream, gateway.second_candidates)
             return "escalated" if len(self._candidates) > num_before else "escalation-failed"
         return "abstained" if best is not None else "unscored"
 
-    async def _sample(self, llm: Upstream, max_candidates: int) -> Stop:
+    async def _sample(self, upstream: Upstream, max_candidates: int) -> Stop:
         """Samples an LLM in rounds until the policy or a limit stops it."""
         start, num_requested = len(self._candidates), 0
         while True:
@@ -133,18 +136,18 @@ class _Run:
             )
             if decision.stop:
                 return decision.stop
-            allowance = self._allowance(llm, decision.count, first=num_requested == 0)
+            allowance = self._allowance(upstream, decision.count, first=num_requested == 0)
             if not allowance.count:
                 self._limit = allowance.limit
                 return "limit"
-            await self._round(llm, allowance, first_index=num_requested)
+            await self._round(upstream, allowance, first_index=num_requested)
             num_requested += allowance.count
             if self._limit:
                 return "limit"
             if len(self._candidates) - start == num_received:
                 return "upstream"
 
-    async def _round(self, llm: Upstream, allowance: Allowance, *, first_index: int) -> None:
+    async def _round(self, upstream: Upstream, allowance: Allowance, *, first_index: int) -> None:
         """Samples and scores one round; records its problems and the limit that it reached."""
         deadline = self._started + SAMPLING_SHARE * self._gateway.limits.max_seconds
         result = RoundResult()
@@ -157,7 +160,7 @@ class _Run:
         )
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                await llm.sample(call, result, count=allowance.count, first_index=first_index)
+                await upstream.sample(call, result, count=allowance.count, first_index=first_index)
         except TimeoutError:
             self._limit = "seconds"
         self._problems += result.problems
@@ -168,7 +171,7 @@ class _Run:
         )
 
     async def _score(self, candidates: Sequence[SampledCandidate]) -> list[SampledCandidate]:
-        """Scores candidates; returns them unscored if the time is up and earlier candidates have scores."""
+        """Scores candidates; returns them without scores if the time is up and earlier candidates have scores."""
         scorable = [candidate for candidate in candidates if candidate.scorable]
         if not scorable:
             return list(candidates)
@@ -192,7 +195,7 @@ class _Run:
         }
         return [scored_by_id.get(id(candidate), candidate) for candidate in candidates]
 
-    def _allowance(self, llm: Upstream, max_count: int, *, first: bool) -> Allowance:
+    def _allowance(self, upstream: Upstream, max_count: int, *, first: bool) -> Allowance:
         """How many of up to `max_count` candidates the limits allow."""
         ledger, client_max_tokens = self._ledger, self._request.max_tokens
         prompt_tokens = max((_tokens(usage, "prompt_tokens") for usage in ledger.usages), default=0)
@@ -203,7 +206,7 @@ class _Run:
         allowance = allow(
             max_count,
             ledger.budgets(),
-            llm.llm.prices,
+            upstream.llm.prices,
             prompt_tokens=prompt_tokens or estimate_tokens(self._request.instruction),
             min_tokens=client_max_tokens or longest_response,
             first=first and not self._candidates,
@@ -243,7 +246,7 @@ class _Run:
 
 
 def with_values(candidates: Sequence[SampledCandidate], scoring: Scoring) -> list[SampledCandidate]:
-    """Sets each candidate's value: its score, calibrated for the best of n candidates; n counts distinct texts."""
+    """Sets each candidate's `value`: its score, calibrated for the best of n candidates with distinct texts."""
     scores = {index: candidate.score for index, candidate in enumerate(candidates) if candidate.score is not None}
     if not scores:
         return list(candidates)
@@ -261,7 +264,7 @@ def _ranking_key(candidate: SampledCandidate) -> tuple[bool, bool, float]:
 
 
 def _values(candidates: Sequence[SampledCandidate]) -> list[float]:
-    """Calibrated values of the complete candidates; of the truncated ones if there are no others."""
+    """The `value` of each complete candidate, or of each truncated one if no complete one has a score."""
     scored_candidates = [(candidate.status, candidate.value) for candidate in candidates if candidate.value is not None]
     complete = [value for status, value in scored_candidates if status != "truncated"]
     return complete or [value for _, value in scored_candidates]

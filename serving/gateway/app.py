@@ -1,4 +1,4 @@
-"""The gateway as an HTTP application: OpenAI's chat completions in front of an LLM and a scorer."""
+"""The gateway's HTTP application: OpenAI's chat completions API in front of an LLM and a scorer."""
 
 import asyncio
 import contextlib
@@ -47,7 +47,7 @@ OPEN_PATHS = ("/", "/about", "/health", "/ready")
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """Who may send requests: valid keys (none: no key is needed), host names and origins of pages."""
+    """Who may send requests: valid keys (no key is needed if there are none), host names and origins of pages."""
 
     keys: Keys = field(default_factory=Keys)
     hosts: Hosts = ANY_HOST
@@ -109,7 +109,7 @@ class _RouteContext:
     shutdown: ShutdownFlag
 
     def authorization(self, request: Request) -> str:
-        """The Authorization header to pass on to the LLM; empty if this gateway has keys, as it then holds one."""
+        """The Authorization header to pass on to the LLM; empty if this gateway has keys, because it then has one."""
         return "" if self.keys else request.headers.get("authorization", "")
 
 
@@ -125,7 +125,7 @@ def create_app(
 ) -> FastAPI:
     """Creates an application that answers with the gateway's best candidate and stores answers in the feedback log.
 
-    During `shutdown` it still answers but is not ready. `tracing` is closed when the application ends.
+    While `shutdown` is set it still answers but is not ready. `tracing` is closed when the application ends.
     """
     access, limits = access or Access(), limits or ChatLimits()
     context = _RouteContext(
@@ -191,9 +191,12 @@ def create_app(
 
 def _describe_gateway(gateway: Gateway) -> About:
     scoring = gateway.scoring
-    calibrated = scoring.calibration is not None
     return About(
-        service="gateway", model=gateway.first.llm.model, version=scoring.version(), former=None, calibrated=calibrated
+        service="gateway",
+        model=gateway.upstream.llm.model,
+        version=scoring.version(),
+        former=None,
+        calibrated=scoring.calibration is not None,
     )
 
 
@@ -234,14 +237,14 @@ def _add_models(app: FastAPI, context: _RouteContext) -> None:
     @app.get("/v1/models", tags=["chat"], response_class=Response)
     async def models(request: Request) -> Response:
         """The list of models, as the LLM's server returns it."""
-        listed = await context.gateway.first.models(context.authorization(request))
+        listed = await context.gateway.upstream.models(context.authorization(request))
         return Response(listed, media_type="application/json")
 
 
 def _add_feedback(app: FastAPI, context: _RouteContext) -> None:
     @app.post("/v1/feedback", tags=["feedback"], response_class=Response)
     async def feedback(request: Request) -> Response:
-        """Takes a user's feedback on an answer: {"id", "score"} or {"id", "reference"}."""
+        """Stores a user's feedback on an answer: {"id", "score"} or {"id", "reference"}."""
         with context.budget.reserve() as reservation:
             body = await _body(request, context, reservation)
             item = await run_in_thread(len(body), partial(read_feedback, body, context.bounds))
@@ -261,7 +264,7 @@ def _add_probes(app: FastAPI, context: _RouteContext) -> None:
 
     @app.get("/ready", tags=["probes"], response_class=Response)
     async def ready() -> Response:
-        """Readiness: whether the LLM's server answers, if only with an error such as 401; false after SIGTERM."""
+        """Readiness: whether the LLM's server answers, even with an error such as 401; false after SIGTERM."""
         reason = SHUTTING_DOWN if context.shutdown.shutting_down else await _unreachable_reason(context.gateway)
         return _Json({"ready": not reason, "reason": reason}, status_code=503 if reason else 200)
 
@@ -274,7 +277,7 @@ def _add_probes(app: FastAPI, context: _RouteContext) -> None:
 async def _unreachable_reason(gateway: Gateway) -> str:
     """Why the LLM's server does not answer; empty if it does."""
     try:
-        await gateway.first.models("")
+        await gateway.upstream.models("")
     except GatewayError as problem:
         return str(problem) if problem.status in _UNREACHABLE_STATUSES else ""
     return ""
@@ -296,7 +299,7 @@ async def _answer(
         raise
     context.metrics.count_answer(outcome)
     if context.feedback is not None:
-        await context.feedback.keep(outcome, completion_id)
+        await context.feedback.store(outcome, completion_id)
     return outcome
 
 
@@ -354,7 +357,7 @@ def _refuse(path: str, refusal: Refusal) -> Response:
 
 
 async def _gateway_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, GatewayError)  # noqa: S101 (what the handler is registered for)
+    assert isinstance(error, GatewayError)  # noqa: S101 (the handler is only registered for this type)
     return _Json(error.body(), status_code=error.status, headers=error.headers)
 
 
@@ -366,6 +369,6 @@ async def _internal_error(request: Request, error: Exception) -> Response:
 
 async def _not_found(request: Request, error: Exception) -> Response:
     """Answers an unknown path or method in OpenAI's shape."""
-    assert isinstance(error, HTTPException)  # noqa: S101 (what the handler is registered for)
+    assert isinstance(error, HTTPException)  # noqa: S101 (the handler is only registered for this type)
     text = f"{request.method} {request.url.path}: {error.detail}; use POST /v1/chat/completions"
     return _Json(GatewayError(error.status_code, text).body(), status_code=error.status_code, headers=error.headers)

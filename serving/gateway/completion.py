@@ -12,7 +12,7 @@ from serving.gateway.errors import GatewayError
 
 REFUSAL = "I do not have an answer that is good enough."
 KEEP_ALIVE_SECONDS = 5.0
-"""Interval of the comments that keep proxies and clients from timing out; OpenAI's clients skip them."""
+"""Interval of the comments that keep proxies and clients from timing out, in seconds; OpenAI's clients skip them."""
 _COMMENT = ": sampling\n\n"
 _PIECE = re.compile(r"\s*\S{1,40}\s?|\s+")
 
@@ -55,8 +55,8 @@ def _usage(outcome: GatewayOutcome) -> dict[str, object]:
 def summary(outcome: GatewayOutcome) -> dict[str, object]:
     """Summarizes an outcome as JSON values; `limit` is null if none was reached.
 
-    `unmetered_calls` counts calls whose tokens no server reported: `usage` lacks them, and the cost limits count their
-    maximum.
+    `unmetered_calls` counts calls whose tokens the server did not report: `usage` does not contain them, and the cost
+    limits count their maximum.
     """
     ledger = outcome.ledger
     return {
@@ -76,7 +76,7 @@ def summary(outcome: GatewayOutcome) -> dict[str, object]:
 
 
 def headers(outcome: GatewayOutcome) -> dict[str, str]:
-    """The summary as headers, `X-Cappy-Outcome` to `X-Cappy-Seconds`; values that are empty are left out."""
+    """The summary as headers, `X-Cappy-Outcome` to `X-Cappy-Seconds`; empty values are left out."""
     values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in summary(outcome).items()}
     return {
         f"X-Cappy-{name.replace('_', '-').title()}": value.encode("ascii", "replace").decode()
@@ -116,11 +116,11 @@ def chunks(outcome: GatewayOutcome, completion_id: str, *, details: bool) -> Ite
         head = {**head, "usage": None}
     for choice in _choices(outcome):
         yield from ({**head, "choices": [part]} for part in _parts(choice))
-        end = {**head, "choices": [_part(choice, {}, finish=choice.get("finish_reason"))]}
+        last_chunk = {**head, "choices": [_part(choice, {}, finish=choice.get("finish_reason"))]}
         if choice["index"] == 0:
             extra = {"candidates": _candidates(outcome)} if details else {}
-            end["cappy"] = {**summary(outcome), **extra}
-        yield end
+            last_chunk["cappy"] = {**summary(outcome), **extra}
+        yield last_chunk
     if outcome.request.include_usage:
         yield {**head, "choices": [], "usage": _usage(outcome)}
 
@@ -176,7 +176,8 @@ async def events(
 ) -> AsyncIterator[str]:
     """Yields the chunks of the outcome as server-sent events, then `[DONE]`.
 
-    Before them it sends a comment at once, which opens the stream, and then one every `keep_alive` seconds.
+    Until the outcome is known, sends a comment immediately, which opens the stream, and then one every `keep_alive`
+    seconds.
 
     A GatewayError becomes an event with OpenAI's error object, which its clients raise. The task is cancelled when the
     client disconnects.

@@ -13,7 +13,7 @@ from serving.config import DEFAULT_SCORER, AccessConfig, BodyLimits, ListenerCon
 
 @settings
 class LlmConfig:
-    """The LLM; prices are per million tokens."""
+    """The LLM's server, key and prices; prices are per million tokens."""
 
     RENAMED: ClassVar[Renames] = {"price_prompt": "price_input", "price_completion": "price_output"}
 
@@ -95,7 +95,7 @@ class EscalationConfig:
 
 @settings
 class SpendingLimits:
-    """Limits per request on time, and on completion tokens and cost of all its candidates; and on the total cost.
+    """Limits per request on time, and on tokens and cost of all its candidates; and a limit on the total cost.
 
     0 means no limit, except for `max_seconds`.
     """
@@ -119,7 +119,7 @@ class SpendingLimits:
 
 @settings
 class ChatLimits(BodyLimits):
-    """Limits of a request body; one turn of a conversation has three values."""
+    """Limits of a request body; a turn of a conversation has three JSON values."""
 
     max_values: Annotated[
         int, ADVANCED, Field(ge=100, description="Maximum JSON values in a request body; more get status 413")

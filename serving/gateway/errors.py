@@ -52,9 +52,9 @@ class GatewayError(Exception):
 
 
 def refusal_error(name: str, response: httpx2.Response, keys: Sequence[str]) -> GatewayError:
-    """The error of an LLM's server with its status and message, from which keys are removed.
+    """The error for an error response of an LLM's server: its status and message, from which keys are removed.
 
-    `name` is the server in the message. A redirect, or any status that is not an error, becomes 502.
+    `name` is the server's name in the message. A redirect, or any other status that is not an error, becomes 502.
     """
     status = response.status_code
     if not 400 <= status <= 599:
@@ -73,7 +73,7 @@ def refusal_error(name: str, response: httpx2.Response, keys: Sequence[str]) -> 
 
 
 def answer_error(name: str, error: BadAnswerError, keys: Sequence[str]) -> GatewayError:
-    """The error for a response with status 200 and no candidate: the one that it states, else 502."""
+    """The error for a response with status 200 and no candidate: the error in its body, otherwise 502."""
     status = embedded_status(error)
     if status:
         refusal = read_embedded_error(error, keys)
@@ -91,7 +91,10 @@ def utf8_error(name: str) -> GatewayError:
 
 
 def network_error(name: str, error: httpx2.HTTPError, seconds: float, keys: Sequence[str]) -> GatewayError:
-    """The error for a failed connection: 504 on a timeout, 503 if there are too many requests, else 502."""
+    """The error for a failed call.
+
+    504 on a timeout, 503 if all connections are in use, 400 for an invalid Authorization header, otherwise 502.
+    """
     if isinstance(error, httpx2.PoolTimeout):
         text = f"all connections to {name} are in use; try again"
         return GatewayError(503, text, kind="overloaded", code="overloaded", headers={"retry-after": "1"})

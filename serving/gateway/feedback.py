@@ -1,14 +1,14 @@
 """The feedback log: all answers with their candidates, and users' scores and references for them.
 
-It has three folders of records. `answers` holds all answers, which are not instances since they have no references or
+It has three folders of records. `answers` holds all answers; they are not instances, since they have no references or
 labels. `rated` holds answers with scores from users: only the rated candidates, with the label `given`. `referenced`
 holds answers with a reference from a user, with all candidates. The last two can be read by `cappy adapt` and
 `annotation`; a scorer only learns from a rated answer if two of its choices are rated.
 
 Each folder is complete on disk at any time. Rows of the open part stay in memory until it is full; every `flush` writes
 them as a part with a new name, and the manifest then names the new part instead of the old one. A crash loses the rows
-since the last flush and leaves at most one part that no manifest names, which the next start removes. Rows contain what
-users wrote, so folder and files are only readable by their owner, whatever the umask.
+since the last flush and leaves at most one part that no manifest names, which the next start removes. Rows contain
+users' texts, so folder and files are only readable by their owner, whatever the umask.
 """
 
 import asyncio
@@ -122,7 +122,7 @@ class AppendableDataset:
         return next(row for row in rows if row.instance_id == instance_id)
 
     def flush(self) -> None:
-        """Writes what was added or changed since the last flush."""
+        """Writes the rows that were added or changed since the last flush."""
         if not self._has_changes:
             return
         self._open_file = self._write([*self._open_rows.values()]) if self._open_rows else None
@@ -153,7 +153,7 @@ class AppendableDataset:
         )
 
     def _find_part(self, instance_id: str) -> int | None:
-        """The index of the full part with this id, newest parts first."""
+        """The index of the newest full part with this id, or None."""
         key = _hash_id(instance_id)
         for index in range(len(self._full_parts) - 1, -1, -1):
             name = self._full_parts[index].name
@@ -213,7 +213,7 @@ def _part_number(name: str) -> int:
 
 
 class Feedback(BaseModel):
-    """A user's feedback on an answer: a score from 0 to 1 for one of its choices, or the right answer."""
+    """A user's feedback on an answer: a score from 0 to 1 for one of its choices (by index), or the right answer."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -248,23 +248,23 @@ class FeedbackLog:
         self._referenced = AppendableDataset(folder / "referenced")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feedback")
 
-    async def keep(self, outcome: GatewayOutcome, identity: str) -> None:
+    async def store(self, outcome: GatewayOutcome, answer_id: str) -> None:
         """Stores an answer; an error of the disk is logged and does not fail the request."""
         try:
-            await self._in_writer(lambda: self._answers.put(to_answer(outcome, identity)))
+            await self._run_in_writer(lambda: self._answers.put(to_answer(outcome, answer_id)))
         except CappyError as error:
             LOGGER.error("feedback: %s; an answer was not stored", error)
 
     async def add(self, feedback: Feedback) -> None:
-        """Adds a user's feedback; raises GatewayError 404 if the answer is not stored."""
-        await self._in_writer(lambda: self._add(feedback))
+        """Adds a user's feedback; raises GatewayError 404 if the answer is not stored, 400 if it has no such choice."""
+        await self._run_in_writer(lambda: self._add(feedback))
 
     async def flush_periodically(self) -> None:
         """Flushes every `FLUSH_SECONDS`, until it is cancelled."""
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             with contextlib.suppress(CappyError):
-                await self._in_writer(self._flush)
+                await self._run_in_writer(self._flush)
 
     def close(self) -> None:
         """Flushes and releases the folders."""
@@ -302,15 +302,15 @@ class FeedbackLog:
         )
         self._rated.put(check_answer(replace(answer, candidates=(*other_candidates, rated_candidate))))
 
-    async def _in_writer(self, work: Callable[[], None]) -> None:
+    async def _run_in_writer(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
 
-def to_answer(outcome: GatewayOutcome, identity: str) -> FeedbackRow:
+def to_answer(outcome: GatewayOutcome, answer_id: str) -> FeedbackRow:
     """The row of an outcome, candidates best first; equal conversations are in the same group and split."""
     prompt = prompt_hash(outcome.request.instruction)
     return FeedbackRow(
-        instance_id=identity,
+        instance_id=answer_id,
         instruction=outcome.request.instruction,
         group_id=f"{prompt:016x}",
         split=next((split for split, share in SPLIT_SHARES if prompt / 2**64 < share), "train"),

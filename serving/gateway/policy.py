@@ -8,8 +8,9 @@ and distribution F of the standard t,
 
     gain = t * ((v + z^2) / (v - 1) * f(z) - z * (1 - F(z))),
 
-the expected improvement of Jones, Schonlau and Welch (1998, eq. 15) with the t in place of the normal. Sampling stops
-when the gain is below the minimum gain (Weitzman 1979: search on while the expected improvement exceeds the cost).
+the expected improvement of Jones, Schonlau and Welch (1998, eq. 15), with a t instead of a normal distribution.
+Sampling stops when the gain is below the minimum gain (Weitzman 1979: continue while the expected improvement exceeds
+the cost).
 For fewer than three scores the expectation is not finite, so sampling continues. The estimate is biased towards
 sampling: for normal scores it is on average 2.3 times the true gain after 3 scores, 1.7 times after 4, 1.3 after 8 and
 1.2 after 16 (60,000 simulated requests each).
@@ -30,7 +31,7 @@ from serving.gateway.config import Policy, SpendingLimits
 Stop = Literal["threshold", "gain", "candidates", "temperature", "limit", "upstream"]
 Limit = Literal["seconds", "tokens", "money", "total-money"]
 MAX_USAGE_FIELDS = 32
-"""Maximum number of fields that are kept of a usage; servers send about ten."""
+"""Maximum number of fields of a usage that are kept; servers send about ten."""
 MAX_USAGE_DEPTH = 3
 MAX_USAGE_NAME = 64
 _REQUIRED_FIELDS = ("prompt_tokens", "completion_tokens", "total_tokens")
@@ -38,12 +39,12 @@ EXPECTED_TOKENS = 256
 """Assumed length of a response if the client sets no limit and there is no response yet."""
 
 MIN_TOKENS = 16
-"""A first response with a lower limit would be of no use, so it is not requested."""
+"""Minimum tokens of a first response: a shorter one would be useless, so it is not requested."""
 
 
 @dataclass(frozen=True)
 class SamplingDecision:
-    """How many candidates to sample next; 0 with the reason to stop."""
+    """How many candidates to sample next; if 0, `stop` is the reason."""
 
     count: int
     stop: Stop | None = None
@@ -76,7 +77,7 @@ def decide(
     min_candidates: int,
     max_candidates: int,
 ) -> SamplingDecision:
-    """Decides whether to continue after `num_requested` candidates, of which `num_received` came.
+    """Decides whether to continue after `num_requested` candidates were requested and `num_received` received.
 
     `scores` are those of the candidates that could be scored. At least `min_candidates` are sampled if possible, and at
     most `max_candidates` are requested.
@@ -111,7 +112,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class RemainingBudget:
-    """What is left of one limit, in response tokens or in money."""
+    """The remainder of one limit, in response tokens or in money."""
 
     limit: Limit
     left: float
@@ -151,8 +152,8 @@ def allow(
 
 
 @dataclass
-class Total:
-    """Cost of all requests since the start, and the maximum cost of open calls."""
+class TotalCost:
+    """Cost of all requests since the start (`spent`), and the maximum cost of open calls (`reserved`)."""
 
     spent: float = 0.0
     reserved: float = 0.0
@@ -163,7 +164,7 @@ class Ledger:
     """Usage of one request: tokens and cost that were reported, and calls without a report."""
 
     limits: SpendingLimits
-    total: Total
+    total_cost: TotalCost
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
@@ -175,7 +176,7 @@ class Ledger:
     usages: list[dict[str, object]] = field(default_factory=list)
 
     def budgets(self) -> list[RemainingBudget]:
-        """What is left of each limit that is set."""
+        """The remainder of each limit that is set."""
         limits, budgets = self.limits, []
         if limits.max_tokens:
             budgets.append(RemainingBudget("tokens", limits.max_tokens - self.completion_tokens))
@@ -183,14 +184,14 @@ class Ledger:
             budgets.append(RemainingBudget("money", limits.max_cost - self.charged))
         if limits.max_total_cost:
             budgets.append(
-                RemainingBudget("total-money", limits.max_total_cost - self.total.spent - self.total.reserved)
+                RemainingBudget("total-money", limits.max_total_cost - self.total_cost.spent - self.total_cost.reserved)
             )
         return budgets
 
     def reserve(self, max_cost: float) -> None:
         """Reserves the maximum cost of a call until it is settled."""
         self.calls += 1
-        self.total.reserved += max_cost
+        self.total_cost.reserved += max_cost
 
     def settle(self, max_cost: float, prompt_tokens: int, completion_tokens: int, cost: float) -> None:
         """Counts the usage of a call and ends its reservation."""
@@ -212,12 +213,12 @@ class Ledger:
 
     def _charge(self, max_cost: float, cost: float) -> None:
         self.charged += cost
-        self.total.reserved -= max_cost
-        self.total.spent += cost
+        self.total_cost.reserved -= max_cost
+        self.total_cost.spent += cost
 
 
 class Usage(NamedTuple):
-    """Tokens of a prompt and of its responses, and all counts of the server by name, nested as it sent them."""
+    """Tokens of a prompt and of its responses, and all of the server's counts by name, nested as in its response."""
 
     prompt: int
     completion: int

@@ -30,10 +30,10 @@ UNSUPPORTED = {
     "function_call": _NO_TOOLS,
     "audio": "audio cannot be scored; send such requests to the LLM directly",
 }
-"""Parameters that are not supported, and why."""
+"""Unsupported parameter -> the reason."""
 REMEDY = "send a shorter conversation"
 BOUNDS = Bounds(max_values=ChatLimits.max_values, remedy=REMEDY)
-"""Values are limited because the body is serialized again for every call to the LLM."""
+"""Default bounds. Values are limited because the body is serialized again for every call to the LLM."""
 _ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 _MAX_DIGITS = 100
 

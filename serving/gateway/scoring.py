@@ -1,4 +1,4 @@
-"""Scores for the gateway: from a scorer in this process, run in its own thread, or from a running `cappy serve`."""
+"""Scores for the gateway, from a scorer in this process (in its own thread) or from a running `cappy serve`."""
 
 import asyncio
 import re
@@ -28,14 +28,14 @@ from serving.gateway.errors import GatewayError
 Pair = tuple[str, str]
 Rating = tuple[float, float]
 """(score, logit); candidates are ranked by logits, since large logits that differ may round to equal scores."""
-Score = Callable[[Sequence[Pair]], Awaitable[Sequence[float | Rating]]]
-"""Scores (instruction, response) pairs, in order; each score comes with its logit if there is one."""
+ScoreFunction = Callable[[Sequence[Pair]], Awaitable[Sequence[float | Rating]]]
+"""Returns the score of each (instruction, response) pair, or (score, logit) if the scorer has logits."""
 
 PAIRS_PER_REQUEST = 1024
 PROBE: Pair = ("What is 1 + 1?", "2")
 REQUEST_SECONDS = 60.0
 MAX_SCORES_BYTES = 1_000_000
-"""Limit of a response of `cappy serve`: about 20 bytes per score, and its other fields."""
+"""Maximum size of a response of `cappy serve`: about 20 bytes per score, and the other fields."""
 MAX_REASON_CHARACTERS = 200
 VALID_VERSION = re.compile(r"[!-~]{0,200}")
 """A version must be safe to write into headers."""
@@ -49,15 +49,15 @@ async def _close_nothing() -> None:
 class Scoring:
     """A scoring function, the scorer's version, and its calibration."""
 
-    score: Score
+    score: ScoreFunction
     version: Callable[[], str]
     calibration: Calibration | None = None
     close: Callable[[], Awaitable[None]] = _close_nothing
 
     def calibrate(self, scores: Sequence[float], *, n: int) -> list[float]:
-        """The expected label of each score, 0 to 1, as the best of `n` distinct candidates.
+        """The expected label for each score, 0 to 1, if it is the best of `n` distinct candidates.
 
-        Without a calibration it is the score itself.
+        Without a calibration, returns the scores themselves.
         """
         return self.calibration.apply(scores, n=n) if self.calibration else list(scores)
 
@@ -84,11 +84,11 @@ def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
     override = read_calibration(calibration) if calibration is not None else None
     if calibration is not None and override is None:
         raise ConfigError(f"{calibration}: has no calibration.json; give the folder of a scorer or of a report")
-    scoring = _over_http(spec, key) if spec.startswith(("http://", "https://")) else _in_process(spec)
+    scoring = _connect(spec, key) if spec.startswith(("http://", "https://")) else _load_scorer(spec)
     return replace(scoring, calibration=override or scoring.calibration)
 
 
-def _in_process(spec: str) -> Scoring:
+def _load_scorer(spec: str) -> Scoring:
     """Loads the scorer that a spec names; it runs one call at a time in its own thread."""
     from cappy.scorers import scorer_folder
     from cappy.scoring import Scorer
@@ -112,8 +112,11 @@ def _in_process(spec: str) -> Scoring:
     return Scoring(score=score, version=lambda: scorer.version, calibration=own_calibration, close=close)
 
 
-def _over_http(url: str, key: str = "") -> Scoring:
-    """Connects to a running `cappy serve`; raises ConfigError if it does not answer now, GatewayError 503 if later."""
+def _connect(url: str, key: str = "") -> Scoring:
+    """Connects to a running `cappy serve`; raises ConfigError if it does not answer.
+
+    If it does not answer later, scoring raises GatewayError 503.
+    """
     register_address(url)
     address, location = f"{url.rstrip('/')}/score", redact_address(url)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -121,8 +124,8 @@ def _over_http(url: str, key: str = "") -> Scoring:
         status, body = _request_once(address, headers)
         if status == 401:
             raise ConfigError(
-                f"{location}: rejects the API key or the lack of one; put a valid one into an environment "
-                "variable and name that with --scorer-key-variable"
+                f"{location}: needs a valid API key; put one into an environment variable and give its name with "
+                "--scorer-key-variable"
             )
         if status != 200:
             raise ValueError(f"status {status}")
@@ -155,7 +158,7 @@ def _over_http(url: str, key: str = "") -> Scoring:
 
 
 def _request_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
-    """Scores the probe pair; returns status and body of the response."""
+    """Scores the probe pair; returns the status and body of the response."""
     connection, deadlines = Connection(), Deadlines()
     connection.max_bytes = MAX_SCORES_BYTES
     try:

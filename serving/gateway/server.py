@@ -23,7 +23,7 @@ def run(config: GatewayConfig) -> None:
     Raises CappyError before the scorer is loaded if the address cannot be bound or the feedback folder cannot be used.
     SIGTERM ends the process with status 0.
     """
-    first, second = _llms(config)
+    llm, second_llm = _make_llms(config)
     scorer_key, keys = read_key(config.scorer, config.scorer_key_variable), read_keys(config.api_keys)
     prepare_process()
     # At INFO it logs the address of every call to the LLM.
@@ -34,7 +34,7 @@ def run(config: GatewayConfig) -> None:
         listener.listen()
         shutdown = ShutdownFlag()
         app = create_app(
-            assemble(config, first, second, scoring),
+            assemble(config, llm, second_llm, scoring),
             feedback=feedback,
             limits=config,
             access=Access(keys=keys, hosts=hosts_of(listener, config.hosts, bool(keys)), origins=config.allow_origin),
@@ -42,17 +42,17 @@ def run(config: GatewayConfig) -> None:
             tracing=start_tracing(),
         )
         server = GracefulServer(http_config(app, config, upstream=True), shutdown, config.notice)
-        sys.stderr.write(describe_start(config, first, scoring, listener) + "\n")
+        sys.stderr.write(describe_start(config, llm, scoring, listener) + "\n")
         server.run(sockets=[listener])
 
 
-def _llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
-    """The LLM and the second one with keys from the environment; raises ConfigError for an invalid address or key."""
+def _make_llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
+    """Creates the LLM and the second one, if any; raises ConfigError for an invalid address or a missing key."""
     prices = Prices(input=config.price_input, output=config.price_output)
-    first = make_llm(config.upstream, key_variable=config.key_variable, prices=prices)
+    llm = make_llm(config.upstream, key_variable=config.key_variable, prices=prices)
     if not config.escalate_to:
-        return first, None
-    second = make_llm(
+        return llm, None
+    second_llm = make_llm(
         config.escalate_to,
         model=config.escalate_model,
         key_variable=config.escalate_key_variable,
@@ -60,31 +60,31 @@ def _llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
         passes_key=False,
         prices=Prices(input=config.escalate_price_input, output=config.escalate_price_output),
     )
-    return first, second
+    return llm, second_llm
 
 
-def assemble(config: GatewayConfig, first: LLM, second: LLM | None, scoring: Scoring) -> Gateway:
+def assemble(config: GatewayConfig, llm: LLM, second_llm: LLM | None, scoring: Scoring) -> Gateway:
     """Creates the gateway; its LLMs share the connections that the process may open."""
-    connections = max_upstream_connections() // (1 if second is None else 2)
+    connections = max_upstream_connections() // (1 if second_llm is None else 2)
 
-    def upstream(llm: LLM, name: str) -> Upstream:
+    def make_upstream(llm: LLM, name: str) -> Upstream:
         return Upstream(llm, name=name, connections=connections, strip_reasoning=config.strip_reasoning)
 
     return Gateway(
-        first=upstream(first, "the LLM"),
+        upstream=make_upstream(llm, "the LLM"),
         scoring=scoring,
         policy=config,
         limits=config,
-        second=None if second is None else upstream(second, "the second LLM"),
+        second_upstream=None if second_llm is None else make_upstream(second_llm, "the second LLM"),
         second_candidates=config.escalate_candidates,
     )
 
 
-def describe_start(config: GatewayConfig, first: LLM, scoring: Scoring, listener: socket.socket) -> str:
-    """The line that is printed at the start: what is served where, and what the scores mean."""
+def describe_start(config: GatewayConfig, llm: LLM, scoring: Scoring, listener: socket.socket) -> str:
+    """The line that is printed at the start: the LLM, the scorer, the address, and whether scores are calibrated."""
     calibration = scoring.calibration
     scores = f"calibrated to {calibration.metric}" if calibration else "raw scores: no calibration.json"
-    what = f"best of {config.candidates} from {first.url}"
+    what = f"best of {config.candidates} from {llm.url}"
     return (
         f"cappy gateway: {what} by scorer {scoring.version() or config.scorer} ({scores}) at {format_url(listener)}/v1"
     )

@@ -1,7 +1,7 @@
 """Samples candidates from an LLM behind an OpenAI-compatible server and passes on its list of models.
 
-Calls are never streamed, even if the client streams: a response that its server ended with an error (`finish_reason:
-error` or an `error` object) is not a candidate.
+Calls are never streamed, even if the client streams, because a response that the server ends with an error
+(`finish_reason: error` or an `error` object) is not a candidate.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ ParsedChoice = tuple[str, Status, list[float]]
 class LLM:
     """An LLM's server; `model`, if set, replaces the client's.
 
-    `key` is sent if it is set; otherwise the client's Authorization header, if `passes_key`.
+    `key` is sent if it is set. Otherwise the client's Authorization header is sent if `passes_key` is true.
     """
 
     url: str
@@ -70,7 +70,7 @@ def make_llm(url: str, *, model: str = "", key_variable: str = "", passes_key: b
 
 
 def read_key(url: str, variable: str) -> str:
-    """Reads a server's key from an environment variable; empty if `variable` is; ConfigError if it is not set."""
+    """Reads a server's key from an environment variable; empty if `variable` is; ConfigError if unset."""
     key = api_key(variable) if variable else ""
     if key == NO_KEY:
         raise ConfigError(f"{variable} is not set; put the key of {url} there, or leave the flag out")
@@ -81,8 +81,8 @@ def read_key(url: str, variable: str) -> str:
 class SampledCandidate:
     """One candidate: the choice as the server sent it, the fields of its record, and its score.
 
-    `logit` is the score before the activation, by which candidates are ranked; `value` is the label
-    expected of it as the best of all candidates scored so far (its calibrated score; without a calibration, its score).
+    `logit` is the score before the activation; candidates are ranked by it. `value` is the calibrated score: the
+    expected label if this is the best of all candidates scored so far. Without a calibration it is the score.
     """
 
     choice: Mapping[str, Any]
@@ -99,13 +99,13 @@ class SampledCandidate:
 
     @property
     def scorable(self) -> bool:
-        """Whether it can be scored and selected: it is a text, neither refused nor filtered."""
+        """Whether it can be scored and selected: it has a text and is neither refused nor filtered."""
         return self.status in SELECTABLE
 
 
 @dataclass
 class RoundResult:
-    """Candidates and problems of the calls of a round so far."""
+    """Candidates and errors of a round's calls so far."""
 
     candidates: list[SampledCandidate] = field(default_factory=list)
     problems: list[GatewayError] = field(default_factory=list)
@@ -122,21 +122,21 @@ class SamplingCall:
     seconds: float = 60.0
 
     def body(self, model: str, *, count: int, first_index: int) -> tuple[dict[str, Any], frozenset[str]]:
-        """The body for `count` samples from `first_index` on, and the fields in it that the client did not send."""
+        """The body for `count` samples from `first_index` on, and the names of fields that the client did not send."""
         payload = {name: value for name, value in self.request.body.items() if name not in GATEWAY_FIELDS}
         payload["model"] = model
-        added = set()
+        added_fields = set()
         if count > 1:
             payload["n"] = count
-            added.add("n")
+            added_fields.add("n")
         if self.request.seed is not None:
             payload["seed"] = self.request.seed + first_index
         if self.max_tokens is not None:
             client_fields = [name for name in (MAX_TOKENS, MAX_COMPLETION_TOKENS) if payload.get(name)]
             max_tokens = min(self.max_tokens, self.request.max_tokens or self.max_tokens)
             payload |= dict.fromkeys(client_fields or [MAX_TOKENS], max_tokens)
-            added |= set() if client_fields else {MAX_TOKENS, MAX_COMPLETION_TOKENS}
-        return payload, frozenset(added)
+            added_fields |= set() if client_fields else {MAX_TOKENS, MAX_COMPLETION_TOKENS}
+        return payload, frozenset(added_fields)
 
 
 class Upstream:
@@ -197,20 +197,24 @@ class Upstream:
     async def _call(
         self, call: SamplingCall, capabilities: Capabilities, *, count: int, first_index: int
     ) -> tuple[list[SampledCandidate], int]:
-        """The candidates of one call, and how many choices it had, including those that ended with an error.
+        """The candidates of one call and the number of its choices, including those that ended with an error.
 
         Returns no candidates if the model refuses `n`; raises GatewayError if there is no candidate.
         """
-        body, added = call.body(self.llm.model or call.request.model, count=count, first_index=first_index)
+        body, added_fields = call.body(self.llm.model or call.request.model, count=count, first_index=first_index)
         key = self.llm.authorization(call.authorization)
         while True:
-            payload = _trim_body(body, capabilities, added)
+            payload = _trim_body(body, capabilities, added_fields)
             response = await self._call_within_budget(call, payload, key, count)
             if response.status_code == 200:
                 return self._read_response(call, _mask_key(_body_as_utf8(response), key), payload, count)
             problem = refusal_error(self._name, response, _secrets(key))
             parameter = refused_parameter(payload, str(problem), problem.error["param"])
-            if response.status_code not in (400, 422) or parameter not in added or not capabilities.supports(parameter):
+            if (
+                response.status_code not in (400, 422)
+                or parameter not in added_fields
+                or not capabilities.supports(parameter)
+            ):
                 raise problem
             capabilities.mark_unsupported(parameter)
             call.ledger.withdraw()
@@ -245,9 +249,9 @@ class Upstream:
     def _read_response(
         self, call: SamplingCall, body: bytes, payload: Mapping[str, Any], count: int
     ) -> tuple[list[SampledCandidate], int]:
-        """Reads the candidates and the number of choices of a body; adds its usage to the ledger.
+        """Reads the candidates and the number of choices from a body; adds its usage to the ledger.
 
-        Without a candidate raises GatewayError: 502 or the status in the body's error object.
+        Raises GatewayError if there is no candidate: 502, or the status in the body's error object.
         """
         try:
             values, choices = read_choices(body)
@@ -333,10 +337,10 @@ class Upstream:
         return self._capabilities.setdefault(model, Capabilities())
 
 
-def _trim_body(body: Mapping[str, object], capabilities: Capabilities, added: frozenset[str]) -> dict[str, Any]:
+def _trim_body(body: Mapping[str, object], capabilities: Capabilities, added_fields: frozenset[str]) -> dict[str, Any]:
     """Removes fields that the model refuses and the client did not send."""
-    client_fields = {name: value for name, value in body.items() if name not in added}
-    return {**client_fields, **capabilities.trim({name: body[name] for name in added if name in body})[0]}
+    client_fields = {name: value for name, value in body.items() if name not in added_fields}
+    return {**client_fields, **capabilities.trim({name: body[name] for name in added_fields if name in body})[0]}
 
 
 def _max_bytes(call: SamplingCall, payload: Mapping[str, object], count: int) -> int:
@@ -368,7 +372,7 @@ def _to_chat_choice(choice: Mapping[str, object], text: str) -> Mapping[str, obj
 
 
 def _secrets(authorization: str) -> tuple[str, ...]:
-    """The parts of the header that must not appear in any text."""
+    """The secret parts of the header, which must not appear in any text."""
     scheme, _, key = authorization.strip().partition(" ")
     secrets = [key.strip() or scheme]
     if scheme.lower() == "basic":

@@ -210,7 +210,7 @@ def test_instances_without_responses_and_without_an_llm_are_wrong_usage(here: Ca
 
 
 def test_the_flags_have_the_defaults_of_the_plan_and_the_pipelines_their_names() -> None:
-    config, choices = AdaptConfig(), PIPELINES["adapt"].choices
+    config, choices = AdaptConfig(), PIPELINES["adapt"].parameters
     for name in set(choices) - {"source", "generator"}:
         assert getattr(config, name) == choices[name], name
     assert config.instances == choices["source"]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from manifests import OVERLAYS, containers, matches, namespace, only, pods, quantity, rendered, variables
 
-from components.component import TRAINER, VERSION, WORKER
+from components.component import TRAINER_IMAGE, VERSION, WORKER_IMAGE
 
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 SELECTOR = {
@@ -101,7 +101,7 @@ def test_no_secret_stands_in_a_file(overlay: str) -> None:
 
 @every_overlay
 def test_every_image_has_its_version_or_digest_and_ours_the_one_that_components_name(overlay: str) -> None:
-    ours = {WORKER.partition(":")[0], TRAINER.partition(":")[0], "cappy-serving"}
+    ours = {WORKER_IMAGE.partition(":")[0], TRAINER_IMAGE.partition(":")[0], "cappy-serving"}
     for _, container in containers(rendered(overlay)):
         place, _, digest = container["image"].partition("@")
         name, _, tag = place.rpartition("/")[2].partition(":")

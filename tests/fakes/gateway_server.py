@@ -37,8 +37,8 @@ def scoring(score: Any = by_number, calibration: Calibration | None = None) -> S
 
 def gateway(url: str, *, key: str = "", **settings: Any) -> Gateway:
     """A gateway in front of the LLM at this address."""
-    first = Upstream(LLM(url=url, key=key, prices=PRICES))
-    return Gateway(**{"first": first, "scoring": scoring(), **settings})
+    upstream = Upstream(LLM(url=url, key=key, prices=PRICES))
+    return Gateway(**{"upstream": upstream, "scoring": scoring(), **settings})
 
 
 @contextmanager

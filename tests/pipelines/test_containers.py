@@ -16,7 +16,7 @@ from cappy.errors import ConfigError
 from pipelines.builder import compile_pipeline as compiled
 from pipelines.definitions import PIPELINES
 from pipelines.execution import _container_runner
-from pipelines.local import KEYS, check_images
+from pipelines.local import KEY_VARIABLES, check_images
 from pipelines.recipe import check_recipe
 
 HERE = "registry.example/worker:1"
@@ -86,7 +86,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.chdir(inside.parent)
     given = {"LLM_KEY": "k-1", "MLFLOW_TRACKING_PASSWORD": "k-2", "HF_TOKEN_FILE": "hub.key"}
     given |= {"OPENAI_API_KEY_FILE": "../openai.key"}
-    for name in KEYS:
+    for name in KEY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in {**given, "AN_OTHER_KEY": "k-3"}.items():
         monkeypatch.setenv(name, value)

@@ -164,7 +164,7 @@ def test_a_run_started_by_hand_has_the_choices_of_the_pipelines_definition(name:
     """In the interface of Kubeflow: what a person leaves as it is must be what `cappy pipeline run` takes."""
     definition = PIPELINES[name]
     inputs = build_pipeline(definition, shards_of(1), customize_nothing).pipeline_spec.root.input_definitions.parameters
-    for choice, default in definition.choices.items():
+    for choice, default in definition.parameters.items():
         if default in (None, "") or choice not in inputs:
             continue
         value = inputs[choice].default_value

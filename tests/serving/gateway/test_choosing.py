@@ -179,7 +179,7 @@ def test_below_the_floor_a_second_llm_is_asked_with_its_own_key_and_the_best_of_
         for key, best in (("second-key", "SEED"), ("", "SEED")):
             llm = LLM(url=other, model="big", key=key, passes_key=False, prices=PRICES)
             behind = scoring(lambda text: by_number(text) + 0.1 * (len(first.asked) and "0/0" in text))
-            made = gateway(upstream, policy=policy, second=Upstream(llm), scoring=behind)
+            made = gateway(upstream, policy=policy, second_upstream=Upstream(llm), scoring=behind)
             with listening(made) as url:
                 body = {"model": "m", "messages": [{"role": "user", "content": "seed"}], "seed": 0}
                 answer = httpx.post(
@@ -196,7 +196,7 @@ def test_below_the_floor_a_second_llm_is_asked_with_its_own_key_and_the_best_of_
 
 def test_a_second_llm_that_fails_leaves_the_best_of_the_first() -> None:
     dead = Upstream(LLM(url="http://127.0.0.1:9/v1", model="big", passes_key=False))
-    made: dict[str, Any] = {"policy": Policy(candidates=2, floor=0.5), "second": dead}
+    made: dict[str, Any] = {"policy": Policy(candidates=2, floor=0.5), "second_upstream": dead}
     with serving(Model()) as upstream, listening(gateway(upstream, **made)) as url:
         answer = ask(url, seed=0)
     assert answer.headers["x-cappy-outcome"] == "escalation-failed"

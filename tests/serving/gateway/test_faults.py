@@ -140,7 +140,7 @@ def test_the_key_is_sent_and_stands_nowhere_else(word: str, whose: str, caplog: 
             answer = ask(url, word, key="their own" if whose == "environment" else CANARY)
             metrics = httpx.get(f"{url.removesuffix('/v1')}/metrics").text
     assert model.keys == {CANARY}
-    actual = f"{answer.text} {answer.headers} {metrics} {caplog.text} {made_gateway.first.llm}"
+    actual = f"{answer.text} {answer.headers} {metrics} {caplog.text} {made_gateway.upstream.llm}"
     assert CANARY not in actual
 
 

@@ -192,7 +192,7 @@ def test_where_all_connections_are_busy_a_request_is_refused_with_503(monkeypatc
     slow = Foreign(parts=[response(completion())], pause=4.0)
     with answering(slow) as server:
         first = Upstream(LLM(url=server), connections=1)
-        with listening(gateway(server, first=first, policy=POLICY)) as result:
+        with listening(gateway(server, upstream=first, policy=POLICY)) as result:
             statuses: list[int] = []
             threads = [threading.Thread(target=lambda: statuses.append(ask(result).status_code)) for _ in range(3)]
             for thread in threads:

@@ -18,7 +18,7 @@ def test_the_page_asks_the_llm_and_shows_every_candidate_with_its_score(width: i
     with (
         serving(Model()) as llm,
         launched() as browser,
-        listening(gateway(llm, first=Upstream(LLM(url=llm, model="m")), policy=policy)) as url,
+        listening(gateway(llm, upstream=Upstream(LLM(url=llm, model="m")), policy=policy)) as url,
     ):
         view = browser.new_page(viewport={"width": width, "height": 900})
         view.on("console", lambda message: messages.append(message.text))

@@ -12,7 +12,7 @@ from wording import raises_naming
 
 from cappy.errors import ConfigError
 from serving.gateway.config import Policy, SpendingLimits
-from serving.gateway.policy import Ledger, Prices, RemainingBudget, Total, allow, decide, expected_gain
+from serving.gateway.policy import Ledger, Prices, RemainingBudget, TotalCost, allow, decide, expected_gain
 
 # Scores on a grid, so that rounding is far below what is compared.
 SCORE = st.integers(0, 1000).map(lambda number: number / 1000)
@@ -193,7 +193,7 @@ def test_without_a_limit_all_are_allowed_at_any_length() -> None:
 
 
 def test_what_a_call_may_cost_is_kept_from_others_until_it_is_settled() -> None:
-    total = Total()
+    total = TotalCost()
     one, other = (Ledger(SpendingLimits(max_total_cost=1.0), total) for _ in range(2))
     one.reserve(0.75)
     assert [budget.left for budget in other.budgets()] == [0.25]
@@ -202,7 +202,7 @@ def test_what_a_call_may_cost_is_kept_from_others_until_it_is_settled() -> None:
 
 
 def test_a_call_that_may_have_been_paid_for_is_charged_with_the_most_and_any_other_with_nothing() -> None:
-    total = Total()
+    total = TotalCost()
     ledger = Ledger(SpendingLimits(max_cost=1.0), total)
     for may_be_billed in (True, False):
         ledger.reserve(0.25)

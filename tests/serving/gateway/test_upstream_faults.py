@@ -36,7 +36,7 @@ def choices(*result: tuple[str, object]) -> dict[str, Any]:
 def answer_of(reply: Reply, *, strip: bool = False, policy: Policy = ROUND, **more: Any) -> httpx.Response:
     with scripted(Script(lambda body: reply)) as server:
         first = Upstream(LLM(url=f"{server}/v1", prices=PRICES), strip_reasoning=strip)
-        with listening(gateway(server, first=first, scoring=BY_LENGTH, policy=policy)) as url:
+        with listening(gateway(server, upstream=first, scoring=BY_LENGTH, policy=policy)) as url:
             return ask(url, **more)
 
 
@@ -88,7 +88,7 @@ def test_d6_a_query_stays_behind_the_path_and_azures_key_goes_into_its_header(gi
     with scripted(script) as server:
         for key, sent in (("gateway-key", "gateway-key"), ("", "client-key")):
             first = Upstream(LLM(url=server + given, key=key, prices=PRICES))
-            with listening(gateway(server, first=first, scoring=BY_LENGTH, policy=Policy(candidates=1))) as url:
+            with listening(gateway(server, upstream=first, scoring=BY_LENGTH, policy=Policy(candidates=1))) as url:
                 assert ask(url).status_code == 200
                 headers = {"Authorization": "Bearer client-key"}
                 assert httpx.get(f"{url}/models", headers=headers).status_code == 200
@@ -104,7 +104,7 @@ def test_d6_an_address_is_taken_with_or_without_its_version(given: str) -> None:
     script = Script(lambda body: (200, choices(("short", "stop"))))
     with scripted(script) as server:
         first = Upstream(LLM(url=server + given, prices=PRICES))
-        with listening(gateway(server, first=first, scoring=BY_LENGTH, policy=Policy(candidates=1))) as url:
+        with listening(gateway(server, upstream=first, scoring=BY_LENGTH, policy=Policy(candidates=1))) as url:
             assert ask(url).status_code == 200
     assert script.paths == ["/v1/chat/completions"]
     assert script.headers[0]["authorization"] == "Bearer client-key"
