@@ -83,7 +83,7 @@ def topology(config: TrainingSettings, environment: Mapping[str, str] | None = N
 def must_launch(config: TrainingSettings) -> bool:
     """Whether this process must launch ranks: several, or the single one that DeepSpeed needs. A rank launches none.
 
-    Raises ConfigError if `config.parallelism` cannot use the requested number of ranks or machines.
+    Raises ConfigError if the settings cannot use the requested number of ranks or machines.
     """
     if config.parallelism == "jax":
         _refuse_several_processes(config)
@@ -93,7 +93,15 @@ def must_launch(config: TrainingSettings) -> bool:
     count = config.devices * topology(config).nodes
     if config.parallelism == "single" and count > 1:
         raise ConfigError(f"--parallelism single: runs one rank, but {count} were requested; give ddp or deepspeed")
+    check_batch(config, count)
     return count > 1 or config.parallelism == "deepspeed"
+
+
+def check_batch(config: TrainingSettings, ranks: int) -> None:
+    """Raises ConfigError if an update has fewer instances than there are ranks."""
+    if config.batch_instances < ranks:
+        remedy = f"give --batch-instances {ranks} or more, or fewer --devices"
+        raise ConfigError(f"--batch-instances {config.batch_instances}: fewer than the {ranks} ranks; {remedy}")
 
 
 def _refuse_several_processes(config: TrainingSettings) -> None:

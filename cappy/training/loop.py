@@ -24,6 +24,7 @@ from cappy.training.checks import CHECK_CANDIDATES, check_scorer, explain_kept_w
 from cappy.training.corpus import Corpora, Corpus
 from cappy.training.distributed import Ranks, ReplicatedStrategy, Strategy
 from cappy.training.feed import Draw, count_updates, draw_batch, padded_tokens, split_batch
+from cappy.training.launch import check_batch
 from cappy.training.meter import Meter, count_layer_weights, describe_progress, pair_flops, peak_flops
 from cappy.training.settings import TrainingSettings
 from cappy.training.update import DivergedError, default_learning_rate, learning_rate, rate_falls, update
@@ -300,9 +301,7 @@ def check_trainable(train: Corpus, config: TrainingSettings, ranks: Ranks) -> No
         raise ConfigError("--schedule published: starts at rate 0, and there is one update; give more --train-rows")
     if len(train) < ranks.count:
         raise ConfigError(f"training: {len(train)} instances for {ranks.count} ranks; give fewer --devices or --nodes")
-    if config.batch_instances < ranks.count:
-        remedy = f"give --batch-instances {ranks.count} or more, or fewer --devices"
-        raise ConfigError(f"--batch-instances {config.batch_instances}: fewer than the {ranks.count} ranks; {remedy}")
+    check_batch(config, ranks.count)
     if config.batch_tokens < train.longest_pair:
         remedy = f"give --batch-tokens {train.longest_pair} or more"
         raise ConfigError(

@@ -120,6 +120,8 @@ def test_fewer_instances_than_ranks_are_refused_in_one_line(corpus: Corpus, plan
     with raises_naming(ConfigError, f"{len(corpus)} instances", "100 ranks", "--devices", "--nodes"):
         check_trainable(corpus, plan(batch_instances=100), Ranks(count=100))
     check_trainable(corpus, plan(batch_instances=100), Ranks(count=len(corpus)))
+    with raises_naming(ConfigError, "--batch-instances 2:", "3 ranks", "--batch-instances 3"):
+        check_trainable(corpus, plan(batch_instances=2), Ranks(count=3))
 
 
 def test_a_mismatch_takes_no_part_in_the_comparisons_of_an_update(
