@@ -313,10 +313,6 @@ class JaxEngine:
         """The parameters by their names in the scorer folder, on the host."""
         return unstack(self.params)
 
-    def gradients(self) -> Arrays:
-        """The accumulated gradients, named like `weights`, on the host."""
-        return unstack(self.gradient_sums)
-
     def moments(self) -> tuple[int, Arrays, Arrays]:
         """AdamW's state: the number of steps and the two moments, named like `weights`, on the host."""
         adam = self._state[0]

@@ -22,7 +22,7 @@ from cappy.training.distributed import SINGLE_RANK, ReplicatedStrategy
 from cappy.training.feed import Draw, comparison_mask, draw_batch, split_batch
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.losses import Pairs, instance_losses
-from cappy.training.tpu.encoder import parse_architecture
+from cappy.training.tpu.encoder import parse_architecture, unstack
 from cappy.training.tpu.strategy import JaxModel, JaxStrategy, Shapes, find_devices
 from cappy.training.update import _is_out_of_memory, update
 
@@ -120,7 +120,7 @@ def test_first_gradients_are_torchs_and_compare_what_a_selector_may_pick(
     strategy = JaxStrategy(scorer, settings)
     loss = updated(scorer, strategy, corpus, settings)
     assert loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
-    result = strategy.engine.gradients()
+    result = unstack(strategy.engine.gradient_sums)
     # Of these the true gradient is 0: both have nothing but rounding.
     for name in [name for name in expected if name.endswith("self.key.bias")]:
         assert np.abs(result.pop(name)).max() < 1e-4
@@ -177,7 +177,7 @@ def test_eight_devices_compute_what_one_does_dropout_included(
         scorer, settings = bert(dropout=0.1), plan(**{**SETTINGS, "batch_tokens": 2048}, devices=count)
         strategy, corpus = JaxStrategy(scorer, settings), corpus_of(scorer)
         first = updated(scorer, strategy, corpus, settings, 0)
-        gradients = strategy.engine.gradients()
+        gradients = unstack(strategy.engine.gradient_sums)
         results.append((first, updated(scorer, strategy, corpus, settings, 1), gradients))
     spread = strategy.engine  # Of the last, on eight devices: an eighth of the rows on each, and all parameters.
     rows: Any = spread.to_devices(np.zeros((16, 32), np.int32))  # type: ignore[arg-type]
@@ -226,7 +226,8 @@ def test_the_padding_tokens_vectors_are_not_trained(bert: Load, plan: Plan, tmp_
         )
     strategy = JaxStrategy(scorer, settings)
     updated(scorer, strategy, Corpus(tmp_path / "corpus", scorer.encoder), settings)
-    table = next(g for name, g in strategy.engine.gradients().items() if name.endswith("word_embeddings.weight"))
+    gradients = unstack(strategy.engine.gradient_sums)
+    table = next(g for name, g in gradients.items() if name.endswith("word_embeddings.weight"))
     assert not table[scorer.tokenizer.pad_token_id].any()
     assert table.any()
 
