@@ -110,7 +110,7 @@ class ScorerEngine:
 
     def fits(self, pairs: Sequence[Pair]) -> bool:
         """Whether no pair has to be truncated."""
-        return all(self._scorer.encoder.fit(pairs))
+        return all(self._scorer.encoder.fits(pairs))
 
     def compute(self, batch: Sequence[EncodedPair]) -> Outputs:
         """Scores a batch in one forward pass."""

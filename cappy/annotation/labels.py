@@ -36,13 +36,15 @@ class Labelling:
 
 
 def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[Instance]:
-    """Instances with `labels[name]` on every candidate, references and mismatches added to their candidates.
+    """Yields the instances with references and mismatches as further candidates, and `labels[name]` on each candidate.
 
-    A reference is 1, a mismatch 0, a choice 1 if it is a reference and else 0, and an LLM's response has the value of
-    the metric (Cappy, §3.1). If a text occurs twice, training uses the first candidate (see `regression_rows`):
+    The label of a reference is 1, of a mismatch 0, of a choice 1 if it is a reference and else 0, and of an LLM's
+    response the value of the metric (Cappy, §3.1). If a text occurs twice, training uses the first candidate (see
+    `regression_rows`):
     references, then sampled responses, then mismatches; with the `paper` preset, mismatches before sampled responses.
+    Raises RecordError if an instance has neither references nor given labels.
     """
-    _check_labelled(instances)
+    _check_can_be_labelled(instances)
     proposals = [[each for each in instance.candidates if each.source in ("llm", "choice")] for instance in instances]
     sampled = [[each for each in candidates if each.source == "llm"] for candidates in proposals]
     metric = iter(
@@ -61,8 +63,9 @@ def count_facts(instances: Sequence[Instance], *, name: str, mismatches: int) ->
     """Counts of properties that limit the use of the labels; zero counts are left out.
 
     `responses` counts LLM responses, `with_reasoning` those that contain reasoning. `invisible_to_rougeL` counts
-    instances whose references Rouge-L cannot see, `partly_invisible_to_rougeL` those with a reference or response that
-    it sees only in part, `mismatches_missing` the mismatches that could not be drawn.
+    instances whose references have no token for Rouge-L, `partly_invisible_to_rougeL` those with a reference or
+    response in which Rouge-L ignores some letters or digits, `mismatches_missing` the mismatches that could not be
+    drawn.
     """
     by_rouge = "rougeL" in parse_metric(name)
     num_invisible = num_partly_invisible = 0
@@ -124,7 +127,7 @@ def regression_rows(instance: Instance, metric: str) -> Iterator[RegressionRow]:
         )
 
 
-def _check_labelled(instances: Sequence[Instance]) -> None:
+def _check_can_be_labelled(instances: Sequence[Instance]) -> None:
     """Raises RecordError if an instance has neither references nor given labels."""
     for instance in instances:
         if not instance.references and not any(GIVEN in candidate.labels for candidate in instance.candidates):
@@ -184,9 +187,9 @@ def _draw_dissimilar(
 
 
 def _draw_as_published(instances: Sequence[Instance], *, seed: int) -> list[list[str]]:
-    """Draws as the published code does: for each reference, one of all references of the task, correct or not.
+    """Draws mismatches like the published code: for each reference, any reference of the task, correct or not.
 
-    A draw that is a reference of the instance is dropped without replacement (cappy_bigbench.py:31-37).
+    A draw that is a reference of the instance is dropped and not drawn again (cappy_bigbench.py:31-37).
     """
     pools = _reference_pools(instances, lambda instance: instance.task)
     draws = []
@@ -199,7 +202,7 @@ def _draw_as_published(instances: Sequence[Instance], *, seed: int) -> list[list
 
 
 def _reference_pools(instances: Iterable[Instance], key: Callable[[Instance], Hashable]) -> dict[Hashable, list[str]]:
-    """The distinct references of the instances of each key, in order."""
+    """Key -> the distinct references of the instances with that key, in order."""
     pools: dict[Hashable, dict[str, None]] = {}
     for instance in instances:
         pools.setdefault(key(instance), {}).update(dict.fromkeys(filter(str.strip, instance.references)))

@@ -1,7 +1,7 @@
 """Metrics by name: each computes the correctness of a response, 0 to 1, the maximum over the references.
 
 `rougeL` is the label of the Cappy paper. The others measure what it ignores: signs and decimals, the order of
-characters, other scripts. `given` is the label that was given with the response. A mixture is written
+characters, other scripts. `given` is the label that the response already has in the data. A mixture is written
 `0.5*rougeL+0.5*exact_match`; its weights sum to 1.
 """
 
@@ -68,7 +68,7 @@ def parse_metric(text: str) -> dict[str, float]:
 
 
 def load_metric(text: str) -> Metric:
-    """The function of a metric or mixture; that of `given` raises RecordError if a candidate has no given label."""
+    """The function of a metric or mixture; that of `given` raises RecordError for a candidate without such a label."""
     terms = [(METRICS[name], weight) for name, weight in parse_metric(text).items()]
     if len(terms) == 1:
         return terms[0][0]
@@ -82,12 +82,12 @@ def load_metric(text: str) -> Metric:
 
 
 def library_versions(text: str) -> dict[str, str]:
-    """Version of every library that determines the values of a metric or mixture."""
+    """Name -> version of the libraries that determine the values of a metric or mixture."""
     return {_LIBRARIES[name]: version(_LIBRARIES[name]) for name in parse_metric(text) if name in _LIBRARIES}
 
 
 def _given_labels(pools: Sequence[InstanceResponses]) -> Floats:
-    """The labels that were given with the candidates."""
+    """The labels that the candidates already have in the data."""
     return np.array(
         [_given_label(pool.instance, candidate) for pool in pools for candidate in pool.candidates], dtype=float
     )

@@ -11,7 +11,7 @@ from math import isqrt
 Number = Decimal | Fraction
 
 MAX_DIGITS = 1_000
-"""Maximum digits of a number for arithmetic; longer ones are only compared."""
+"""Maximum digits of a number for arithmetic; longer numbers are only compared."""
 _MAX_CACHED_CHARACTERS = 4_096
 _TAIL = 80
 """Characters at the end of a long line that are read first."""
@@ -101,7 +101,7 @@ def last_number(text: str) -> Number | None:
     - 3/4, \\frac{3}{4}, ¾ and 1 3/4 are one number; so are 1.5e6, 1.5 × 10^6, 10^6, 2 million and $2M.
     - 70k and 70K are 70,000 if the letter follows the digits directly: 5 k and 5 km are 5. Exceptions are 4K video, a
       401k, and 300K in a line about temperatures.
-    - Roots are evaluated: \\sqrt{16} is 4, and √2, 3√2 and \\frac{\\sqrt{2}}{2} are not 2; √x is no number.
+    - Roots are evaluated: \\sqrt{16} is 4, and √2, 3√2 and \\frac{\\sqrt{2}}{2} are not 2; √x is not a number.
     - A minus sign counts at the start, or after white space, an opening bracket or an operator.
     - Digits within a word (CO2, H2O, cm3), subscripts, and exponents of units and variables (m^2, m²) are not numbers.
     - Units and signs next to a number (%, $, kg, th) are ignored.
@@ -161,7 +161,7 @@ def _interpret_match(match: re.Match[str]) -> Iterator[Number | None]:
 
 
 def _parse_decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
-    """The digits with only a decimal point left, and the last item if they may be a list with commas, else None."""
+    """The digits with a decimal point as the only separator, and the last item if they may be a list, else None."""
     if _PLAIN.fullmatch(digits):
         return digits, None
     if _GROUPED.fullmatch(digits):
@@ -178,10 +178,10 @@ def _evaluate_root(match: re.Match[str]) -> Number | None:
     """The value of a root with its factors: exact if it is a fraction, else rounded (equal roots to equal values)."""
     if not match["radicand"] or len(match[0]) > MAX_DIGITS:
         return None
-    radicand, _, below = match["radicand"].strip("()").partition("/")
-    if below and not int(below):
+    radicand, _, denominator = match["radicand"].strip("()").partition("/")
+    if denominator and not int(denominator):
         return None
-    square = Fraction(_parse_decimal(radicand)[0]) / int(below or 1)
+    square = Fraction(_parse_decimal(radicand)[0]) / int(denominator or 1)
     multiplier = Fraction(_parse_decimal(match["multiplier"])[0]) if match["multiplier"] else Fraction(1)
     divisor = int(match["divisor"] or 1)
     if not divisor or (match["operator"] == "/" and not square):
@@ -197,7 +197,7 @@ def _evaluate_root(match: re.Match[str]) -> Number | None:
 
 
 def _evaluate(digits: str, match: re.Match[str]) -> Number:
-    """The number with its factors; without them if the result would be too long, or a division by 0."""
+    """The number times its factor; the number alone if the result would be too long, or a division by 0."""
     negative = match["sign"] == "-"
     plain = Decimal(f"-{digits}" if negative else digits)
     factor, power = _read_factor(match), int(match["power"] or 1)
@@ -211,16 +211,16 @@ def _evaluate(digits: str, match: re.Match[str]) -> Number:
 
 
 def _read_factor(match: re.Match[str]) -> Fraction | None:
-    """The factor that follows the number; None if there is none, or if it cannot be computed."""
+    """The factor after the number, such as 10^6, million or /4; None if there is none, or if it cannot be computed."""
     factor = Fraction(_SCALES[match["scale"]] if match["scale"] else 1)
     if _is_scale(match):
         factor = Fraction(_SUFFIXES[match["suffix"][0].lower()])
-    ten = match["exponent"] or match["power_of_ten"]
-    if ten:
-        return factor * Fraction(10) ** int(ten)
+    power_of_ten = match["exponent"] or match["power_of_ten"]
+    if power_of_ten:
+        return factor * Fraction(10) ** int(power_of_ten)
     if match["denominator"]:
-        below, _ = _parse_decimal(match["denominator"])
-        return factor / Fraction(below) if len(below) <= MAX_DIGITS and Fraction(below) else None
+        denominator, _ = _parse_decimal(match["denominator"])
+        return factor / Fraction(denominator) if len(denominator) <= MAX_DIGITS and Fraction(denominator) else None
     if match["numerator"]:
         short = max(len(match["numerator"]), len(match["mixed_denominator"])) <= MAX_DIGITS
         return factor if short and int(match["mixed_denominator"]) else None
@@ -254,8 +254,8 @@ class _Characters(dict[int, str]):
             return ""
         if (digit := unicodedata.decimal(character, None)) is not None:
             return str(digit)
-        if unicodedata.category(character) == "No" and "⁄" in (known := unicodedata.normalize("NFKC", character)):
-            return "\u2064" + known.replace("⁄", "/")
+        if unicodedata.category(character) == "No" and "⁄" in (fraction := unicodedata.normalize("NFKC", character)):
+            return "\u2064" + fraction.replace("⁄", "/")
         return _EQUIVALENTS.get(character, character)
 
 
@@ -313,8 +313,8 @@ def _rewrite_root(inner: str) -> str:
 
 
 def _rewrite_fraction(match: re.Match[str]) -> str:
-    before, above, below = match[1], match[2] or match[3], match[4] or match[5]
-    return f"{before + ' ' if before else ''}{above}/{below}"
+    whole, numerator, denominator = match[1], match[2] or match[3], match[4] or match[5]
+    return f"{whole + ' ' if whole else ''}{numerator}/{denominator}"
 
 
 def _find_last_box(text: str) -> str:

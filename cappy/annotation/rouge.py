@@ -1,4 +1,4 @@
-"""Rouge-L, equal to `rouge_score` to the last bit, for one response and, much faster, for whole columns.
+"""Rouge-L, equal to `rouge_score` to the last bit, for one response or, much faster, for whole columns.
 
 `rouge_score` 0.1.2 is the reference that the tests compare with. For columns, distinct texts are tokenised together as
 bytes, distinct words are stemmed once, and each text becomes a string with one character per token, for which rapidfuzz
@@ -32,7 +32,7 @@ _Tokens = str | tuple[int, ...]
 """A text with one character, or one number, per token."""
 
 COLUMNS = ("references", "candidates.list.element.response")
-"""What `rouge_l_batch` reads of the record, as `cappy.records.read_batches` takes it."""
+"""The columns that `rouge_l_batch` reads, for `cappy.records.read_batches`."""
 CHUNK_CHARACTERS = 2**21
 CHUNK_PAIRS = 2**17
 """Limits of a chunk, which keep temporary arrays to tens of MB."""
@@ -59,7 +59,7 @@ def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = Tru
     """Rouge-L F1 of a response, 0 to 1: the maximum over the references (Lin 2004; Cappy, §4).
 
     Tokens are lower-case runs of [a-z0-9]; those longer than three characters are Porter-stemmed. Texts without tokens,
-    such as non-Latin ones, score 0.
+    such as non-Latin texts, score 0.
     """
     tokens = _tokenize(response, use_stemmer)
     return max((_f_measure(_tokenize(reference, use_stemmer), tokens) for reference in references), default=0.0)
@@ -177,7 +177,7 @@ def rouge_l_pools(
 
 
 def token_strings(texts: Sequence[str], *, use_stemmer: bool = True) -> tuple[list[_Tokens], Ints]:
-    """Encodes each text with one character per token, consistently within this call; also the numbers of tokens."""
+    """Encodes each text with one character per token, consistently within this call, and counts its tokens."""
     ids, bounds = _token_ids(texts, use_stemmer)
     ends = bounds.tolist()
     if len(ids) and ids.max() >= _CHARACTERS:
@@ -190,7 +190,7 @@ def token_strings(texts: Sequence[str], *, use_stemmer: bool = True) -> tuple[li
 def _best_f_measures(
     texts: Sequence[str], index: Ints, num_references: Ints, num_responses: Ints, use_stemmer: bool
 ) -> Floats:
-    """The best F1 of each response; `index` has the text of every reference, then of every response."""
+    """The best F1 of each response; `index` has the position in `texts` of every reference, then of every response."""
     first_reference, first_response = _offsets(num_references), _offsets(num_responses)
     targets, predictions = index[: first_reference[-1]], index[first_reference[-1] :]
     sizes = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
@@ -217,21 +217,22 @@ def _score_chunk(
     num_responses: Ints,
     use_stemmer: bool,
 ) -> Floats:
-    used, local = np.unique(np.concatenate([targets, predictions]), return_inverse=True)
-    strings, lengths = token_strings([texts[number] for number in used.tolist()], use_stemmer=use_stemmer)
-    targets, predictions = local[: len(targets)], local[len(targets) :]
-    pairs_of = np.repeat(num_references, num_responses)
-    first_pair = _offsets(pairs_of)
+    """The best F1 of each response of a chunk of instances."""
+    text_ids, index = np.unique(np.concatenate([targets, predictions]), return_inverse=True)
+    strings, lengths = token_strings([texts[number] for number in text_ids.tolist()], use_stemmer=use_stemmer)
+    targets, predictions = index[: len(targets)], index[len(targets) :]
+    num_pairs = np.repeat(num_references, num_responses)
+    first_pair = _offsets(num_pairs)
     first_target = np.repeat(_offsets(num_references)[:-1], num_responses)
     best = np.zeros(len(predictions))
-    for start, stop in _chunks(pairs_of, pairs_of):
-        prediction = np.repeat(predictions[start:stop], pairs_of[start:stop])
-        within = np.arange(first_pair[start], first_pair[stop]) - np.repeat(
-            first_pair[start:stop], pairs_of[start:stop]
+    for start, stop in _chunks(num_pairs, num_pairs):
+        prediction = np.repeat(predictions[start:stop], num_pairs[start:stop])
+        position = np.arange(first_pair[start], first_pair[stop]) - np.repeat(
+            first_pair[start:stop], num_pairs[start:stop]
         )
-        target = targets[np.repeat(first_target[start:stop], pairs_of[start:stop]) + within]
+        target = targets[np.repeat(first_target[start:stop], num_pairs[start:stop]) + position]
         values = _pairwise_f_measures(strings, lengths, target, prediction)
-        has_pairs = pairs_of[start:stop] > 0
+        has_pairs = num_pairs[start:stop] > 0
         best[start:stop][has_pairs] = np.maximum.reduceat(
             values, (first_pair[start:stop] - first_pair[start])[has_pairs]
         )
@@ -268,13 +269,13 @@ def _token_ids(texts: Sequence[str], use_stemmer: bool) -> tuple[npt.NDArray[np.
 
 
 def _chunks(characters: Ints, pairs: Ints) -> Iterator[tuple[int, int]]:
-    """Ranges of rows within the limits of a chunk, or of a single row."""
-    start, text, work = 0, 0, 0
+    """Yields ranges of rows (start, stop) within the limits of a chunk, or of a single row."""
+    start, num_characters, num_pairs = 0, 0, 0
     for row, (size, count) in enumerate(zip(characters.tolist(), pairs.tolist(), strict=True)):
-        if row > start and (text + size > CHUNK_CHARACTERS or work + count > CHUNK_PAIRS):
+        if row > start and (num_characters + size > CHUNK_CHARACTERS or num_pairs + count > CHUNK_PAIRS):
             yield start, row
-            start, text, work = row, 0, 0
-        text, work = text + size, work + count
+            start, num_characters, num_pairs = row, 0, 0
+        num_characters, num_pairs = num_characters + size, num_pairs + count
     if start < len(characters):
         yield start, len(characters)
 
@@ -284,6 +285,7 @@ def _offsets(counts: Ints) -> Ints:
 
 
 def _sums(values: Ints, offsets: Ints) -> Ints:
+    """The sum of the values between each two offsets."""
     totals = _offsets(values)
     sums: Ints = totals[offsets[1:]] - totals[offsets[:-1]]
     return sums

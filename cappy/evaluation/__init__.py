@@ -29,14 +29,15 @@ def evaluate(
     probe: bool = True,
     progress: Progress = silent,
 ) -> Report:
-    """Evaluates every selector on the instances of `split`; `score` is a function such as `Scorer.score`, or None.
+    """Evaluates every selector on the instances of `split` and returns the report.
 
-    `champion` is such a function of the scorer to compare with. `probe` also measures known weaknesses of the scorer,
-    for which some pairs are scored again.
+    `score` scores (instruction, response) pairs, such as `Scorer.score`; with None, only selectors that need no scorer
+    are evaluated. `champion` is the same function of the scorer to compare with. With `probe`, the report also has
+    measures of known weaknesses of the scorer, for which some pairs are scored again.
 
     The weights of hybrids and the best single system are chosen on the validation split. Instances of both splits are
-    kept in memory, others are ignored. Raises RecordError if there is nothing to report on, or a candidate has no
-    label.
+    kept in memory, others are ignored. Raises RecordError if there is nothing to report on or a candidate has no label,
+    and ConfigError if a score is missing or not finite, or if all scores of a scorer are equal.
     """
     from cappy.evaluation.protocol import build_report, evaluate_split, split_pools
 
@@ -53,10 +54,10 @@ def read_report(folder: str | Path) -> Report:
 
 
 def read_values(folder: str | Path, *, check_hashes: bool = False) -> dict[str, Any]:
-    """Reads the values of report.json, unconverted. Raises RecordError if this version cannot read their schema.
+    """Reads report.json as JSON values. Raises RecordError if this version cannot read their schema.
 
     With `check_hashes`, every file of the folder is first compared with its manifest: an edited report must not pass
-    the promotion gate.
+    the promotion gate. Raises FolderError if the folder is not an evaluation report, or is damaged.
     """
     path = Path(folder) / "report.json"
     if not path.is_file() and (inner := path.parent / "report" / path.name).is_file():

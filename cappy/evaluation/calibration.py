@@ -17,6 +17,7 @@ MIN_LEVEL_GROUPS = 10
 """Minimum number of groups per level of a map: with fewer, isotonic regression fits noise, above all at the ends."""
 MAX_LEVELS = 20
 SHARES = tuple(round(0.1 * step, 1) for step in range(1, 11))
+"""Shares of answered instances at which coverage is measured."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Picks:
 
 
 def collect_picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
-    """The candidate with the highest score of every pool."""
+    """Collects the pick of every pool: the candidate with the highest score."""
     return Picks(
         scores=np.array([pool_scores.max() for pool_scores in scores], dtype=np.float64),
         labels=pick_labels(pools, scores),
@@ -89,14 +90,15 @@ def _choose_sizes(sizes: Sequence[int], groups: "np.ndarray[tuple[int], np.dtype
 
 
 def _fit_monotone_map(n: int, scores: Vector, labels: Vector, weights: Vector, levels: int) -> PickMap:
-    """Fits a monotone map of at most `levels` levels of about equal weight, each from its lowest to its highest score.
+    """Fits a monotone map with at most `levels` levels of about equal weight.
 
-    The mean of the expected labels then equals the mean of the labels.
+    A level is constant from its lowest to its highest score. The weighted mean of the expected labels equals that of
+    the labels.
     """
-    possible = weights > 0
-    points, index = np.unique(scores[possible], return_inverse=True)
-    weight = np.bincount(index, weights=weights[possible])
-    total = np.bincount(index, weights=weights[possible] * labels[possible])
+    positive = weights > 0
+    points, index = np.unique(scores[positive], return_inverse=True)
+    weight = np.bincount(index, weights=weights[positive])
+    total = np.bincount(index, weights=weights[positive] * labels[positive])
     # Equal scores share a level: the one at the middle of their cumulative weight.
     middle = (np.cumsum(weight) - weight / 2) / weight.sum()
     level = np.minimum((middle * levels).astype(int), levels - 1)
@@ -111,7 +113,7 @@ def _fit_monotone_map(n: int, scores: Vector, labels: Vector, weights: Vector, l
 def measure_reliability(scores: Vector, labels: Vector) -> Reliability:
     """Calibration error, Brier score and bins of about equal size; scores and labels (0 to 1) have shape (pools,).
 
-    Equal scores share one bin, in whatever order they come: calibrated scores have many of them.
+    Equal scores, which are frequent after calibration, share one bin, so the result does not depend on their order.
     """
     order = np.argsort(scores, kind="stable")
     rank = np.searchsorted(scores[order], scores, side="left")
@@ -143,7 +145,10 @@ def measure_calibration(splits: Sequence[tuple[Picks, Calibration | None]]) -> C
 
 
 def measure_coverage(confidences: Sequence[float], labels: Vector) -> Coverage:
-    """Mean label of the picks with the highest confidences, by the share of instances that is answered."""
+    """Mean label of the picks with the highest confidences, by the share of instances that is answered.
+
+    `confidences` and `labels` have shape (pools,).
+    """
     order = np.argsort(-np.asarray(confidences), kind="stable")
     sizes = [max(1, round(share * len(order))) for share in SHARES]
     quality = tuple(float(labels[order[:size]].mean()) for size in sizes)

@@ -1,9 +1,9 @@
 """Cross-fitting: trains the recipe of a scorer once per fold, so that every instance is tested by a scorer that was not
 trained on it, nor on another template of its row.
 
-The result is an estimate for the recipe, not for the scorer that was given, which was trained on more instances, and on
-some of these. The out-of-fold scores are kept beside the scorer and registered with it, so that another recipe can be
-compared with it on the same instances with the same candidates.
+The result is an estimate for the recipe, not for the evaluated scorer, which was trained on more instances, including
+some of the tested ones. The out-of-fold scores are registered with the scorer, so that another recipe can be compared
+with its recipe on the same instances with the same candidates.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from cappy.preparation.leakage import SplitRows
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, Split, prompt_hash, read, write
 from cappy.records.folder import MANIFEST, verify
-from cappy.scoring.training_data import TrainedOn, count_seen
+from cappy.scoring.training_data import ReadTrainingData, count_seen
 from cappy.selection.pools import Pool, Vector
 from cappy.steps import TRAINING_STEPS
 from cappy.untrusted import JSON
@@ -46,7 +46,7 @@ Train = Callable[[str, Mapping[str, object], Progress], None]
 
 @dataclass(frozen=True, kw_only=True)
 class CrossFitting:
-    """Number of folds, their seed, what is evaluated in each, and the work folder of the trainings."""
+    """The settings of a cross-fitting: folds and their seed, metric and probes, and where the folds are trained."""
 
     folds: int
     seed: int
@@ -67,7 +67,7 @@ class Fold:
 
 @dataclass(frozen=True, kw_only=True)
 class OutOfFoldScores:
-    """Scores by pool (see `pool_hash`), each from a scorer that was trained on the other folds.
+    """Scores of the candidates of each pool, by `pool_hash`, from a scorer that was trained on the other folds.
 
     `leaks` counts the instances that were tested by a scorer that was trained on their prompt.
     """
@@ -81,11 +81,11 @@ class OutOfFoldScores:
         """The scores of the candidates of `pools`, or the reason why they cannot be compared."""
         if metric != self.metric:
             return f"its out-of-fold picks are labelled by {self.metric}, this report by {metric}"
-        known = [pool_hash(pool) in self.scores for pool in pools]
-        if not all(known) or len(pools) != len(self.scores):
+        is_stored = [pool_hash(pool) in self.scores for pool in pools]
+        if not all(is_stored) or len(pools) != len(self.scores):
             return (
                 f"its out-of-fold picks cover {len(self.scores)} instances, this report {len(pools)}, and only "
-                f"{sum(known)} of them are the same with the same candidates"
+                f"{sum(is_stored)} of them are the same with the same candidates"
             )
         return [np.array(self.scores[pool_hash(pool)], dtype=np.float64) for pool in pools]
 
@@ -95,8 +95,8 @@ def split_folds(instances: Sequence[Instance], count: int, seed: int) -> Iterato
 
     The validation instances of a fold are the test instances of the next one; the others are for training. Groups stay
     together, and every task is spread over the folds as evenly as its groups allow. Training and validation instances
-    that the leak check would find to be near-duplicates of the fold's held-out instances are dropped. Raises
-    ConfigError if there are fewer groups than folds.
+    that the leak check would report as near-duplicates of the fold's held-out instances are dropped. Raises ConfigError
+    if there are fewer groups than folds.
     """
     fold_of = _assign_folds(instances, count, seed)
     for number in range(count):
@@ -116,10 +116,10 @@ def _drop_near_held_out(instances: Sequence[Instance]) -> list[Instance]:
 
 def prepare_folds(instances: Sequence[Instance], count: int, seed: int, work: Path) -> Iterator[Fold]:
     """Writes the instances of each fold under `work`, unless an earlier run did, and yields the folds."""
-    for number, own in enumerate(split_folds(instances, count, seed), start=1):
+    for number, fold_instances in enumerate(split_folds(instances, count, seed), start=1):
         fold = Fold(number=number, annotated=work / f".fold-{number}", scorer=_scorer_folder(work, number))
         if not (fold.annotated / MANIFEST).is_file():
-            write(fold.annotated, own)
+            write(fold.annotated, fold_instances)
         yield fold
 
 
@@ -143,14 +143,14 @@ def evaluate_folds(
     progress: Progress,
     train: Train | None = None,
 ) -> tuple[list[EvaluatedSplit], int]:
-    """Evaluates each fold's test split with the scorer trained on the other folds; also counts skipped instances.
+    """Evaluates each fold's test split with the scorer trained on the other folds; counts instances without candidates.
 
-    An interrupted run resumes at the fold's training checkpoint, or with the scores that it had stored. A fold whose
-    scorer is complete (every sha256 matches) is not trained again.
+    An interrupted run resumes at the fold's training checkpoint, or reuses the scores that it stored. A fold is not
+    trained again if its scorer is complete (every sha256 matches).
     """
     step, settings = recipe
     count, seed, metric = cross_fitting.folds, cross_fitting.seed, cross_fitting.metric
-    evaluated, skipped = [], 0
+    evaluated_splits, skipped = [], 0
     for fold in prepare_folds(instances, count, seed, folder):
         if not _is_trained(fold.scorer):
             paths = {"source": fold.annotated, "target": fold.scorer, "work": cross_fitting.work}
@@ -159,41 +159,41 @@ def evaluate_folds(
         pools, held_out, num_empty = split_pools(read(fold.annotated), metric=metric, split="test")
         score = cached_scores(load(str(fold.scorer)).score, folder, f"fold-{fold.number}")
         probe = cross_fitting.probe and fold.number == 1
-        evaluated.append(evaluate_split(pools, held_out, score, metric=metric, seed=seed, probe=probe))
+        evaluated_splits.append(evaluate_split(pools, held_out, score, metric=metric, seed=seed, probe=probe))
         skipped += num_empty
-    return evaluated, skipped
+    return evaluated_splits, skipped
 
 
-def count_leaks(evaluated: Sequence[EvaluatedSplit], folder: Path, trained_on: TrainedOn) -> int:
+def count_leaks(evaluated_splits: Sequence[EvaluatedSplit], folder: Path, trained_on: ReadTrainingData) -> int:
     """How many instances were tested by a scorer that was trained on their prompt."""
-    scorers = [trained_on(_scorer_folder(folder, number)) for number in range(1, len(evaluated) + 1)]
-    tested = ([pool.instance for pool in own.pools] for own in evaluated)
-    return sum(count_seen(own, hashes) for own, hashes in zip(tested, scorers, strict=True))
+    training_of_folds = [trained_on(_scorer_folder(folder, number)) for number in range(1, len(evaluated_splits) + 1)]
+    tested = ([pool.instance for pool in part.pools] for part in evaluated_splits)
+    return sum(count_seen(instances, training) for instances, training in zip(tested, training_of_folds, strict=True))
 
 
 def add_champion_scores(
-    evaluated: Sequence[EvaluatedSplit], champion: Path, metric: str
+    evaluated_splits: Sequence[EvaluatedSplit], champion: Path, metric: str
 ) -> tuple[list[EvaluatedSplit], dict[str, int]]:
     """Adds the champion's out-of-fold scores to the splits, or the reason why it has none; also returns its leaks."""
     stored = read_out_of_fold(champion)
     if stored is None:
         reason = "it has no out-of-fold picks; cross-fit it with --folds and register it again"
-        return [_mark_champion_unavailable(own, reason) for own in evaluated], {}
-    scores = stored.look_up([pool for own in evaluated for pool in own.pools], metric)
+        return [_mark_champion_unavailable(part, reason) for part in evaluated_splits], {}
+    scores = stored.look_up([pool for part in evaluated_splits for pool in part.pools], metric)
     if isinstance(scores, str):
-        return [_mark_champion_unavailable(own, scores) for own in evaluated], {}
+        return [_mark_champion_unavailable(part, scores) for part in evaluated_splits], {}
     scores_left = iter(scores)
     joined = []
-    for own in evaluated:
-        values = {**own.selection.values, "champion": [next(scores_left) for _ in own.pools]}
-        unavailable = {name: reason for name, reason in own.selection.unavailable.items() if name != "champion"}
-        joined.append(replace(own, selection=replace(own.selection, values=values, unavailable=unavailable)))
+    for part in evaluated_splits:
+        values = {**part.selection.values, "champion": [next(scores_left) for _ in part.pools]}
+        unavailable = {name: reason for name, reason in part.selection.unavailable.items() if name != "champion"}
+        joined.append(replace(part, selection=replace(part.selection, values=values, unavailable=unavailable)))
     return joined, {"champion": stored.leaks}
 
 
-def _mark_champion_unavailable(own: EvaluatedSplit, reason: str) -> EvaluatedSplit:
-    unavailable = {**own.selection.unavailable, "champion": reason}
-    return replace(own, selection=replace(own.selection, unavailable=unavailable))
+def _mark_champion_unavailable(part: EvaluatedSplit, reason: str) -> EvaluatedSplit:
+    unavailable = {**part.selection.unavailable, "champion": reason}
+    return replace(part, selection=replace(part.selection, unavailable=unavailable))
 
 
 def _train_fold(step: str, settings: Mapping[str, object], progress: Progress) -> None:
@@ -201,17 +201,17 @@ def _train_fold(step: str, settings: Mapping[str, object], progress: Progress) -
     from cappy.training import finetuning, pretraining
 
     if step == "pretraining":
-        own = rename_settings(pretraining.PretrainingConfig, settings)
-        pretraining.run(build(pretraining.PretrainingConfig, own), progress)
+        values = rename_settings(pretraining.PretrainingConfig, settings)
+        pretraining.run(build(pretraining.PretrainingConfig, values), progress)
     elif step == "finetuning":
-        own = rename_settings(finetuning.FinetuningConfig, settings)
-        finetuning.run(build(finetuning.FinetuningConfig, own), progress)
+        values = rename_settings(finetuning.FinetuningConfig, settings)
+        finetuning.run(build(finetuning.FinetuningConfig, values), progress)
     else:
         raise ConfigError(f"--folds: step {quote(step)} is not a training step")
 
 
 def _prefix_progress(progress: Progress, number: int, count: int) -> Progress:
-    """Progress of a training that names the fold before its note."""
+    """Wraps `progress` so that every note starts with the fold."""
 
     def report(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         fold = f"fold {number} of {count}"
@@ -221,7 +221,10 @@ def _prefix_progress(progress: Progress, number: int, count: int) -> Progress:
 
 
 def _is_trained(scorer: Path) -> bool:
-    """Whether an earlier run trained the fold; the work folder's name depends on recipe, instances and version."""
+    """Whether an earlier run trained this scorer.
+
+    The work folder is named after recipe, instances and version, so a complete scorer in it is the right one.
+    """
     try:
         verify(scorer)
     except FolderError:
@@ -234,7 +237,7 @@ def _scorer_folder(work: Path, number: int) -> Path:
 
 
 def _assign_folds(instances: Sequence[Instance], count: int, seed: int) -> dict[str, int]:
-    """Group -> index of its fold. The groups, shuffled within each task, go to the folds in turn."""
+    """Group -> index of its fold. Groups are shuffled within each task and assigned to the folds in turn."""
     task_of = {instance.group_id: instance.task for instance in reversed(instances)}
     if len(task_of) < count:
         raise ConfigError(f"--folds {count}: there are only {len(task_of)} groups of instances; choose fewer folds")
@@ -251,20 +254,20 @@ def pool_hash(pool: Pool) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def out_of_fold_json(evaluated: Sequence[EvaluatedSplit], *, metric: str, leaks: int) -> str:
+def out_of_fold_json(evaluated_splits: Sequence[EvaluatedSplit], *, metric: str, leaks: int) -> str:
     """The text of out_of_fold.json. Raises FolderError if two instances are the same."""
-    pools = [pool for own in evaluated for pool in own.pools]
+    pools = [pool for part in evaluated_splits for pool in part.pools]
     rows = {pool_hash(pool): scores.tolist() for pool, scores in zip(pools, get_scorer_scores(pools), strict=True)}
     if len(rows) != len(pools):
         repeated, _ = Counter(pool_hash(pool) for pool in pools).most_common(1)[0]
         name = next(pool.instance.instance_id for pool in pools if pool_hash(pool) == repeated)
         raise FolderError(f"instance {quote(name)} is in the data twice; prepare the instances again")
-    values = {"metric": metric, "folds": len(evaluated), "leaks": leaks, "scores": rows}
+    values = {"metric": metric, "folds": len(evaluated_splits), "leaks": leaks, "scores": rows}
     return json.dumps(values, allow_nan=False) + "\n"
 
 
 def read_out_of_fold(folder: Path) -> OutOfFoldScores | None:
-    """Reads the out-of-fold scores beside a scorer; None if there are none. Raises FolderError if they are damaged."""
+    """Reads the out-of-fold scores in a scorer's folder; None without them. Raises FolderError if they are damaged."""
     path = folder / OUT_OF_FOLD
     if not path.is_file():
         return None

@@ -11,7 +11,7 @@ ReportValues = Mapping[str, Any]
 SCHEMA = 3
 """Raised when a field changes its meaning or is removed, not when one is added."""
 OUT_OF_FOLD = "out_of_fold.json"
-"""File that a cross-fitted evaluation writes beside a scorer; see `cappy.evaluation.crossfit`."""
+"""File with the out-of-fold scores, registered with the scorer; see `cappy.evaluation.crossfit`."""
 LEVEL = 0.95
 """Confidence level of every interval."""
 MIN_GROUPS = 30
@@ -31,7 +31,7 @@ class MeanEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A paired difference of two means with its 95% interval, and what is needed to compute it at another level.
+    """A paired difference of two means with its 95% interval, and the values that give its interval at another level.
 
     `p_value` is two-sided, against a true difference of 0. `standard_error`, the `skewness` of the mean and the degrees
     of `freedom` are those of `cappy.evaluation.statistics`; the standard error is None for a single group.
@@ -127,7 +127,10 @@ class RatedCandidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """An instance shown in the report, with the picks of the selectors and its candidates, best score first."""
+    """An instance shown in the report, with the picks of the selectors and its candidates, best score first.
+
+    `left_out` is the number of candidates that are not shown.
+    """
 
     instance_id: str
     task: str
@@ -178,7 +181,7 @@ class CalibrationResult:
 class Coverage:
     """Mean label of the answered picks when only the instances with the highest scores are answered.
 
-    `quality[i]` is the mean label at the share `coverage[i]`; `random` is that of a random subset of any size.
+    `quality[i]` is the mean label at the share `coverage[i]`, `random` the mean label of a random subset of any size.
     """
 
     coverage: tuple[float, ...]
@@ -205,7 +208,7 @@ class ScoringCost:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTask:
-    """A task with published results: our number and the published ones by model, x 100, with their source."""
+    """A task with published results: our mean label and the published numbers by model, x 100, and their source."""
 
     task: str
     ours: float
@@ -217,7 +220,9 @@ class PublishedTask:
 class Findings:
     """All results of an evaluation; numbers are on the metric's scale of 0 to 1.
 
-    `comparisons` has paired differences by the names of both selectors, such as "scorer-random". "scorer-likelihood"
+    `facts` are counts of instances, groups and candidates. `unavailable` has the reason why a selector was not
+    evaluated. `curve` has, by selector, the expected label of its pick among n candidates, for n from 1. `comparisons`
+    has paired differences by the names of both selectors, such as "scorer-random". "scorer-likelihood"
     compares with `better_likelihood`, the likelihood selector that is better on the reported split itself; that choice
     favours the baseline. `adjusted` has the p-values of the comparisons after Holm's correction. `averages` are
     unweighted means over tasks. `leaks` counts, by scorer, the reported instances that it saw in training or early

@@ -28,11 +28,14 @@ COLOURS: Mapping[str, str] = {
 VARIABLES: Mapping[str, str] = {
     COLOURS[name]: f"var(--{name.replace('_', '-')})" for name in COLOURS if name not in ("oracle", "random")
 } | {"#0b7a6d": "var(--likelihood-mean)"}
+"""Colour -> the CSS variable that replaces it in the page."""
 CALIBRATED_COLOUR = "#0b7a6d"
 DEFAULT_COLOUR = "#8a6d3b"
 """Colour of selectors without an entry in `COLOURS`, readable on light and dark backgrounds."""
 Draw = Callable[[float, float], Figure]
+"""Draws a plot of a width and a height in inches."""
 Sizes = tuple[tuple[float, float], tuple[float, float]]
+"""(width, height) of a plot in inches, on a wide and on a narrow page."""
 SELECTORS_WITH_BANDS = ("scorer", "mbr")
 _LINE_STYLES = {"oracle": (0, (5, 3)), "random": (0, (1, 2))}
 
@@ -88,7 +91,7 @@ def _bars(report: Report) -> Mapping[str, Mapping[str, float]]:
 
 
 def _mean_cells(row: TaskRow, columns: list[Selector]) -> list[dict[str, float | bool]]:
-    """The cells of a task's row; the best one, except the oracle, is marked."""
+    """The cells of a task's row; `best` marks the highest mean of all selectors but the oracle."""
     best = max(row.means[column.name] for column in columns if column.bound != "upper")
     return [
         {"mean": row.means[column.name], "best": column.bound != "upper" and row.means[column.name] == best}
@@ -109,8 +112,8 @@ def _curve_steps(report: Report) -> list[dict[str, float | None]]:
 def _curve_step(report: Report, points: list[float], n: int) -> dict[str, float | None]:
     gain = points[n - 1] - points[0]
     tokens, seconds = (None if each is None else each * n for each in (report.cost.tokens, report.cost.seconds))
-    added = None if tokens is None or report.cost.tokens is None else tokens - report.cost.tokens
-    per_point = added / (100 * gain) if added and gain > 0 else None
+    more_tokens = None if tokens is None or report.cost.tokens is None else tokens - report.cost.tokens
+    per_point = more_tokens / (100 * gain) if more_tokens and gain > 0 else None
     return {"n": n, "mean": points[n - 1], "gain": gain, "tokens": tokens, "seconds": seconds, "per_point": per_point}
 
 
@@ -124,7 +127,7 @@ def _template_ranges(report: Report) -> list[tuple[str, int, float, float, float
 
 
 def _group_published(report: Report) -> list[tuple[str, list[str], list[PublishedTask]]]:
-    """Source, its models, and the published tasks that are in the report."""
+    """The published tasks of the report by source: (source, names of its models, tasks)."""
     sources: dict[str, list[PublishedTask]] = {}
     for row in report.published:
         sources.setdefault(row.source, []).append(row)
@@ -132,7 +135,7 @@ def _group_published(report: Report) -> list[tuple[str, list[str], list[Publishe
 
 
 def _render_plots(report: Report) -> dict[str, tuple[str, str]]:
-    """Plot -> its SVG elements for a wide and a narrow page, with CSS variables as colours."""
+    """Plot name -> its SVG elements for a wide and for a narrow page, with CSS variables as colours."""
     return {
         name: tuple(  # type: ignore[misc]
             to_svg(draw(*size), salt=f"cappy {name} {size[0]}", variables=VARIABLES) for size in sizes
@@ -142,7 +145,7 @@ def _render_plots(report: Report) -> dict[str, tuple[str, str]]:
 
 
 def _list_plots(report: Report) -> Mapping[str, tuple[Draw, Sizes]]:
-    """The plots of a report, with their sizes on a wide and on a narrow page in inches."""
+    """Plot name -> its function and sizes."""
     plots: dict[str, tuple[Draw, Sizes]] = {"curve": (partial(_draw_curve, report), ((10.2, 4.6), (3.7, 3.7)))}
     if report.calibration is not None and report.coverage is not None:
         draw = partial(_draw_calibration, metric_name(report.metric), report.calibration, report.coverage)
@@ -162,9 +165,9 @@ def _draw_curve(report: Report, width: float, height: float) -> Figure:
 
 
 def _draw_calibration(
-    metric: str, calibration: CalibrationResult, abstaining: Coverage, width: float, height: float
+    metric: str, calibration: CalibrationResult, coverage: Coverage, width: float, height: float
 ) -> Figure:
-    """The reliability diagram on the left (or top), the quality by coverage on the right (or bottom)."""
+    """Draws the reliability diagram on the left (or top), and the mean label by coverage on the right (or bottom)."""
     wide = width > height
     with draw_figure(width, height) as figure:
         axes = plain_axes(figure, "score ×100", f"mean {metric} ×100", (1, 2, 1) if wide else (2, 1, 1))
@@ -182,11 +185,11 @@ def _draw_calibration(
                 )
         axes.legend(frameon=False, labelcolor=INK, loc="upper left")
         right = plain_axes(figure, "instances answered (%)", f"mean {metric} ×100", (1, 2, 2) if wide else (2, 1, 2))
-        shares = [100 * share for share in abstaining.coverage]
+        shares = [100 * share for share in coverage.coverage]
         right.plot(
-            shares, [100 * value for value in abstaining.quality], color=COLOURS["scorer"], marker="o", markersize=4
+            shares, [100 * value for value in coverage.quality], color=COLOURS["scorer"], marker="o", markersize=4
         )
-        right.axhline(100 * abstaining.random, color=QUIET, linestyle=(0, (1, 2)), linewidth=1.2)
+        right.axhline(100 * coverage.random, color=QUIET, linestyle=(0, (1, 2)), linewidth=1.2)
         right.invert_xaxis()
     return figure
 

@@ -1,4 +1,4 @@
-"""The evaluation protocol: scores the pools and compares all selectors on the same pools."""
+"""The evaluation protocol: scores pools of candidates and compares all selectors on the same pools."""
 
 import hashlib
 import json
@@ -60,17 +60,20 @@ class EvaluatedSplit:
 
 
 def split_pools(instances: Iterable[Instance], *, metric: str, split: Split) -> tuple[list[Pool], list[Pool], int]:
-    """The reported pools, the held-out pools, and the number of instances of `split` without candidates."""
+    """Returns the reported pools, the held-out pools, and the number of instances of `split` without candidates.
+
+    Raises RecordError if no pool of `split` has several candidates, or if a candidate has no label of this metric.
+    """
     collected = collect_pools(instances, metric=metric, splits={split, "validation"})
     pools = [pool for pool in collected if pool.instance.split == split and pool.candidates]
     held_out = [pool for pool in collected if pool.instance.split == "validation" != split and pool.candidates]
     skipped = sum(pool.instance.split == split and not pool.candidates for pool in collected)
     if not pools and skipped:
         raise RecordError(
-            f"all {skipped} {split} instances are without candidates to select from; run cappy sampling first"
+            f"none of the {skipped} {split} instances has candidates to select from; run cappy sampling first"
         )
     if not pools:
-        raise RecordError(f"there is no instance of split {split!r} to report on; prepare instances with that split")
+        raise RecordError(f"there are no instances of split {split!r} to report on; prepare instances with that split")
     if all(len(pool.candidates) == 1 for pool in pools):
         raise RecordError(
             f"every {split} instance has a single candidate, so there is nothing to select; sample more of them "
@@ -90,7 +93,10 @@ def evaluate_split(
     probe: bool = True,
     progress: Progress = silent,
 ) -> EvaluatedSplit:
-    """Scores the reported pools (with the champion too) and the held-out pools, and fits and applies all selectors."""
+    """Scores the reported and the held-out pools, fits all selectors on the latter and applies them to the former.
+
+    The champion scores only the reported pools. Raises ConfigError if all scores of a scorer are equal.
+    """
     total = (count_pairs(pools) + count_pairs(held_out)) * (score is not None) + count_pairs(pools) * (
         champion is not None
     )
@@ -110,11 +116,11 @@ def evaluate_split(
         _check_not_constant(name, pools)
     probes: list[Probe] = []
     if score is not None and probe:
-        own = get_scorer_scores(pools)
+        scores = get_scorer_scores(pools)
         picked = tables.compute_pick_labels(
-            pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": own}
+            pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": scores}
         )
-        probes = tables.run_probes(pools, own, score, tables.build_task_rows(pools, picked), seed)
+        probes = tables.run_probes(pools, scores, score, tables.build_task_rows(pools, picked), seed)
     return EvaluatedSplit(
         pools=pools,
         held_out=held_out,
@@ -130,11 +136,11 @@ def get_scorer_scores(pools: Sequence[Pool]) -> list[Vector]:
 
 
 def build_report(
-    evaluated: Sequence[EvaluatedSplit], *, metric: str, split: str, seed: int, skipped: int = 0, folds: int = 0
+    evaluated_splits: Sequence[EvaluatedSplit], *, metric: str, split: str, seed: int, skipped: int = 0, folds: int = 0
 ) -> Report:
     """Builds the report on the pools of all splits together."""
-    pools = [pool for own in evaluated for pool in own.pools]
-    selection = _join_selections([own.selection for own in evaluated])
+    pools = [pool for part in evaluated_splits for pool in part.pools]
+    selection = _join_selections([part.selection for part in evaluated_splits])
     picked = tables.compute_pick_labels(pools, selection.values)
     best_variants = tables.choose_best_variants(picked)
     comparisons = tables.compare_selectors(picked, best_variants)
@@ -144,7 +150,7 @@ def build_report(
         metric=metric,
         split=split,
         seed=seed,
-        facts=_count_facts(evaluated, pools, skipped),
+        facts=_count_facts(evaluated_splits, pools, skipped),
         selectors=tables.build_rows(picked, selection, pools),
         unavailable=selection.unavailable,
         comparisons=comparisons,
@@ -161,10 +167,10 @@ def build_report(
             {pool.instance.task for pool in pools if pool.instance.template},
         ),
         examples=tables.draw_examples(pools, selection, seed),
-        worst=tables.find_worst(pools, selection),
-        calibration=_measure_calibration(evaluated),
+        worst=tables.find_worst_examples(pools, selection),
+        calibration=_measure_calibration(evaluated_splits),
         coverage=_measure_coverage(pools, selection),
-        probes=tuple(evaluated[0].probes),
+        probes=tuple(evaluated_splits[0].probes),
         cost=ScoringCost(tokens=_mean_tokens(pools)),
         better_likelihood=best_variants.get("likelihood", ""),
         folds=folds,
@@ -173,12 +179,12 @@ def build_report(
 
 
 def cached_scores(score: Score, folder: Path, name: str) -> Score:
-    """Wraps `score`: the result of each call is stored in a hidden file of the work folder and never computed twice.
+    """Wraps `score` so that the result of each call is stored in a hidden file of the work folder and then reused.
 
-    The file also records how many seconds the call took.
+    The file also records the duration of the call in seconds.
     """
 
-    def scores(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def score_or_read(pairs: Sequence[tuple[str, str]]) -> list[float]:
         key = hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()[:16]
         path = folder / f".{name}-{key}.json"
         if not path.is_file():
@@ -189,11 +195,14 @@ def cached_scores(score: Score, folder: Path, name: str) -> Score:
         stored: list[float] = json.loads(path.read_text())["scores"]
         return stored
 
-    return scores
+    return score_or_read
 
 
 def seconds_per_pair(folder: Path) -> float | None:
-    """Mean scoring time per pair, over the stored calls of `cached_scores` with 100 pairs or more, else over all."""
+    """Mean seconds per pair of the calls that `cached_scores` stored; None if there are none.
+
+    Only calls with 100 pairs or more count, if there are any.
+    """
     paths = [path for pattern in (".challenger-*.json", ".fold-*.json") for path in sorted(folder.glob(pattern))]
     calls = [json.loads(path.read_text()) for path in paths]
     large = [call for call in calls if len(call["scores"]) >= 100] or calls
@@ -202,10 +211,10 @@ def seconds_per_pair(folder: Path) -> float | None:
 
 
 def _join_selections(selections: Sequence[Selection]) -> Selection:
-    """Concatenates the selectors that are available in all splits; their details are joined."""
+    """Concatenates the values of the selectors that are available in all splits, and joins their details."""
     first = selections[0]
     names = [name for name in first.values if all(name in selection.values for selection in selections)]
-    missing = {name: reason for selection in selections for name, reason in selection.unavailable.items()}
+    unavailable = {name: reason for selection in selections for name, reason in selection.unavailable.items()}
     details = {}
     for name in first.details:
         if name in names:
@@ -213,16 +222,19 @@ def _join_selections(selections: Sequence[Selection]) -> Selection:
     return Selection(
         values={name: [value for selection in selections for value in selection.values[name]] for name in names},
         details=details,
-        unavailable=missing,
+        unavailable=unavailable,
     )
 
 
-def _measure_calibration(evaluated: Sequence[EvaluatedSplit]) -> CalibrationResult | None:
-    """Calibration of all reported picks, each with the calibration that was fitted for its own scorer."""
-    if any("scorer" not in part.selection.values for part in evaluated):
+def _measure_calibration(evaluated_splits: Sequence[EvaluatedSplit]) -> CalibrationResult | None:
+    """Measures the calibration of all reported picks; each split uses the calibration of its own scorer."""
+    if any("scorer" not in part.selection.values for part in evaluated_splits):
         return None
     return calibration.measure_calibration(
-        [(calibration.collect_picks(part.pools, get_scorer_scores(part.pools)), part.calibration) for part in evaluated]
+        [
+            (calibration.collect_picks(part.pools, get_scorer_scores(part.pools)), part.calibration)
+            for part in evaluated_splits
+        ]
     )
 
 
@@ -240,7 +252,7 @@ def _mean_tokens(pools: Sequence[Pool]) -> float | None:
     return float(np.mean(known)) if known and len(known) == len(counts) else None
 
 
-def _count_facts(evaluated: Sequence[EvaluatedSplit], pools: Sequence[Pool], skipped: int) -> dict[str, int]:
+def _count_facts(evaluated_splits: Sequence[EvaluatedSplit], pools: Sequence[Pool], skipped: int) -> dict[str, int]:
     sizes = [len(pool.candidates) for pool in pools]
     return {
         "instances": len(pools),
@@ -249,7 +261,7 @@ def _count_facts(evaluated: Sequence[EvaluatedSplit], pools: Sequence[Pool], ski
         "fewest_candidates": min(sizes),
         "most_candidates": max(sizes),
         "single_candidate_instances": sizes.count(1),
-        "held_out_instances": sum(len(part.held_out) for part in evaluated),
+        "held_out_instances": sum(len(part.held_out) for part in evaluated_splits),
         "skipped_instances": skipped,
         "mbr_curve_orders": NUM_MBR_ORDERS,
     }

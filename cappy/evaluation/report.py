@@ -17,13 +17,13 @@ class Report(Findings):
     """All results of an evaluation; the fields are those of `Findings`."""
 
     def to_dict(self) -> dict[str, JSON]:
-        """JSON values: the numbers, with the verdict and the advice as text."""
+        """The report as JSON values: the numbers, with the verdict and the advice as text."""
         values: dict[str, JSON] = TypeAdapter(Report).dump_python(self, mode="json")
         return {"verdict": list(verdict(self)), "next": advice(self), **values}
 
     @staticmethod
     def from_dict(values: ReportValues) -> "Report":
-        """The inverse of `to_dict`. Raises RecordError if the values are no report, or have another schema."""
+        """The inverse of `to_dict`. Raises RecordError if the values are not a report, or have another schema."""
         check_schema(values)
         fields = {key: value for key, value in values.items() if key not in ("verdict", "next")}
         try:
@@ -36,7 +36,7 @@ class Report(Findings):
             ) from error
 
     def table(self) -> list[tuple[str, str, str, str]]:
-        """Rows for a terminal, the header first: selector, mean x 100, its interval, gain over random with interval."""
+        """Rows for a terminal, header first: selector, mean x 100, its interval, gain over random with its interval."""
         rows = [("selector", f"{metric_name(self.metric)} x100", "95% interval", "gain over random")]
         for selector in selectors_shown_in(self.selectors, "table", self.better_likelihood):
             row = self.selectors[selector.name]

@@ -9,8 +9,8 @@ interval of a mean is the wider one of two:
 - the same after Hall's cubic transformation, which removes the skewness of a t statistic (Hall, 1992, "On the removal
   of skewness by transformation").
 
-`benchmarks/intervals.py` compares this interval with the percentile bootstrap, the studentised bootstrap and BCa: by
-each of those the gate would promote a scorer that is no better too often at 30 groups, for symmetric or for skewed
+`benchmarks/intervals.py` compares this interval with the percentile bootstrap, the studentised bootstrap and BCa. With
+each of those, at 30 groups, the gate would too often promote a scorer that is not better, for symmetric or for skewed
 differences. The method is deterministic and needs no seed.
 """
 
@@ -33,15 +33,15 @@ _TOLERANCE = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """What the interval of a mean needs besides the mean.
+    """The values from which the interval of a mean is computed, besides the mean itself.
 
     `standard_error` is infinite for a single group. `skewness` is that of the mean: the skewness of the groups divided
-    by the square root of their number. `freedom` is the degrees of freedom.
+    by the square root of their number.
     """
 
     standard_error: float
     skewness: float
-    freedom: float
+    degrees_of_freedom: float
 
 
 def compute_spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
@@ -50,7 +50,7 @@ def compute_spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
     sizes = np.bincount(index).astype(np.float64)
     count, total = len(sizes), float(len(index))
     if count < 2:
-        return [Spread(standard_error=math.inf, skewness=0.0, freedom=1.0)] * values.shape[1]
+        return [Spread(standard_error=math.inf, skewness=0.0, degrees_of_freedom=1.0)] * values.shape[1]
     sums = np.zeros((count, values.shape[1]))
     np.add.at(sums, index, values)
     total_sum = sums.sum(axis=0)
@@ -63,23 +63,25 @@ def compute_spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
     thirds = (deviations**3).mean(axis=0)
     scale = np.where(errors > 0, errors * math.sqrt(count), 1.0)
     skewness = np.where(errors > 0, thirds / scale**3 / math.sqrt(count), 0.0)
-    freedom = max(1.0, total**2 / float((sizes**2).sum()) - 1)
-    rows = zip(errors.tolist(), skewness.tolist(), strict=True)
-    return [Spread(standard_error=error, skewness=skew, freedom=freedom) for error, skew in rows]
+    degrees_of_freedom = max(1.0, total**2 / float((sizes**2).sum()) - 1)
+    return [
+        Spread(standard_error=error, skewness=skew, degrees_of_freedom=degrees_of_freedom)
+        for error, skew in zip(errors.tolist(), skewness.tolist(), strict=True)
+    ]
 
 
 def interval_bounds(mean: float, spread: Spread, level: float = LEVEL) -> tuple[float, float]:
     """The ends of the interval of a mean; infinite for a single group."""
     if math.isinf(spread.standard_error):
         return -math.inf, math.inf
-    quantile = float(stdtrit(spread.freedom, (1 + level) / 2))
+    quantile = float(stdtrit(spread.degrees_of_freedom, (1 + level) / 2))
     low = mean - spread.standard_error * max(quantile, _invert_transform(quantile, spread.skewness))
     high = mean + spread.standard_error * max(quantile, -_invert_transform(-quantile, spread.skewness))
     return low, high
 
 
 def estimate_means(values: Matrix, groups: Sequence[str]) -> list[MeanEstimate]:
-    """The mean of each column of `values`, shape (instances, columns) of labels of 0 to 1, with its interval."""
+    """The mean of each column of `values`, shape (instances, columns) of labels from 0 to 1, with its interval."""
     means = values.mean(axis=0).tolist()
     return [_estimate(mean, spread) for mean, spread in zip(means, compute_spreads(values, groups), strict=True)]
 
@@ -88,8 +90,8 @@ def estimate_share(good: Matrix, groups: Sequence[str]) -> MeanEstimate:
     """The share of ones in `good` (zeros and ones, shape (instances,)), with an interval that is valid near 0 and 1.
 
     It is Clopper and Pearson's interval (1934) for the effective number of independent instances, which is at most the
-    actual one (Korn and Graubard, 1998). If all values are equal, their dependence is unknown, and each group counts as
-    one instance.
+    number of instances (Korn and Graubard, 1998). If all values are equal, their dependence is unknown, and each group
+    counts as one instance.
     """
     mean, count = float(good.mean()), float(len(set(groups)))
     (spread,) = compute_spreads(good[:, None], groups)
@@ -104,7 +106,7 @@ def estimate_share(good: Matrix, groups: Sequence[str]) -> MeanEstimate:
 
 
 def compare(values: Matrix, others: Matrix, groups: Sequence[str]) -> Difference:
-    """The mean of the paired differences `values - others`, each of shape (instances,), labels of 0 to 1."""
+    """The mean of the paired differences `values - others`, both of shape (instances,) with labels from 0 to 1."""
     differences = values - others
     (spread,) = compute_spreads(differences[:, None], groups)
     mean = float(differences.mean())
@@ -112,7 +114,7 @@ def compare(values: Matrix, others: Matrix, groups: Sequence[str]) -> Difference
         mean = 0.0
     low, high = interval_bounds(mean, spread)
     if spread.standard_error == 0 and mean:
-        low, high = _bounds_without_variance(mean, spread.freedom + 1)
+        low, high = _bounds_without_variance(mean, spread.degrees_of_freedom + 1)
     return Difference(
         difference=mean,
         low=max(-1.0, low),
@@ -120,7 +122,7 @@ def compare(values: Matrix, others: Matrix, groups: Sequence[str]) -> Difference
         p_value=p_value(mean, spread),
         standard_error=spread.standard_error if math.isfinite(spread.standard_error) else None,
         skewness=spread.skewness,
-        freedom=spread.freedom,
+        freedom=spread.degrees_of_freedom,
         groups=len(set(groups)),
     )
 
@@ -128,29 +130,34 @@ def compare(values: Matrix, others: Matrix, groups: Sequence[str]) -> Difference
 def p_value(mean: float, spread: Spread) -> float:
     """Two-sided p-value of a true mean of 0: 1 minus the highest level at which `interval_bounds` excludes 0.
 
-    It is 1 without variance.
+    It is 1 if the differences do not vary, or for a single group.
     """
     if spread.standard_error == 0 or math.isinf(spread.standard_error):
         return 1.0
     statistic = abs(mean) / spread.standard_error
     skewness = math.copysign(spread.skewness, spread.skewness * mean)
     smaller = min(statistic, _transform(statistic, skewness))
-    return min(1.0, 2 * float(stdtr(spread.freedom, -max(0.0, smaller))))
+    return min(1.0, 2 * float(stdtr(spread.degrees_of_freedom, -max(0.0, smaller))))
 
 
 def lower_bound(difference: Difference, level: float) -> float:
-    """The lower end of the difference's interval at another level; minus infinity if nothing varied."""
+    """The lower end of the interval at another level; minus infinity for a single group or without variance."""
     if not difference.standard_error:
         return -math.inf
-    spread = Spread(standard_error=difference.standard_error, skewness=difference.skewness, freedom=difference.freedom)
+    spread = Spread(
+        standard_error=difference.standard_error,
+        skewness=difference.skewness,
+        degrees_of_freedom=difference.freedom,
+    )
     return interval_bounds(difference.difference, spread, level)[0]
 
 
 def compute_power(difference: Difference, level: float = LEVEL) -> Power:
-    """The smallest difference that the groups can show, and how many groups would show the observed one.
+    """The smallest difference that the groups can show, and how many groups would show the observed difference.
 
-    Shown means that the interval excludes 0 with a probability of 80%. The standard error is taken to fall with the
-    square root of the number of groups; the quantiles are those of Student's t with the present `freedom`.
+    Groups can show a difference if its interval excludes 0 with a probability of 80%. The standard error is assumed to
+    fall with the square root of the number of groups; the quantiles are those of Student's t with the current degrees
+    of freedom.
     """
     if difference.standard_error is None:
         return Power(groups=difference.groups, smallest=1.0, groups_needed=None)
@@ -162,7 +169,7 @@ def compute_power(difference: Difference, level: float = LEVEL) -> Power:
 
 
 def adjust_p_values(p_values: Mapping[str, float]) -> dict[str, float]:
-    """The p-values adjusted for multiple comparisons by Holm's step-down method (Holm, 1979), in the same order."""
+    """Adjusts p-values for multiple comparisons by Holm's step-down method (Holm, 1979); the order is kept."""
     adjusted: dict[str, float] = {}
     highest = 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
@@ -174,18 +181,17 @@ def adjust_p_values(p_values: Mapping[str, float]) -> dict[str, float]:
 def _estimate(mean: float, spread: Spread) -> MeanEstimate:
     low, high = interval_bounds(mean, spread)
     if spread.standard_error == 0:
-        low, high = _bounds_without_variance(mean, spread.freedom + 1, lowest=0.0)
+        low, high = _bounds_without_variance(mean, spread.degrees_of_freedom + 1, lowest=0.0)
     return MeanEstimate(mean=mean, low=max(0.0, low), high=min(1.0, high))
 
 
 def _bounds_without_variance(mean: float, groups: float, lowest: float = -1.0) -> tuple[float, float]:
-    """The interval if all groups have the same value: a small share of the population may differ and be missed.
+    """The interval if all groups have the same value; a small share of the population may still have other values.
 
-    A share of 1 - 0.025^(1 / groups) is missed by all of `groups` draws with a probability of 2.5% (Clopper and
-    Pearson).
+    With a probability of 2.5%, none of `groups` draws is from a share of 1 - 0.025^(1 / groups) (Clopper and Pearson).
     """
-    unseen = 1 - ((1 - LEVEL) / 2) ** (1 / groups)
-    return mean - unseen * (mean - lowest), mean + unseen * (1 - mean)
+    missed_share = 1 - ((1 - LEVEL) / 2) ** (1 / groups)
+    return mean - missed_share * (mean - lowest), mean + missed_share * (1 - mean)
 
 
 def _transform(statistic: float, skewness: float) -> float:

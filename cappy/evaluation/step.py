@@ -1,9 +1,9 @@
-"""The evaluation step: evaluates a scorer, and the champion beside it, on held-out instances.
+"""The evaluation step: evaluates a scorer on held-out instances, and compares it with the champion if there is one.
 
 `cappy evaluation --source annotated --scorer folder --target report` writes report.json, report.html, report.md,
 table.txt, the plots curve.png, curve.svg, calibration.png and calibration.svg, calibration.json (maps from scores to
-expected labels), picks.json (read by `cappy threshold`) and probe.json (scored pairs that a deployment is verified
-with).
+expected labels), picks.json (read by `cappy threshold`), probe.json (scored pairs for verifying a deployment) and, if
+cross-fitted, out_of_fold.json.
 """
 
 import json
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cappy.evaluation.crossfit import Load
     from cappy.evaluation.protocol import AnyScorer, EvaluatedSplit
     from cappy.evaluation.report import Report
-    from cappy.scoring.training_data import TrainedOn
+    from cappy.scoring.training_data import ReadTrainingData
     from cappy.selection.pools import Score
 
 NUM_PROBE_PAIRS = 32
@@ -41,7 +41,7 @@ def _check_folds(folds: int) -> int:
 
 @settings
 class EvaluationConfig:
-    """Evaluate a scorer, and the current champion beside it, on held-out instances."""
+    """Evaluate a scorer on held-out instances, and compare it with the current champion."""
 
     source: Annotated[Location, Field(description="Folder of annotated instances")]
     scorer: Annotated[Location, Field(description="Folder of the scorer to evaluate")]
@@ -72,8 +72,10 @@ def run(config: EvaluationConfig, progress: Progress = silent) -> Manifest:
     return evaluate_folder(config, progress, load=Scorer.load, trained_on=training_data)
 
 
-def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load", trained_on: "TrainedOn") -> Manifest:
-    """Evaluates as `config` says; `load` loads a scorer from a folder, `trained_on` reads what it was trained on."""
+def evaluate_folder(
+    config: EvaluationConfig, progress: Progress, *, load: "Load", trained_on: "ReadTrainingData"
+) -> Manifest:
+    """Runs the step; `load` loads a scorer from a folder, `trained_on` reads what the scorer was trained on."""
     from cappy.evaluation.protocol import build_report, cached_scores, seconds_per_pair
     from cappy.scorers import scorer_folder
 
@@ -85,12 +87,12 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
     with claim(config.work, "evaluation", identity(config), parents, fresh=config.fresh) as folder:
         scorers = {name: load(str(path)) for name, path in folders.items()}
         if config.folds:
-            evaluated, skipped, leaks = _evaluate_folds(config, folders, folder, progress, load, trained_on)
+            evaluated_splits, skipped, leaks = _evaluate_folds(config, folders, folder, progress, load, trained_on)
         else:
-            evaluated, skipped = _evaluate_once(config, scorers, folder, progress)
-            leaks = _count_leaks(evaluated, folders, trained_on)
+            evaluated_splits, skipped = _evaluate_once(config, scorers, folder, progress)
+            leaks = _count_leaks(evaluated_splits, folders, trained_on)
         report = build_report(
-            evaluated,
+            evaluated_splits,
             metric=config.metric,
             split="cross-fitted" if config.folds else config.split,
             seed=config.seed,
@@ -104,11 +106,11 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
             cost=replace(report.cost, seconds=seconds_per_pair(folder)),
         )
         write_report(folder, report)
-        _write_picks(folder, evaluated, folds=config.folds, metric=config.metric)
-        _write_calibration(folder, evaluated, config)
-        tested = [pool.instance for part in evaluated for pool in part.pools]
+        _write_picks(folder, evaluated_splits, folds=config.folds, metric=config.metric)
+        _write_calibration(folder, evaluated_splits, config)
+        tested_instances = [pool.instance for part in evaluated_splits for pool in part.pools]
         score = cached_scores(scorers["challenger"].score, folder, "probe")
-        _write_probe(folder, score_probe_pairs(tested, score, seed=config.seed))
+        _write_probe(folder, score_probe_pairs(tested_instances, score, seed=config.seed))
         manifest = Manifest(
             step="evaluation",
             files=describe_files(folder),
@@ -120,7 +122,7 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
             metrics=collect_metrics(report),
             facts={
                 "leaks": dict(report.leaks),
-                "leak_check": {} if config.folds else _describe_leak_check(tested, folders, trained_on),
+                "leak_check": {} if config.folds else _describe_leak_check(tested_instances, folders, trained_on),
                 "versions": dict(report.versions),
             },
         )
@@ -136,7 +138,7 @@ def _evaluate_once(
     instances = read(config.source, splits=sorted({config.split, "validation"}))
     pools, held_out, skipped = split_pools(instances, metric=config.metric, split=config.split)
     scores = {name: cached_scores(scorer.score, folder, name) for name, scorer in scorers.items()}
-    evaluated = evaluate_split(
+    evaluated_split = evaluate_split(
         pools,
         held_out,
         scores["challenger"],
@@ -146,7 +148,7 @@ def _evaluate_once(
         probe=config.probe,
         progress=progress,
     )
-    return [evaluated], skipped
+    return [evaluated_split], skipped
 
 
 def _evaluate_folds(
@@ -155,7 +157,7 @@ def _evaluate_folds(
     folder: Path,
     progress: Progress,
     load: "Load",
-    trained_on: "TrainedOn",
+    trained_on: "ReadTrainingData",
 ) -> "tuple[list[EvaluatedSplit], int, dict[str, int]]":
     """Evaluates every fold, counts instances without candidates and leaks, and writes the out-of-fold scores."""
     from cappy.evaluation import crossfit
@@ -171,31 +173,35 @@ def _evaluate_folds(
     )
     recipe = crossfit.read_recipe(read_manifest(folders["challenger"]), config.scorer)
     instances = list(read(config.source))
-    evaluated, skipped = crossfit.evaluate_folds(cross_fitting, instances, recipe, folder, load=load, progress=progress)
-    leaks = {"challenger": crossfit.count_leaks(evaluated, folder, trained_on)}
-    text = crossfit.out_of_fold_json(evaluated, metric=config.metric, leaks=leaks["challenger"])
+    evaluated_splits, skipped = crossfit.evaluate_folds(
+        cross_fitting, instances, recipe, folder, load=load, progress=progress
+    )
+    leaks = {"challenger": crossfit.count_leaks(evaluated_splits, folder, trained_on)}
+    text = crossfit.out_of_fold_json(evaluated_splits, metric=config.metric, leaks=leaks["challenger"])
     write_bytes(folder / OUT_OF_FOLD, text.encode())
     if config.champion:
-        evaluated, champion_leaks = crossfit.add_champion_scores(evaluated, folders["champion"], config.metric)
+        evaluated_splits, champion_leaks = crossfit.add_champion_scores(
+            evaluated_splits, folders["champion"], config.metric
+        )
         leaks |= champion_leaks
-    return evaluated, skipped, leaks
+    return evaluated_splits, skipped, leaks
 
 
 def _count_leaks(
-    evaluated: "Sequence[EvaluatedSplit]", folders: Mapping[str, Path], trained_on: "TrainedOn"
+    evaluated_splits: "Sequence[EvaluatedSplit]", folders: Mapping[str, Path], trained_on: "ReadTrainingData"
 ) -> dict[str, int]:
     from cappy.scoring.training_data import count_seen
 
-    tested = [pool.instance for part in evaluated for pool in part.pools]
-    return {name: count_seen(tested, trained_on(path)) for name, path in folders.items()}
+    tested_instances = [pool.instance for part in evaluated_splits for pool in part.pools]
+    return {name: count_seen(tested_instances, trained_on(path)) for name, path in folders.items()}
 
 
 def _describe_leak_check(
-    tested: Sequence[Instance], folders: Mapping[str, Path], trained_on: "TrainedOn"
+    tested_instances: Sequence[Instance], folders: Mapping[str, Path], trained_on: "ReadTrainingData"
 ) -> dict[str, dict[str, int | str]]:
     from cappy.scoring.training_data import describe_leak_check
 
-    return describe_leak_check(tested, {name: trained_on(path) for name, path in folders.items()})
+    return describe_leak_check(tested_instances, {name: trained_on(path) for name, path in folders.items()})
 
 
 def _content_hash(folder: Path) -> str:
@@ -218,56 +224,58 @@ def write_report(folder: Path, report: "Report") -> None:
         write_bytes(folder / name, data)
 
 
-def _write_picks(folder: Path, evaluated: "Sequence[EvaluatedSplit]", *, folds: int, metric: str) -> None:
-    """Writes picks.json: the scorer's picks on held-out and reported instances, or on the out-of-fold ones."""
+def _write_picks(folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]", *, folds: int, metric: str) -> None:
+    """Writes picks.json: the scorer's held-out and reported picks or, if cross-fitted, its out-of-fold picks."""
     from cappy.evaluation.threshold import PICKS, pick_rows
 
     if folds:
         rows = {
-            "out_of_fold": [row for fold, part in enumerate(evaluated, start=1) for row in pick_rows(part.pools, fold)]
+            "out_of_fold": [
+                row for fold, part in enumerate(evaluated_splits, start=1) for row in pick_rows(part.pools, fold)
+            ]
         }
     else:
         rows = {
-            "held_out": [row for part in evaluated for row in pick_rows(part.held_out)],
-            "reported": [row for part in evaluated for row in pick_rows(part.pools)],
+            "held_out": [row for part in evaluated_splits for row in pick_rows(part.held_out)],
+            "reported": [row for part in evaluated_splits for row in pick_rows(part.pools)],
         }
     write_bytes(folder / PICKS, json.dumps({"metric": metric, **rows}).encode())
 
 
-def _write_calibration(folder: Path, evaluated: "Sequence[EvaluatedSplit]", config: EvaluationConfig) -> None:
-    """Writes the calibration that is kept with the scorer, fitted on held-out or on out-of-fold picks."""
+def _write_calibration(folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]", config: EvaluationConfig) -> None:
+    """Writes calibration.json, fitted on the held-out picks or, if cross-fitted, on the out-of-fold picks."""
     from cappy.evaluation.calibration import fit
     from cappy.evaluation.protocol import get_scorer_scores
 
-    fitted = evaluated[0].calibration
+    calibration = evaluated_splits[0].calibration
     if config.folds:
-        pools = [pool for part in evaluated for pool in part.pools]
-        fitted = fit(pools, get_scorer_scores(pools), config.metric)
-    if fitted is not None:
-        write_bytes(folder / CALIBRATION, fitted.to_json().encode())
+        pools = [pool for part in evaluated_splits for pool in part.pools]
+        calibration = fit(pools, get_scorer_scores(pools), config.metric)
+    if calibration is not None:
+        write_bytes(folder / CALIBRATION, calibration.to_json().encode())
 
 
 def score_probe_pairs(
     instances: Sequence[Instance], score: "Score", *, seed: int, count: int = NUM_PROBE_PAIRS
 ) -> list[Triple]:
-    """Scores at most `count` pairs, drawn at random, that a deployed scorer is verified with."""
+    """Draws at most `count` pairs at random and scores them, for verifying a deployment later."""
     pairs = [
         (instance.instruction, response)
         for instance in instances
         for response in dict.fromkeys(candidate.response for candidate in instance.selectable)
     ]
     indices = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:count])
-    chosen = [pairs[index] for index in indices]
-    return [(*pair, float(value)) for pair, value in zip(chosen, score(chosen), strict=True)]
+    sample = [pairs[index] for index in indices]
+    return [(*pair, float(value)) for pair, value in zip(sample, score(sample), strict=True)]
 
 
 def _write_probe(folder: Path, triples: Sequence[Triple]) -> None:
-    """Writes probe.json, the scored pairs that a deployment is verified with."""
+    """Writes probe.json: the scored pairs for verifying a deployment."""
     write_bytes(folder / PROBE, json.dumps(triples, ensure_ascii=False, indent=1).encode())
 
 
 def collect_metrics(report: "Report") -> dict[str, float]:
-    """The numbers that a pipeline shows for the run, by name."""
+    """The metrics of the run, by name, for the manifest and for tracking."""
     numbers = {"num_instances": float(report.facts["instances"])}
     for name, row in report.selectors.items():
         numbers[f"{report.metric}_{name}"] = row.estimate.mean

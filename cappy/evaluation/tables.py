@@ -1,6 +1,7 @@
 """The parts of the report: means, comparisons, curves, tasks, examples, and probes of the scorer.
 
-Each probe is one number: does the score depend on the instruction, on length, on the template, on order and batch?
+Each probe is one number. The probes measure how scores depend on the instruction, on length, on the template, and on
+order and batch.
 """
 
 import json
@@ -32,12 +33,12 @@ from cappy.selection.selectors import SELECTORS, Selection, compared_pairs
 PUBLISHED = Path(__file__).with_name("data") / "published.json"
 NUM_EXAMPLES = 10
 NUM_CANDIDATES = 12
-"""Candidates shown of an example: the picks, then those with the highest scores."""
+"""Maximum number of candidates that an example shows: the picks, then those with the highest scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PickLabels:
-    """The labels of each selector's picks, (pools,), with selectors in the order of a report; and each pool's group."""
+    """The labels of each selector's picks, shape (pools,), in the order of a report; and the group of each pool."""
 
     labels: Mapping[str, Vector]
     groups: Sequence[str]
@@ -53,7 +54,7 @@ class PickLabels:
 
 
 def compute_pick_labels(pools: Sequence[Pool], values: Mapping[str, Values]) -> PickLabels:
-    """The labels of the selectors' picks on these pools."""
+    """Computes the labels of the selectors' picks on these pools."""
     labels = {name: pick_labels(pools, values[name]) for name in SELECTORS if name in values}
     return PickLabels(labels=labels, groups=[pool.instance.group_id for pool in pools])
 
@@ -88,18 +89,21 @@ def build_rows(picked: PickLabels, selection: Selection, pools: Sequence[Pool]) 
 
 def compare_selectors(picked: PickLabels, best_variants: Mapping[str, str]) -> dict[str, Difference]:
     """The paired differences of a report, by the key "first-second"."""
-    named = [(first, second, best_variants.get(second, second)) for first, second in compared_pairs()]
+    pairs = [(first, second, best_variants.get(second, second)) for first, second in compared_pairs()]
     return {
-        f"{first}-{second}": picked.compare(first, name)
-        for first, second, name in named
-        if first in picked.labels and name in picked.labels
+        f"{first}-{second}": picked.compare(first, variant)
+        for first, second, variant in pairs
+        if first in picked.labels and variant in picked.labels
     }
 
 
 def build_curves(
     pools: Sequence[Pool], selection: Selection, best_variants: Mapping[str, str], *, seed: int
 ) -> dict[str, tuple[MeanEstimate, ...]]:
-    """Selector -> expected label by n. An instance with fewer candidates counts with all of them."""
+    """Selector -> expected label of its pick among n candidates, for n from 1.
+
+    An instance with fewer than n candidates counts with all of them.
+    """
     size = max(len(pool.candidates) for pool in pools)
     groups = [pool.instance.group_id for pool in pools]
     by_selector = {}
@@ -142,7 +146,7 @@ def build_task_rows(pools: Sequence[Pool], picked: PickLabels) -> tuple[TaskRow,
 def average_tasks(table: Sequence[TaskRow]) -> dict[str, Average]:
     """Unweighted means over tasks; CrowS-Pairs can dominate an average, so there is also one without it.
 
-    Intervals are over tasks: they generalise to other tasks of the kind.
+    Intervals are over tasks: they generalise to other tasks of the same kind.
     """
     without_crows = [row for row in table if "crows" not in row.task.casefold()]
     sets = {"all tasks": table, "without CrowS-Pairs": without_crows if len(without_crows) < len(table) else ()}
@@ -155,17 +159,18 @@ def choose_subject(labels: Mapping[str, Vector]) -> str:
 
 
 def compare_with_published(
-    tasks: Sequence[TaskRow], metric: str, subject: str, templated: Collection[str]
+    tasks: Sequence[TaskRow], metric: str, subject: str, tasks_with_template: Collection[str]
 ) -> tuple[PublishedTask, ...]:
-    """The published numbers of tasks with the same name, kind and metric as a published task.
+    """The tasks that have the same name, kind and metric as a published task, with the published numbers.
 
-    BIG-bench's prompts have no template, so a generation task in `templated` is a different task of the same name.
+    BIG-bench's prompts have no template, so a generation task in `tasks_with_template` is a different task that has the
+    same name.
     """
     rows = []
     for collection in _read_published().values():
         for row in tasks:
             same = row.kind == collection["kind"] and collection["metric"] in ("", metric)
-            same = same and (row.kind == "choice" or row.task not in templated)
+            same = same and (row.kind == "choice" or row.task not in tasks_with_template)
             if same and row.task in collection["tasks"]:
                 numbers = collection["tasks"][row.task]
                 ours = 100 * row.means[subject]
@@ -174,19 +179,19 @@ def compare_with_published(
 
 
 def draw_examples(pools: Sequence[Pool], selection: Selection, seed: int) -> tuple[Example, ...]:
-    """Draws instances to show at random."""
+    """Draws at most `NUM_EXAMPLES` instances at random, as examples."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(pools))[:NUM_EXAMPLES])
     return tuple(_build_examples(chosen, pools, selection))
 
 
-def find_worst(pools: Sequence[Pool], selection: Selection) -> tuple[Example, ...]:
+def find_worst_examples(pools: Sequence[Pool], selection: Selection) -> tuple[Example, ...]:
     """The instances where the scorer's pick is furthest below the best candidate, largest difference first."""
     if "scorer" not in selection.values:
         return ()
     best = np.array([pool.labels.max() for pool in pools])
-    lost = best - pick_labels(pools, selection.values["scorer"])
-    order = np.argsort(-lost, kind="stable")[:NUM_EXAMPLES]
-    return tuple(_build_examples([index for index in order if lost[index] > 0], pools, selection))
+    losses = best - pick_labels(pools, selection.values["scorer"])
+    order = np.argsort(-losses, kind="stable")[:NUM_EXAMPLES]
+    return tuple(_build_examples([index for index in order if losses[index] > 0], pools, selection))
 
 
 class _PublishedCollection(TypedDict):
@@ -225,7 +230,7 @@ def _build_examples(indices: Iterable[int], pools: Sequence[Pool], selection: Se
         values = {name: selection.values[name][index] for name in shown}
         best = {name: pick(value) for name, value in values.items()}
         order = np.argsort(-values.get("scorer", pool.labels), kind="stable")
-        # The picks are listed even if the pool is long.
+        # The picks are shown even if other candidates have higher scores.
         listed = set(list(dict.fromkeys([*best.values(), *(int(position) for position in order)]))[:NUM_CANDIDATES])
         candidates = (
             RatedCandidate(
@@ -251,16 +256,17 @@ def _build_examples(indices: Iterable[int], pools: Sequence[Pool], selection: Se
         )
 
 
-NUM_BLANKED = 200
-NUM_REPEATED = 32
+NUM_BLANKED_INSTANCES = 200
+NUM_REPEATED_PAIRS = 32
 BLANK = " "
+"""The text that replaces an instruction."""
 
 
 def run_probes(pools: Sequence[Pool], scores: Values, score: Score, tasks: Sequence[TaskRow], seed: int) -> list[Probe]:
     """Runs the probes that are possible on these pools."""
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(pools))[:NUM_BLANKED])
+    sample = np.sort(np.random.default_rng(seed).permutation(len(pools))[:NUM_BLANKED_INSTANCES])
     results = [
-        _probe_response_only([pools[index] for index in chosen], [scores[index] for index in chosen], score),
+        _probe_response_only([pools[index] for index in sample], [scores[index] for index in sample], score),
         _probe_length(pools, scores),
         *_probe_templates(tasks),
         _probe_order(pools, scores, score),
@@ -295,7 +301,7 @@ def _probe_response_only(pools: Sequence[Pool], scores: Values, score: Score) ->
 
 
 def _probe_length(pools: Sequence[Pool], scores: Values) -> Probe | None:
-    """How much more scores correlate with length within a pool than labels do."""
+    """The correlation of scores with length within a pool, minus that of labels."""
     lengths = [np.array([len(response) for response in pool.responses], dtype=np.float64) for pool in pools]
     scored, labelled = correlation(scores, lengths), correlation([pool.labels for pool in pools], lengths)
     if scored is None or labelled is None:
@@ -330,7 +336,8 @@ def _probe_order(pools: Sequence[Pool], scores: Values, score: Score) -> Probe:
         for pool, values in zip(pools, scores, strict=True)
         for response, value in zip(pool.responses, values, strict=True)
     }
-    sample = dict(list(pairs.items())[:: max(1, len(pairs) // NUM_REPEATED)][:NUM_REPEATED])
+    step = max(1, len(pairs) // NUM_REPEATED_PAIRS)
+    sample = dict(list(pairs.items())[::step][:NUM_REPEATED_PAIRS])
     again = [
         *zip(reversed(sample), score(list(reversed(sample))), strict=True),
         *((pair, score([pair])[0]) for pair in sample),
@@ -344,7 +351,7 @@ def _probe_order(pools: Sequence[Pool], scores: Values, score: Score) -> Probe:
 
 
 def correlation(first: Sequence[Vector], second: Sequence[Vector]) -> float | None:
-    """Pearson's correlation of deviations from the mean of the pool; None if one of the two does not vary."""
+    """Pearson's correlation, -1 to 1, of deviations from the pool's mean; None if one of the two does not vary."""
     x, y = (np.concatenate([values - values.mean() for values in pools]) for pools in (first, second))
     scale = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / scale if scale > 1e-12 else None

@@ -39,7 +39,7 @@ PickRow = tuple[float | str | int, ...]
 class Threshold:
     """A threshold that was chosen on held-out picks, and its effect on the reported picks.
 
-    `floor` is the threshold on calibrated scores, for a gateway that uses the same calibration.json; None without one.
+    `floor` is the threshold on calibrated scores, for a gateway with the same calibration.json; None if there is none.
     `held_out_low` is the lower bound of `held_out_precision` with `confidence`; it is at least `wanted`. `coverage` is
     the share of reported instances that are answered, `precision` the share of good picks among them, with its 95%
     interval over their `groups` (`statistics.estimate_share`); None if none is answered.
@@ -82,10 +82,10 @@ class _Picks:
 def find_threshold(
     report: str | Path, *, precision: float, good: float, confidence: float = CONFIDENCE
 ) -> Threshold | None:
-    """The lowest threshold whose picks have `precision` with `confidence`; None if no score passes.
+    """Finds the lowest threshold whose picks have `precision` with `confidence`; None if no score passes the test.
 
-    A pick is good if its label is at least `good`. Raises FolderError if the report has no held-out picks, or if an
-    older version wrote them.
+    A pick is good if its label is at least `good`; all three are from 0 to 1. Raises FolderError if the report has no
+    held-out picks, or if an older version wrote them.
     """
     held_out, reported = _read_picks(Path(report))
     is_good = held_out.labels >= good
@@ -136,7 +136,7 @@ def pick_rows(pools: Sequence[Pool], fold: int | None = None) -> list[PickRow]:
 def find_lowest(
     scores: Vector, good: Flags, groups: npt.NDArray[np.str_], precision: float, confidence: float = CONFIDENCE
 ) -> float | None:
-    """The last score of the fixed sequence before the first failing test; None if the first test fails.
+    """The lowest threshold that passes: the score before the first failing test; None if the first test fails.
 
     Which scores are tested depends only on scores and groups, never on which picks are good.
     """
@@ -156,8 +156,8 @@ def find_lowest(
 def lower_bound(good: Flags, groups: npt.NDArray[np.str_], confidence: float = CONFIDENCE) -> float:
     """One-sided lower bound of the share of good picks, with `confidence`; picks of a group may be dependent.
 
-    It is Clopper and Pearson's bound for the effective number of independent picks, which is at most the actual one
-    (Korn and Graubard, 1998). If all picks are good, or all bad, each group counts as one.
+    It is Clopper and Pearson's bound for the effective number of independent picks, which is at most the number of
+    picks (Korn and Graubard, 1998). If all picks are good, or all bad, each group counts as one.
     """
     mean, number = float(good.mean()), len(good)
     _, index = np.unique(groups, return_inverse=True)
@@ -171,7 +171,7 @@ def lower_bound(good: Flags, groups: npt.NDArray[np.str_], confidence: float = C
 
 
 def groups_needed(precision: float, confidence: float, bad: int = 0) -> int | None:
-    """The minimum number of groups that show a precision if all picks but `bad` are good; None if no number does."""
+    """The smallest number of groups that can prove a precision if all picks but `bad` are good; None if none can."""
     if precision >= 1:
         return None
     count = bad + 1
@@ -223,20 +223,21 @@ def describe_threshold(
 
 
 def _answered_out_of_fold(picks: _Picks, good: Flags, precision: float, confidence: float) -> Flags:
-    """Which picks are answered by the threshold chosen on the other folds; none if they yield no threshold."""
+    """Mask of the picks that reach the threshold chosen on the other folds; all false if these have no threshold."""
     answered = np.zeros(len(picks.scores), dtype=bool)
     for fold in np.unique(picks.fold):
-        own, others = picks.fold == fold, picks.fold != fold
+        in_fold, others = picks.fold == fold, picks.fold != fold
         threshold = find_lowest(picks.scores[others], good[others], picks.groups[others], precision, confidence)
         if threshold is not None:
-            answered[own] = picks.scores[own] >= threshold
+            answered[in_fold] = picks.scores[in_fold] >= threshold
     return answered
 
 
 def _choose_test_sizes(groups: npt.NDArray[np.str_], precision: float, confidence: float) -> list[int]:
-    """The number of best picks in each test, in order; the first is large enough to pass with one bad pick.
+    """How many of the picks with the highest scores each test uses, in increasing order.
 
-    If there are too few groups for that, it is large enough to pass if all are good; if too few for that, no test.
+    The first test is large enough to pass with one bad pick or, if there are too few groups for that, if all its picks
+    are good. If there are too few groups even for that, the result is empty.
     """
     number = len(groups)
     is_new = np.zeros(number, dtype=np.int64)
@@ -278,7 +279,7 @@ def _read_picks(report: Path) -> tuple[_Picks, _Picks]:
 
 
 def _parse_picks(rows: Sequence[Sequence[str | float]], columns: int) -> _Picks:
-    """Raises ValueError or TypeError if a row is not [score, label, group, n], or [..., fold] with 5 columns."""
+    """Converts rows to arrays. Raises ValueError or TypeError if a row is not [score, label, group, n(, fold)]."""
     if any(len(row) != columns for row in rows):
         raise ValueError(f"every row must have {columns} values")
     scores, labels, groups, sizes, *folds = ([row[column] for row in rows] for column in range(columns))

@@ -12,7 +12,7 @@ MIN_HEADROOM = 0.01
 """Difference between the oracle and the best selector below which a better scorer can gain less than a point."""
 MIN_SPREAD = 0.01
 """Spread of an instance's scores, 0 to 1, below which a scorer hardly distinguishes its responses."""
-_COMPARED = {selector.key: selector for selector in SELECTORS.values() if "verdict" in selector.shown_in}
+_RIVALS = {selector.key: selector for selector in SELECTORS.values() if "verdict" in selector.shown_in}
 """The selectors that a verdict compares with, by their key in comparisons."""
 
 
@@ -22,7 +22,7 @@ def verdict(report: Findings) -> tuple[str, ...]:
     if subject not in report.selectors:
         return ("Neither a scorer nor MBR could be evaluated.", *_cautions(report))
     differences = {
-        name: report.comparisons[key] for name in _COMPARED if (key := f"{subject}-{name}") in report.comparisons
+        name: report.comparisons[key] for name in _RIVALS if (key := f"{subject}-{name}") in report.comparisons
     }
     sentences = tuple(
         _comparison_sentence(report, subject, name, difference) for name, difference in differences.items()
@@ -41,7 +41,7 @@ def _headline(subject: str, differences: dict[str, Difference]) -> str:
     parts = []
     for result, verb in (("better", "beats"), ("open", "is not shown to beat"), ("worse", "does not beat")):
         names = [
-            _short_name(_COMPARED[name]) for name, difference in differences.items() if outcome(difference) == result
+            _short_name(_RIVALS[name]) for name, difference in differences.items() if outcome(difference) == result
         ]
         if names:
             parts.append(f"{verb} {_join_names(names, 'and' if result == 'better' else 'or')}")
@@ -53,7 +53,7 @@ def _headline(subject: str, differences: dict[str, Difference]) -> str:
 
 
 def _comparison_sentence(report: Findings, subject: str, name: str, difference: Difference) -> str:
-    selector = _COMPARED[name]
+    selector = _RIVALS[name]
     rival = report.better_likelihood if selector.variant_of else name
     means = report.selectors[subject].estimate.mean, report.selectors[rival].estimate.mean
     numbers = f"{percent(means[0])} against {percent(means[1])}, {format_signed(difference.difference)}"
@@ -67,7 +67,7 @@ def _comparison_sentence(report: Findings, subject: str, name: str, difference: 
 
 
 def _remedy(report: Findings, key: str) -> str:
-    """How many groups would decide a difference that is open."""
+    """How many groups would decide an open difference, as text."""
     power = report.power.get(key)
     if power is None or power.groups_needed is None:
         return "; more instances would decide"
@@ -152,10 +152,11 @@ def advice(report: Findings) -> str:
 
 
 def first_version_rivals(comparisons: Collection[str], requested: str = "") -> list[Selector]:
-    """The selectors that a first version must be shown to beat, as far as the report compares with them.
+    """The selectors that a first version must be shown to beat, by the comparisons of its report.
 
-    Of the single decodings, only the last one in `SELECTORS` that the report compares with is required: the greedy
-    response, which needs no samples, or the best system if the report does not compare with the greedy response.
+    `requested` is the key of a selector that is required only on request. Of the single decodings, only the last one in
+    `SELECTORS` that the report compares with is required: the greedy response, which needs no samples, or the best
+    system if the report does not compare with the greedy response.
     """
     required = {
         selector.key: selector
@@ -188,7 +189,7 @@ def _choose_advice(report: Findings) -> str:
 
 
 def _why_no_champion(report: Findings) -> str:
-    """Why a champion that was given is not in the report; empty if none was given."""
+    """Why the report lacks the champion that it was to be compared with; empty if there was none."""
     reason = report.unavailable.get("champion", "")
     return "" if reason == "none was given" else reason
 

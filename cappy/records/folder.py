@@ -1,4 +1,4 @@
-"""Folders of Parquet parts (or of the files of a scorer or a report), which are finished once they have a manifest."""
+"""Writes and verifies folders of Parquet parts, scorers or reports; a folder is finished once it has a manifest."""
 
 import contextlib
 import errno
@@ -45,7 +45,9 @@ class File:
 class Manifest:
     """What a folder contains and how it was made. The same work writes the same manifest, so it has no times or paths.
 
-    `step_version` is the version of the step that wrote it. Older manifests have a hash of the code in `code` instead.
+    `config` has the settings of the step, `generators` the revision of each LLM, `parents` the hashes of the inputs,
+    `metrics` numbers and `facts` other values about the result. `step_version` is the version of the step that wrote
+    the folder. Older manifests have a hash of the code in `code` instead.
     """
 
     step: str
@@ -85,7 +87,7 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str) -> "Manifest":
-        """The manifest that `to_json` wrote; ValueError, TypeError or KeyError if it is not one."""
+        """The inverse of `to_json`. Raises ValueError, TypeError or KeyError if the text is not a manifest."""
         values = json.loads(text)
         for derived in ("rows", "candidates"):
             values.pop(derived, None)
@@ -96,7 +98,7 @@ class Manifest:
 
 
 def _check_fields(manifest: Manifest) -> None:
-    """ValueError if a field has the wrong type, or if the manifest cannot be encoded."""
+    """Raises ValueError if a field has the wrong type, or if the manifest cannot be encoded."""
     for file in manifest.files:
         _refuse_outside(file.name)
         if not isinstance(file.sha256, str) or not all(map(_is_count, (file.rows, file.candidates))):
@@ -115,11 +117,15 @@ def _check_fields(manifest: Manifest) -> None:
 
 
 def _is_count(value: object) -> bool:
+    """Whether a value is an integer from 0 to 2**63 - 1."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _refuse_outside(name: str) -> None:
-    """ValueError if the name leads out of the folder; manifests may come from a registry that others write to."""
+    """Raises ValueError if the name leads out of the folder.
+
+    Manifests may come from a registry that others write to.
+    """
     if name.startswith("/") or "\\" in name or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise ValueError(f"the file name {name!r} leads out of the folder")
 
@@ -213,7 +219,10 @@ def describe_files(folder: Path) -> tuple[File, ...]:
 
 
 def write(folder: str | Path, instances: Iterable[Instance], *, step: str = "", part_rows: int = PART_ROWS) -> Manifest:
-    """Writes instances as a finished folder, `part_rows` per part; FolderError if the folder is already finished."""
+    """Writes instances as a finished folder, `part_rows` per part, and returns its manifest.
+
+    Raises FolderError if the folder is already finished.
+    """
     target = Path(folder)
     if (target / MANIFEST).exists():
         raise FolderError(f"{target}: is already finished; choose another folder, or delete this one first")
@@ -224,7 +233,7 @@ def write(folder: str | Path, instances: Iterable[Instance], *, step: str = "", 
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a finished folder; FolderError if there is none or it is invalid."""
+    """Reads the manifest of a finished folder. Raises FolderError if there is none or it is invalid."""
     path = Path(folder) / MANIFEST
     if path.parent.is_file():
         raise FolderError(
@@ -252,7 +261,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def verify(folder: str | Path, manifest: Manifest | None = None) -> Manifest:
-    """Checks the sha256 of every file in the manifest and returns the manifest."""
+    """Checks the sha256 of every file in the manifest and returns the manifest. Raises FolderError if one differs."""
     manifest = manifest or read_manifest(folder)
     for file in manifest.files:
         verify_file(Path(folder), file)
@@ -288,7 +297,7 @@ def link_or_copy(source: Path, path: Path) -> None:
 
 
 def verify_file(folder: Path, file: File) -> Path:
-    """Checks the sha256 of a file of the folder and returns its path."""
+    """Checks the sha256 of a file of the folder and returns its path. Raises FolderError if it differs."""
     path = folder / file.name
     remedy = f"delete {folder} and run the step that wrote it again"
     try:
@@ -303,7 +312,7 @@ def verify_file(folder: Path, file: File) -> Path:
 
 
 def batched(instances: Iterable[Instance], size: int) -> Iterator[list[Instance]]:
-    """The instances in lists of `size`; the last one may be shorter."""
+    """Yields the instances in lists of `size`; the last one may be shorter."""
     iterator = iter(instances)
     while part := list(itertools.islice(iterator, size)):
         yield part

@@ -18,7 +18,7 @@ __all__ = ["GatheringConfig", "run"]
 
 @settings
 class GatheringConfig:
-    """The folders of the shards, and the joined folder."""
+    """Join the folders that the shards of a step wrote."""
 
     source: Annotated[
         tuple[Path, ...], LOCATION, Field(min_length=1, description="Folder of a shard, in the order of the shards")
@@ -31,8 +31,8 @@ class GatheringConfig:
 def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
     """Gathers the parts of every source in `target`; their sha256 is checked, and they are not rewritten.
 
-    The manifest has the sources as parents and the sums of their counts. ConfigError if the sources come from different
-    steps; FolderError if one is damaged.
+    The manifest has the sources as parents and the sums of their counts. Raises ConfigError if the sources come from
+    different steps or versions or two are the same, and FolderError if one is damaged.
     """
     for source_folder in config.source:
         refuse_same_folder(source_folder, config.target)
@@ -41,7 +41,7 @@ def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
         raise ConfigError("gathering: two sources contain the same work; give each shard once")
     if len({source.step for source in sources}) > 1:
         names = ", ".join(sorted({source.step for source in sources}))
-        raise ConfigError(f"gathering: the sources come from different steps ({names}); give the shards of one")
+        raise ConfigError(f"gathering: the sources come from different steps ({names}); give the shards of one step")
     if len({source.step_version for source in sources}) > 1:
         numbers = ", ".join(str(number) for number in sorted({source.step_version for source in sources}))
         raise ConfigError(

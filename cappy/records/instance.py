@@ -27,7 +27,7 @@ class Candidate:
 
     `logprob_sum` and `logprob_mean` are natural logarithms under the generator, including the end-of-sequence token;
     None if the generator cannot provide them. `labels` maps names of metrics to a correctness from 0 to 1, `scores`
-    maps scorer versions to scores.
+    maps scorer versions to scores. Raises RecordError if the source or the status is unknown.
     """
 
     response: str
@@ -76,9 +76,10 @@ class Candidate:
 class Instance:
     """An instruction with its references, choices and candidates.
 
-    `group_id` identifies the source row of the instance; splits and confidence intervals are by group.
-    `original_task` is false for templates that reverse the task of their dataset (as marked in PromptSource). At least
-    one reference is required unless there are candidates, which may already have labels or only need scores.
+    `group_id` identifies the source row of the instance, by default `instance_id`; splits and confidence intervals are
+    by group. `original_task` is false for templates that reverse the task of their dataset (as marked in PromptSource).
+    At least one reference is required unless there are candidates, which may already have labels or only need scores.
+    Raises RecordError if the instruction is empty, the split is unknown, or references and candidates are missing.
     """
 
     instance_id: str

@@ -1,8 +1,9 @@
-"""Finds rows of one dataset in the prompts of another, whatever their templates: prompts that contain most of a row.
+"""Finds the prompts of one dataset that contain most of the text of a row of another, whatever their templates.
 
-A prompt is represented by its shingles, hashes of three consecutive words. Shingles that many prompts share belong to
-their template, the others to the text of the row. For each row up to sixteen of its own shingles are stored, those with
-the smallest hashes; a prompt with most of them contains the row. Rows of a few words have too few shingles to be found.
+A prompt is represented by its shingles: hashes of three consecutive words. Shingles that many prompts share belong to
+their template, the others to the text of the row. For each row, up to sixteen of its own shingles are stored: those
+with the smallest hashes. A prompt with most of them contains the row. Rows of a few words have too few shingles, so
+they are never found.
 
 A sketch of the groups that a model version was tested on is small enough for a tag in MLflow: the smallest hashes of
 the set (bottom-k; Cohen and Kaplan, 2007). It is exact for up to `SKETCH_SIZE` groups; beyond that the overlap of two
@@ -25,14 +26,14 @@ from cappy.records.instance import Instance, prompt_hash
 Hashes = npt.NDArray[np.uint64]
 
 SHINGLE_WORDS = 3
-"""Words of a shingle; in text without spaces between words (Chinese, Japanese, Thai) each character is a word."""
+"""Words per shingle; in text without spaces between words (Chinese, Japanese, Thai), each character is a word."""
 ROW_SHINGLES = 16
-"""Stored shingles of a row."""
+"""Maximum number of stored shingles of a row."""
 MAX_ROWS = 32_768
-"""Stored rows of a dataset, those whose prompts have the smallest hashes: 5 MB for a dataset of any size."""
+"""Maximum number of stored rows of a dataset: those whose prompts have the smallest hashes; 5 MB at any size."""
 MAX_SHINGLES = 512
-"""Shingles at the beginning of a prompt that are considered for its row."""
-MAX_PROMPTS = 10
+"""Number of shingles at the beginning of a prompt that are considered for its row."""
+MAX_GROUPS = 10
 """A shingle in more groups than this belongs to a template."""
 MIN_SHARED_SHINGLES = 8
 MIN_SHARED_FRACTION = 0.9
@@ -45,7 +46,7 @@ _FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9]
 
 
 class PromptLike(Protocol):
-    """The fields of an instance that are used here."""
+    """The fields of an instance that the overlap depends on."""
 
     @property
     def instruction(self) -> str:
@@ -68,9 +69,9 @@ class GroupedPrompt(NamedTuple):
     group_id: str = ""
 
 
-def group_hash(prompted: PromptLike) -> int:
+def group_hash(prompt: PromptLike) -> int:
     """64-bit hash of task and group; group ids may be mere row numbers, so equal hashes alone prove nothing."""
-    text = f"{prompted.task}\0{prompted.group_id}"
+    text = f"{prompt.task}\0{prompt.group_id}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -113,14 +114,14 @@ def _word_hash(word: str) -> int:
 class Rows:
     """Stored rows: each line of `table`, uint64 (rows, 1 + ROW_SHINGLES), has a group's hash, then a row's shingles.
 
-    Missing shingles are zeros. `seen` is the number of rows that the stored ones were sampled from.
+    Missing shingles are zeros. `total_rows` is the number of rows that the stored ones were sampled from.
     """
 
     table: Hashes
-    seen: int = 0
+    total_rows: int = 0
 
     @staticmethod
-    def none() -> "Rows":
+    def empty() -> "Rows":
         """No rows."""
         return Rows(np.empty((0, 1 + ROW_SHINGLES), dtype=np.uint64))
 
@@ -139,30 +140,29 @@ class RowSample:
 
     Each row has its first `MAX_SHINGLES` shingles in order; with `all_shingles`, all of them, sorted and distinct. The
     sample has fewer rows if they have more than `max_rows * MAX_SHINGLES` shingles in total. Until `truncate`, up to a
-    fourth more rows are in memory.
+    fourth more rows are in memory. `total_rows` counts all added rows, `num_shingles` the shingles in the sample.
     """
 
     max_rows: int
     all_shingles: bool = False
     rows: list[SampledRow] = field(default_factory=list)
-    seen: int = 0
+    total_rows: int = 0
     hash_limit: int = 2**64
-    size: int = 0
+    num_shingles: int = 0
 
-    def add(self, prompted: PromptLike) -> None:
+    def add(self, prompt: PromptLike) -> None:
         """Adds a row, unless the sample is full of rows with smaller hashes."""
-        self.seen += 1
-        prompt = prompt_hash(prompted.instruction)
-        if prompt >= self.hash_limit:
+        self.total_rows += 1
+        hash_of_prompt = prompt_hash(prompt.instruction)
+        if hash_of_prompt >= self.hash_limit:
             return
         hashes = (
-            shingles(prompted.instruction)
-            if self.all_shingles
-            else _ordered_shingles(prompted.instruction)[:MAX_SHINGLES]
+            shingles(prompt.instruction) if self.all_shingles else _ordered_shingles(prompt.instruction)[:MAX_SHINGLES]
         )
-        self.rows.append(SampledRow(prompt, group_hash(prompted), hashes))
-        self.size += len(hashes)
-        if len(self.rows) >= self.max_rows + self.max_rows // 4 or self.size > self.max_rows * MAX_SHINGLES * 5 // 4:
+        self.rows.append(SampledRow(hash_of_prompt, group_hash(prompt), hashes))
+        self.num_shingles += len(hashes)
+        has_many_shingles = self.num_shingles > self.max_rows * MAX_SHINGLES * 5 // 4
+        if len(self.rows) >= self.max_rows + self.max_rows // 4 or has_many_shingles:
             self.truncate()
 
     def truncate(self) -> None:
@@ -173,26 +173,26 @@ class RowSample:
         if len(self.rows) > count:
             self.hash_limit = self.rows[count].prompt
             del self.rows[count:]
-        self.size = int(ends[count - 1]) if self.rows else 0
+        self.num_shingles = int(ends[count - 1]) if self.rows else 0
 
 
 def sketch_rows(prompts: Iterable[PromptLike]) -> Rows:
     """The stored rows of these prompts; time and memory per row stay bounded for millions of prompts."""
     sample = RowSample(max_rows=MAX_ROWS)
-    for prompted in prompts:
-        sample.add(prompted)
+    for prompt in prompts:
+        sample.add(prompt)
     sample.truncate()
     _, table = own_shingles(sample.rows)
-    return Rows(np.unique(table, axis=0) if len(table) else table, sample.seen)
+    return Rows(np.unique(table, axis=0) if len(table) else table, sample.total_rows)
 
 
 def own_shingles(sampled: Sequence[SampledRow], only: Hashes | None = None) -> tuple[list[int], Hashes]:
-    """Indices of the rows that have enough shingles of their own, and a line of `Rows.table` for each.
+    """Returns the indices of the rows that have enough shingles of their own, and a line of `Rows.table` for each.
 
     Rows with fewer than `MIN_SHARED_SHINGLES` shingles in `only` are skipped.
     """
     if not sampled:
-        return [], Rows.none().table
+        return [], Rows.empty().table
     groups = np.array([row.group for row in sampled], dtype=np.uint64)
     lengths = np.array([len(row.shingles) for row in sampled])
     flat = np.concatenate([row.shingles for row in sampled])
@@ -202,7 +202,7 @@ def own_shingles(sampled: Sequence[SampledRow], only: Hashes | None = None) -> t
         hits = np.append(0, np.cumsum(_is_in_sorted(flat, only)))
         eligible = hits[ends[1:]] - hits[ends[:-1]] >= MIN_SHARED_SHINGLES
     if not eligible.any():
-        return [], Rows.none().table
+        return [], Rows.empty().table
     rare = _zero_frequent(flat, np.repeat(groups, lengths))
     indices, rows = [], []
     for index in np.flatnonzero(eligible).tolist():
@@ -210,7 +210,7 @@ def own_shingles(sampled: Sequence[SampledRow], only: Hashes | None = None) -> t
         if len(own) >= MIN_SHARED_SHINGLES:
             indices.append(index)
             rows.append(np.concatenate((groups[index : index + 1], own, np.zeros(ROW_SHINGLES - len(own), np.uint64))))
-    return indices, np.array(rows, dtype=np.uint64) if rows else Rows.none().table
+    return indices, np.array(rows, dtype=np.uint64) if rows else Rows.empty().table
 
 
 def _is_in_sorted(values: Hashes, ordered: Hashes) -> npt.NDArray[np.bool_]:
@@ -232,7 +232,7 @@ def _zero_frequent(flat: Hashes, groups: Hashes) -> Hashes:
     _, group_codes = np.unique(groups, return_inverse=True)
     pairs = sorted_unique(codes.astype(np.uint64) << np.uint64(32) | group_codes.astype(np.uint64))
     counts = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(unique))
-    return np.where(counts[codes] <= _max_prompts(int(group_codes.max(initial=0)) + 1), flat, 0).astype(np.uint64)
+    return np.where(counts[codes] <= _max_groups(int(group_codes.max(initial=0)) + 1), flat, 0).astype(np.uint64)
 
 
 def _drop_template_neighbours(hashes: Hashes) -> Hashes:
@@ -255,9 +255,9 @@ def _drop_template_neighbours(hashes: Hashes) -> Hashes:
     return own
 
 
-def _max_prompts(groups: int) -> int:
-    """The number of groups, out of `groups`, that a shingle of a row may appear in."""
-    return max(1, min(MAX_PROMPTS, groups // 4))
+def _max_groups(groups: int) -> int:
+    """The maximum number of groups, out of `groups`, that a row's shingle may appear in."""
+    return max(1, min(MAX_GROUPS, groups // 4))
 
 
 def merge_rows(first: Rows, second: Rows) -> Rows:
@@ -265,11 +265,11 @@ def merge_rows(first: Rows, second: Rows) -> Rows:
     table = np.unique(np.concatenate((first.table, second.table)), axis=0)
     if len(table) > MAX_ROWS:
         table = table[np.argsort(table[:, 1], kind="stable")[:MAX_ROWS]]
-    return Rows(table, first.seen + second.seen)
+    return Rows(table, first.total_rows + second.total_rows)
 
 
 class RowIndex:
-    """Finds stored rows in prompts."""
+    """Finds the stored rows that a prompt contains."""
 
     def __init__(self, rows: Rows) -> None:
         self._groups = rows.table[:, 0]
@@ -280,14 +280,17 @@ class RowIndex:
         order = np.argsort(values, kind="stable")
         self._values, self._indices = values[order], indices[order]
 
-    def has_row_in(self, prompted: PromptLike, frequent: Hashes | None = None) -> bool:
+    def has_row_in(self, prompt: PromptLike, frequent: Hashes | None = None) -> bool:
         """Whether a prompt contains a row, or part of a row of its own group; `frequent` shingles are ignored."""
-        return len(self.match(shingles(prompted.instruction), group_hash(prompted), frequent)) > 0
+        return len(self.match(shingles(prompt.instruction), group_hash(prompt), frequent)) > 0
 
     def match(
         self, prompt: Hashes, group: int, frequent: Hashes | None = None, share: float = MIN_SHARED_FRACTION
     ) -> npt.NDArray[np.intp]:
-        """Indices of the rows that a prompt with these shingles and this group hash contains; see `has_row_in`."""
+        """Indices of the rows that a prompt contains: `share` of their shingles, or two if their group is the same.
+
+        `prompt` has the distinct shingles of the prompt, `group` is its group hash; `frequent` shingles are ignored.
+        """
         if frequent is not None:
             prompt = exclude(prompt, frequent)
         starts = np.searchsorted(self._values, prompt, side="left")
@@ -305,11 +308,11 @@ class RowIndex:
 
 def frequent_shingles(prompts: Sequence[PromptLike]) -> Hashes:
     """The sorted shingles that too many groups of these prompts share, which belong to templates."""
-    return frequent_hashes((group_hash(prompted), shingles(prompted.instruction)) for prompted in prompts)
+    return frequent_hashes((group_hash(prompt), shingles(prompt.instruction)) for prompt in prompts)
 
 
 def frequent_hashes(prompts: Iterable[tuple[int, Hashes]]) -> Hashes:
-    """`frequent_shingles` of prompts given as group hash and distinct shingles."""
+    """Like `frequent_shingles`, for prompts as pairs of group hash and distinct shingles."""
     by_group: dict[int, list[Hashes]] = {}
     for group, hashes in prompts:
         by_group.setdefault(group, []).append(hashes)
@@ -321,7 +324,7 @@ def frequent_hashes(prompts: Iterable[tuple[int, Hashes]]) -> Hashes:
         ),
         return_counts=True,
     )
-    return hashes[counts > max(2, _max_prompts(len(by_group)))]
+    return hashes[counts > max(2, _max_groups(len(by_group)))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,7 +348,7 @@ class TrainingData:
             "prompts": len(self.prompts),
             "groups": len(self.groups),
             "rows": len(self.rows.table),
-            "rows_drawn_from": self.rows.seen,
+            "rows_drawn_from": self.rows.total_rows,
             "sees": sees,
         }
 

@@ -1,4 +1,4 @@
-"""Processes instances part by part, so that finished parts are kept, optionally in several processes."""
+"""Processes instances part by part, optionally in several processes; an interrupted run keeps its finished parts."""
 
 import itertools
 import json
@@ -20,7 +20,9 @@ from cappy.records.instance import Instance
 from cappy.records.reading import read
 
 Transform = Callable[[list[Instance]], Iterable[Instance]]
+"""Processes the instances of a part."""
 Count = Callable[[Sequence[Instance]], Mapping[str, int]]
+"""Counts properties of the processed instances of a part, by name."""
 ShouldRedo = Callable[[Mapping[str, int]], bool]
 """Whether to redo a part that an earlier process finished, from its counts."""
 
@@ -73,7 +75,7 @@ def process(
 ) -> Parts:
     """Runs `transform` over parts of `part_rows` instances and writes each result as a part of `folder`.
 
-    Parts that an earlier process finished are kept if their sha256 is right. `count` gets the instances of each part
+    Parts that an earlier process finished are kept if their sha256 matches. `count` gets the instances of each part
     before they are written; its counts are stored with the part.
     """
 
@@ -95,9 +97,10 @@ def process_folder(
     redo: ShouldRedo = never_redo,
     workers: int = 1,
 ) -> Parts:
-    """`process` for a range of rows of a finished folder, in `workers` processes that read the rows they need.
+    """Like `process`, for a range of rows of a finished folder, in `workers` processes that each read their own rows.
 
-    The result does not depend on `workers`. With more than one, `transform`, `count` and `redo` must be picklable.
+    Finished parts for which `redo` is true are processed again. The result does not depend on `workers`. With more than
+    one, `transform`, `count` and `redo` must be picklable.
     """
     starts = range(rows.start, rows.stop, part_rows)
     spans = [range(start, min(start + part_rows, rows.stop)) for start in starts]
@@ -142,7 +145,7 @@ def _process_part(
     count: Count,
     redo: ShouldRedo = never_redo,
 ) -> _PartResult:
-    if (finished := _read_finished(folder, index)) is not None and not redo(finished[1]):
+    if (finished := _read_finished_part(folder, index)) is not None and not redo(finished[1]):
         return _PartResult(*finished, num_rows=num_rows, resumed=True)
     results = list(transform(instances()))
     counts = dict(count(results))
@@ -151,7 +154,8 @@ def _process_part(
     return _PartResult(file, counts, num_rows=num_rows, resumed=False)
 
 
-def _read_finished(folder: Path, index: int) -> tuple[File, Mapping[str, int]] | None:
+def _read_finished_part(folder: Path, index: int) -> tuple[File, Mapping[str, int]] | None:
+    """The file of a finished part and its counts; None if it is not finished, or damaged."""
     path = _counts_path(folder, index)
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Reads finished folders, all rows or a range: as instances, or as record batches for hot loops."""
+"""Reads all rows of a finished folder, or a range: as instances or, for hot loops, as record batches."""
 
 import bisect
 import contextlib
@@ -19,7 +19,8 @@ from cappy.records.schema import find_schema_problem, from_batch
 def read(folder: str | Path, *, splits: Sequence[Split] | None = None, rows: range | None = None) -> Iterator[Instance]:
     """Streams the instances of a finished folder, optionally only some splits and a range of rows.
 
-    One batch at a time is in memory. Parts outside `rows` are not opened.
+    One batch at a time is in memory. Parts outside `rows` are not opened. Raises FolderError if the folder is
+    unfinished or a part is damaged.
     """
     for batch in read_batches(folder, rows=rows):
         for instance in from_batch(batch):
@@ -30,7 +31,10 @@ def read(folder: str | Path, *, splits: Sequence[Split] | None = None, rows: ran
 def read_batches(
     folder: str | Path, *, columns: Sequence[str] | None = None, rows: range | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Streams Arrow record batches, for loops that need a few columns of many rows; each part is verified first."""
+    """Streams Arrow record batches, for loops that need a few columns of many rows.
+
+    The sha256 of each part is checked before it is read. Raises FolderError like `read`.
+    """
     if rows is None:
         for file in _parts(Path(folder)):
             with _open_part(verify_file(Path(folder), file)) as parquet:
@@ -50,7 +54,7 @@ def read_batches(
 
 @contextlib.contextmanager
 def _open_part(path: Path) -> Iterator[pq.ParquetFile]:
-    """Opens a part and checks its schema; FolderError if it is not a part of the record."""
+    """Opens a part. Raises FolderError if it is not Parquet, or if its columns are not those of the record."""
     remedy = "run the step that wrote the folder again"
     try:
         with pq.ParquetFile(path) as parquet:
@@ -63,11 +67,12 @@ def _open_part(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _parts(folder: Path) -> tuple[File, ...]:
-    """The parts of a folder of records; FolderError if it contains other files."""
+    """The parts of a folder of records. Raises FolderError if it contains other files."""
     manifest = read_manifest(folder)
     if other_files := [file.name for file in manifest.files if not file.name.endswith(".parquet")]:
         raise FolderError(
-            f"{folder}: is the output of {manifest.step} ({other_files[0]}), not a folder of records; give one"
+            f"{folder}: is the output of {manifest.step} ({other_files[0]}), not a folder of records; choose another "
+            "folder"
         )
     return manifest.files
 

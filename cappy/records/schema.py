@@ -71,10 +71,14 @@ def find_schema_problem(schema: pa.Schema) -> str:
     candidates = schema.field("candidates").type if "candidates" in schema.names else None
     if candidates is not None and not (pa.types.is_list(candidates) and pa.types.is_struct(candidates.value_type)):
         return f"candidates has type {quote(str(candidates), 60)}"
-    inner = candidates.value_type if candidates is not None else ()
+    candidate_type = candidates.value_type if candidates is not None else ()
     for kind, columns, expected in (
         (Instance, list(schema), {field.name: field.type for field in SCHEMA if field.name != "candidates"}),
-        (Candidate, [inner[index] for index in range(len(inner))], {field.name: field.type for field in _CANDIDATE}),
+        (
+            Candidate,
+            [candidate_type[index] for index in range(len(candidate_type))],
+            {field.name: field.type for field in _CANDIDATE},
+        ),
     ):
         types = {field.name: field.type for field in columns}
         required = {field.name for field in fields(kind) if field.default is field.default_factory is MISSING}
@@ -87,7 +91,7 @@ def find_schema_problem(schema: pa.Schema) -> str:
 
 
 def to_table(instances: Iterable[Instance]) -> pa.Table:
-    """One row per instance, its candidates nested."""
+    """Converts instances to a table with one row per instance, which contains its candidates."""
     rows = list(instances)
     columns = [pa.array([getattr(row, name) for row in rows], SCHEMA.field(name).type) for name in _INSTANCE_FIELDS]
     candidates = [candidate for row in rows for candidate in row.candidates]
@@ -102,7 +106,7 @@ def to_table(instances: Iterable[Instance]) -> pa.Table:
 
 
 def from_batch(batch: pa.RecordBatch) -> Iterator[Instance]:
-    """The instances of a batch; columns that are missing in a part of an older version get their defaults.
+    """Yields the instances of a batch; columns that are missing in a part of an older version get their defaults.
 
     Reads column by column: pyarrow creates an object for every nested value of a row, which is much slower.
     """

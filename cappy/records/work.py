@@ -1,7 +1,7 @@
-"""Resumable work: claimed under a key with a lock, published at the end; `cappy.records.parts` does the work.
+"""Resumable work: a run locks the folder of its work, and publishes the result when it is finished.
 
 An orchestrator gives every attempt a new output path, so unfinished work is kept in a separate folder that is named
-after what is computed (`cappy.keys`).
+after what is computed (`cappy.keys`). `cappy.records.parts` processes the parts in such a folder.
 
 Several machines can share work by shards: shard i of N processes its own rows. `list_pieces` lists the work folder and
 says which pieces later runs can still reuse.
@@ -37,11 +37,12 @@ WAIT_SECONDS = 10.0
 def claim(
     work: Path, step: str, settings: Mapping[str, object], inputs: Sequence[str] = (), *, fresh: str = ""
 ) -> Iterator[Path]:
-    """The folder of this work in `work`, locked by this process until the block ends or the process exits.
+    """Yields the folder of this work in `work`, locked by this process until the block ends or the process exits.
 
     The key is written to key.json. If the folder is new and there is other work of the step, the log says what differs.
     With `fresh`, the name of a run, earlier work is removed first, except unfinished work of a fresh run, which is
-    continued. FolderError if another process holds the lock for more than `WAIT_SECONDS`; a killed process releases it.
+    continued. Raises FolderError if another process holds the lock for more than `WAIT_SECONDS`; a killed process
+    releases it.
     """
     key = work_key(step, settings, inputs, fresh=fresh)
     with lock_folder(work / step / key.name) as folder:
@@ -106,7 +107,7 @@ def _read_keys(step_folder: Path) -> list[Key]:
 def lock_folder(folder: Path, timeout: float | None = None) -> Iterator[Path]:
     """Locks a folder, which is created if it is missing.
 
-    FolderError if another process holds the lock for `timeout` seconds, by default `WAIT_SECONDS`.
+    Raises FolderError if another process holds the lock for `timeout` seconds, by default `WAIT_SECONDS`.
 
     Only its owner may enter the folder, because it contains instructions and responses. Files in it have the usual
     permissions, because they are published by hard links.
@@ -124,7 +125,7 @@ def lock_folder(folder: Path, timeout: float | None = None) -> Iterator[Path]:
 
 
 def _log_differences(key: Key, others: Sequence[Key]) -> None:
-    """Logs how this work differs from the most similar other work, unless that is another shard of it."""
+    """Logs how this work differs from the most similar other work, unless only the shard differs."""
     nearest = min((key.differences(other) for other in others if other.step == key.step), key=len, default=[])
     if nearest and not (len(nearest) == 1 and nearest[0].startswith("shard ")):
         LOGGER.warning("%s: new work, because of %s", key.step, ", ".join(nearest))
@@ -170,7 +171,7 @@ class Shard:
     count: int = 1
 
     def rows(self, total: int) -> range:
-        """Its contiguous range of `total` rows; all shards together cover each row once."""
+        """The contiguous range of the shard out of `total` rows; all shards together cover each row once."""
         return range(total * self.index // self.count, total * (self.index + 1) // self.count)
 
     def holds(self, row: int) -> bool:
@@ -179,13 +180,13 @@ class Shard:
 
 
 def refuse_same_folder(source: str | Path, target: Path) -> None:
-    """ConfigError if the target is the source, which would be overwritten."""
+    """Raises ConfigError if the target is the source, which would be overwritten."""
     if Path(source).resolve() == target.resolve():
         raise ConfigError(f"--target: {target} is the source itself; choose another folder")
 
 
 def parse_shard(text: str) -> Shard:
-    """Parses i/N; an empty text means all of the work. ConfigError for anything else."""
+    """Parses i/N; an empty text means all of the work. Raises ConfigError for anything else."""
     if not text:
         return Shard()
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text.strip())
@@ -219,7 +220,7 @@ class Piece:
 
 
 def list_pieces(work: Path, step: str = "") -> Iterator[Piece]:
-    """Every piece of work of all steps, or of one step; the most recently used first within a step."""
+    """Yields the pieces of work of all steps, or of one step; within a step, the most recently used first."""
     for name in STEP_SPECS:
         if step in ("", name):
             paths = [*(work / name).glob("*"), *(work / JOBS).glob(f"{job_name(name, '')}*")]
@@ -233,7 +234,7 @@ def job_name(step: str, key: str) -> str:
 
 
 def remove_piece(piece: Piece) -> None:
-    """Deletes a piece of work; FolderError if a process has locked it. Published folders are kept.
+    """Deletes a piece of work; published folders are kept. Raises FolderError if a process has locked it.
 
     The key is removed first, so that an interrupted removal leaves no valid work.
     """
@@ -243,7 +244,7 @@ def remove_piece(piece: Piece) -> None:
 
 
 def _describe_piece(step: str, path: Path) -> Piece:
-    """Describes a folder, which its run may be writing to at the same time."""
+    """Describes a folder of work; its run may be changing it at the same time."""
     sizes, times = [0], [0.0]
     for folder, _, names in os.walk(path):
         for name in names:

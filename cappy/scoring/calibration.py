@@ -1,9 +1,9 @@
-"""The files beside a scorer that an evaluation writes: its calibration, and a probe of scored pairs.
+"""Two files that an evaluation writes for a scorer: its calibration, and a probe of scored pairs.
 
 The calibration (calibration.json) maps the score of the best of n candidates to its expected label. The map depends on
 n, the number of distinct candidates that were scored, because the highest of several scores is biased upwards. It never
-changes a pick: for every n it is monotone in the score, and where it is flat, the scores decide. The probe is
-probe.json.
+changes a pick: for every n it is monotone in the score, and where it is flat, the scores decide. The probe (probe.json)
+has pairs with their scores, for verifying a deployment.
 """
 
 import json
@@ -20,6 +20,7 @@ from cappy.errors import FolderError, quote
 
 CALIBRATION = "calibration.json"
 KIND = "picks"
+"""The kind of calibration that is fitted on picks."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class PickMap:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Monotone maps for several n, ascending from 1, with interpolation in between.
+    """Monotone maps for several n, ascending from 1; values for other n are interpolated.
 
     `metric` names the label, `fitted_on` is the number of held-out groups that the maps were fitted on.
     """
@@ -45,8 +46,8 @@ class Calibration:
     def apply(self, scores: Sequence[float], *, n: int) -> list[float]:
         """The expected label, 0 to 1, for each score if it is the best of `n` candidates.
 
-        A pair that is scored alone is the best of 1. Interpolation is linear in log(n); above the largest fitted n, its
-        map is used. Raises ValueError if n is below 1.
+        A pair that is scored alone is the best of 1. Interpolation is linear in log(n); above the largest fitted n, the
+        map of that n is used. Raises ValueError if n is below 1.
         """
         if n < 1:
             raise ValueError(f"n: must be at least 1, got {n}")
@@ -102,7 +103,10 @@ class _MapValues(TypedDict):
 
 
 def _parse_map(values: _MapValues) -> PickMap:
-    """Raises ValueError, TypeError or KeyError if the values are not a monotone map to 0 to 1."""
+    """Converts the values of a map.
+
+    Raises ValueError, TypeError or KeyError if they are not a monotone map to 0 to 1.
+    """
     scores, expected = tuple(map(float, values["scores"])), tuple(map(float, values["expected"]))
     if not scores or len(scores) != len(expected):
         raise ValueError("a map must have as many scores as labels, and at least one")

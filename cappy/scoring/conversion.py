@@ -28,9 +28,9 @@ _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 def convert(source: str, target: Path, *, sha256: str) -> Manifest:
     """Writes the checkpoint of `source` (a folder or hub:org/name@revision) as a scorer folder, atomically.
 
-    `sha256` is that of its pytorch_model.bin. The head is that of its configuration, or `mse` if it states none. Raises
-    ConfigError or FolderError if the file has another hash, or is not a scorer (unexpected or missing keys, wrong
-    shapes).
+    `sha256` is the hash of its pytorch_model.bin. The head is read from its configuration, and is `mse` by default.
+    Raises ConfigError or FolderError if the file has another hash, or is not a scorer (unexpected or missing keys,
+    wrong shapes).
     """
     if len(sha256) != SHA256_DIGITS or not set(sha256.lower()) <= set("0123456789abcdef"):
         raise ConfigError(f"--sha256: must be 64 hexadecimal digits, got {quote(sha256, 80)}")
@@ -100,22 +100,22 @@ def _check_architecture(folder: Path, config: PreTrainedConfig) -> None:
 
 def _check_weights(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The checkpoint's tensors in fp32. Raises FolderError if names or shapes differ from those of the model."""
-    learned = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
-    if missing := expected.keys() - learned.keys():
+    parameters = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
+    if missing := expected.keys() - parameters.keys():
         raise FolderError(f"{path}: lacks {_list_names(missing)}; download the complete checkpoint")
-    if unexpected := learned.keys() - expected.keys():
+    if unexpected := parameters.keys() - expected.keys():
         raise FolderError(
-            f"{path}: has {_list_names(unexpected)}, which do not match its config.json; download the right one"
+            f"{path}: has {_list_names(unexpected)}, which do not match its config.json; download matching files"
         )
-    for name, tensor in learned.items():
+    for name, tensor in parameters.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(expected[name].shape)} by config.json"
             raise FolderError(f"{path}: {name} has shape {shapes}; download the config.json of this checkpoint")
-    return {name: tensor.to(expected[name].dtype) for name, tensor in learned.items()}
+    return {name: tensor.to(expected[name].dtype) for name, tensor in parameters.items()}
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads the state dict of a file without running its code. Raises FolderError if it is anything else."""
+    """Reads the state dict in a file without running code. Raises FolderError if it has anything but tensors."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -20,11 +20,11 @@ _REMEDY = "save the tokenizer of its training in the scorer's folder"
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """Model inputs of one pair. `cut`: the response was truncated; `whole`: neither text was truncated."""
+    """Model inputs of one pair: token ids and token types. `whole` is true if neither text was truncated."""
 
     ids: tuple[int, ...]
     types: tuple[int, ...]
-    cut: bool = False
+    response_truncated: bool = False
     whole: bool = True
 
 
@@ -45,7 +45,7 @@ class _PairFormat:
 
 
 def as_pairs(pairs: Iterable[Sequence[str]]) -> list[Pair]:
-    """Pairs as tuples, from any sequences of two texts. Raises ConfigError for anything else.
+    """Converts sequences of two texts to tuples. Raises ConfigError for anything else.
 
     A string of two characters is not a pair, although Python could unpack it.
     """
@@ -95,7 +95,7 @@ class PairEncoder:
         tokens = self._tokens(pairs)
         return [self.join(tokens[instruction], tokens[response]) for instruction, response in pairs]
 
-    def fit(self, pairs: Sequence[Pair]) -> list[bool]:
+    def fits(self, pairs: Sequence[Pair]) -> list[bool]:
         """Whether each pair fits without truncation."""
         tokens, available = self._tokens(pairs), self.max_length - self._format.length
         return [len(tokens[instruction]) + len(tokens[response]) <= available for instruction, response in pairs]
@@ -106,7 +106,7 @@ class PairEncoder:
         return self._format.length
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of each text, without special tokens."""
+        """The token ids of each text, without special tokens. Raises FolderError if the tokenizer fails on a text."""
         if not texts:
             return []
         try:
@@ -133,13 +133,13 @@ class PairEncoder:
             instruction, response = self._truncate(instruction, lengths[0]), self._truncate(response, lengths[1])
         else:
             response = response[:available]
-            instruction = _cut_middle(instruction, available - len(response))
+            instruction = _truncate_middle(instruction, available - len(response))
         first, second = pair_format.types
         before, between, after = pair_format.around_types
         return EncodedPair(
             ids=(*pair_format.before, *instruction, *pair_format.between, *response, *pair_format.after),
             types=(*before, *(first,) * len(instruction), *between, *(second,) * len(response), *after),
-            cut=len(response) < num_response,
+            response_truncated=len(response) < num_response,
             whole=whole,
         )
 
@@ -160,7 +160,8 @@ def _copy_backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
     return backend
 
 
-def _cut_middle(tokens: list[int], available: int) -> list[int]:
+def _truncate_middle(tokens: list[int], available: int) -> list[int]:
+    """The first and the last tokens of a text, `available` in total."""
     if len(tokens) <= available:
         return tokens
     head = (available + 1) // 2
@@ -181,14 +182,14 @@ def _longest_first_lengths(instruction: int, response: int, available: int) -> t
 
 
 def _find_pair_format(tokenizer: "PreTrainedTokenizerBase") -> _PairFormat:
-    """Derives the pair format from the tokenizer's encoding of a known pair."""
+    """Derives the pair format from the tokenizer's encoding of the pair ("a", "b")."""
     first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
     probe = tokenizer("a", "b")
     ids = list(probe["input_ids"])
     types = list(probe.get("token_type_ids") or [0] * len(ids))
-    start = _find(ids, first, 0)
+    start = _find_tokens(ids, first, 0)
     middle = start + len(first)
-    end = _find(ids, second, middle)
+    end = _find_tokens(ids, second, middle)
     after = end + len(second)
     return _PairFormat(
         before=tuple(ids[:start]),
@@ -200,7 +201,8 @@ def _find_pair_format(tokenizer: "PreTrainedTokenizerBase") -> _PairFormat:
     )
 
 
-def _find(ids: list[int], part: list[int], start: int) -> int:
+def _find_tokens(ids: list[int], part: list[int], start: int) -> int:
+    """The index of `part` in `ids`, from `start` on. Raises FolderError if it is not in there."""
     for index in range(start, len(ids)):
         if ids[index : index + len(part)] == part:
             return index
@@ -211,7 +213,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 class TruncationCounts:
-    """Counts the `pairs` of a scorer, how many were truncated (`cut`), and how many `responses` were truncated.
+    """Counts the pairs that a scorer encoded, the truncated ones among them, and those whose response was truncated.
 
     Equal pairs of a call count once. The first truncation is logged, unless `log_first` is false because the caller
     reports the counts.
@@ -219,19 +221,19 @@ class TruncationCounts:
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
-        self.pairs = self.cut = self.responses = 0
+        self.pairs = self.truncated_pairs = self.truncated_responses = 0
         self.log_first = True
         self._lock = threading.Lock()
 
     def count(self, encoded: Sequence[EncodedPair]) -> None:
         """Counts encoded pairs."""
-        cut = sum(not pair.whole for pair in encoded)
+        num_truncated = sum(not pair.whole for pair in encoded)
         with self._lock:
-            first = cut > 0 and self.cut == 0
+            is_first = num_truncated > 0 and self.truncated_pairs == 0
             self.pairs += len(encoded)
-            self.cut += cut
-            self.responses += sum(pair.cut for pair in encoded)
-        if first and self.log_first:
+            self.truncated_pairs += num_truncated
+            self.truncated_responses += sum(pair.response_truncated for pair in encoded)
+        if is_first and self.log_first:
             LOGGER.warning(
                 "a pair is longer than the scorer's %d tokens and is truncated; this is logged only once",
                 self.max_length,
@@ -239,8 +241,8 @@ class TruncationCounts:
 
     def text(self) -> str:
         """The counts as a sentence; empty if nothing was truncated."""
-        if not self.cut:
+        if not self.truncated_pairs:
             return ""
-        responses = f", {self.responses:,} responses truncated" if self.responses else ""
+        responses = f", {self.truncated_responses:,} responses truncated" if self.truncated_responses else ""
         limit = f"the scorer's {self.max_length} tokens"
-        return f"{self.cut:,} of {self.pairs:,} pairs are longer than {limit} and were truncated{responses}"
+        return f"{self.truncated_pairs:,} of {self.pairs:,} pairs are longer than {limit} and were truncated{responses}"

@@ -57,10 +57,10 @@ _WARNED: set[tuple[Path, str]] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatedConfig:
-    """What a folder states: its head (None without an activation) and the maximum tokens of a pair (None if not set).
+class FolderSettings:
+    """The settings in a folder: head (None without an activation) and maximum tokens of a pair (None if not set).
 
-    `uses_chat_template`: whether CrossEncoder would render pairs with the tokenizer's chat template, if it has one.
+    `uses_chat_template` says whether CrossEncoder would render pairs with the tokenizer's chat template, if it has one.
     """
 
     head: Head | None
@@ -68,11 +68,11 @@ class StatedConfig:
     uses_chat_template: bool = True
 
 
-def _read_stated(folder: Path, config: "PreTrainedConfig") -> StatedConfig:
-    """Reads what the folder states. Raises FolderError for unsupported modules, prompts and activations."""
+def _read_settings(folder: Path, config: "PreTrainedConfig") -> FolderSettings:
+    """Reads the settings in a folder. Raises FolderError for unsupported modules, prompts and activations."""
     settings = _read_object(folder / SETTINGS)
     if not (folder / MODULES).is_file() or settings.get("model_type", "SentenceTransformer") != "CrossEncoder":
-        return StatedConfig(head=_head_of_config(folder, config))
+        return FolderSettings(head=_head_of_config(folder, config))
     _check_modules(folder / MODULES)
     _check_prompt(folder / SETTINGS, settings)
     transformer = next((path for name in TRANSFORMER_FILES if (path := folder / name).is_file()), None)
@@ -80,7 +80,7 @@ def _read_stated(folder: Path, config: "PreTrainedConfig") -> StatedConfig:
     length = _transformer_length(transformer, values) if transformer else None
     modalities = values.get("modality_config")
     head = _parse_head(settings.get("activation_fn"), f"{folder / SETTINGS}: activation_fn")
-    return StatedConfig(
+    return FolderSettings(
         head=head or _head_of_config(folder, config),
         max_length=length,
         uses_chat_template=isinstance(modalities, Mapping | Sequence) and "message" in modalities,
@@ -109,11 +109,11 @@ def warn_once(folder: Path, text: str) -> None:
 
 
 def _head_of_config(folder: Path, config: "PreTrainedConfig") -> Head | None:
-    where, stated = folder / "config.json", getattr(config, "sentence_transformers", None)
-    if stated is not None and not isinstance(stated, Mapping):
-        raise FolderError(f"{where}: sentence_transformers must be an object, got {quote(json.dumps(stated))}")
-    if stated is not None and "activation_fn" in stated:
-        return _parse_head(stated["activation_fn"], f"{where}: sentence_transformers.activation_fn")
+    where, settings = folder / "config.json", getattr(config, "sentence_transformers", None)
+    if settings is not None and not isinstance(settings, Mapping):
+        raise FolderError(f"{where}: sentence_transformers must be an object, got {quote(json.dumps(settings))}")
+    if settings is not None and "activation_fn" in settings:
+        return _parse_head(settings["activation_fn"], f"{where}: sentence_transformers.activation_fn")
     return _parse_head(getattr(config, _OLD_ACTIVATION_KEY, None), f"{where}: {_OLD_ACTIVATION_KEY}")
 
 
@@ -122,8 +122,9 @@ def _parse_head(path: object, where: str) -> Head | None:
         return None
     head = _HEADS.get(path.rpartition(".")[2]) if isinstance(path, str) and path.startswith("torch.nn.") else None
     if head is None:
-        known = " or ".join(ACTIVATIONS.values())
-        raise FolderError(f"{where}: is {quote(json.dumps(path), 80)}, which is not applied here; it must be {known}")
+        supported = " or ".join(ACTIVATIONS.values())
+        name = quote(json.dumps(path), 80)
+        raise FolderError(f"{where}: is {name}, which is not applied here; it must be {supported}")
     return head
 
 
@@ -133,8 +134,10 @@ def _check_modules(path: Path) -> None:
     modules = [module for module in listed if isinstance(module, Mapping)]
     names = [str(module.get("type", "")).rpartition(".")[2] for module in modules] if modules == listed else []
     if names != ["Transformer"] or modules[0].get("path"):
-        named = quote(", ".join(names), 80)
-        raise FolderError(f"{path}: names the modules {named}; a scorer must have one Transformer in the folder itself")
+        list_of_names = quote(", ".join(names), 80)
+        raise FolderError(
+            f"{path}: names the modules {list_of_names}; a scorer must have one Transformer in the folder itself"
+        )
 
 
 def _check_prompt(path: Path, settings: Mapping[str, JSON]) -> None:
@@ -202,17 +205,17 @@ def read_config(
     *,
     default_head: Head = "bce",
 ) -> ScorerConfig:
-    """Reads head, length and truncation of a folder as other loaders do. Raises FolderError for unsupported settings.
+    """Reads head, length and truncation of a folder like other loaders. Raises FolderError for unsupported settings.
 
-    A folder that states no activation has the head `default_head`; the CrossEncoder's default is `bce`.
+    The head of a folder without an activation is `default_head`; the CrossEncoder's default is `bce`.
     """
-    stated = _read_stated(folder.path, config)
+    settings = _read_settings(folder.path, config)
     recorded = _read_recorded(config)
-    if stated.uses_chat_template and not (recorded and folder.listed):
+    if settings.uses_chat_template and not (recorded and folder.listed):
         _check_template(folder.path, getattr(tokenizer, "chat_template", None))
     return ScorerConfig(
-        head=stated.head or _recorded_head(recorded) or _warn_default_head(folder.path, default_head),
-        max_length=_find_max_length(folder, config, tokenizer, model, stated),
+        head=settings.head or _recorded_head(recorded) or _warn_default_head(folder.path, default_head),
+        max_length=_find_max_length(folder, config, tokenizer, model, settings),
         truncation=_read_truncation(config),
     )
 
@@ -279,7 +282,7 @@ def check_single_label(folder: Path, config: "PreTrainedConfig") -> None:
 
 
 def _read_truncation(config: "PreTrainedConfig") -> Truncation:
-    """The recorded truncation, else `middle`; for folders of other tools, CrossEncoder's `longest_first`.
+    """The recorded truncation, by default `middle`; for folders of other tools, CrossEncoder's `longest_first`.
 
     Raises FolderError if the recorded one is unknown.
     """
@@ -288,8 +291,8 @@ def _read_truncation(config: "PreTrainedConfig") -> Truncation:
     for truncation in TRUNCATIONS:
         if truncation == name:
             return truncation
-    known = " or ".join(TRUNCATIONS)
-    raise FolderError(f"config.json: cappy.truncation must be {known}, got {quote(json.dumps(name))}")
+    supported = " or ".join(TRUNCATIONS)
+    raise FolderError(f"config.json: cappy.truncation must be {supported}, got {quote(json.dumps(name))}")
 
 
 def _find_max_length(
@@ -297,12 +300,12 @@ def _find_max_length(
     config: "PreTrainedConfig",
     tokenizer: "PreTrainedTokenizerBase",
     model: "PreTrainedModel",
-    stated: StatedConfig,
+    settings: FolderSettings,
 ) -> int:
-    """Maximum tokens of a pair: as recorded, else as CrossEncoder reads it; at most the model's positions."""
+    """Maximum tokens of a pair: the recorded one, else that of CrossEncoder; at most the model's positions."""
     recorded_length = _read_recorded(config).get("max_length")
     recorded = None if recorded_length is None else _check_length(recorded_length, "config.json: cappy.max_length")
-    tokenizer_length = stated.max_length
+    tokenizer_length = settings.max_length
     if tokenizer_length is None:
         limit = getattr(tokenizer, "model_max_length", None)
         tokenizer_length = int(limit) if isinstance(limit, int | float) and limit < UNLIMITED else None

@@ -42,9 +42,9 @@ def batch_by_length(encoded: Sequence[EncodedPair], budget: int) -> Iterator[lis
 
 
 def padding_token_id(config: "PreTrainedConfig") -> int | None:
-    """The id of the padding token, by which the model finds the last token, or the positions, of a pair.
+    """The id of the padding token, from which the model derives the last token or the positions of a pair.
 
-    None if it has no valid one, or if its head reads the last position including padding (XLNet): then pairs are
+    None if the model has no valid one, or if its head reads the last position including padding (XLNet): then pairs are
     computed one at a time.
     """
     text = config.get_text_config()
@@ -53,7 +53,7 @@ def padding_token_id(config: "PreTrainedConfig") -> int | None:
 
 
 def collate(batch: Sequence[EncodedPair], *, pad: int, types: bool, device: torch.device) -> dict[str, Tensor]:
-    """Right-padded inputs (pairs, longest): ids, mask and, if the model has them, token types."""
+    """Right-padded inputs (pairs, longest) on the device: ids, mask and, with `types`, token types."""
     longest = max(len(pair.ids) for pair in batch)
     padding = [longest - len(pair.ids) for pair in batch]
     inputs = {
@@ -173,7 +173,7 @@ def _build_layout(batch: Sequence[EncodedPair], device: torch.device) -> _Layout
 
 
 def _embed(body: _Body, config: "PreTrainedConfig", batch: Sequence[EncodedPair], layout: _Layout) -> Tensor:
-    """(tokens, hidden): the input of the encoder's first layer."""
+    """The input of the encoder's first layer, (tokens, hidden)."""
     device = layout.starts.device
     ids = torch.tensor([token for pair in batch for token in pair.ids], device=device)
     typed = (config.type_vocab_size or 0) > 1
@@ -189,7 +189,7 @@ def _embed(body: _Body, config: "PreTrainedConfig", batch: Sequence[EncodedPair]
 
 
 def _run_layer(layer: _Layer, hidden: Tensor, layout: _Layout, *, last: bool) -> Tensor:
-    """(tokens, hidden), or (pairs, hidden) for the last layer."""
+    """The output of a layer: (tokens, hidden), or (pairs, hidden) for the last layer."""
     projections = layer.attention.self
     dtype = layer.attention.output.dense.weight.dtype
     rows = hidden.to(dtype)
@@ -212,7 +212,7 @@ def _project(projections: _Projections, query_rows: Tensor, rows: Tensor) -> Seq
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, single: bool, dropout: float) -> Tensor:
-    """(rows, heads, size) from queries, keys and values of that shape; `single`: one query per pair."""
+    """Attention within each pair: (rows, heads, size) from inputs of that shape; `single`: one query per pair."""
     if query.is_cuda and query.dtype is torch.bfloat16 and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -226,14 +226,14 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, singl
     for pairs, length in layout.segments:
         rows, queries = pairs * length, pairs if single else pairs * length
         q = query[query_row : query_row + queries].view(pairs, -1, *shape).transpose(1, 2)
-        k, v = (whole[row : row + rows].view(pairs, length, *shape).transpose(1, 2) for whole in (key, value))
+        k, v = (tensor[row : row + rows].view(pairs, length, *shape).transpose(1, 2) for tensor in (key, value))
         attended.append(scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1))
         row, query_row = row + rows, query_row + queries
     return torch.cat(attended) if len(attended) > 1 else attended[0]
 
 
 PREPACKED_ROWS = 8192
-"""Number of input rows for which the order of the weights is optimised; inputs may have any number."""
+"""Number of input rows for which the order of the weights is optimised; inputs may have any number of rows."""
 Activation = Literal["none", "gelu"]
 
 
@@ -265,10 +265,10 @@ class PrepackedLinear(nn.Module):
 
 
 def _prepack(layers: Sequence[_Layer], *, gelu: bool) -> None:
-    """Replaces every linear layer in BERT layers by a `PrepackedLinear`; `gelu`: their activation is an exact GELU.
+    """Replaces every linear layer of BERT layers with a `PrepackedLinear`; `gelu`: their activation is an exact GELU.
 
-    Queries, keys and values are joined to one layer, `qkv`, except in the last layer, which needs only the first query
-    of each pair.
+    Queries, keys and values are joined into one layer, `qkv`, except in the last layer, which needs only the first
+    query of each pair.
     """
     for layer in layers:
         projections = layer.attention.self
@@ -293,7 +293,7 @@ def _concatenate(*layers: nn.Linear) -> nn.Linear:
 
 
 def choose_precision(precision: Precision, device: torch.device) -> ChosenPrecision:
-    """`auto` is bf16 if the device has instructions for it, else fp32. Raises ConfigError for unknown values."""
+    """Resolves `auto`: bf16 if the device has instructions for it, else fp32. Raises ConfigError for unknown values."""
     if precision not in get_args(Precision):
         raise ConfigError(f"precision: must be one of {', '.join(get_args(Precision))}, got {quote(precision)}")
     if precision == "auto":

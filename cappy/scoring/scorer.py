@@ -1,4 +1,4 @@
-"""The scorer: a folder that transformers loads, and the object that scores."""
+"""The scorer: loads a model folder of transformers, scores pairs, and saves."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,11 +55,12 @@ class SelectedResponse:
 class Scorer:
     """Scores how correct a response is for an instruction.
 
-    The head `bce` gives 0 to 1 (a sigmoid over soft labels); `mse` is the published raw regression, not clipped,
-    because clipping makes ties: it may be slightly outside 0 to 1. Head and activation run in fp32 whatever the
-    precision of the body. A score does not depend on the other pairs of the call, nor on the thread (tolerance 1e-4 in
-    fp32, 5e-3 in bf16). A response that fits alone is not truncated, unless the scorer's truncation is `longest_first`.
-    Responses are ranked by logits, because far from 0 the sigmoid gives equal scores to different logits.
+    The head `bce` gives scores from 0 to 1 (a sigmoid over soft labels); `mse` is the published raw regression. It is
+    not clipped, because clipping makes ties, so its scores may be slightly outside 0 to 1. Head and activation run in
+    fp32 whatever the precision of the body. A score does not depend on the other pairs of the call, nor on the thread
+    (tolerance 1e-4 in fp32, 5e-3 in bf16). A response that fits alone is not truncated, unless the scorer's truncation
+    is `longest_first`. Responses are ranked by logits, because far from 0 the sigmoid gives equal scores to different
+    logits.
     """
 
     def __init__(
@@ -93,9 +94,11 @@ class Scorer:
 
     @classmethod
     def load(cls, spec: str, *, device: str | None = None, precision: Precision = "auto") -> "Scorer":
-        """Loads the scorer of a spec and verifies its files. Raises FolderError if there is a pickle among them.
+        """Loads the scorer of a spec and verifies its files.
 
-        `auto` runs the body in bf16 if the device has instructions for it, else in fp32. Training needs `fp32`.
+        The default device is a GPU if there is one. `auto` runs the body in bf16 if the device has instructions for it,
+        else in fp32. Training needs `fp32`. Raises FolderError if the folder is not a scorer, is damaged or contains a
+        pickle, and ConfigError if the precision is unknown.
         """
         chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen_precision = choose_precision(precision, chosen_device)
@@ -110,17 +113,17 @@ class Scorer:
             raise FolderError(f"{folder.path}: {problem} {missing[0]}; {remedy}")
         tokenizer = folder.tokenizer()
         if (highest := max(tokenizer.get_vocab().values(), default=0)) >= model.get_input_embeddings().num_embeddings:
-            remedy = "save the tokenizer that it was trained with beside it"
+            remedy = "save the tokenizer of its training in this folder"
             raise FolderError(f"{folder.path}: its tokenizer has token {highest}, which the model lacks; {remedy}")
         restore_token_types(folder, config, tokenizer)
-        own = read_config(folder, config, tokenizer, model)
+        scorer_config = read_config(folder, config, tokenizer, model)
         model.to(chosen_device).eval()
-        return cls(model, tokenizer, own, version=folder.hash[:12], precision=chosen_precision, source=folder)
+        return cls(model, tokenizer, scorer_config, version=folder.hash[:12], precision=chosen_precision, source=folder)
 
     def score(self, pairs: Sequence[Sequence[str]]) -> list[float]:
         """One score per pair, in their order; equal pairs are scored once.
 
-        A pair is a tuple or a list of two texts, instruction and response; ConfigError for anything else.
+        A pair is a tuple or a list of two texts, instruction and response. Raises ConfigError for anything else.
         """
         return self.scores_of(self.logits_of(pairs))
 
@@ -152,13 +155,13 @@ class Scorer:
             yield from self.score(chunk)
 
     def rank(self, instruction: str, responses: Sequence[str]) -> list[tuple[int, float]]:
-        """(index, score) of the responses, best first; equally good ones in their given order."""
+        """(index, score) of the responses, best first; equally good responses stay in order."""
         logits = self.logits_of([(instruction, response) for response in responses])
         scores = self.scores_of(logits)
         return [(index, scores[index]) for index in sorted(range(len(logits)), key=lambda index: -logits[index])]
 
     def select(self, instruction: str, responses: Sequence[str]) -> SelectedResponse:
-        """The best response, the first of equally good ones. Raises ConfigError if there are no responses."""
+        """The best response; of equally good responses, the first. Raises ConfigError if there are no responses."""
         return next(self.select_stream([(instruction, responses)]))
 
     def select_stream(self, pools: Iterable[tuple[str, Sequence[str]]]) -> Iterator[SelectedResponse]:
@@ -178,10 +181,13 @@ class Scorer:
     def _select(self, pools: Sequence[tuple[str, Sequence[str]]]) -> Iterator[SelectedResponse]:
         logits = iter(self.logits_of([(instruction, response) for instruction, pool in pools for response in pool]))
         for _, responses in pools:
-            own = tuple(islice(logits, len(responses)))
-            index = own.index(max(own))
+            pool_logits = tuple(islice(logits, len(responses)))
+            index = pool_logits.index(max(pool_logits))
             yield SelectedResponse(
-                index=index, response=responses[index], scores=tuple(self.scores_of(own)), logits=own
+                index=index,
+                response=responses[index],
+                scores=tuple(self.scores_of(pool_logits)),
+                logits=pool_logits,
             )
 
     @torch.inference_mode()
@@ -190,7 +196,7 @@ class Scorer:
         return self._logits(batch)
 
     def logits(self, batch: Sequence[EncodedPair]) -> Tensor:
-        """As `forward`, with gradients, for training. Raises ConfigError if the scorer was loaded in bf16."""
+        """Like `forward`, but with gradients, for training. Raises ConfigError if the scorer was loaded in bf16."""
         if self.precision == "bf16":
             raise ConfigError("a scorer loaded in bf16 cannot be trained; load it with precision fp32")
         return self._logits(batch)
@@ -231,12 +237,12 @@ class Scorer:
 
     @property
     def batch_tokens(self) -> int:
-        """Number of tokens per batch for the device."""
+        """Maximum number of tokens per batch on the device."""
         return BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
 
     @property
     def _packs(self) -> bool:
-        """Computed at each access, because training may replace the model."""
+        """Whether pairs can be packed; computed at each access, because training may replace the model."""
         return can_pack(self.model)
 
     @property
@@ -253,12 +259,12 @@ class Scorer:
         for name in FILES:
             if (folder / name).exists():
                 remedy = "choose a new folder"
-                raise FolderError(f"{folder / name}: would change the scores of the scorer saved beside it; {remedy}")
+                raise FolderError(f"{folder / name}: would change the scores of a scorer in this folder; {remedy}")
         model = self.model if self.precision == "fp32" else self._reload_fp32()
         folder.mkdir(parents=True, exist_ok=True)
         encoder = self.encoder
-        own = ScorerConfig(head=self.head, max_length=encoder.max_length, truncation=encoder.truncation)
-        record_config(model.config, own)
+        scorer_config = ScorerConfig(head=self.head, max_length=encoder.max_length, truncation=encoder.truncation)
+        record_config(model.config, scorer_config)
         disable_progress_bar()
         model.save_pretrained(folder)
         write_tokenizer(self.tokenizer, folder, self.encoder.max_length, types=self._has_types)
@@ -275,7 +281,7 @@ class Scorer:
         return folder.model(AutoModelForSequenceClassification, folder.config())[0]
 
     def save(self, folder: str | Path) -> Manifest:
-        """Writes a scorer folder with its manifest."""
+        """Writes a scorer folder with its manifest, and returns the manifest. Raises the errors of `write`."""
         self.write(Path(folder))
         manifest = Manifest(step="save", files=describe_files(Path(folder)))
         write_manifest(Path(folder), manifest)

@@ -74,8 +74,9 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
 
     def count(_: Sequence[Instance]) -> Mapping[str, int]:
         # Stored with each part, so that a resumed run knows the counts of earlier parts.
-        cut, scorer.truncation_counts.cut = scorer.truncation_counts.cut, 0
-        return {"cut_pairs": cut}
+        counts = scorer.truncation_counts
+        num_truncated, counts.truncated_pairs = counts.truncated_pairs, 0
+        return {"cut_pairs": num_truncated}
 
     with claim(config.work, "scoring", work_config, [parent.hash, scorer.version], fresh=config.fresh) as folder:
         parts = process_folder(
@@ -87,10 +88,12 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
             progress=progress,
             count=count,
         )
-        cut = parts.counts.get("cut_pairs", 0)
-        if cut:
+        num_truncated = parts.counts.get("cut_pairs", 0)
+        if num_truncated:
             LOGGER.warning(
-                "%d pairs are longer than the scorer's %d tokens and were truncated", cut, scorer.encoder.max_length
+                "%d pairs are longer than the scorer's %d tokens and were truncated",
+                num_truncated,
+                scorer.encoder.max_length,
             )
         manifest = Manifest(
             step="scoring",
@@ -99,14 +102,14 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
             step_version=step_version("scoring"),
             generators=parent.generators,
             parents=(parent.hash,),
-            metrics={"instances": parts.rows, "candidates": parts.candidates, "cut_pairs": cut},
+            metrics={"instances": parts.rows, "candidates": parts.candidates, "cut_pairs": num_truncated},
             facts={"version": scorer.version, "scorer": config.scorer},
         )
         return finish(folder, config.target, manifest)
 
 
 def _score_part(part: list[Instance], scorer: "Scorer") -> Iterator[Instance]:
-    """Adds scores to the instances; all pairs of a part are scored in one call."""
+    """Adds scores to the instances of a part, and scores all its pairs in one call."""
     pairs = [
         (instance.instruction, candidate.response)
         for instance in part

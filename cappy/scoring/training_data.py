@@ -1,4 +1,4 @@
-"""Records what a scorer was trained on in its folder, and finds instances that it has seen: by prompt, group or row."""
+"""Records what a scorer was trained on, and finds instances with a prompt, group or row of its training data."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,18 +24,18 @@ from cappy.records.overlap import (
 from cappy.scoring import training_prompts
 
 GROUPS, ROWS = "trained_on_groups.u64", "trained_on_rows.u64"
-"""Sorted hashes of groups; and rows (`cappy.records.overlap.Rows`), preceded by the number they were drawn from."""
+"""Files of the sorted hashes of groups, and of `Rows`: the number of rows they were sampled from, then their table."""
 _COLUMNS = ["instruction", "task", "group_id", "split"]
 
 
 def training_data(folder: str | Path) -> TrainingData:
-    """Reads what the scorer in a folder was trained on; older scorers have no rows."""
+    """Reads what the scorer in a folder was trained on; `rows` is None for scorers of earlier releases."""
     folder = Path(folder)
     groups = np.fromfile(folder / GROUPS, dtype="<u8") if (folder / GROUPS).is_file() else np.empty(0, dtype="<u8")
     rows = None
     if (folder / ROWS).is_file():
         values = np.fromfile(folder / ROWS, dtype="<u8")
-        rows = Rows(values[1:].reshape(-1, 1 + ROW_SHINGLES), int(values[0])) if len(values) else Rows.none()
+        rows = Rows(values[1:].reshape(-1, 1 + ROW_SHINGLES), int(values[0])) if len(values) else Rows.empty()
     return TrainingData(prompts=training_prompts(folder), groups=groups, rows=rows)
 
 
@@ -49,7 +49,7 @@ def write_training_data(folder: Path, source: str | Path, start: Path | None = N
         hashes = np.union1d(before.groups, hashes).astype("<u8")
         rows = merge_rows(before.rows, rows) if before.rows is not None else rows
     hashes.tofile(folder / GROUPS)
-    np.concatenate((np.array([rows.seen], dtype="<u8"), rows.table.astype("<u8").ravel())).tofile(folder / ROWS)
+    np.concatenate((np.array([rows.total_rows], dtype="<u8"), rows.table.astype("<u8").ravel())).tofile(folder / ROWS)
 
 
 def _read_prompts(source: str | Path) -> Iterator[GroupedPrompt]:
@@ -59,6 +59,7 @@ def _read_prompts(source: str | Path) -> Iterator[GroupedPrompt]:
 
 
 def _collect_groups(prompts: Iterable[GroupedPrompt], groups: set[int]) -> Iterator[PromptLike]:
+    """Yields the prompts, and adds the hash of each group with a content id to `groups`."""
     for prompt in prompts:
         if is_content_id(prompt.group_id):
             groups.add(group_hash(prompt))
@@ -71,44 +72,46 @@ def _hash_content_groups(prompts: Iterable[PromptLike]) -> Hashes:
     return np.fromiter(hashes, dtype=np.uint64)
 
 
-Known = TrainingData | npt.NDArray[np.uint64]
-"""What is known of a scorer's training data: all that its folder records, or the sorted hashes of its prompts."""
-TrainedOn = Callable[[Path], Known]
+TrainingHashes = TrainingData | npt.NDArray[np.uint64]
+"""What is known about a scorer's training data: all hashes in its folder, or only those of its prompts, sorted."""
+ReadTrainingData = Callable[[Path], TrainingHashes]
 """Reads what the scorer in a folder was trained on."""
 
 
-def count_seen(instances: Sequence[Instance], trained_on: Known) -> int:
-    """How many of the instances share a prompt, group or row with the training data (see `count_seen_by_kind`)."""
-    return int(np.any(list(_find_overlap(instances, trained_on).values()), axis=0).sum()) if instances else 0
+def count_seen(instances: Sequence[Instance], training: TrainingHashes) -> int:
+    """How many of the instances share a prompt, group or row with the training data; see `count_seen_by_kind`."""
+    return int(np.any(list(_find_overlap(instances, training).values()), axis=0).sum()) if instances else 0
 
 
-def count_seen_by_kind(instances: Sequence[Instance], trained_on: Known) -> dict[str, int]:
+def count_seen_by_kind(instances: Sequence[Instance], training: TrainingHashes) -> dict[str, int]:
     """How many instances share a prompt, a group (if its id is derived from the row) or a row's text with training.
 
     An instance may count under several kinds. Row texts are compared by `cappy.records.overlap`, which does not find
     rows with fewer than about ten distinctive words, nor rows that were not sampled if there were more than 32,768.
     """
-    return {kind: int(flags.sum()) for kind, flags in _find_overlap(instances, trained_on).items()}
+    return {kind: int(flags.sum()) for kind, flags in _find_overlap(instances, training).items()}
 
 
-def describe_leak_check(instances: Sequence[Instance], known: Mapping[str, Known]) -> dict[str, dict[str, int | str]]:
-    """By scorer, for the manifest: how many instances of each kind were found, and what its folder records."""
+def describe_leak_check(
+    instances: Sequence[Instance], training: Mapping[str, TrainingHashes]
+) -> dict[str, dict[str, int | str]]:
+    """Scorer -> number of instances that share each kind of data with its training, and what its folder records."""
     return {
         name: {
             **{f"found_by_{kind}": count for kind, count in count_seen_by_kind(instances, data).items()},
             **(data.describe() if isinstance(data, TrainingData) else {"prompts": len(data)}),
         }
-        for name, data in known.items()
+        for name, data in training.items()
     }
 
 
-def _find_overlap(instances: Sequence[Instance], trained_on: Known) -> dict[str, npt.NDArray[np.bool_]]:
-    known = trained_on if isinstance(trained_on, TrainingData) else None
+def _find_overlap(instances: Sequence[Instance], training: TrainingHashes) -> dict[str, npt.NDArray[np.bool_]]:
+    data = training if isinstance(training, TrainingData) else None
     prompts = np.array([prompt_hash(instance.instruction) for instance in instances], dtype=np.uint64)
-    by_kind = {"prompts": np.isin(prompts, known.prompts if known else np.asarray(trained_on))}
-    if known is not None and known.rows is not None:
+    by_kind = {"prompts": np.isin(prompts, data.prompts if data else np.asarray(training))}
+    if data is not None and data.rows is not None:
         groups = _hash_content_groups(instances)
-        index, frequent = RowIndex(known.rows), frequent_shingles(instances)
-        by_kind["groups"] = np.isin(groups, known.groups) & (groups > 0)
+        index, frequent = RowIndex(data.rows), frequent_shingles(instances)
+        by_kind["groups"] = np.isin(groups, data.groups) & (groups > 0)
         by_kind["rows"] = np.array([index.has_row_in(instance, frequent) for instance in instances], dtype=bool)
     return by_kind

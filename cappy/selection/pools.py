@@ -62,7 +62,7 @@ class Pool:
 
 
 def collect_pools(instances: Iterable[Instance], *, metric: str, splits: Collection[Split]) -> list[Pool]:
-    """The pools of these splits, also empty ones. Raises RecordError if a candidate has no label of this metric."""
+    """Builds the pools of these splits, even empty ones. Raises RecordError if a candidate has no label of `metric`."""
     return [_build_pool(instance, metric) for instance in instances if instance.split in splits]
 
 
@@ -88,7 +88,7 @@ def with_scores(pools: Sequence[Pool], name: str, scores: Values) -> list[Pool]:
 
 
 def count_pairs(pools: Sequence[Pool]) -> int:
-    """How many pairs `score_pools` scores: the distinct texts of every pool."""
+    """Number of pairs that `score_pools` scores: the distinct texts of every pool."""
     return sum(len(set(pool.responses)) for pool in pools)
 
 
@@ -143,8 +143,9 @@ def _build_pool(instance: Instance, metric: str) -> Pool:
 
 
 def _vector_if_complete(values: Sequence[float | None]) -> Vector | None:
-    known = [value for value in values if value is not None and value == value]
-    return np.array(known, dtype=np.float64) if len(known) == len(values) else None
+    # NaN, which does not equal itself, counts as missing.
+    present = [value for value in values if value is not None and value == value]
+    return np.array(present, dtype=np.float64) if len(present) == len(values) else None
 
 
 def mbr(responses: Sequence[str]) -> Vector:
@@ -187,7 +188,7 @@ MIN_GAIN = 0.001
 
 
 def best_of_n_curve(values: Vector, labels: Vector) -> Vector:
-    """Exact expected label of the pick among n random candidates, shape (candidates,), for n from 1 to all.
+    """Exact expected label of the pick among n random candidates, for n from 1 to all: shape (candidates,).
 
     Only for selectors whose value of a candidate does not depend on the other candidates. Candidates with equal values
     are picked with equal probability.
@@ -209,9 +210,10 @@ def average_ties(ranked: Vector, labels: Vector) -> Vector:
 
 @lru_cache(maxsize=256)
 def best_probabilities(size: int) -> npt.NDArray[np.float64]:
-    """Row n - 1, column k: the probability that the k-th best (from 0) of `size` is the best of n drawn ones.
+    """Row n - 1, column k: the probability that the k-th best (from 0) of `size` candidates is the best of n draws.
 
-    Drawn without replacement: C(size - 1 - k, n - 1) / C(size, n), computed by logarithms to avoid overflow.
+    Candidates are drawn without replacement: C(size - 1 - k, n - 1) / C(size, n), computed by logarithms to avoid
+    overflow.
     """
     n = np.arange(1, size + 1)[:, None]
     worse = size - 1 - np.arange(size)[None, :]
@@ -227,15 +229,16 @@ def best_probabilities(size: int) -> npt.NDArray[np.float64]:
 def mbr_curve(
     responses: tuple[str, ...], labels: Vector, rng: np.random.Generator, num_orders: int = NUM_MBR_ORDERS
 ) -> Vector:
-    """Expected label of MBR's pick among n random candidates, for n from 1 to all, averaged over random orders.
+    """Expected label of MBR's pick among n random candidates, for n from 1 to all: shape (candidates,).
 
-    MBR's values depend on the other candidates, so each n is simulated with the first n of a random order. Candidates
-    with equal sums are picked with equal probability. Two candidates are equally similar to each other, so for n up to
-    2 the value is exactly the mean label.
+    MBR's values depend on the other candidates, so each n is simulated with the first n of a random order, and the
+    result is averaged over `num_orders` orders. Candidates with equal sums are picked with equal probability. Two
+    candidates are equally similar to each other, so for n up to 2 the value is exactly the mean label.
     """
     size = len(responses)
     similarity = mutual_rouge_l(responses)
     np.fill_diagonal(similarity, 0.0)
+    # In column n - 1, the candidates after the first n are not in the pool.
     absent = np.tril(np.full((size, size), -np.inf), -1)
     total = np.zeros(size)
     for _ in range(num_orders):
@@ -250,7 +253,7 @@ def mbr_curve(
 
 
 def pays_until(curve: Sequence[float]) -> int:
-    """The number of candidates beyond which none adds `MIN_GAIN` or more; the curve's length if all do."""
+    """The number of candidates beyond which no further one adds `MIN_GAIN` to the curve; its length if all do."""
     gains = np.diff(np.asarray(curve))
     worthwhile = np.flatnonzero(gains >= MIN_GAIN)
     return int(worthwhile[-1]) + 2 if len(worthwhile) else 1

@@ -1,8 +1,8 @@
 """The selectors: rules that pick one candidate of a pool, in the order of a report.
 
 Each assigns a value to every candidate, without references or labels (except the oracle), and the highest value is
-picked. Of equal values, the first is picked, but a selector is evaluated by the mean of their labels, because their
-order is arbitrary.
+picked. If several candidates share it, the first of them is picked, but a selector is evaluated by the mean of their
+labels, because their order is arbitrary.
 
 To add one, add an entry to `SELECTORS` and a test. Evaluation, report and gate use the properties of the entry.
 """
@@ -18,7 +18,7 @@ from cappy.records import Candidate
 from cappy.selection.pools import Pool, Values, Vector, best_of_n_curve, mbr_curve, pick_label, pick_labels
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""The weights of the other value in a combined selector; with 0 it is the scorer alone."""
+"""Weights to try for the other value in a combined selector; weight 0 is the scorer alone."""
 _GREEDY = re.compile(r"\b(greedy|temperature0)(?![\w.])", re.IGNORECASE)
 """Names of greedy decodings; an endpoint decodes greedily at temperature 0.0, in a decoding of that name."""
 
@@ -33,13 +33,14 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class FittedSelector:
-    """A fitted selector: a function for the values of a pool's candidates, and what was fitted, as text."""
+    """A fitted selector: a function from a pool to the values of its candidates, and the fitted choice as text."""
 
     values: Callable[[Pool], Vector]
     detail: str = ""
 
 
 Fit = Callable[[Sequence[Pool], Sequence[Pool]], FittedSelector]
+"""(held-out pools, pools) -> the fitted selector; see `Selector`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class Selector:
 
     `name` is used in report.json, `title` in tables and `words` (or else `title`) in sentences, followed by `remark` at
     the first mention. Of the selectors with the same `variant_of`, the one that is better on the reported pools
-    represents them in comparisons. `scorer` is the scorer whose scores it uses, `bound` marks a bound of what selection
-    can reach, `single_decoding` a response that a user can get without selection.
+    represents them in comparisons. `scorer` names the scorer whose scores the selector uses. `bound` marks a lower or
+    upper bound of what selection can reach, and `single_decoding` a response that a user can get without selection.
 
     `shown_in` are the report sections that show it besides the list of all selectors: the terminal's table, the table
     by task, the examples, and the verdict's comparisons with the scorer. `curve` computes its best-of-n curve. If
@@ -88,7 +89,7 @@ class Selector:
 
 @dataclass(frozen=True)
 class Selection:
-    """For each selector its values on some pools and what was fitted for it, or why it is unavailable."""
+    """Each selector's values on some pools and its fitted choice as text, or the reason why it is unavailable."""
 
     values: Mapping[str, Values]
     details: Mapping[str, str]
@@ -111,7 +112,7 @@ def select(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Selection:
 
 
 def title(name: str) -> str:
-    """The title of the selector, or of the side of a comparison, with this name."""
+    """The title of the selector, or of the kind of selector in a comparison, with this name."""
     if name in SELECTORS:
         return SELECTORS[name].title
     return f"better {name}" if any(selector.variant_of == name for selector in SELECTORS.values()) else name
@@ -119,8 +120,8 @@ def title(name: str) -> str:
 
 def selectors_shown_in(names: Iterable[str], section: ReportSection, better: str = "") -> list[Selector]:
     """The named selectors that a section of the report shows, in order; of variants, only the `better` one."""
-    known = [SELECTORS[name] for name in names if name in SELECTORS]
-    return [each for each in known if section in each.shown_in and (not each.variant_of or each.name == better)]
+    selectors = [SELECTORS[name] for name in names if name in SELECTORS]
+    return [each for each in selectors if section in each.shown_in and (not each.variant_of or each.name == better)]
 
 
 def compared_pairs() -> list[tuple[str, str]]:
@@ -157,7 +158,7 @@ def choose_system(pools: Sequence[Pool], among: Collection[str] | None = None) -
 
 
 def _system_name(candidate: Candidate) -> str:
-    """The generator and decoding that a candidate came from; empty if neither is known."""
+    """The generator and decoding of a candidate; empty if neither is known."""
     return f"{candidate.generator} {candidate.decoding}".strip()
 
 
@@ -192,20 +193,20 @@ def _fit_scores(name: str) -> Fit:
     return fit
 
 
-def _known_likelihoods(likelihood: Callable[[Pool], Vector | None], pools: Sequence[Pool]) -> list[Vector]:
+def _read_likelihoods(likelihood: Callable[[Pool], Vector | None], pools: Sequence[Pool]) -> list[Vector]:
     """The likelihoods of all candidates. Raises UnavailableError if one has none."""
     likelihoods = [likelihood(pool) for pool in pools]
-    known = [values for values in likelihoods if values is not None]
-    if len(known) < len(likelihoods):
-        missing = len(likelihoods) - len(known)
+    complete = [values for values in likelihoods if values is not None]
+    if len(complete) < len(likelihoods):
+        missing = len(likelihoods) - len(complete)
         raise UnavailableError(f"{missing} of {len(likelihoods)} instances have candidates without log-likelihood")
-    return known
+    return complete
 
 
 def _fit_likelihood(likelihood: Callable[[Pool], Vector | None]) -> Fit:
     def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
-        _known_likelihoods(likelihood, pools)
-        return FittedSelector(lambda pool: _known_likelihoods(likelihood, [pool])[0])
+        _read_likelihoods(likelihood, pools)
+        return FittedSelector(lambda pool: _read_likelihoods(likelihood, [pool])[0])
 
     return fit
 
@@ -226,7 +227,7 @@ def _fit_best_system(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedS
 
 
 def _fit_greedy(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
-    """Picks the greedy response; of several generators' ones, that of the generator that is best on held-out pools."""
+    """Picks the greedy response; if several generators have one, that of the best generator on the held-out pools."""
     systems = set.intersection(
         *({name for name in map(_system_name, pool.candidates) if _GREEDY.search(name)} for pool in pools)
     )
@@ -349,7 +350,7 @@ SELECTORS: Mapping[str, Selector] = {
             fit=_combine_with_scorer(
                 "likelihood_mean",
                 _fit_likelihood(lambda pool: pool.likelihood_mean),
-                lambda pools: _known_likelihoods(lambda pool: pool.likelihood_mean, pools),
+                lambda pools: _read_likelihoods(lambda pool: pool.likelihood_mean, pools),
             ),
             scorer="scorer",
             compared=False,

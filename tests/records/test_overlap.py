@@ -92,11 +92,11 @@ def test_what_is_kept_is_bounded_and_drawn_by_content(monkeypatch: pytest.Monkey
     monkeypatch.setattr(overlap, "MAX_ROWS", 100)
     rows = prompts(FIRST, texts(2_000))
     kept = sketch_rows(rows)
-    assert kept.seen == 2_000
+    assert kept.total_rows == 2_000
     assert 50 <= len(kept.table) <= 100
     assert np.array_equal(kept.table, sketch_rows(reversed(rows)).table)
     more = merge_rows(kept, sketch_rows(prompts(FIRST, texts(2_000, seed=1))))
-    assert (more.seen, len(more.table)) == (4_000, 100)
+    assert (more.total_rows, len(more.table)) == (4_000, 100)
 
 
 def test_nothing_comes_of_nothing() -> None:

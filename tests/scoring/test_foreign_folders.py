@@ -292,7 +292,7 @@ def test_a4_a_scorer_of_2048_positions_reads_responses_of_1500_words_to_their_en
     one, other = (f"{'a ' * 1500}{end}" for end in ("red", "blue"))
     scores = scorer.score([("Which?", one), ("Which?", other)])
     assert abs(scores[0] - scores[1]) > 1e-3
-    assert scorer.truncation_counts.cut == 0
+    assert scorer.truncation_counts.truncated_pairs == 0
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,11 @@ def test_a4_a_cut_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> 
     pairs = [("cat", "dog"), ("cat " * 400, "dog"), ("cat", "dog " * 400), ("cat", "dog " * 400)]
     for _ in range(2):
         scorer.score(pairs)
-    assert (scorer.truncation_counts.pairs, scorer.truncation_counts.cut, scorer.truncation_counts.responses) == (
+    assert (
+        scorer.truncation_counts.pairs,
+        scorer.truncation_counts.truncated_pairs,
+        scorer.truncation_counts.truncated_responses,
+    ) == (
         6,
         4,
         2,
@@ -359,7 +363,7 @@ def test_a4_a_pair_that_is_too_long_has_cross_encoders_number_too(
     expected = CrossEncoder(str(folder), device="cpu").predict(LONG).tolist()
     result = load(folder)
     assert result.score(LONG) == pytest.approx(expected, abs=1e-4)
-    assert result.truncation_counts.cut == 4
+    assert result.truncation_counts.truncated_pairs == 4
     result.save(tmp_path / "saved")
     assert load(tmp_path / "saved").score(LONG) == pytest.approx(expected, abs=1e-4)
     assert by_cross_encoder(tmp_path / "saved", LONG) == pytest.approx(expected, abs=1e-4)

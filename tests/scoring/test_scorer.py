@@ -128,12 +128,12 @@ def test_a_long_instruction_is_cut_in_the_middle_and_the_response_never(scorer: 
     assert len(encoded.ids) == scorer.encoder.max_length
     assert text.startswith("<s>one cat")
     assert "two</s></s>blue bird</s>" in text
-    assert not encoded.cut
+    assert not encoded.response_truncated
 
 
 def test_a_response_longer_than_the_model_loses_its_end_and_is_flagged(scorer: Scorer) -> None:
     (encoded,) = scorer.encoder.encode([("one", "red " * 200)])
-    assert encoded.cut
+    assert encoded.response_truncated
     assert len(encoded.ids) == scorer.encoder.max_length
     assert 0 <= scorer.score([("one", "red " * 200)])[0] <= 1
 
@@ -145,7 +145,7 @@ def test_a_pair_fits_exactly_where_none_of_its_tokens_is_cut(scorer: Scorer) -> 
     for pair, encoded in zip(pairs, encoder.encode(pairs), strict=True):
         asked = sum(map(len, encoder.tokens(list(pair)))) + encoder.num_special_tokens
         whole.append(asked == len(encoded.ids))
-    assert encoder.fit(pairs) == whole
+    assert encoder.fits(pairs) == whole
     assert set(whole) == {True, False}
 
 
@@ -308,7 +308,7 @@ def test_longest_first_is_what_transformers_does(scorer_folder: Path) -> None:
         expected = tokenizer(*pair, truncation=True, max_length=max_length)["input_ids"]
         assert list(encoded.ids) == expected, (instruction, response, max_length)
         kept = expected[expected.index(tokenizer.sep_token_id) + 2 : -1]
-        assert encoded.cut == (kept != tokenizer(pair[1], add_special_tokens=False)["input_ids"])
+        assert encoded.response_truncated == (kept != tokenizer(pair[1], add_special_tokens=False)["input_ids"])
 
 
 def test_a_folder_keeps_its_truncation_and_scores_long_pairs_as_cross_encoder_then(

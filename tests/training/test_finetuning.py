@@ -69,7 +69,7 @@ def test_the_folder_is_finished_names_its_parents_and_its_prompts(plan: Plan, in
     assert not by_split["test"] & hashes
     rows = training_data(plan().target).rows
     assert rows is not None
-    assert rows.seen == sum(i.split != "test" for i in instances)
+    assert rows.total_rows == sum(i.split != "test" for i in instances)
     assert Scorer.load(str(plan().target)).version == manifest.hash[:12]
 
 

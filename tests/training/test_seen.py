@@ -211,7 +211,7 @@ def test_a4_cut_pairs_are_counted_and_said_once(
     folder = make_scorer(seed=51)
     scorer = Scorer.load(str(folder), precision="fp32")
     pairs = [(one.instruction, candidate.response) for one in instances for candidate in one.candidates]
-    expected = sum(not whole for whole in scorer.encoder.fit(pairs))
+    expected = sum(not whole for whole in scorer.encoder.fits(pairs))
     assert 0 < expected < len(pairs)
     config = FinetuningConfig(
         source=tmp_path / "annotated",

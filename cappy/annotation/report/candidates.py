@@ -1,6 +1,6 @@
 """Reads the candidates of an Arrow batch as arrays, and computes statistics of every instance.
 
-Everything is vectorised. `measure_instances` returns one row of integers per instance, which can be summed.
+Everything is vectorised. `measure_instances` returns one row of integers per instance; the rows can be summed.
 """
 
 from collections.abc import Iterable
@@ -20,18 +20,18 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
-_OF_CANDIDATES = ("response", "source", "generator", "decoding", "status", "labels")
+_CANDIDATE_COLUMNS = ("response", "source", "generator", "decoding", "status", "labels")
 COLUMNS = (
     *("instance_id", "group_id", "task", "split", "instruction", "references"),
-    *(f"candidates.list.element.{name}" for name in _OF_CANDIDATES),
+    *(f"candidates.list.element.{name}" for name in _CANDIDATE_COLUMNS),
 )
-"""The columns of a folder that the report reads, as `read_batches` takes them."""
+"""The columns that the report reads from a folder, for `read_batches`."""
 _MAX_NAMES = 8
 SCALE = 2**40
 """Fractions are summed as integer multiples of 1 / SCALE, so that sums do not depend on the batches."""
 _COUNTS = ("instances", "candidates", "selectable", "distinct", "pools", "comparable")
-_OVER_POOLS = ("random", "oracle", "no_signal", "best_shared", "effective")
-NUM_COLUMNS = len(_COUNTS) + len(_OVER_POOLS) + 1
+_POOL_MEANS = ("random", "oracle", "no_signal", "best_shared", "effective")
+NUM_COLUMNS = len(_COUNTS) + len(_POOL_MEANS) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class TextColumn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """The candidates of a batch of `rows` instances, in order; `owner` is the row of each, ascending."""
+    """The candidates of a batch of `rows` instances, in order; `owner` is the instance's row of each, ascending."""
 
     rows: int
     owner: Ints
@@ -66,13 +66,13 @@ class Candidates:
     status: TextColumn
 
     @property
-    def selectable(self) -> Flags:
-        """Whether each candidate is selectable, as `Candidate.selectable`."""
-        flags: Flags = self.proposals & self.status.is_in(*SELECTABLE)
+    def is_selectable(self) -> Flags:
+        """Whether each candidate is selectable; see `Candidate.selectable`."""
+        flags: Flags = self.is_proposal & self.status.is_in(*SELECTABLE)
         return flags
 
     @property
-    def proposals(self) -> Flags:
+    def is_proposal(self) -> Flags:
         """Whether each candidate is an LLM's response or a choice, whatever its status."""
         return self.source.is_in("llm", "choice")
 
@@ -84,7 +84,7 @@ def encode_texts(column: pa.Array, default: str = "") -> TextColumn:
 
 
 def read_candidates(batch: pa.RecordBatch, metric: str) -> Candidates:
-    """Reads the candidates. Raises RecordError if a label of this metric is missing or not in 0 to 1."""
+    """Reads the candidates of a batch. Raises RecordError if a label of this metric is missing or not from 0 to 1."""
     column = batch["candidates"]
     sizes = np.asarray(pc.list_value_length(column).fill_null(0), dtype=np.int64)
     entries = column.flatten()
@@ -140,20 +140,22 @@ def _describe_candidate(batch: pa.RecordBatch, owner: Ints, index: int) -> str:
 def _missing_label_remedy(entries: pa.StructArray, index: int, metric: str) -> str:
     """The remedy for a missing label: choose a metric that this candidate has, or annotate."""
     labels = entries.field("labels")
-    own, every = ([name for name in metrics_of(part) if name != metric] for part in (labels.slice(index, 1), labels))
-    if own:
-        return f"it has {list_names(own)}: choose one of them, or run cappy annotation with that metric"
+    own_metrics, all_metrics = (
+        [name for name in metrics_of(part) if name != metric] for part in (labels.slice(index, 1), labels)
+    )
+    if own_metrics:
+        return f"it has {list_names(own_metrics)}: choose one of them, or run cappy annotation with that metric"
     if metric in metrics_of(labels):
         return "other candidates have it: run cappy annotation again"
-    available = f"other candidates have {list_names(every)}" if every else "no candidate has any label"
+    available = f"other candidates have {list_names(all_metrics)}" if all_metrics else "no candidate has any label"
     return f"{available}: run cappy annotation"
 
 
 def list_names(names: Iterable[str]) -> str:
     """At most eight names, for an error message."""
-    every = list(names)
-    more = f" and {len(every) - _MAX_NAMES} more" if len(every) > _MAX_NAMES else ""
-    return ", ".join(quote(name) for name in every[:_MAX_NAMES]) + more
+    listed = list(names)
+    more = f" and {len(listed) - _MAX_NAMES} more" if len(listed) > _MAX_NAMES else ""
+    return ", ".join(quote(name) for name in listed[:_MAX_NAMES]) + more
 
 
 def to_fixed_point(values: Floats) -> Ints:
@@ -162,8 +164,11 @@ def to_fixed_point(values: Floats) -> Ints:
 
 
 def measure_instances(candidates: Candidates) -> Ints:
-    """One row per instance: _COUNTS, _OVER_POOLS and ties (fields of `Pools`); fractions by `to_fixed_point`."""
-    selectable = candidates.selectable
+    """Returns one row per instance, shape (instances, NUM_COLUMNS): _COUNTS, _POOL_MEANS and ties.
+
+    The columns are fields of `Pools`; fractions are in fixed point (`to_fixed_point`).
+    """
+    selectable = candidates.is_selectable
     owner, labels, rows = candidates.owner[selectable], candidates.labels[selectable], candidates.rows
     first, times = _find_distinct(owner, candidates.response.index[selectable], len(candidates.response.values))
     size, distinct = _count_per_row(owner, rows), _count_per_row(owner[first], rows)
@@ -192,7 +197,7 @@ def measure_instances(candidates: Candidates) -> Ints:
 def to_pools(sums: list[int]) -> Pools:
     """Converts the sum of rows of `measure_instances` to counts and means."""
     counts = dict(zip(_COUNTS, sums, strict=False))
-    totals = zip(_OVER_POOLS, sums[len(_COUNTS) :], strict=False)
+    totals = zip(_POOL_MEANS, sums[len(_COUNTS) :], strict=False)
     means = {name: mean_of_sum(total, counts["pools"]) for name, total in totals}
     values: dict[str, Any] = {**counts, **means, "ties": mean_of_sum(sums[-1], counts["comparable"])}
     return Pools(**values)
@@ -224,6 +229,7 @@ def _reduce_per_row(extreme: np.ufunc, values: Floats, size: Ints) -> Floats:
 
 
 def _find_ties_for_best(owner: Ints, labels: Floats, distinct: Ints) -> Flags:
+    """Whether several distinct responses of each instance have its highest label."""
     best = _reduce_per_row(np.maximum, labels, distinct)
     flags: Flags = _count_per_row(owner[labels == best[owner]], len(distinct)) >= 2
     return flags
@@ -242,7 +248,7 @@ def _count_tied_pairs(owner: Ints, labels: Floats, rows: int) -> Floats:
 def _effective_sizes(owner: Ints, times: Ints, size: Ints) -> Floats:
     """exp of the entropy of an instance's responses: n / exp(mean of log c), where c is the count of each response.
 
-    Summed in the order of the instance, so that the result does not depend on the batch.
+    Summed in the order of the instance's responses, so that the result does not depend on the batch.
     """
     log_sums = np.bincount(owner, weights=times * np.log(times), minlength=len(size))
     effective: Floats = size / np.exp(log_sums / np.maximum(size, 1))

@@ -46,8 +46,8 @@ def write_report(folder: Path, target: Path, metric: str | None = None, progress
     """Writes the data report of a finished folder to `target` as report.html and report.json, and returns it.
 
     The folder is read once, in bounded memory. The default metric is the one that the folder was annotated with. Raises
-    FolderError if the folder is unfinished or damaged, ConfigError if no metric is known, and RecordError as
-    `summarize` does.
+    FolderError if the folder is unfinished or damaged, ConfigError if `metric` is None and the manifest names none, and
+    RecordError if a candidate has no label of the metric, or a label outside 0 to 1.
     """
     manifest = read_manifest(folder)
     name = metric or _find_metric(folder, manifest)
@@ -88,7 +88,7 @@ def render(report: DataReport) -> str:
 
 
 def _render_plots(report: DataReport) -> dict[str, tuple[Markup, Markup]]:
-    """Name -> the plot for wide and for narrow screens; plots without data are left out."""
+    """Plot name -> its SVG for wide and for narrow screens; plots without data are left out."""
     plots = {}
     # matplotlib makes them from numbers and fixed names only, so they need no escaping.
     if any(report.sources[source].count for source in selectable_sources(report)):
@@ -176,7 +176,7 @@ def _scale_axis(axes: Axes, shortest: int, longest: int, max_ticks: int) -> None
 
 
 def _find_metric(folder: Path, manifest: Manifest) -> str:
-    """The metric that the folder was annotated with."""
+    """The metric that the folder was annotated with. Raises ConfigError if the manifest names none."""
     metric = manifest.config.get("metric") if manifest.step == "annotation" else None
     if isinstance(metric, str):
         return metric

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 NUM_BINS = 20
 QUANTILES = (5, 25, 50, 75, 95, 99)
-"""In percent."""
+"""The quantiles of lengths that a report has, in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)

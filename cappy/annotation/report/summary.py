@@ -45,6 +45,7 @@ from cappy.records.instance import SOURCES
 Hashes = npt.NDArray[np.uint64]
 K = TypeVar("K", str, tuple[str, str], tuple[str, str, str])
 _Key = tuple[str, str, str]
+"""(source, generator, decoding) of candidates."""
 _NUM_CELLS = NUM_BINS + 2
 """Cells of a histogram of labels: exactly 0, the bins, exactly 1."""
 
@@ -75,7 +76,7 @@ def summarize(batches: Iterable[pa.RecordBatch], metric: str) -> DataReport:
 
 
 class _Summary:
-    """Accumulates the statistics of batches."""
+    """Accumulates the statistics of batches of instances."""
 
     def __init__(self, metric: str) -> None:
         self._metric = metric
@@ -89,19 +90,19 @@ class _Summary:
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Adds a batch of a bounded number of rows."""
-        columns = read_candidates(batch, self._metric)
+        candidates = read_candidates(batch, self._metric)
         splits = encode_texts(batch["split"], "train")
-        self._add_pools(columns, splits, encode_texts(batch["task"]))
-        self._add_responses(columns)
+        self._add_pools(candidates, splits, encode_texts(batch["task"]))
+        self._add_responses(candidates)
         instructions = encode_texts(batch["instruction"])
         self._add_texts("instruction", instructions)
         self._add_texts("reference", encode_texts(batch["references"].flatten()))
         self._instructions.add(_hash_texts(instructions, prompt_hash), splits)
         self._groups.add(_hash_texts(_read_groups(batch), _hash_text), splits)
-        self._add_visibility(batch["references"].to_pylist(), columns)
+        self._add_visibility(batch["references"].to_pylist(), candidates)
 
     def report(self) -> DataReport:
-        """The report of the rows so far."""
+        """The data report of the batches added so far."""
         kinds = {name: sorted(sizes, key=_largest_first) for name, sizes in self._named_pools().items()}
         return DataReport(
             metric=self._metric,
@@ -122,31 +123,31 @@ class _Summary:
             partly_invisible_to_rouge_l=self._partly_invisible,
         )
 
-    def _add_pools(self, columns: Candidates, splits: TextColumn, tasks: TextColumn) -> None:
-        rows = measure_instances(columns)
+    def _add_pools(self, candidates: Candidates, splits: TextColumn, tasks: TextColumn) -> None:
+        rows = measure_instances(candidates)
         self._pools["total"].add([""], np.zeros(len(rows), dtype=np.int64), rows)
         for name, column in (("split", splits), ("task", tasks)):
             self._pools[name].add(column.texts(), column.index, rows)
 
-    def _add_responses(self, columns: Candidates) -> None:
-        is_proposal, is_llm = columns.proposals, columns.source.is_in("llm")
-        words = count_words(columns.response.values)
-        blank = words[columns.response.index] == 0
-        self._labels.add(columns, blank)
+    def _add_responses(self, candidates: Candidates) -> None:
+        is_proposal, is_llm = candidates.is_proposal, candidates.source.is_in("llm")
+        words = count_words(candidates.response.values)
+        blank = words[candidates.response.index] == 0
+        self._labels.add(candidates, blank)
         self._empty += int((blank & is_proposal).sum())
-        times = _count_occurrences(columns.response, is_proposal)
+        times = _count_occurrences(candidates.response, is_proposal)
         self._words["response"].add(words, times)
-        self._characters["response"].add(count_characters(columns.response.values), times)
+        self._characters["response"].add(count_characters(candidates.response.values), times)
         self._statuses.update(
-            dict(zip(columns.status.texts(), _count_occurrences(columns.status, is_llm).tolist(), strict=True))
+            dict(zip(candidates.status.texts(), _count_occurrences(candidates.status, is_llm).tolist(), strict=True))
         )
 
-    def _add_visibility(self, references: list[list[str] | None], columns: Candidates) -> None:
+    def _add_visibility(self, references: list[list[str] | None], candidates: Candidates) -> None:
         self._invisible += sum(not any(map(is_visible, texts or ())) for texts in references)
         partly = np.fromiter((any(map(is_partly_visible, texts or ())) for texts in references), dtype=np.bool_)
-        texts = columns.response.texts()
+        texts = candidates.response.texts()
         responses = np.fromiter(map(is_partly_visible, texts), dtype=np.bool_, count=len(texts))
-        partly[columns.owner[responses[columns.response.index] & columns.source.is_in("llm")]] = True
+        partly[candidates.owner[responses[candidates.response.index] & candidates.source.is_in("llm")]] = True
         self._partly_invisible += int(partly.sum())
 
     def _add_texts(self, name: str, texts: TextColumn) -> None:
@@ -180,7 +181,7 @@ def _count_occurrences(texts: TextColumn, selected: Flags | None = None) -> Ints
 
 
 def _hash_texts(texts: TextColumn, hash_text: Callable[[str], int]) -> Hashes:
-    """The hash of each entry."""
+    """The hash of the text of each entry."""
     hashes = np.fromiter(map(hash_text, texts.texts()), dtype=np.uint64, count=len(texts.values))
     return hashes[texts.index]
 
@@ -202,7 +203,7 @@ class Totals(Generic[K]):
         self._sums: defaultdict[K, list[int]] = defaultdict(lambda: [0] * width)
 
     def add(self, names: list[K], index: Ints, rows: Ints) -> None:
-        """Adds each row to the sums of the name at its index."""
+        """Adds each row to the sums of its name, `names[index[i]]` for row i."""
         if not len(rows):
             return
         order = np.argsort(index, kind="stable")
@@ -218,7 +219,7 @@ class Totals(Generic[K]):
         total[:] = map(int.__add__, total, sums)
 
     def items(self) -> list[tuple[K, list[int]]]:
-        """Names with their sums, sorted by name."""
+        """(name, sums), sorted by name."""
         return sorted(self._sums.items())
 
 
@@ -246,7 +247,7 @@ class LabelTotals:
         self._totals.add(keys, np.arange(len(keys)), np.hstack([cells.reshape(-1, _NUM_CELLS), sums]))
 
     def group_by(self, group: Callable[[_Key], K]) -> dict[K, tuple[Labels, int]]:
-        """Labels of the candidates and number of blank ones, by the value of `group` for their keys."""
+        """Labels and number of blank responses of the candidates, by the value of `group` for their key."""
         sums: Totals[K] = Totals(_NUM_CELLS + 2)
         for key, row in self._totals.items():
             sums.add_row(group(key), row)
@@ -285,7 +286,7 @@ class LengthTotals:
         np.add.at(self._cells, index, times)
 
     def lengths(self) -> LengthSummary:
-        """The quantiles so far; empty if there is no text."""
+        """The quantiles of the lengths added so far; no quantiles without texts."""
         ranks = np.cumsum(self._cells)
         texts = int(ranks[-1])
         if not texts:
@@ -351,14 +352,17 @@ class DistinctHashes:
         self._pending.append(np.unique(hashes))
         self._num_pending += len(self._pending[-1])
         if self._num_pending > max(len(self._merged), _MIN_PENDING):
-            self.hashes()
+            self._merge()
 
     def hashes(self) -> Hashes:
-        """All distinct hashes."""
+        """All distinct hashes, sorted."""
+        self._merge()
+        return self._merged
+
+    def _merge(self) -> None:
         if self._pending:
             self._merged = np.unique(np.concatenate([self._merged, *self._pending]))
             self._pending, self._num_pending = [], 0
-        return self._merged
 
 
 class RepetitionTotals:
@@ -375,7 +379,7 @@ class RepetitionTotals:
             self._splits.setdefault(name, DistinctHashes()).add(hashes[splits.index == code])
 
     def repetition(self) -> Repetition:
-        """The counts so far."""
+        """The counts of the values added so far."""
         hashes = [distinct.hashes() for distinct in self._splits.values()]
         _, times = np.unique(np.concatenate(hashes or [np.zeros(0, np.uint64)]), return_counts=True)
         return Repetition(values=self._values, distinct=len(times), in_several_splits=int((times > 1).sum()))

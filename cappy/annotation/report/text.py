@@ -44,7 +44,7 @@ def to_text(report: DataReport) -> str:
 
 
 def to_values(report: DataReport) -> dict[str, JSON]:
-    """JSON values: the numbers, with the findings as text."""
+    """The report as JSON values: the numbers, with the findings as text."""
     values: dict[str, JSON] = TypeAdapter(DataReport).dump_python(report, mode="json")
     return {"findings": list(describe_findings(report)), **values}
 
@@ -258,9 +258,8 @@ def _repetition_table(report: DataReport) -> Rows:
 def _histogram_table(report: DataReport, bar: Callable[[float], str]) -> Rows:
     """Histogram of labels by source, with bars for the selectable sources.
 
-    `bar` draws a bar, given its length as a fraction of the longest one.
-
-    If no label lies between 0 and 1, all bins are one row.
+    `bar` draws a bar, given its length as a fraction of the longest one. If no label lies between 0 and 1, all bins are
+    one row.
     """
     names, columns = _cell_names(), [labels.cells for labels in report.sources.values()]
     if not any(report.labels.bins):
