@@ -19,17 +19,19 @@ TRAINING_RECORD = "training.json"
 def verify(folder: Path) -> None:
     """Raises FolderError unless `folder` contains exactly the files listed in its training.json, unchanged."""
     try:
-        expected = json.loads((folder / TRAINING_RECORD).read_text())["sha256"]
+        expected_hashes = json.loads((folder / TRAINING_RECORD).read_text())["sha256"]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FolderError(
             f"{folder}: no {TRAINING_RECORD}; restore the folder, or create it with `python -m cappy.builtin`"
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise FolderError(f"{folder / TRAINING_RECORD}: has no sha256 ({quote(error)}); restore the file") from error
-    present = file_hashes(folder)
-    for name in sorted(expected.keys() | present.keys()):
-        if expected.get(name) != present.get(name):
-            state = "missing" if name not in present else "not listed" if name not in expected else "changed"
+    current_hashes = file_hashes(folder)
+    for name in sorted(expected_hashes.keys() | current_hashes.keys()):
+        if expected_hashes.get(name) != current_hashes.get(name):
+            state = (
+                "missing" if name not in current_hashes else "not listed" if name not in expected_hashes else "changed"
+            )
             raise FolderError(f"{folder / name}: {state} (sha256 in {TRAINING_RECORD}); restore the folder")
 
 

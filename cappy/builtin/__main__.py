@@ -54,7 +54,7 @@ def _make_llm(arguments: argparse.Namespace) -> None:
     )
 
 
-class _Common(TypedDict):
+class _CommonSettings(TypedDict):
     """Settings common to all steps."""
 
     seed: int
@@ -62,7 +62,7 @@ class _Common(TypedDict):
 
 
 def _make_scorer(arguments: argparse.Namespace) -> None:
-    """Samples from the built-in LLM on the pretraining pool, annotates and pretrains; every step can resume."""
+    """Samples responses of the built-in LLM on the pretraining pool, labels them and pretrains; steps can resume."""
     from cappy.annotation.step import AnnotationConfig
     from cappy.annotation.step import run as annotation
     from cappy.preparation.step import PreparationConfig
@@ -72,17 +72,21 @@ def _make_scorer(arguments: argparse.Namespace) -> None:
     from cappy.training.pretraining import PretrainingConfig
     from cappy.training.pretraining import run as pretraining
 
-    prepared, sampled, annotated = (arguments.work / name for name in ("prepared", "sampled", "annotated"))
-    common: _Common = {"seed": arguments.seed, "work": arguments.work}
-    number = arguments.num_per_family
-    preparation(PreparationConfig(target=prepared, pool="pretraining", num_per_family=number, **common), _progress)
+    prepared_folder, sampled_folder, annotated_folder = (
+        arguments.work / name for name in ("prepared", "sampled", "annotated")
+    )
+    common_settings: _CommonSettings = {"seed": arguments.seed, "work": arguments.work}
+    preparation_config = PreparationConfig(
+        target=prepared_folder, pool="pretraining", num_per_family=arguments.num_per_family, **common_settings
+    )
+    preparation(preparation_config, _progress)
     sampling_config = SamplingConfig(
-        source=prepared, target=sampled, generator=("builtin",), strategy="sampling8", **common
+        source=prepared_folder, target=sampled_folder, generator=("builtin",), strategy="sampling8", **common_settings
     )
     sampling(sampling_config, _progress)
-    annotation(AnnotationConfig(source=sampled, target=annotated, **common), _progress)
-    config = PretrainingConfig(
-        source=annotated,
+    annotation(AnnotationConfig(source=sampled_folder, target=annotated_folder, **common_settings), _progress)
+    pretraining_config = PretrainingConfig(
+        source=annotated_folder,
         target=arguments.target,
         max_length=_MAX_LENGTH,
         epochs=arguments.epochs,
@@ -93,9 +97,9 @@ def _make_scorer(arguments: argparse.Namespace) -> None:
         relative=4.0,
         listwise=0.0,
         patience=100,
-        **common,
+        **common_settings,
     )
-    manifest = pretraining(config, _progress)
+    manifest = pretraining(pretraining_config, _progress)
     sys.stderr.write(f"{dict(manifest.metrics)}\n")
 
 

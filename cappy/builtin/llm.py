@@ -46,9 +46,8 @@ _EVALUATION_BATCH_SIZE = 64
 class TrainingRecipe:
     """The size of the LLM and its training settings.
 
-    The learning rate warms up over the fraction `warm_up` of the steps, then falls to zero. The first
-    `copy_steps` updates, and every `copy_every`th one after them, train copying of random spans; `batch_size` is per
-    process.
+    The learning rate warms up over the fraction `warm_up` of the steps, then falls to zero. The first `copy_steps`
+    updates, and every `copy_every`th one after them, train copying of random spans. `batch_size` is per process.
     """
 
     d_model: int = 160
@@ -66,7 +65,7 @@ class TrainingRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingJob:
-    """The target folder, and everything that the LLM depends on."""
+    """The target folder, and all settings that the LLM depends on."""
 
     target: Path
     steps: int
@@ -96,7 +95,7 @@ class Quality:
 
 
 def make(job: TrainingJob) -> None:
-    """Trains tokenizer and LLM on the `llm` pool and writes the folder `job.target` with its sha256.
+    """Trains the tokenizer and the LLM on the `llm` pool, and writes them with the sha256 of each file to `job.target`.
 
     Two processes with one thread each are faster here than one with two threads, because the matrices are small. The
     weights are stored in float16. Each family is evaluated on the validation split of the pool.
@@ -117,12 +116,13 @@ def _run_process(rank: int, job: TrainingJob, rendezvous: str) -> None:
     model = _new_model(job.recipe, vocab_size=len(tokenizer), pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id)
     log(f"{len(pairs)} instances, {model.num_parameters()} parameters")
     own_pairs = pairs[rank :: job.processes]
-    feed = _batches(own_pairs, size=job.recipe.batch_size, seed=job.seed + rank, pad=tokenizer.pad_token_id)
-    span_feed = _span_batches(
+    batches = _batches(own_pairs, size=job.recipe.batch_size, seed=job.seed + rank, pad=tokenizer.pad_token_id)
+    span_batches = _span_batches(
         len(tokenizer), size=job.recipe.batch_size, seed=rank, pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id
     )
-    feed = chain(islice(span_feed, job.recipe.copy_steps), _interleave(feed, span_feed, job.recipe.copy_every))
-    training = _train(model, feed, job.recipe, steps=job.steps, log=log)
+    interleaved = _interleave(batches, span_batches, job.recipe.copy_every)
+    batches = chain(islice(span_batches, job.recipe.copy_steps), interleaved)
+    training = _train(model, batches, job.recipe, steps=job.steps, log=log)
     dist.destroy_process_group()
     if rank == 0:
         _write(job, model, tokenizer, training, len(pairs))
@@ -256,7 +256,7 @@ def _initialize_for_copying(model: T5ForConditionalGeneration) -> None:
 
 
 def _span_batches(vocab_size: int, *, size: int, seed: int, pad: int, end: int) -> Iterator[Batch]:
-    """Endless batches of random tokens whose answer is a span of them, to train copying."""
+    """Yields batches without end, of random tokens whose answer is a span of them, to train copying."""
     rng = Random(f"{seed} spans")
     while True:
         pairs = []
@@ -268,14 +268,14 @@ def _span_batches(vocab_size: int, *, size: int, seed: int, pad: int, end: int) 
         yield _collate(pairs, pad=pad)
 
 
-def _interleave(feed: Iterator[Batch], replacement: Iterator[Batch], every: int) -> Iterator[Batch]:
-    """The batches of `feed`, with every `every`th one replaced by one of `replacement`."""
+def _interleave(batches: Iterator[Batch], replacements: Iterator[Batch], every: int) -> Iterator[Batch]:
+    """Yields `batches`, with every `every`th one replaced by one of `replacements`."""
     for number in count(1):
-        yield next(replacement if number % every == 0 else feed)
+        yield next(replacements if number % every == 0 else batches)
 
 
 def _batches(pairs: Sequence[Pair], *, size: int, seed: int, pad: int) -> Iterator[Batch]:
-    """Endless batches; each pass shuffles, then groups pairs of similar length to reduce padding."""
+    """Yields batches without end; each pass shuffles, then groups pairs of similar length to reduce padding."""
     rng = Random(seed)
     while True:
         order = rng.sample(range(len(pairs)), len(pairs))
@@ -288,7 +288,7 @@ def _batches(pairs: Sequence[Pair], *, size: int, seed: int, pad: int) -> Iterat
 
 
 def _collate(pairs: Sequence[Pair], *, pad: int) -> Batch:
-    """Pairs of token ids as (pairs, longest) tensors; padding of labels is ignored by the loss."""
+    """Pairs of token ids as padded tensors, [pairs, longest]; the loss ignores the padding of labels."""
     inputs = _pad([source for source, _ in pairs], pad)
     return {
         "input_ids": inputs,
@@ -304,7 +304,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 def _train(
     model: T5ForConditionalGeneration,
-    feed: Iterator[Batch],
+    batches: Iterator[Batch],
     recipe: TrainingRecipe,
     *,
     steps: int,
@@ -314,24 +314,24 @@ def _train(
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
     model.train()
     losses: list[tuple[int, float]] = []
-    recent: list[float] = []
-    started = time.monotonic()
+    recent_losses: list[float] = []
+    start = time.monotonic()
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step / steps, recipe.warm_up)
         optimizer.zero_grad(set_to_none=False)
-        loss = model(**next(feed)).loss
+        loss = model(**next(batches)).loss
         loss.backward()
         _average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        recent.append(loss.item())
+        recent_losses.append(loss.item())
         if step % recipe.log_every == 0:
-            losses.append((step, round(sum(recent) / len(recent), 4)))
-            recent.clear()
-            log(f"step {step}/{steps}, {time.monotonic() - started:.0f} s, loss {losses[-1][1]}")
+            losses.append((step, round(sum(recent_losses) / len(recent_losses), 4)))
+            recent_losses.clear()
+            log(f"step {step}/{steps}, {time.monotonic() - start:.0f} s, loss {losses[-1][1]}")
     model.eval()
-    return TrainingResult(steps=steps, seconds=round(time.monotonic() - started, 1), losses=tuple(losses))
+    return TrainingResult(steps=steps, seconds=round(time.monotonic() - start, 1), losses=tuple(losses))
 
 
 def _average_gradients(model: T5ForConditionalGeneration) -> None:
@@ -346,7 +346,7 @@ def _average_gradients(model: T5ForConditionalGeneration) -> None:
 
 
 def _schedule(position: float, warm_up: float) -> float:
-    """The factor of the learning rate at `position` (0 to 1): linear up to 1, then half a cosine down to 0."""
+    """The learning rate factor at `position` (0 to 1) in training: linear up to 1, then half a cosine down to 0."""
     if position < warm_up:
         return max(position / warm_up, 1e-3)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (position - warm_up) / (1 - warm_up))))
@@ -361,24 +361,24 @@ def _evaluate(
 ) -> dict[str, Quality]:
     """The quality on each family; the caller seeds torch."""
     rows = sorted(instances, key=lambda row: len(row.instruction))
-    greedy: dict[str, list[float]] = defaultdict(list)
-    sampled: dict[str, list[list[float]]] = defaultdict(list)
+    greedy_scores: dict[str, list[float]] = defaultdict(list)
+    sample_scores: dict[str, list[list[float]]] = defaultdict(list)
     for start in range(0, len(rows), _EVALUATION_BATCH_SIZE):
         batch = rows[start : start + _EVALUATION_BATCH_SIZE]
         greedy_responses = _respond(model, tokenizer, [row.instruction for row in batch])
         samples = _respond(model, tokenizer, [row.instruction for row in batch], num_samples=num_samples)
         for index, row in enumerate(batch):
             responses = samples[index * num_samples : (index + 1) * num_samples]
-            greedy[row.task].append(rouge_l(row.references, greedy_responses[index]))
-            sampled[row.task].append([rouge_l(row.references, response) for response in responses])
+            greedy_scores[row.task].append(rouge_l(row.references, greedy_responses[index]))
+            sample_scores[row.task].append([rouge_l(row.references, response) for response in responses])
     return {
         family: Quality(
-            greedy=round(fmean(greedy[family]), 4),
-            sample=round(fmean(map(fmean, sampled[family])), 4),
-            oracle=round(fmean(map(max, sampled[family])), 4),
+            greedy=round(fmean(greedy_scores[family]), 4),
+            sample=round(fmean(map(fmean, sample_scores[family])), 4),
+            oracle=round(fmean(map(max, sample_scores[family])), 4),
             num_samples=num_samples,
         )
-        for family in sorted(greedy)
+        for family in sorted(greedy_scores)
     }
 
 

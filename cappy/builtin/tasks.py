@@ -1,4 +1,4 @@
-"""The built-in tasks: procedural families in pools and splits that share no instruction."""
+"""Generates the built-in tasks: procedural families, divided into pools and splits that share no instruction."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,30 +32,30 @@ def instances(
 ) -> Iterator[Instance]:
     """Generates `num_per_family` instances of each family, in rotation; every instance is a group of its own.
 
-    The default is every family; for `pretraining`, every family that is not held out. A hash of the content decides
-    its pool, split and template, so that pools and splits share no instruction, whatever the seeds. Raises ConfigError
-    for an unknown family, for a held-out one in `pretraining`, and if a family has too few instances.
+    By default `families` are all families, or for `pretraining` those that are not held out. A hash of the content
+    decides its pool, split and template, so that pools and splits share no instruction, whatever the seed. Raises
+    ConfigError for an unknown family, for a held-out one in `pretraining`, and if a family has too few instances.
     """
     if pool not in POOLS:
         raise ConfigError(f"pool must be one of {', '.join(POOLS)}, got {quote(pool)}")
     if num_per_family < 1:
         raise ConfigError(f"num_per_family must be at least 1, got {num_per_family}")
-    chosen = [_family(name, pool) for name in families] if families is not None else _families_of(pool)
-    streams = [_stream(family, pool, num_per_family, seed) for family in chosen]
+    selected_families = [_family(name, pool) for name in families] if families is not None else _families_of(pool)
+    streams = [_stream(family, pool, num_per_family, seed) for family in selected_families]
     return chain.from_iterable(zip(*streams, strict=True))
 
 
-def _pool_of(number: int) -> Pool:
+def _pool_of(content_hash: int) -> Pool:
     """The pool for a content hash: half of all contents for the LLM, a quarter for each pool of the scorer."""
-    return _share(_POOL_SHARES, (number & 0xFFFFFFFF) / 2**32)
+    return _pick_by_share(_POOL_SHARES, (content_hash & 0xFFFFFFFF) / 2**32)
 
 
-def _draw_split(pool: Pool, number: int) -> Split:
-    """The split for a content hash inside its pool, from other bits than the pool."""
-    return _share(_SPLIT_SHARES[pool], (number >> 32) / 2**32)
+def _draw_split(pool: Pool, content_hash: int) -> Split:
+    """The split for a content hash in its pool, from other bits than those that determine the pool."""
+    return _pick_by_share(_SPLIT_SHARES[pool], (content_hash >> 32) / 2**32)
 
 
-def _share(shares: Mapping[_Name, float], position: float) -> _Name:
+def _pick_by_share(shares: Mapping[_Name, float], position: float) -> _Name:
     """The name whose interval contains `position`, with the shares placed end to end from 0 to 1."""
     for name, size in shares.items():
         if position < size:
@@ -78,16 +78,16 @@ def _family(name: str, pool: Pool) -> Family:
 
 
 def _stream(family: Family, pool: Pool, num: int, seed: int) -> Iterator[Instance]:
-    """`num` distinct instances of one family. Random hashes a str seed with SHA-512, the same in every process."""
+    """Yields `num` distinct instances of one family, the same in every process: `Random` hashes a str with SHA-512."""
     rng = Random(f"{seed}/{pool}/{family.name}")
     seen: set[int] = set()
     produced = misses = 0
     while produced < num:
         content = family.draw(rng)
-        number = _content_hash(family, content)
-        instance = _instance(family, content, pool, number)
+        content_hash = _content_hash(family, content)
+        instance = _instance(family, content, pool, content_hash)
         prompt = prompt_hash(instance.instruction)
-        if _pool_of(number) != pool or prompt in seen:
+        if _pool_of(content_hash) != pool or prompt in seen:
             misses += 1
             if misses > _MAX_MISSES:
                 raise ConfigError(
@@ -111,15 +111,15 @@ def _content_hash(family: Family, content: Content) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _instance(family: Family, content: Content, pool: Pool, number: int) -> Instance:
-    index = number % 65_521 % len(family.templates)
-    group = f"{family.name}/{number:016x}"
+def _instance(family: Family, content: Content, pool: Pool, content_hash: int) -> Instance:
+    index = content_hash % 65_521 % len(family.templates)
+    group = f"{family.name}/{content_hash:016x}"
     return Instance(
-        instance_id=f"{family.name}/{pool}/{number:016x}",
+        instance_id=f"{family.name}/{pool}/{content_hash:016x}",
         group_id=group,
         task=family.name,
         template=f"{family.name}_{index}",
-        split=_draw_split(pool, number),
+        split=_draw_split(pool, content_hash),
         instruction=family.templates[index].format(**content.slots),
         references=content.references,
         choices=content.choices,

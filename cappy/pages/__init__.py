@@ -1,9 +1,9 @@
-"""What all reports and pages share: formats of numbers and names, and text escaped for Markdown; `page` has the style.
+"""Formats numbers and names and escapes text for Markdown, for all reports; `page` makes HTML pages and plots.
 
-Names of tasks and models and responses may contain anything, such as `<img onerror=...>`, `[x](javascript:...)` or a
-tracking image. Reports and cards are rendered by different programs (GitHub, MLflow, editors), not all of which
-sanitise them. So the results of `escape_text`, `escape_code` and `table` contain no element, link, image or new block
-in CommonMark, GitHub's dialect and Python-Markdown.
+Responses and names of tasks and models may contain anything, such as `<img onerror=...>`, `[x](javascript:...)` or a
+tracking image. Reports and cards are rendered by different programs (GitHub, MLflow, editors), and not all sanitise
+them. So the results of `escape_text`, `escape_code` and `table` contain no element, link, image or new block in
+CommonMark, GitHub's dialect and Python-Markdown.
 """
 
 import re
@@ -24,10 +24,10 @@ _ENTITIES = {character: f"&#{ord(character)};" for character in "<>&|~$"}
 """Characters that not every dialect can escape with a backslash."""
 
 _BLOCK = re.compile(r"^([-+:](?=[-\s]|$)|=)|^(\d{1,9})([.)])(?=\s|$)")
-"""The start of a list, the underline of a heading or a definition at the beginning of a line."""
+"""Characters that at the beginning of a line start a list or a definition, or underline a heading."""
 
 _LINK = re.compile(r"(?i)(?:javascript|vbscript|data|mailto|xmpp|tel):(?=\S)|:(?=//)|www\.|@(?=\w)")
-"""What renderers turn into a link, and schemes that run code."""
+"""Text that renderers turn into a link, and URL schemes that run code."""
 _JOINER = "\u2060"
 """An invisible character that stops renderers from recognising a link."""
 
@@ -43,7 +43,7 @@ def percent(value: float) -> str:
 
 
 def format_signed(value: float) -> str:
-    """A difference x 100 with its sign."""
+    """A difference multiplied by 100, with its sign."""
     return f"{100 * value:+z.1f}".replace("-", "−")
 
 

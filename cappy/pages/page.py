@@ -1,7 +1,7 @@
-"""Self-contained HTML pages from templates, and plots in a common style.
+"""Renders self-contained HTML pages from templates, and draws plots in a common style.
 
 Each page has a content security policy: only the scripts and styles of the template and embedded images are allowed.
-Even if text of the data became an element, it could not load or run anything.
+Even if text from the data became an element, it could not load or run anything.
 """
 
 import base64
@@ -23,11 +23,11 @@ _STYLE = re.compile(r"\s*<style\b[^>]*>[^<]*</style>")
 """matplotlib's style element, which the page's policy would block; `style.jinja` contains its only rule."""
 _NONE = "'none'"
 _BLOCKS = {"script": "script-src", "style": "style-src-elem"}
-"""Blocks of a template whose text is hashed -> directive for the hash."""
+"""The blocks of a template whose text is hashed, with the directive for each hash."""
 
 
 def render_template(template: str, filters: Mapping[str, Callable[..., object]], **values: object) -> str:
-    """Renders a template of the package, such as "evaluation/page.jinja", with these values.
+    """Renders a template of the `cappy` package, such as "evaluation/page.jinja", with these values.
 
     The template may include `style.jinja`. Its scripts and styles must be in the blocks `script` and `style`, which
     cannot use the values. All text is escaped, and an undefined name is an error.

@@ -1,12 +1,12 @@
-"""Reads datasets of finished prompts: BIG-bench, from JSON tasks or `tasksource/bigbench` on the hub, and P3.
+"""Reads datasets of complete prompts: BIG-bench, from JSON tasks or `tasksource/bigbench` on the hub, and P3.
 
 Files of BIG-Bench-Hard have the same format without a task name; the file name is used.
 
 The prompt is BIG-bench's zero-shot prompt: task prefix, input prefix, input, choices if the task appends them, output
 prefix (BIG-bench, docs/doc.md, fields of a JSON task). A fifth of each task, at least 16 examples, is held out. The
-benchmark calls it validation and the Cappy paper reports on it (section 4.2), so it is the test split here. From JSON
-tasks the held-out examples are drawn by the seed, as many as the benchmark draws; from the hub the published split is
-used.
+benchmark calls it validation and the Cappy paper reports on it (section 4.2), so it is the test split here. For JSON
+tasks, the held-out examples are drawn with the seed, as many as the benchmark draws; for the hub, the published split
+is used.
 """
 
 import json
@@ -23,7 +23,7 @@ from cappy.preparation.rows import Rows, Values, find_invalid_character
 from cappy.preparation.text_files import translate_read_errors
 from cappy.records import prompt_hash
 
-_HELD_OUT = 0.2
+_HELD_OUT_SHARE = 0.2
 _MIN_HELD_OUT = 16
 MAX_EXAMPLES = 50_000
 """Maximum number of examples in a split, as in tasksource/bigbench."""
@@ -83,7 +83,7 @@ def is_task(path: Path) -> bool:
 def find_tasks(folder: Path) -> list[Path]:
     """The tasks in a folder: every task.json under it, else its JSON files if they are tasks.
 
-    FolderError if some of its JSON files are tasks and others are not.
+    Raises FolderError if some of its JSON files are tasks and others are not.
     """
     if tasks := sorted(folder.rglob(_TASK_FILE)):
         return tasks
@@ -99,7 +99,7 @@ def find_tasks(folder: Path) -> list[Path]:
 class HeldOutShares:
     """Held-out shares of a task: `test` of all examples (see `split_rows`), `validation` of the remaining ones."""
 
-    test: float = _HELD_OUT
+    test: float = _HELD_OUT_SHARE
     validation: float
 
 
@@ -115,7 +115,7 @@ def read_tasks(
     """The rows of all tasks with their splits.
 
     Tasks in one folder under `root` are subtasks and share the minimum number of test examples. A prompt that an
-    earlier task has already is dropped, so that no two splits share one. `task` replaces the names of the tasks.
+    earlier task already has is dropped, so that no two splits share one. `task` replaces the names of the tasks.
     """
     siblings = Counter(_top_folder(path, root) for path in paths)
     seen: set[int] = set()
@@ -142,9 +142,9 @@ def _top_folder(path: Path, root: Path) -> str:
 
 
 def read_task(path: Path, seed: int, warnings: SourceWarnings | None = None) -> BigBenchTask:
-    """Reads a JSON task; RecordError names the invalid example and field.
+    """Reads a JSON task; raises RecordError that names the invalid example and field.
 
-    The order of appended choices is drawn by the seed; the benchmark draws it by a seed of its own.
+    The order of appended choices is drawn with the seed; the benchmark uses a seed of its own.
     """
     values = _read_object(path)
     name = str(values.get("name") or (path.parent.name if path.name == _TASK_FILE else path.stem))
@@ -166,8 +166,8 @@ def read_task(path: Path, seed: int, warnings: SourceWarnings | None = None) -> 
 def split_rows(task: BigBenchTask, *, seed: int, shares: HeldOutShares, min_test: int = _MIN_HELD_OUT) -> Rows:
     """The rows of a task with their splits.
 
-    Test is the share `shares.test` of all rows, at least `min_test` unless the share is 0; validation is a share of
-    the remaining rows.
+    Test is the share `shares.test` of all rows, at least `min_test` rows unless the share is 0. Validation is the share
+    `shares.validation` of the remaining rows.
     """
     rows = task.rows
     order = random.Random(f"{seed} {task.name}").sample(range(len(rows)), len(rows))
@@ -252,7 +252,7 @@ def _read_object(path: Path) -> Values:
 
 
 def map_known_columns(rows: Rows) -> Rows:
-    """Maps rows of BIG-bench and P3 to the fields of the record; other rows are returned unchanged.
+    """Maps rows of BIG-bench and P3 to the fields of the record; yields other rows unchanged.
 
     P3 has a row for each choice in rank-classification evaluations: rows of wrong choices are dropped, because every
     row lists all choices.
@@ -269,9 +269,9 @@ def map_known_columns(rows: Rows) -> Rows:
             yield where, values
 
 
-def _other_columns(values: Values, read: set[str]) -> Values:
-    """The columns that are neither `read` nor redundant."""
-    return {name: value for name, value in values.items() if name not in read and name not in _REDUNDANT_COLUMNS}
+def _other_columns(values: Values, used: set[str]) -> Values:
+    """The columns that are neither `used` nor redundant."""
+    return {name: value for name, value in values.items() if name not in used and name not in _REDUNDANT_COLUMNS}
 
 
 def parse_bigbench(where: str, values: Values) -> PromptFields:
@@ -305,7 +305,7 @@ def distinct_choices(choices: Sequence[str], references: Sequence[str]) -> tuple
 
 
 def _read_texts(where: str, values: Values, name: str) -> tuple[str, ...]:
-    """The text or texts in a field; RecordError for anything else."""
+    """The text or texts in a field; raises RecordError for anything else."""
     value = values.get(name)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

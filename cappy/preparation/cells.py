@@ -12,8 +12,8 @@ from cappy.preparation.rows import Rows
 
 TEXT_FIELDS = ("reference", "references", "choices", "response", "responses")
 NUMBER_FIELDS = ("label", "labels")
-PLURAL = ("references", "choices", "responses", "labels", "candidates")
-"""Fields of lists, where a text that looks like a list must be one; in other fields it may be meant as text."""
+LIST_FIELDS = ("references", "choices", "responses", "labels", "candidates")
+"""Fields that hold lists: text in them that looks like a list must be one; in other fields it may be plain text."""
 
 _TEXT_LIST_START = re.compile(r"""(?:array\()?[\[(]\s*(?:np\.str_\()?[rbuRBU]?['"]""")
 _LIST_START = re.compile(
@@ -21,21 +21,21 @@ _LIST_START = re.compile(
 )
 _LIST_END = re.compile(r"[\])](?:, dtype=\w+\))?$")
 _MISSING_VALUES = ("nan", "NaN", "<NA>")
-_NAMES = {"True": True, "False": False, "None": None, "nan": None, "true": True, "false": False, "null": None}
+_CONSTANTS = {"True": True, "False": False, "None": None, "nan": None, "true": True, "false": False, "null": None}
 _ITEM, _COMMA = "item", "comma"
 _SCALAR = re.compile(
     r"""np\.\w+\(((?:[^()'"]|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")*)\)|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 )
-"""NumPy scalars, such as np.float64(0.5), and quoted strings, within which no scalar is replaced."""
+"""Matches NumPy scalars, such as np.float64(0.5), and quoted strings, so that scalars inside strings are kept."""
 _SQUAD_START = re.compile(r"""\{\s*['"](?:text|answer_start)['"]\s*:""")
 MAX_CHARACTERS = 1_000_000
 """Longest text that is parsed as a list."""
 
 
 def parse_lists(rows: Rows, *, is_csv: bool) -> Rows:
-    """The rows with lists in place of texts that are lists; a file with `is_csv` has no other way to hold a list.
+    """Yields the rows, with text that is a list parsed to a list; with `is_csv`, all lists are expected to be text.
 
-    RecordError where the text of a list field looks like a list but cannot be parsed as one.
+    Raises RecordError if the text of a list field looks like a list but cannot be parsed as one.
     """
     fields = {*TEXT_FIELDS, *NUMBER_FIELDS, "candidates"}
     for where, values in rows:
@@ -52,7 +52,7 @@ def parse_lists(rows: Rows, *, is_csv: bool) -> Rows:
 
 
 def _distinct_texts(texts: object) -> object:
-    """The answers of SQuAD without duplicates, from the texts in its table of texts and offsets."""
+    """The answers in SQuAD's table of texts and offsets, without duplicates; any other value is returned unchanged."""
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
         return list(dict.fromkeys(texts))
     return texts
@@ -66,12 +66,12 @@ def _read_squad(where: str, name: str, text: str) -> object:
         return _distinct_texts(_read_entry(text, "text"))
     except ValueError as error:
         remedy = "write the file as JSON Lines or Parquet"
-        what = f"{name} looks like answers of SQuAD but cannot be read as such ({error}), got {quote(text)}"
-        raise RecordError(f"{where}: {what}; {remedy}") from error
+        problem = f"{name} looks like answers of SQuAD but cannot be read as such ({error}), got {quote(text)}"
+        raise RecordError(f"{where}: {problem}; {remedy}") from error
 
 
 def _read_entry(text: str, key: str) -> object:
-    """The text or list under a key of an object written by JSON, Python or NumPy; ValueError for anything else."""
+    """The text or list under a key of an object written by JSON, Python or NumPy; raises ValueError otherwise."""
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"longer than {MAX_CHARACTERS:,} characters")
     try:
@@ -85,7 +85,7 @@ def _read_entry(text: str, key: str) -> object:
 
 
 def _find_segment(text: str, key: str) -> str:
-    """The source text under a key of a Python dict; NumPy values under other keys need not be parsed."""
+    """The source code of one value of a Python dict, so that NumPy values under other keys need not be parsed."""
     try:
         body = ast.parse(text, mode="eval").body
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
@@ -98,18 +98,21 @@ def _find_segment(text: str, key: str) -> str:
 
 
 def _read_cell(where: str, name: str, text: str, *, is_csv: bool) -> object:
+    """The list in a cell, None for a missing list in CSV, or the text itself."""
     stripped = text.strip()
     if name in ("reference", "references") and _SQUAD_START.match(stripped):
         return _read_squad(where, name, stripped)
-    if is_csv and name in PLURAL and stripped in _MISSING_VALUES:
+    if is_csv and name in LIST_FIELDS and stripped in _MISSING_VALUES:
         return None
     pattern = _LIST_START if is_csv else _TEXT_LIST_START
-    if not pattern.match(stripped) or (name not in PLURAL and (stripped[0] == "(" or not _LIST_END.search(stripped))):
+    if not pattern.match(stripped) or (
+        name not in LIST_FIELDS and (stripped[0] == "(" or not _LIST_END.search(stripped))
+    ):
         return text
     try:
         items = read_list(stripped)
     except ValueError as error:
-        if name in PLURAL or _TEXT_LIST_START.match(stripped):
+        if name in LIST_FIELDS or _TEXT_LIST_START.match(stripped):
             remedy = 'write it as JSON (["one", "two"]), or write the file as JSON Lines or Parquet'
             raise RecordError(
                 f"{where}: {name} looks like a list but cannot be read as one ({error}), got {quote(text)}; {remedy}"
@@ -121,17 +124,17 @@ def _read_cell(where: str, name: str, text: str, *, is_csv: bool) -> object:
 
 
 def _keep_text(where: str, name: str, text: str) -> str:
-    """Keeps a list of numbers as text in a field of one text; RecordError in a field of a list of texts."""
-    if name not in PLURAL:
+    """Returns a list of numbers as text if the field holds one text; raises RecordError if it holds a list of texts."""
+    if name not in LIST_FIELDS:
         return text
     remedy = f'quote its items (["1", "2"]), or read the cell as one text: --columns {name.removesuffix("s")}={name}'
     raise RecordError(f"{where}: {name} must be a list of strings, got {quote(text)}; {remedy}")
 
 
 def read_list(text: str) -> list[object]:
-    """The items of a list written by JSON, Python or NumPy; ValueError for anything else.
+    """The items of a list written by JSON, Python or NumPy; raises ValueError for anything else.
 
-    NumPy separates items by spaces, which Python would concatenate to one string: `['a' 'b']`.
+    NumPy separates items by spaces: `['a' 'b']`. Python would concatenate these to one string.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"longer than {MAX_CHARACTERS:,} characters")
@@ -164,12 +167,12 @@ def _parse_flat(text: str) -> list[object]:
         kinds.append(kind)
         if kind == _ITEM:
             items.append(value)
-    _check_order(kinds)
+    _check_commas(kinds)
     return items
 
 
-def _check_order(kinds: list[str]) -> None:
-    """ValueError unless there are commas between all items or between none."""
+def _check_commas(kinds: list[str]) -> None:
+    """Raises ValueError unless there are commas between all items or between none."""
     commas = kinds.count(_COMMA)
     if not commas:
         return
@@ -197,8 +200,8 @@ def _tokenize(text: str) -> Iterator[tuple[str, object]]:
             elif kind == tokenize.NUMBER:
                 yield _ITEM, _parse_literal(sign + word)
                 sign = ""
-            elif kind == tokenize.NAME and word in _NAMES and not sign:
-                yield _ITEM, _NAMES[word]
+            elif kind == tokenize.NAME and word in _CONSTANTS and not sign:
+                yield _ITEM, _CONSTANTS[word]
             elif kind == tokenize.OP and word == ")" and token.line[token.end[1] :].strip() == "":
                 continue
             else:

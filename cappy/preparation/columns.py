@@ -1,9 +1,9 @@
 """Maps the columns of a file to fields of the record, and collects warnings about columns that are not read.
 
-Without `--columns` every field is read from the column of its name. With it, so are the prompt, answers, responses and
-the fields that name a row (id, group, task, split) unless `--columns` maps them; labels are read with responses, and
-choices with answers. A mapped column is read only once. An unread column causes one warning, or an error if the row
-is another task without it.
+Without `--columns`, every field is read from the column of the same name. With it, only these fields are, unless
+`--columns` maps them: the prompt, the answers with their choices, the responses with their labels, and the fields that
+identify a row (id, group, task, split). A mapped column is not also read under its own name. An unread column causes
+one warning, or an error if the task would be a different one without it.
 """
 
 import logging
@@ -54,7 +54,7 @@ _REQUIRED_COLUMNS: Mapping[str, str] = {
     "chosen": "read it as the reference with --columns reference={name}",
     **dict.fromkeys(("system", "systemprompt", "history", "messages", "conversation", "conversations"), _MANUAL_REMEDY),
 }
-"""Columns without which a row is another task, with the remedy; names are compared as `_normalize` returns them."""
+"""Columns that change the task if they are not read, with the remedy; keys are names as `_normalize` returns them."""
 _CANDIDATE_FIELDS = frozenset(
     (
         "response",
@@ -74,25 +74,25 @@ _MAX_NAMES = 1_000
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The column of each mapped field, and the columns to ignore."""
+    """The column of each mapped field, by field, and the columns to ignore."""
 
-    named: Mapping[str, str]
+    by_field: Mapping[str, str]
     ignored: frozenset[str] = frozenset()
 
     def find_own_columns(self, first: Values) -> frozenset[str]:
-        """The columns that are read as the field of their name, decided by the first row.
+        """The columns to read as the field of the same name, decided by the first row.
 
         A column such as split or task is not read if its value is not valid there: it has another meaning in this file.
         """
-        if not self.named:
+        if not self.by_field:
             return frozenset(_KNOWN_COLUMNS - self.ignored)
-        mapped_fields = set(self.named)
+        mapped_fields = set(self.by_field)
         own_columns = set() if "instruction" in mapped_fields else {"instruction", "input"}
         if not mapped_fields & _ANSWERS:
             own_columns |= {*_ANSWERS, "choices"}
         if not mapped_fields & _RESPONSES:
             own_columns |= _RESPONSES
-            excluded = {*self.named.values(), *self.ignored}
+            excluded = {*self.by_field.values(), *self.ignored}
             if not mapped_fields & _LABELS and _has_valid_labels(
                 first, {"response", "responses"} - excluded, _LABELS - excluded
             ):
@@ -102,11 +102,11 @@ class Columns:
         }
         if "instance_id" in mapped_fields:
             own_columns.discard("id")
-        return frozenset(own_columns - mapped_fields - set(self.named.values()) - self.ignored)
+        return frozenset(own_columns - mapped_fields - set(self.by_field.values()) - self.ignored)
 
 
 def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
-    """The column of each field, from FIELD=COLUMN pairs; ConfigError for an unknown or repeated field."""
+    """The column of each field, from FIELD=COLUMN pairs; raises ConfigError for an unknown or repeated field."""
     columns: dict[str, str] = {}
     for pair in pairs:
         name, equals, column = pair.partition("=")
@@ -127,21 +127,27 @@ def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
 
 @dataclass(slots=True, kw_only=True)
 class SourceWarnings:
-    """Warnings about a source: unread columns and candidate fields with their first location, and messages by key."""
+    """Warnings about a source: unread columns and candidate fields with their first location, and messages by key.
+
+    `ignored` are the columns of --ignore-columns that occur in a row.
+    """
 
     name: str
     unread: dict[str, dict[str, str]] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
     messages: dict[str, str] = field(default_factory=dict)
 
-    def check_columns(self, where: str, values: Values, read: Values, names: Iterable[str]) -> None:
-        """Adds the unread columns `names` of a row; RecordError for a required one not contained in `read`."""
+    def check_columns(self, where: str, values: Values, fields: Values, names: Iterable[str]) -> None:
+        """Adds the unread columns `names` of a row.
+
+        Raises RecordError for a required column, unless the `fields` that were read already contain its text.
+        """
         for name in names:
             value = values[name]
             if value in (None, "", [], {}) or (isinstance(value, str) and not value.strip()):
                 continue
             key = _normalize(name)
-            if key in _REQUIRED_COLUMNS and not _is_redundant(key, value, read):
+            if key in _REQUIRED_COLUMNS and not _is_redundant(key, value, fields):
                 command = (
                     _MANUAL_REMEDY
                     if _REQUIRED_COLUMNS[key] == _APPEND_REMEDY and not isinstance(value, str)
@@ -168,7 +174,7 @@ class SourceWarnings:
         self.messages.setdefault(name, text)
 
     def check_ignored(self, ignored: Iterable[str]) -> None:
-        """ConfigError for a column of --ignore-columns that no row has."""
+        """Raises ConfigError for a column of --ignore-columns that no row has."""
         for name in sorted(set(ignored) - self.ignored):
             raise ConfigError(f"{self.name}: --ignore-columns {name}: no row has this column; leave the flag out")
 
@@ -189,8 +195,8 @@ class SourceWarnings:
 
     def facts(self) -> dict[str, object]:
         """The warnings for the manifest: names by kind, and messages by key."""
-        named = {kind: sorted(names) for kind, names in self.unread.items()}
-        return {**({"unused": named} if named else {}), **({"notes": dict(self.messages)} if self.messages else {})}
+        unread = {kind: sorted(names) for kind, names in self.unread.items()}
+        return {**({"unused": unread} if unread else {}), **({"notes": dict(self.messages)} if self.messages else {})}
 
     def add_name(self, kind: str, where: str, name: object) -> None:
         """Adds a name of a kind: columns or candidate_fields."""
@@ -200,32 +206,32 @@ class SourceWarnings:
 
 
 def map_columns(rows: Rows, columns: Columns, warnings: SourceWarnings) -> Rows:
-    """The rows with every field read from its column; unread columns are added to `warnings`.
+    """Yields the rows with every field read from its column, and adds unread columns to `warnings`.
 
-    RecordError where a row lacks a mapped column, or has a required column that is not read.
+    Raises RecordError if a row lacks a mapped column, or has a required column that is not read.
     """
     own_columns: frozenset[str] | None = None
-    mapped_columns = set(columns.named.values())
+    mapped_columns = set(columns.by_field.values())
     for where, values in rows:
         if own_columns is None:
             own_columns = columns.find_own_columns(values)
         warnings.mark_ignored(columns.ignored & values.keys())
-        for name, column in columns.named.items():
+        for name, column in columns.by_field.items():
             if column not in values:
                 remedy = f"correct --columns {name}={column}"
-                what = f"has no column {quote(column)}, columns found: {column_names(values)}"
-                raise RecordError(f"{where}: {what}; {remedy}")
-        # Other columns stay, so that errors list them.
+                problem = f"has no column {quote(column)}, columns found: {column_names(values)}"
+                raise RecordError(f"{where}: {problem}; {remedy}")
+        # Columns that are not fields are kept so that errors can list them.
         own_values = {
             name: value for name, value in values.items() if name in own_columns or name not in _KNOWN_COLUMNS
         }
-        read = {**own_values, **{name: values[column] for name, column in columns.named.items()}}
-        warnings.check_columns(where, values, read, values.keys() - own_columns - mapped_columns - columns.ignored)
-        yield where, _append_input(where, read, is_mapped="input" in columns.named)
+        fields = {**own_values, **{name: values[column] for name, column in columns.by_field.items()}}
+        warnings.check_columns(where, values, fields, values.keys() - own_columns - mapped_columns - columns.ignored)
+        yield where, _append_input(where, fields, is_mapped="input" in columns.by_field)
 
 
 def _append_input(where: str, values: Values, *, is_mapped: bool) -> Values:
-    """The fields with `input` appended to the instruction after a blank line, the order of Alpaca's prompt.
+    """The fields with `input` appended to the instruction after a blank line, in the order of Alpaca's prompt.
 
     An input that the instruction contains already is not appended again, unless --columns maps a column to it.
     """
@@ -269,7 +275,7 @@ def _is_valid_value(name: str, value: object) -> bool:
 
 
 def _contains(instruction: str, text: str) -> bool:
-    """Whether the instruction contains a text already; a short one only as a line of its own or after a colon."""
+    """Whether the instruction contains a text; a short text must be a line of its own or follow a colon."""
     if text not in instruction:
         return False
     if len(text.split()) > 1 or len(text) > 20:
@@ -282,14 +288,14 @@ def _normalize(name: object) -> str:
     return re.sub(r"[\W_]+", "", str(name)).lower()
 
 
-def _is_redundant(key: str, value: object, read: Values) -> bool:
-    """Whether the prompt (or the preferred or rejected response) contains all texts of a column already."""
+def _is_redundant(key: str, value: object, fields: Values) -> bool:
+    """Whether the prompt (or the preferred or rejected response) already contains all texts of a column."""
     items = value if isinstance(value, list) else [value]
     texts = [item for item in items if isinstance(item, str)]
     if len(texts) < len(items):
         return False
     if key in _PREFERENCE_FIELDS:
-        preferred = [read.get(name) for name in _PREFERENCE_FIELDS[key]]
-        return all(any(text in one if isinstance(one, list) else text == one for one in preferred) for text in texts)
-    instruction = read.get("instruction")
+        contents = [fields.get(name) for name in _PREFERENCE_FIELDS[key]]
+        return all(any(text in item if isinstance(item, list) else text == item for item in contents) for text in texts)
+    instruction = fields.get("instruction")
     return isinstance(instruction, str) and all(_contains(instruction, text.strip()) for text in texts)

@@ -24,9 +24,9 @@ class PreparationConfig:
         LOCATION,
         Field(
             min_length=1,
-            description="builtin, a JSON Lines, JSON, CSV, TSV, Parquet or Arrow file (text also compressed), a folder "
-            "of such files or of save_to_disk, a BIG-bench task or a folder of tasks, a folder of records or of its "
-            "shards, or hub:org/name:configuration@revision",
+            description="builtin, a JSON Lines, JSON, CSV, TSV, Parquet or Arrow file (text files may be compressed), "
+            "a folder of such files or from save_to_disk, a BIG-bench task or a folder of tasks, a folder of records "
+            "or of its shards, or hub:org/name:configuration@revision",
         ),
     ] = BUILTIN
     target: Annotated[Location, Field(description="Folder to write")]
@@ -63,7 +63,7 @@ class PreparationConfig:
     group_responses: Annotated[
         Literal["auto", "always", "never"],
         Field(
-            description="Join the rows of a prompt into one instance: always, never, auto (if each has one response)"
+            description="Join the rows of a prompt into one instance: always, never, or auto (if each has one response)"
         ),
     ] = "auto"
     exclude: Annotated[
@@ -93,7 +93,7 @@ class PreparationConfig:
     missing: Annotated[
         Literal["blank", "fail"],
         ADVANCED,
-        Field(description="A field that a template reads but a row lacks is blank, as in PromptSource, or a failure"),
+        Field(description="If a row lacks a field that a template reads: render it blank, as in PromptSource, or fail"),
     ] = "blank"
     mixture: Annotated[
         Literal["t0", "heldout", "bigbench45"] | None,
@@ -135,9 +135,9 @@ class PreparationConfig:
         for name, check in _REQUIREMENT_CHECKS.items():
             if getattr(self, name) and not check(self):
                 raise ConfigError(f"preparation: --{name} {_REQUIREMENTS[name]}")
-        if both := sorted(set(self.ignore_columns) & set(parse_columns(self.columns).values())):
-            what = f"--columns reads {both[0]}, but --ignore-columns ignores it"
-            raise ConfigError(f"preparation: {what}; leave one of them out")
+        if contradictory := sorted(set(self.ignore_columns) & set(parse_columns(self.columns).values())):
+            problem = f"--columns reads {contradictory[0]}, but --ignore-columns ignores it"
+            raise ConfigError(f"preparation: {problem}; leave one of them out")
         if self.leaked == "drop" and not self.against:
             raise ConfigError("preparation: --leaked drop needs evaluation sets; give --against")
 
@@ -176,7 +176,7 @@ KIND_NAMES: Mapping[Kind, str] = {
 COMMON_SETTINGS = frozenset(
     ("source", "target", "seed", "test", "validation", "against", "leaked", "part_rows", "shard", "work", "fresh")
 )
-"""Settings that every kind uses, or that `_check_splits` checks."""
+"""Settings that every kind of source uses, and the shares of splits, which `_check_splits` checks."""
 TABULAR_KINDS: tuple[Kind, ...] = ("file", "tables", "hub")
 KINDS_BY_SETTING: Mapping[str, tuple[Kind, ...]] = {
     "task": (*TABULAR_KINDS, "records", "bigbench"),
@@ -199,30 +199,33 @@ KINDS_BY_SETTING: Mapping[str, tuple[Kind, ...]] = {
     "local": ("mixture",),
     "max_characters": (*TABULAR_KINDS, "bigbench"),
 }
-_FIXED_SPLITS: tuple[Kind, ...] = ("builtin", "records")
-"""Kinds whose instances have their splits already."""
+_KINDS_WITH_SPLITS: tuple[Kind, ...] = ("builtin", "records")
+"""Kinds of source whose instances already have splits."""
 
 
 def check_settings(config: PreparationConfig, kind: Kind) -> None:
-    """Raises ConfigError for a given setting that this kind of source does not use."""
+    """Raises ConfigError if a setting is set that this kind of source does not use."""
     for setting in dataclasses.fields(config):
         if (
             setting.name in KINDS_BY_SETTING
             and kind not in KINDS_BY_SETTING[setting.name]
             and _is_set(config, setting.name)
         ):
-            raise ConfigError(f"preparation: --{_flag_name(setting.name)} is not for {KIND_NAMES[kind]}; leave it out")
+            raise ConfigError(
+                f"preparation: --{_flag_name(setting.name)} does not apply to {KIND_NAMES[kind]}; leave it out"
+            )
     _check_splits(config, kind)
 
 
 def _check_splits(config: PreparationConfig, kind: Kind) -> None:
+    """Raises ConfigError if --test or --validation is set for a kind whose splits are fixed."""
     scored_only = config.unlabelled and config.test == config.validation == 0
-    names = ("test", "validation") if kind in _FIXED_SPLITS else ("test",) if kind == "mixture" else ()
+    names = ("test", "validation") if kind in _KINDS_WITH_SPLITS else ("test",) if kind == "mixture" else ()
     for name in names:
         is_set = _is_set(config, name) and not (kind == "mixture" and config.test == 0)
         if is_set and not scored_only:
-            what = "whose test split is fixed" if kind == "mixture" else "whose splits are fixed"
-            raise ConfigError(f"preparation: --{name} is not for {KIND_NAMES[kind]}, {what}; leave it out")
+            reason = "whose test split is fixed" if kind == "mixture" else "whose splits are fixed"
+            raise ConfigError(f"preparation: --{name} does not apply to {KIND_NAMES[kind]}, {reason}; leave it out")
 
 
 def _is_set(config: PreparationConfig, name: str) -> bool:

@@ -53,18 +53,17 @@ _METADATA = ("dataset_info.json", "dataset_infos.json", _STATE_FILE, _DATASET_DI
 
 
 def choose_reader(path: Path) -> Reader:
-    """The reader for a file; RecordError for a compressed Parquet or Arrow file."""
+    """The reader for a file by magic bytes or suffix; raises RecordError for a compressed Parquet or Arrow file."""
     first_bytes = read_head(path)
     reader = next((reader for magic, reader in _MAGIC.items() if first_bytes.startswith(magic)), None)
     reader = reader or _READERS.get(strip_compression_suffix(path).suffix.lower(), read_json_lines)
     if reader in _BINARY and path.suffix in COMPRESSION_SUFFIXES:
-        what = f"is a compressed {_BINARY[reader]} file, which is not read"
-        raise RecordError(f"{path}: {what}; decompress it first")
+        raise RecordError(f"{path}: is a compressed {_BINARY[reader]} file, which cannot be read; decompress it first")
     return reader
 
 
 def read_file(path: Path) -> Rows:
-    """The rows of a dataset file; integers in CSV cells become int, because templates compute with them."""
+    """Yields the rows of a dataset file; integers in CSV cells become int, because templates compute with them."""
     read = choose_reader(path)
     for where, values in read(path):
         yield where, {name: _parse_integer(value) for name, value in values.items()} if read is read_csv else values
@@ -84,9 +83,10 @@ class Shards:
 
 
 def find_shards(folder: Path, split: str) -> Shards | None:
-    """The table in a folder, or None if it has no data files; FolderError for several tables or an incomplete one.
+    """The table in a folder, or None if it has no data files.
 
-    If the files or folders have names of splits, those of `split` are read.
+    If the names of files or folders contain splits, only those of `split` are read. Raises FolderError for several
+    tables or an incomplete one, and ConfigError if there is no such split.
     """
     if (folder / _DATASET_DICT_FILE).is_file():
         return _find_in_dataset_dict(folder, split)
@@ -116,25 +116,26 @@ def _is_data(path: Path, folder: Path) -> bool:
 
 def _select_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], list[str]]:
     """The files whose names belong to the split (all files if no name has a split), and the other splits."""
-    named: dict[str, list[Path]] = defaultdict(list)
+    files_by_split: dict[str, list[Path]] = defaultdict(list)
     for file in files:
-        named[_split_in_name(file, folder)].append(file)
+        files_by_split[_split_in_name(file, folder)].append(file)
     _check_complete(folder, files)
-    unnamed = named.get("")
-    if unnamed and named.keys() - {"", _DEFAULT_SPLIT}:
-        splits = ", ".join(sorted(filter(None, named)))
-        what = f"contains files of splits ({splits}) and {unnamed[0].relative_to(folder)}, whose name has no split"
-        raise FolderError(f"{folder}: {what}; give one of them as --source, or rename that file")
-    if unnamed or (len(named) == 1 and split == _DEFAULT_SPLIT):
+    files_without_split = files_by_split.get("")
+    if files_without_split and files_by_split.keys() - {"", _DEFAULT_SPLIT}:
+        splits = ", ".join(sorted(filter(None, files_by_split)))
+        other = files_without_split[0].relative_to(folder)
+        problem = f"contains files of splits ({splits}) and {other}, whose name has no split"
+        raise FolderError(f"{folder}: {problem}; give one of them as --source, or rename that file")
+    if files_without_split or (len(files_by_split) == 1 and split == _DEFAULT_SPLIT):
         _refuse_split(folder, split)
         return files, []
-    if split not in named:
-        raise _missing_split_error(folder, split, sorted(named))
-    return named[split], sorted(named.keys() - {split})
+    if split not in files_by_split:
+        raise _missing_split_error(folder, split, sorted(files_by_split))
+    return files_by_split[split], sorted(files_by_split.keys() - {split})
 
 
 def _split_in_name(file: Path, folder: Path) -> str:
-    """The split in the name of a file, else in that of the nearest folder; empty if there is none."""
+    """The split in the name of a file, or else of the nearest folder; empty if neither has one."""
     shard = _SHARD.match(file.name)
     if shard and _split_names_in(shard["split"]):
         return shard["split"]
@@ -149,7 +150,7 @@ def _split_names_in(name: str) -> list[str]:
 
 
 def _check_complete(folder: Path, files: Sequence[Path]) -> None:
-    """Raises FolderError if a shard is missing, by the numbers in the file names (NAME-00000-of-00004)."""
+    """Raises FolderError if a shard is missing according to the file names (NAME-00000-of-00004)."""
     shards: dict[tuple[Path, str], list[re.Match[str]]] = defaultdict(list)
     for file in files:
         if match := _SHARD.match(file.name):
@@ -214,13 +215,13 @@ def _missing_split_error(folder: Path, split: str, names: Sequence[str]) -> Conf
 
 
 HUB_PREFIX = "hub:"
-_FORM = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?::(?P<configuration>[^@]+))?(?:@(?P<revision>\S+))?")
+_HUB_PATTERN = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?::(?P<configuration>[^@]+))?(?:@(?P<revision>\S+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubDataset:
-    """A repository, one of its configurations (None where it has only one), and a commit, branch or tag."""
+    """A repository, one of its configurations (None if it has only one), and a commit, branch or tag."""
 
     repository: str
     configuration: str | None = None
@@ -228,14 +229,14 @@ class HubDataset:
 
     @property
     def name(self) -> str:
-        """The dataset as it is written for --source: hub:org/name:configuration@revision."""
+        """The dataset as written for --source: hub:org/name:configuration@revision."""
         configuration = f":{self.configuration}" if self.configuration else ""
         return f"{HUB_PREFIX}{self.repository}{configuration}@{self.revision}"
 
 
 def parse_hub(text: str) -> HubDataset:
-    """The dataset that hub:org/name[:configuration][@revision] names; ConfigError for another form."""
-    match = _FORM.fullmatch(text.removeprefix(HUB_PREFIX))
+    """Parses hub:org/name[:configuration][@revision]; raises ConfigError for any other form."""
+    match = _HUB_PATTERN.fullmatch(text.removeprefix(HUB_PREFIX))
     if match is None:
         form = "hub:org/name, hub:org/name:configuration or hub:org/name:configuration@revision"
         raise ConfigError(f"{quote(text)}: is not a dataset of the hub; write {form}")
@@ -243,7 +244,10 @@ def parse_hub(text: str) -> HubDataset:
 
 
 def resolve_commit(dataset: HubDataset) -> str:
-    """The commit that the revision points to; a commit is returned as it is, without a request to the hub."""
+    """The commit that the revision points to; a commit is returned as it is, without a request to the hub.
+
+    Raises ConfigError if the hub cannot be reached or does not have the repository or revision.
+    """
     if _COMMIT.fullmatch(dataset.revision):
         return dataset.revision
     from huggingface_hub import HfApi
@@ -257,7 +261,7 @@ def resolve_commit(dataset: HubDataset) -> str:
 
 
 def read_hub(dataset: HubDataset, commit: str, split: str) -> Rows:
-    """The rows of one split, streamed in the hub's order."""
+    """Yields the rows of one split, streamed in the hub's order; raises ConfigError if they cannot be read."""
     import datasets
 
     # datasets would load a local folder of this name instead, and ignore the commit.
@@ -271,7 +275,7 @@ def read_hub(dataset: HubDataset, commit: str, split: str) -> Rows:
     arguments = {key: dataset.configuration} if dataset.configuration else {}
     with _translate_hub_errors(dataset):
         rows = datasets.load_dataset(dataset.repository, revision=commit, split=split, streaming=True, **arguments)
-        # Images and audio stay bytes: decoding one opens whatever path the row names.
+        # Images and audio stay bytes, because decoding opens any path that a row contains.
         rows = rows.decode(False)
         for number, row in enumerate(rows, start=1):
             yield f"{where}: row {number}", row

@@ -1,4 +1,4 @@
-"""Reads JSON files of users: one object per line, objects over several lines, or an array of objects."""
+"""Reads users' JSON files: one object per line, objects over several lines, or an array of objects."""
 
 import contextlib
 import json
@@ -27,9 +27,10 @@ _TRUNCATED = "the file is truncated; fetch or write it again"
 
 
 def read_json_lines(path: Path) -> Rows:
-    """The objects of a file, without blank lines; RecordError names a line that holds no object.
+    """Yields the objects of a file with their locations, and skips blank lines.
 
-    An array of objects, or objects over several lines, are also read one by one.
+    The objects of an array, and objects over several lines, are also read one at a time. Raises RecordError, with the
+    line, for anything that is not an object.
     """
     for index, (where, values) in enumerate(_read_stream(path) if _is_stream(path) else _read_by_line(path)):
         if index == 0:
@@ -58,7 +59,7 @@ def _remedy_for(path: Path) -> str:
 
 
 def _refuse_table(where: str, values: Values, path: Path) -> None:
-    """RecordError if the first object is not a row but holds the rows or columns of a whole table."""
+    """Raises RecordError if the first object is not a row but a whole table, by rows or by columns."""
     if "instruction" in values and isinstance(values["instruction"], str):
         return
     key = next((name for name in _ROW_KEYS if _is_rows(values.get(name))), None)
@@ -105,7 +106,7 @@ def _is_truncated(error: Exception) -> bool:
 
 
 class _TextReader:
-    """A buffer over the text of a file that is filled as values are read from it."""
+    """Reads JSON values one at a time from the text of a file, which it buffers."""
 
     def __init__(self, path: Path) -> None:
         self._pieces = read_pieces(path)
@@ -116,7 +117,7 @@ class _TextReader:
         return f"{self._path}:{self._line}"
 
     def peek(self, skipped: str = _WHITESPACE) -> str:
-        """Skips these characters and returns the next character without consuming it; empty at the end of the file."""
+        """Skips the characters in `skipped` and returns the next one without consuming it; empty at the end."""
         while True:
             end = self._position
             while end < len(self._text) and self._text[end] in skipped:
@@ -133,9 +134,10 @@ class _TextReader:
         self._position += count
 
     def read_value(self, container: str) -> object:
-        """The JSON value at the current position; RecordError if it is invalid or longer than `MAX_LINE_BYTES`.
+        """Reads the JSON value at the current position.
 
-        `container` says for errors what the value is part of: the array or the file.
+        `container` is what the value is part of, for errors: "array" or "file". Raises RecordError if the value is
+        invalid or longer than `MAX_LINE_BYTES`.
         """
         while True:
             try:
@@ -163,9 +165,9 @@ class _TextReader:
         return quote(self._text[self._position : self._position + 60])
 
     def _read_more(self, size: int = 1) -> bool:
-        """Reads at least `size` characters more; False at the end of the file.
+        """Reads at least `size` more characters; returns False at the end of the file.
 
-        Growing the buffer by its own size keeps repeated attempts at one large object from costing quadratic time.
+        `read_value` doubles the buffer, so that repeated attempts to parse one large object take no quadratic time.
         """
         parts, characters = [self._text[self._position :]], 0
         while characters < size and (piece := next(self._pieces, "")):

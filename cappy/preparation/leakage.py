@@ -1,11 +1,11 @@
-"""Removal of training rows that leak held-out data: near-duplicates of held-out rows, and rows of an evaluation set.
+"""Removes training rows that leak held-out data: near-duplicates of held-out rows, and rows of an evaluation set.
 
 The criterion is that of `cappy.scoring.training_data`, which checks a scorer after training, so a scorer trained on
 the remaining rows passes that check. Only rows of train and validation are dropped, never those of test.
 
-Where more than `MAX_DROPPED_SHARE` of those rows would be dropped (for example five questions on one passage, each in
-its own group), near-duplicates are merged into one group instead and the splits are drawn again. That moves rows
-between splits, so it is not done where dropping costs little, or where too few groups would remain.
+If more than `MAX_DROPPED_SHARE` of those rows would be dropped (for example, because five questions on one passage are
+in five groups), near-duplicates are merged into one group instead and the splits are drawn again. That moves rows
+between splits, so it is not done if few rows would be dropped, or if too few groups would remain.
 """
 
 from array import array
@@ -40,18 +40,18 @@ from cappy.records.overlap import (
 )
 
 MAX_DROPPED_SHARE = 0.2
-"""Share of the rows of train and validation; above it near-duplicates are merged into groups instead of dropped."""
+"""Largest share of train and validation rows to drop; above it, near-duplicates are merged into groups instead."""
 _NEAR_DUPLICATE_SHARE = 0.55
-"""Share of a held-out row's shingles that makes a training prompt its near-duplicate; see `HeldOutSample`."""
+"""A training prompt with at least this share of a held-out row's shingles is a near-duplicate; see `HeldOutSample`."""
 SAMPLED_ROWS = 256
-"""Training rows of each table of a mixture that `HeldOutSample` receives."""
+"""Number of training rows of each table of a mixture that are added to `HeldOutSample`."""
 _COLUMNS = ["instruction", "task", "group_id"]
 
 
 def describe_dropped(count: int, total: int) -> str:
     """The warning for `count` dropped near-duplicates among `total` rows."""
-    what = f"dropped {count:,} of {total:,} rows of train and validation, which are near-duplicates of held-out rows"
-    return f"{what}; to keep them, give rows that belong together the same group_id"
+    dropped = f"dropped {count:,} of {total:,} rows of train and validation, which are near-duplicates of held-out rows"
+    return f"{dropped}; to keep them, give rows that belong together the same group_id"
 
 
 class SplitRows:
@@ -72,11 +72,11 @@ class SplitRows:
                 samples[split].add(row)
 
     def find_leaks(self) -> set[int]:
-        """Hashes of the train and validation prompts to drop, because they nearly duplicate a held-out row.
+        """Returns the hashes of train and validation prompts that nearly duplicate a held-out row.
 
-        Test is held out from validation and train, validation from train. Dropping rows changes which shingles count
-        as a template's, so the check is repeated until it finds nothing. Rows whose exact prompt is held out count as
-        dropped already.
+        Test is held out from train and validation; validation is held out from train. Dropping rows changes which
+        shingles count as part of a template, so the check is repeated until it finds nothing. Rows whose exact prompt
+        is held out are treated as dropped already.
         """
         for sample in (*self._training.values(), *self._held_out.values()):
             sample.truncate()
@@ -120,9 +120,10 @@ def _drop_frequent_shingles(rows: list[SampledRow]) -> list[SampledRow]:
 
 
 def merge_near_duplicates(prompts: Hashes, rows: Callable[[], Iterable[PromptLike]]) -> Hashes:
-    """Replaces the prompt hash of each row by one hash that it shares with its near-duplicates, shape [num_rows].
+    """Returns a hash for each row, shape [num_rows], that a row shares with its near-duplicates.
 
-    `rows` is read twice. Rows are compared with a sample of at most 32,768 rows.
+    `prompts` are the hashes of the rows' prompts. `rows` is called twice. Rows are compared with a sample of at most
+    32,768 rows.
     """
     sample = RowSample(max_rows=MAX_ROWS)
     for row in rows():
@@ -130,13 +131,13 @@ def merge_near_duplicates(prompts: Hashes, rows: Callable[[], Iterable[PromptLik
     sample.truncate()
     indexes, table = own_shingles(sample.rows)
     row_index = RowIndex(Rows(table))
-    sampled = np.array([sample.rows[index].prompt for index in indexes], dtype=np.uint64)
+    sampled_prompts = np.array([sample.rows[index].prompt for index in indexes], dtype=np.uint64)
     frequent = frequent_hashes((row.group, sorted_unique(row.shingles)) for row in sample.rows)
     parents: dict[int, int] = {}
 
     for prompt, row in zip(prompts.tolist(), rows(), strict=False):
-        near = row_index.match(shingles(row.instruction), group_hash(row), frequent)
-        for near_prompt in sampled[near].tolist():
+        matches = row_index.match(shingles(row.instruction), group_hash(row), frequent)
+        for near_prompt in sampled_prompts[matches].tolist():
             low, high = sorted((find_root(prompt, parents), find_root(near_prompt, parents)))
             parents[high] = low
     roots = (find_root(prompt, parents) for prompt in prompts.tolist())
@@ -153,11 +154,10 @@ def find_root(member: int, parents: dict[int, int]) -> int:
 class HeldOutSample:
     """A sample of the rows of each split, for sources with too many training rows to render them twice.
 
-    Each training row is compared with the sampled held-out rows.
-
-    Some training rows are sampled too, so that the shingles of a template are recognised even if few held-out rows
-    share it. The check after training looks for each reported row among the training rows;
-    `_NEAR_DUPLICATE_SHARE` is lower than its threshold to make up for that.
+    Each training row is compared with the sampled held-out rows. Some training rows are sampled too, so that the
+    shingles of a template are recognised even if few held-out rows share it. The check after training works the other
+    way round: it compares each evaluated row with a sample of the training rows. `_NEAR_DUPLICATE_SHARE` is lower than
+    its threshold to make up for that.
     """
 
     def __init__(self) -> None:
@@ -181,15 +181,16 @@ class HeldOutSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exclusions:
-    """What no instance of a split may have: sorted hashes of prompts and groups, and near-duplicates of rows.
+    """Held-out data that no instance of a split may contain: sorted hashes of prompts and groups, and near-duplicates.
 
-    `near_prompts` lists the near-duplicates where all rows were compared; otherwise `rows` finds them.
+    If all rows were compared, `near_prompts` has the prompt hashes of the near-duplicates; otherwise `row_index` finds
+    them.
     """
 
     prompts: "array[int]" = field(default_factory=partial(array, "Q"))
     groups: "array[int]" = field(default_factory=partial(array, "Q"))
     near_prompts: "array[int]" = field(default_factory=partial(array, "Q"))
-    rows: RowIndex | None = None
+    row_index: RowIndex | None = None
 
     def has_prompt(self, instruction: str) -> bool:
         """Whether the prompt is held out."""
@@ -200,9 +201,9 @@ class Exclusions:
         group = group_hash(instance)
         if _contains(self.groups, group) or _contains(self.near_prompts, prompt_hash(instance.instruction)):
             return True
-        if self.rows is None:
+        if self.row_index is None:
             return False
-        return len(self.rows.match(shingles(instance.instruction), group, share=_NEAR_DUPLICATE_SHARE)) > 0
+        return len(self.row_index.match(shingles(instance.instruction), group, share=_NEAR_DUPLICATE_SHARE)) > 0
 
 
 def sort_hashes(hashes: "array[int]") -> "array[int]":
@@ -218,21 +219,21 @@ def _contains(hashes: "array[int]", value: int) -> bool:
 def filter_leaked(
     instances: Iterable[Instance], folders: Sequence[Path], counts: Counter[str], *, drop: bool
 ) -> Iterator[Instance]:
-    """The instances without the train and validation instances that occur in the evaluation sets in `folders`.
+    """Yields the instances, except those of train and validation that occur in the evaluation sets in `folders`.
 
-    With `drop` they are dropped and counted, else RecordError names the first. `prompt_hash` and
-    `cappy.records.overlap` define what counts as equal.
+    With `drop` these are dropped and counted in `counts`; otherwise RecordError is raised for the first one.
+    `prompt_hash` and `cappy.records.overlap` define which instances count as equal.
     """
     if not folders:
         yield from instances
         return
-    held_out, rows = _read_evaluation_sets(folders)
+    held_out, row_index = _read_evaluation_sets(folders)
     for instance in instances:
-        what = "" if instance.split == "test" else _describe_leak(instance, held_out, rows)
-        if what:
+        problem = "" if instance.split == "test" else _describe_leak(instance, held_out, row_index)
+        if problem:
             if not drop:
-                where = ", ".join(map(str, folders))
-                leak = f"instance {quote(instance.instance_id)} of split {instance.split} {what} of {where}"
+                names = ", ".join(map(str, folders))
+                leak = f"instance {quote(instance.instance_id)} of split {instance.split} {problem} of {names}"
                 raise RecordError(f"{leak}; drop such instances with --leaked drop, or fix the data")
             counts["dropped_leaked"] += 1
             continue
@@ -240,6 +241,7 @@ def filter_leaked(
 
 
 def _read_evaluation_sets(folders: Sequence[Path]) -> tuple[Exclusions, RowIndex]:
+    """The prompts and groups of all evaluation sets, and an index of their rows."""
     prompts, groups = array("Q"), array("Q")
 
     def read() -> Iterator[GroupedPrompt]:
@@ -256,10 +258,10 @@ def _read_evaluation_sets(folders: Sequence[Path]) -> tuple[Exclusions, RowIndex
     return Exclusions(prompts=sort_hashes(prompts), groups=sort_hashes(groups)), rows
 
 
-def _describe_leak(instance: Instance, held_out: Exclusions, rows: RowIndex) -> str:
-    """What an instance shares with an evaluation set, for an error; empty if nothing."""
+def _describe_leak(instance: Instance, held_out: Exclusions, row_index: RowIndex) -> str:
+    """Describes what an instance shares with an evaluation set, for an error; empty if it shares nothing."""
     if held_out.has_prompt(instance.instruction):
         return "has the prompt of an instance"
     if is_content_id(instance.group_id) and _contains(held_out.groups, group_hash(instance)):
         return "belongs to a group"
-    return "contains the text of a row" if rows.has_row_in(instance) else ""
+    return "contains the text of a row" if row_index.has_row_in(instance) else ""

@@ -15,7 +15,7 @@ from cappy.preparation.config import PreparationConfig
 from cappy.preparation.files import HubDataset, parse_hub, read_file, read_hub, resolve_commit
 from cappy.preparation.mixtures import Subset, load_mixture, select_subsets, to_values
 from cappy.preparation.mixtures.plan import cap_rows
-from cappy.preparation.prompted import Dataset, LocatedRow, PromptRow, Prompts, Table, Tally
+from cappy.preparation.prompted import Dataset, LocatedRow, MakePrompts, PromptRow, Table, Tally
 from cappy.preparation.rows import Rows, Values, find_invalid_character
 from cappy.preparation.templates import (
     LimitError,
@@ -33,7 +33,10 @@ Reader = Callable[[str], Rows]
 
 
 def open_templated_dataset(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
-    """The dataset of `source` with its templates, and the hash or commit of each of its inputs."""
+    """The dataset of `source` with its templates, and the hash or commit of each of its inputs by name.
+
+    Raises ConfigError if the source or the templates do not exist.
+    """
     hub = parse_hub(config.source) if config.source.startswith("hub:") else None
     name = config.dataset or (
         "/".join(filter(None, (hub.repository.partition("/")[2], hub.configuration))) if hub else ""
@@ -49,18 +52,22 @@ def open_templated_dataset(config: PreparationConfig) -> tuple[list[Dataset], di
     else:
         path = Path(config.source)
         if not path.is_file():
-            what = "is a folder" if path.is_dir() else "no such file"
-            raise ConfigError(f"{path}: {what}; with --templates, --source is a file or hub:org/name")
+            problem = "is a folder" if path.is_dir() else "no such file"
+            raise ConfigError(f"{path}: {problem}; with --templates, --source is a file or hub:org/name")
         rows, parents = partial(read_file, path), {path.name: sha256_of(path)}
     table = Table(split="", rows=rows)
-    return [Dataset(name=name, tables=(table,), prompts=_make_renderer(templates, seed=config.seed))], {
+    return [Dataset(name=name, tables=(table,), make_prompts=_make_renderer(templates, seed=config.seed))], {
         **parents,
         **_hash_templates(templates),
     }
 
 
 def open_mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
-    """The datasets of a mixture, each from a file under `local` if there is one, else from the hub."""
+    """The datasets of a mixture, and the hash or commit of each input by name.
+
+    Each dataset is read from files in the folder `local` if they exist, otherwise from the hub. Raises ConfigError if
+    a dataset or its templates do not exist.
+    """
     mixture = load_mixture(config.mixture or "")
     subsets = select_subsets(mixture, config.subsets).subsets
     if config.local is not None and not config.local.is_dir():
@@ -71,9 +78,8 @@ def open_mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, st
         )
         raise ConfigError(f"preparation: mixture {mixture.name} needs templates; {remedy}")
     if config.templates is not None and not mixture.template_version:
-        raise ConfigError(
-            f"preparation: --templates is not for mixture {mixture.name}, whose rows are prompts already; leave it out"
-        )
+        problem = f"--templates does not apply to mixture {mixture.name}, whose rows are already prompts"
+        raise ConfigError(f"preparation: {problem}; leave it out")
     datasets, parents = [], {f"mixture {mixture.name}": fingerprint(to_values(replace(mixture, subsets=subsets)))}
     for subset in subsets:
         reader, sources = _open_subset(subset, config)
@@ -83,8 +89,10 @@ def open_mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, st
         tables = tuple(
             Table(split=split, rows=partial(reader, split), held_out=split != "train") for split in subset.splits
         )
-        prompts = _make_renderer(templates, subset.rows.get("train"), seed=config.seed) if templates else _read_prompts
-        datasets.append(Dataset(name=subset.name, tables=tables, prompts=prompts))
+        make_prompts = (
+            _make_renderer(templates, subset.rows.get("train"), seed=config.seed) if templates else _read_prompts
+        )
+        datasets.append(Dataset(name=subset.name, tables=tables, make_prompts=make_prompts))
     return datasets, parents
 
 
@@ -141,27 +149,27 @@ def _select_templates(config: PreparationConfig, dataset: str) -> tuple[Template
 
 
 def _hash_templates(templates: Sequence[Template]) -> dict[str, str]:
-    """One hash over the templates of a dataset, so that an edited template counts as another input."""
+    """One hash of all templates of a dataset, so that an edited template counts as a different input."""
     if not templates:
         return {}
     text = repr([(t.name, t.jinja, t.answer_choices, t.original_task) for t in templates])
     return {f"templates of {templates[0].dataset}": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *, seed: int) -> Prompts:
-    """Returns a function that renders each row under its templates.
+def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *, seed: int) -> MakePrompts:
+    """Returns a function that renders each row with its templates.
 
-    Where a training split of `num_rows` is capped, each template gets an evenly spaced share of the rows, shifted from
-    template to template.
+    If a training split of `num_rows` is capped, each template gets evenly spaced rows, with a different offset for each
+    template.
     """
     required_fields = [find_fields(template) for template in templates]
     share = cap_rows(num_rows, len(templates)) if num_rows else 0
 
-    def select_indexes(index: int) -> list[int]:
+    def select_templates(row_index: int) -> list[int]:
         return [
-            number
-            for number in range(len(templates))
-            if not num_rows or _is_sampled(index + number * num_rows // (share * len(templates)), num_rows, share)
+            index
+            for index in range(len(templates))
+            if not num_rows or _is_sampled(row_index + index * num_rows // (share * len(templates)), num_rows, share)
         ]
 
     def render(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[PromptRow]]]:
@@ -169,17 +177,18 @@ def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *
 
         def make_jobs() -> Iterator[tuple[Values, list[Template]]]:
             for row in rows:
-                index, _, values = row
+                row_index, _, values = row
                 names = {name.replace("-", "_") for name in values} if tally.missing == "fail" else None
-                indexes = select_indexes(index)
+                indexes = select_templates(row_index)
                 pending.append((row, indexes))
                 yield values, [templates[i] for i in indexes if names is None or required_fields[i] <= names]
 
         for results in render_rows(make_jobs(), seed=seed):
             row, indexes = pending.popleft()
-            rendered = iter(results)
+            remaining_results = iter(results)
             prompts_or_none = (
-                _make_prompt(templates[number], required_fields[number], row, rendered, tally) for number in indexes
+                _make_prompt(templates[index], required_fields[index], row, remaining_results, tally)
+                for index in indexes
             )
             yield row, [prompt for prompt in prompts_or_none if prompt is not None]
 
@@ -194,7 +203,7 @@ def _is_sampled(index: int, num_rows: int, share: int) -> bool:
 def _make_prompt(
     template: Template, required_fields: frozenset[str], row: LocatedRow, results: Iterator[Result], tally: Tally
 ) -> PromptRow | None:
-    """The prompt of a row under a template; None if rendering failed (counted in `tally`) or the result is blank.
+    """The prompt of a row with a template; None if rendering failed (counted in `tally`) or the result is blank.
 
     The next of `results` belongs to the template, unless it was not rendered because of a missing field.
     """

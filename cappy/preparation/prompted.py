@@ -1,11 +1,13 @@
-"""Turns the rows of datasets into instances: one per template of the row, or one with a benchmark's own prompt.
+"""Turns the rows of datasets into instances: one for each template, or one with a benchmark's own prompt.
 
 The rows of a dataset are streamed. If some are held out, all rows are read once beforehand to collect the held-out
-prompts, so that no training instance has a held-out prompt or a near-duplicate of one. For a single dataset up to
-32,768 training rows are compared exactly; otherwise each is compared with a sample of the held-out rows (see
-`leakage`). The split of a row depends on the
-hash of its values, so the instances of one row are one group, whatever their templates, and so are those of equal rows.
-Only the hashes of held-out prompts and a bounded number of shingles are kept in memory.
+prompts, so that no training instance has a held-out prompt or a near-duplicate of one. If there is a single dataset
+with fewer than 32,768 training rows, all its rows are compared; otherwise each training row is compared with a sample
+of the held-out rows (see `leakage`). Only the hashes of held-out prompts and a bounded number of shingles are kept in
+memory.
+
+The split of a row depends on the hash of its values. So all instances of a row form one group, whatever their
+templates, together with those of equal rows.
 """
 
 import hashlib
@@ -25,7 +27,7 @@ from cappy.records.overlap import MAX_ROWS, GroupedPrompt, group_hash
 from cappy.records.work import Shard
 
 MIN_ROWS_TO_REFUSE = 100
-"""A template that failed on all of its first 100 rows ends the run at once."""
+"""If a template fails on all of its first rows, the run ends after this many."""
 MAX_CONSECUTIVE_LIMITS = 3
 """If a template exceeds its limits on this many consecutive rows, the run fails: each such row costs seconds."""
 _PROGRESS_EVERY = 4_096
@@ -69,23 +71,23 @@ class Tally:
         self.limit_failures.pop(name, None)
 
     def fail(self, name: str, error: str, *, limited: bool = False) -> None:
-        """Counts a failure of a template; RecordError if it failed on all of its first rows.
+        """Counts a failure of a template; raises RecordError if it failed on all of its first rows.
 
-        `limited` means that it ran out of time or memory: RecordError if it did so on consecutive rows, regardless of
-        `max_failed`.
+        `limited` means that it ran out of time or memory. If it did so on several consecutive rows, RecordError is
+        raised regardless of `max_failed`.
         """
         self.failures[name] += 1
         self.counts["failed"] += 1
         self.errors.setdefault(name, error)
         self.limit_failures[name] = self.limit_failures[name] + 1 if limited else 0
         if self.limit_failures[name] == MAX_CONSECUTIVE_LIMITS:
-            rows = f"it ran out of time or memory on {MAX_CONSECUTIVE_LIMITS} rows in a row"
+            rows = f"it ran out of time or memory on {MAX_CONSECUTIVE_LIMITS} consecutive rows"
             raise RecordError(f"{self.errors[name]}; {rows}; leave the template out with --template")
         if self.max_failed < 1 and self.failures[name] == self.attempts[name] == MIN_ROWS_TO_REFUSE:
             self.refuse(name)
 
     def check(self) -> None:
-        """RecordError for the template with the largest share of failures if the share exceeds `max_failed`."""
+        """Raises RecordError for the template with the largest share of failures, if the share exceeds `max_failed`."""
         shares = {name: count / self.attempts[name] for name, count in self.failures.items()}
         worst = max(shares, key=lambda name: shares[name], default=None)
         if worst is not None and shares[worst] > self.max_failed:
@@ -100,7 +102,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """The rows of one split of a dataset, which can be read repeatedly; with `held_out` all are in the test split."""
+    """The rows of one split of a dataset; `rows` can be called repeatedly. If `held_out`, all are in the test split."""
 
     split: str
     rows: Callable[[], Rows]
@@ -109,7 +111,7 @@ class Table:
 
 LocatedRow = tuple[int, str, Values]
 """A row as (index, location, values)."""
-Prompts = Callable[[Iterable[LocatedRow], Tally], Iterator[tuple[LocatedRow, list[PromptRow]]]]
+MakePrompts = Callable[[Iterable[LocatedRow], Tally], Iterator[tuple[LocatedRow, list[PromptRow]]]]
 """Makes the prompts of each row, in order; it may read rows ahead."""
 
 
@@ -119,7 +121,7 @@ class Dataset:
 
     name: str
     tables: tuple[Table, ...]
-    prompts: Prompts
+    make_prompts: MakePrompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,12 +144,12 @@ class SplitRule:
 def make_instances(
     datasets: Sequence[Dataset], rule: SplitRule, tally: Tally, progress: Progress
 ) -> Iterator[Instance]:
-    """The instances of all datasets in order; RecordError if a template fails on too many rows, see `Tally`."""
+    """Yields the instances of all datasets in order; raises RecordError if a template fails too often, see `Tally`."""
     exclusions = _find_exclusions(datasets, rule, progress)
     for dataset in datasets:
         for table in dataset.tables:
             rows = (row for row in _read_rows(dataset, table, progress) if rule.shard.holds(row[0]))
-            for row, prompts in dataset.prompts(rows, tally):
+            for row, prompts in dataset.make_prompts(rows, tally):
                 yield from _make_row_instances(dataset, table, row, prompts, rule, exclusions, tally)
 
 
@@ -192,11 +194,11 @@ def _group_id(name: str, values: Values) -> str:
 
 
 def _find_exclusions(datasets: Sequence[Dataset], rule: SplitRule, progress: Progress) -> Mapping[Split, Exclusions]:
-    """For each split the prompts, groups and near-duplicates to exclude, because they are held out from it.
+    """The prompts, groups and near-duplicates to exclude from each split, because they are held out from it.
 
     Held-out rows of all datasets and all shards are excluded. Nothing is excluded if all rows are in the test split.
     """
-    exclusions, rows, sample = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), HeldOutSample()
+    exclusions, split_rows, sample = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), HeldOutSample()
     ignored_tally = Tally(max_failed=1.0)
     tables = [(dataset, table) for dataset in datasets for table in dataset.tables]
     if all(table.held_out for _, table in tables) or not (
@@ -206,7 +208,7 @@ def _find_exclusions(datasets: Sequence[Dataset], rule: SplitRule, progress: Pro
     one_dataset = len(tables) == 1
     limit, num_train = MAX_ROWS if one_dataset else SAMPLED_ROWS, 0
     for dataset, table in tables:
-        for (_, _, values), prompts in dataset.prompts(
+        for (_, _, values), prompts in dataset.make_prompts(
             _rows_to_check(dataset, table, rule, progress, limit), ignored_tally
         ):
             group = _group_id(dataset.name, values)
@@ -216,25 +218,25 @@ def _find_exclusions(datasets: Sequence[Dataset], rule: SplitRule, progress: Pro
                 grouped_prompt = GroupedPrompt(prompt.instruction, dataset.name, group)
                 sample.add(grouped_prompt, split)
                 if one_dataset:
-                    rows.add(grouped_prompt, split)
+                    split_rows.add(grouped_prompt, split)
                 if split != "train":
                     exclusions[split].prompts.append(prompt_hash(prompt.instruction))
                     exclusions[split].groups.append(group_hash(grouped_prompt))
     test, validation = exclusions["test"], exclusions["validation"]
     compares_all = one_dataset and num_train < limit
-    near_prompts = sort_hashes(array("Q", rows.find_leaks())) if compares_all else array("Q")
+    near_prompts = sort_hashes(array("Q", split_rows.find_leaks())) if compares_all else array("Q")
     return {
         "train": Exclusions(
             prompts=sort_hashes(test.prompts + validation.prompts),
             groups=sort_hashes(test.groups + validation.groups),
             near_prompts=near_prompts,
-            rows=None if compares_all else sample.build_index("test", "validation"),
+            row_index=None if compares_all else sample.build_index("test", "validation"),
         ),
         "validation": Exclusions(
             prompts=sort_hashes(test.prompts),
             groups=sort_hashes(test.groups),
             near_prompts=near_prompts,
-            rows=None if compares_all else sample.build_index("test"),
+            row_index=None if compares_all else sample.build_index("test"),
         ),
         "test": Exclusions(),
     }

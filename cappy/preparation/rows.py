@@ -20,7 +20,7 @@ _IMPORTED_REVISION = "imported"
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """An instance read at `where`. Without `has_id` or `has_split` its id or split is a placeholder."""
+    """An instance and where it was read. If `has_id` or `has_split` is false, its id or split is a placeholder."""
 
     where: str
     instance: Instance
@@ -29,7 +29,7 @@ class SourceRow:
 
 
 def hash64(text: str) -> int:
-    """64 bits of blake2b, the same on every machine."""
+    """A 64-bit blake2b hash, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -46,14 +46,14 @@ def find_invalid_character(text: str) -> str:
 
 
 def column_names(names: Iterable[object], limit: int = 120) -> str:
-    """Column names for a message, shortened to `limit` characters; the index that pandas writes has no name."""
+    """Column names for a message, shortened to `limit` characters; pandas writes its index without a name."""
     return quote(", ".join(str(name) or "(no name)" for name in names) or "none", limit)
 
 
 def parse_row(where: str, values: Values, *, task: str, max_characters: int, unlabelled: bool = False) -> SourceRow:
-    """The instance in the fields of a row; RecordError says which field is wrong and how to fix it.
+    """The instance in the fields of a row; raises RecordError that names the wrong field and the remedy.
 
-    An `unlabelled` row needs responses but no reference.
+    An `unlabelled` row needs responses but no reference. `max_characters` limits each text.
     """
     fields = _Fields(where, values, max_characters)
     instruction = _read_instruction(fields)
@@ -62,17 +62,17 @@ def parse_row(where: str, values: Values, *, task: str, max_characters: int, unl
         remedy = "give the responses to score in the field responses, or leave --unlabelled out"
         raise RecordError(f"{where}: has no responses, fields found: {fields.names()}; {remedy}")
     all_labelled = bool(candidates) and all(GIVEN in candidate.labels for candidate in candidates)
-    references = _read_references(fields, needed=not all_labelled and not unlabelled)
+    references = _read_references(fields, required=not all_labelled and not unlabelled)
     choices = _read_choices(fields, references)
-    instance_id = fields.optional("instance_id", "id")
-    split = fields.optional("split")
+    instance_id = fields.optional_text("instance_id", "id")
+    split = fields.optional_text("split")
     if split and split not in SPLITS:
         raise RecordError(f"{where}: split must be one of {', '.join(SPLITS)}, got {quote(split)}; rename it")
     instance = Instance(
         instance_id=instance_id,
-        group_id=fields.optional("group_id") or f"{prompt_hash(instruction):016x}",
-        task=fields.optional("task") or task,
-        template=fields.optional("template"),
+        group_id=fields.optional_text("group_id") or f"{prompt_hash(instruction):016x}",
+        task=fields.optional_text("task") or task,
+        template=fields.optional_text("template"),
         original_task=fields.boolean("original_task", default=True),
         split=split or SPLITS[0],
         instruction=instruction,
@@ -108,7 +108,7 @@ class _Fields:
         """The texts of the fields among `names` that are present; a single text counts as a list of one."""
         return tuple(text for name in names if self.has(name) for text in self._texts(name))
 
-    def optional(self, *names: str) -> str:
+    def optional_text(self, *names: str) -> str:
         """The text of the first field among `names` that is present, or ""; an integer is converted to text."""
         for name in names:
             if self.has(name):
@@ -126,7 +126,7 @@ class _Fields:
         return value
 
     def label(self, name: str) -> float | None:
-        """The label in a field, 0 to 1, true or false counting as 1 or 0; or None."""
+        """The label in a field, 0 to 1 (true is 1, false is 0), or None."""
         return _parse_label(f"{self.where}: {name}", self.values[name]) if self.has(name) else None
 
     def labels(self, *names: str) -> list[float]:
@@ -187,9 +187,9 @@ def _read_instruction(fields: _Fields) -> str:
     return instruction
 
 
-def _read_references(fields: _Fields, *, needed: bool) -> tuple[str, ...]:
-    """The accepted answers; there may be none unless they are `needed` to label responses."""
-    if not needed and not fields.has("reference") and not fields.has("references"):
+def _read_references(fields: _Fields, *, required: bool) -> tuple[str, ...]:
+    """The accepted answers; there may be none unless they are `required` to label responses."""
+    if not required and not fields.has("reference") and not fields.has("references"):
         return ()
     names = [name for name in ("reference", "references") if name in fields.values]
     remedy = "give at least one accepted answer as reference or references, or --columns reference=COLUMN"
@@ -210,13 +210,13 @@ def _read_choices(fields: _Fields, references: tuple[str, ...]) -> tuple[str, ..
         remedy = "give at least two different texts, none of them blank"
         raise RecordError(f"{fields.where}: choices are not valid, got {quote(list(choices))}; {remedy}")
     if not set(references) & set(choices):
-        what = f"no reference is among the choices, got {quote(list(references))} and {quote(list(choices))}"
-        raise RecordError(f"{fields.where}: {what}; spell one reference exactly like a choice")
+        problem = f"no reference is among the choices, got {quote(list(references))} and {quote(list(choices))}"
+        raise RecordError(f"{fields.where}: {problem}; spell one reference exactly like a choice")
     return choices
 
 
 def _read_responses(fields: _Fields) -> Iterator[Candidate]:
-    """The candidates of `responses` (or `response`), each with the label beside it in `labels` (or `label`)."""
+    """The candidates in `responses` (or `response`), each with its label in `labels` (or `label`)."""
     texts = fields.texts("response", "responses")
     if not texts and fields.has("responses"):
         raise RecordError(f"{fields.where}: responses is empty, got []; leave it out if there are none")
@@ -251,8 +251,8 @@ def _read_candidates(fields: _Fields) -> Iterator[Candidate]:
             inner.text(name),
             label=inner.label("label"),
             details=_CandidateDetails(
-                generator=inner.optional("generator", "system"),
-                decoding=inner.optional("decoding"),
+                generator=inner.optional_text("generator", "system"),
+                decoding=inner.optional_text("decoding"),
                 seed=inner.integer("seed", 64),
                 logprob_sum=inner.number("logprob_sum"),
                 logprob_mean=inner.number("logprob_mean"),
@@ -262,7 +262,7 @@ def _read_candidates(fields: _Fields) -> Iterator[Candidate]:
 
 
 class _CandidateDetails(TypedDict, total=False):
-    """Fields of a candidate in the exchange format beside its text and label."""
+    """Fields of a candidate in the exchange format, except its text and label."""
 
     generator: str
     decoding: str
@@ -281,7 +281,7 @@ def _import_candidate(
 
 
 def is_label(value: object) -> bool:
-    """Whether a value is a label: a number from 0 to 1, true or false, or the text of one."""
+    """Whether a value is a label: a number from 0 to 1, true or false, or one of these written as text."""
     number = _parse_number(value)
     return number is not None and 0 <= number <= 1
 
@@ -295,7 +295,7 @@ def _parse_label(where: str, value: object) -> float:
 
 
 def _parse_number(value: object) -> float | None:
-    """The value of a number or boolean, also if it is written as text, as in a cell of CSV; None for anything else."""
+    """The value of a number or boolean, which may be written as text, as in CSV; None for anything else."""
     if isinstance(value, str):
         literal = {"true": 1.0, "false": 0.0}.get(value.strip().lower())
         try:

@@ -1,4 +1,4 @@
-"""Opens the rows that `--source` or `--mixture` names, excludes systems, and groups the rows of one prompt."""
+"""Opens the source of `--source` or `--mixture`, excludes candidates by system, and groups the rows of one prompt."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,16 +28,17 @@ from cappy.records.folder import MANIFEST, Manifest, sha256_of
 from cappy.records.work import parse_shard
 
 MAX_PENDING_CHARACTERS = 512 * 2**20
-"""Most characters of rows that wait for further rows of the same prompt."""
+"""Maximum number of characters in the rows that wait for further rows of the same prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Rows that can be read repeatedly, and their facts for the manifest.
+    """Rows that can be read repeatedly, and facts about them for the manifest.
 
     `parents` are the sha256 of each file, the commit of the hub, or the manifest hashes of folders. `task` is the name
-    for instances without a task. `warnings` fills as rows are read. `datasets` replaces `rows` where one row makes many
-    prompts.
+    for instances without a task. Warnings are added to `warnings` while rows are read. `datasets` replaces `rows` if
+    one row makes many prompts. `commits` has the commit or hash of each input by its name. `check_unchanged` raises
+    FolderError if a file has changed since it was opened.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Source:
 
 
 def open_source(config: PreparationConfig) -> Source:
-    """Opens the source of a config; ConfigError or FolderError if it does not exist or a setting does not apply."""
+    """Opens the source; raises ConfigError or FolderError if it does not exist or a setting does not apply to it."""
     kind, open_kind = _find_source(config)
     check_settings(config, kind)
     return open_kind()
@@ -144,7 +145,7 @@ def _check_responses(row: SourceRow, config: PreparationConfig) -> SourceRow:
 
 
 def _check_shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    """FolderError unless the folders are all shards of the same work, or none is a shard."""
+    """Raises FolderError unless the folders are all the shards of the same work, or none is a shard."""
     shards = [str(manifest.config.get("shard", "")) for manifest in manifests]
     if len(folders) == 1 or not any(shards):
         return
@@ -157,13 +158,15 @@ def _check_shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Non
     except ConfigError as error:
         raise FolderError(f"{folders[0].parent}: contains a manifest without a valid shard; {error}") from error
     missing = {f"{index}/{count}" for index in range(count)} - set(shards)
-    stray = next((index for index, item in enumerate(identities) if item != identities[0] or not shards[index]), None)
-    if stray is not None:
+    stray_index = next(
+        (index for index, item in enumerate(identities) if item != identities[0] or not shards[index]), None
+    )
+    if stray_index is not None:
         remedy = "move it elsewhere, or run that shard again"
-        raise FolderError(f"{folders[stray]}: is not a shard of the same work as {folders[0]}; {remedy}")
+        raise FolderError(f"{folders[stray_index]}: is not a shard of the same work as {folders[0]}; {remedy}")
     if missing or len(set(shards)) != len(shards):
-        what = f"shard {min(missing)} is missing" if missing else "a shard exists twice"
-        raise FolderError(f"{folders[0].parent}: {what}, found {', '.join(sorted(shards))}; run each shard once")
+        problem = f"shard {min(missing)} is missing" if missing else "a shard exists twice"
+        raise FolderError(f"{folders[0].parent}: {problem}, found {', '.join(sorted(shards))}; run each shard once")
 
 
 def _read_records_manifest(path: Path) -> Manifest:
@@ -211,7 +214,7 @@ def _open_hub(config: PreparationConfig) -> Source:
 def _open_tables(
     files: Sequence[Path], path: Path, reader: Reader, config: PreparationConfig, other_splits: Sequence[str] = ()
 ) -> Source:
-    """The rows of a file, or of a folder's shards of one table."""
+    """The source of the rows of a file, or of one table whose shards are the `files` of a folder."""
     task = config.task or (strip_compression_suffix(path).stem if path.is_file() else path.resolve().name)
     warnings = SourceWarnings(name=str(path))
     if other_splits:
@@ -243,13 +246,13 @@ def _open_tables(
 def _parse_rows(
     rows: Rows, task: str, config: PreparationConfig, warnings: SourceWarnings, *, is_csv: bool = False
 ) -> Iterator[SourceRow]:
-    """Maps the columns of rows and parses them to instances; with `is_csv` lists are parsed from text."""
-    columns = Columns(named=parse_columns(config.columns), ignored=frozenset(config.ignore_columns))
+    """Maps the columns of rows and parses the rows to instances; with `is_csv`, lists are parsed from text."""
+    columns = Columns(by_field=parse_columns(config.columns), ignored=frozenset(config.ignore_columns))
     read_row = partial(parse_row, task=task, max_characters=config.max_characters, unlabelled=config.unlabelled)
 
     def read_rows() -> Iterator[SourceRow]:
-        named = map_columns(rows if columns.named else map_known_columns(rows), columns, warnings)
-        for where, values in parse_lists(named, is_csv=is_csv):
+        mapped_rows = map_columns(rows if columns.by_field else map_known_columns(rows), columns, warnings)
+        for where, values in parse_lists(mapped_rows, is_csv=is_csv):
             warnings.check_candidate_fields(where, values)
             yield read_row(where, values)
 
@@ -283,9 +286,9 @@ def _exclude_systems(
 
 
 def _make_row(name: str, instance: Instance, task: str | None) -> SourceRow:
-    """A row of a source whose instances have their ids and splits already."""
-    named = instance if instance.task or not task else replace(instance, task=task)
-    return SourceRow(f"{name}: instance {quote(instance.instance_id)}", named)
+    """A row of a source whose instances already have ids and splits; `task` is for an instance that has no task."""
+    with_task = instance if instance.task or not task else replace(instance, task=task)
+    return SourceRow(f"{name}: instance {quote(instance.instance_id)}", with_task)
 
 
 def _add_choice_candidates(instance: Instance) -> Instance:
@@ -299,8 +302,8 @@ def group_rows(source: Source, config: PreparationConfig) -> Source:
     grouping = _count_prompts(source.rows, config.group_responses)
     if not grouping.has_groups:
         return source
-    what = f"grouped {grouping.rows:,} rows into {grouping.instances:,} instances, one for each prompt"
-    source.warnings.add("grouped", f"{what}; set --group-responses never to keep rows separate")
+    grouped = f"grouped {grouping.rows:,} rows into {grouping.instances:,} instances, one for each prompt"
+    source.warnings.add("grouped", f"{grouped}; set --group-responses never to keep rows separate")
     return replace(source, rows=lambda: _group_responses(source.rows, grouping))
 
 
@@ -321,7 +324,7 @@ class _Grouping:
 def _count_prompts(rows: Callable[[], Iterator[SourceRow]], mode: Literal["auto", "always", "never"]) -> _Grouping:
     """Counts the rows of each prompt in one pass, with 8 bytes of memory per row; counts nothing if `mode` is never.
 
-    With auto, nothing is grouped unless every row has exactly one response: reading stops at the first other row.
+    If it is auto, rows are grouped only if every row has exactly one response: reading stops at the first other row.
     """
     keys: list[int] = []
     for row in rows() if mode != "never" else ():
@@ -338,7 +341,7 @@ def _count_prompts(rows: Callable[[], Iterator[SourceRow]], mode: Literal["auto"
 def _group_responses(rows: Callable[[], Iterator[SourceRow]], grouping: _Grouping) -> Iterator[SourceRow]:
     """Joins the rows of one prompt to one row at the position of the last, with candidates in the order of the file.
 
-    RecordError if more than `MAX_PENDING_CHARACTERS` wait for further rows.
+    Raises RecordError if more than `MAX_PENDING_CHARACTERS` wait for further rows.
     """
     remaining, pending, num_characters = Counter(grouping.counts), dict[int, SourceRow](), 0
     for row in rows():

@@ -1,9 +1,10 @@
-"""Assigns each row to a split: drawn by group, or as given, in which case splits may share no group and no prompt.
+"""Assigns each row to a split, drawn by group or read from the row. No two splits may share a group or a prompt.
 
-The position of a group between 0 and 1 is a seeded hash of its id, so adding rows moves no other group: below `test`
-it is test, below `test + validation` validation, above that train. Groups that share a prompt (see `prompt_hash`) share
-one position. A requested split that would be empty gets the group nearest to it, so as many groups as splits are
-enough. Where splits are drawn, near-duplicates of held-out rows are dropped from training; see `leakage`.
+Each group has a position from 0 to 1, a seeded hash of its id, so adding rows does not move other groups. Groups below
+`test` are in test, those below `test + validation` in validation, and all others in train. Groups that share a prompt
+(see `prompt_hash`) share one position. A requested split that would be empty gets the group nearest to it, so as many
+groups as splits are enough. If splits are drawn, near-duplicates of held-out rows are dropped from training; see
+`leakage`.
 """
 
 import itertools
@@ -31,7 +32,7 @@ RowMask = npt.NDArray[np.bool_]
 
 TRAIN, VALIDATION, TEST = (SPLITS.index(split) for split in ("train", "validation", "test"))
 FORMATS_WITHOUT_USER_SPLITS = ("builtin", "records", "bigbench")
-"""Formats whose instances have their splits already, not from the rows of a user."""
+"""Formats whose instances have splits that do not come from the rows of a user."""
 _DEFAULT_SHARES = (PreparationConfig.test, PreparationConfig.validation)
 _PROGRESS_EVERY = 512
 _HASH_RANGE = 2**64
@@ -39,7 +40,7 @@ _HASH_RANGE = 2**64
 
 @dataclass(frozen=True, kw_only=True)
 class SplitAssignment:
-    """The split of each row, whether it is dropped, and its ordinal in its group."""
+    """The split of each row, whether it is dropped, and its ordinal in its group from 0; arrays of shape [num_rows]."""
 
     splits: Codes
     dropped: RowMask
@@ -48,27 +49,28 @@ class SplitAssignment:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the source."""
+        """The number of rows of the source."""
         return len(self.splits)
 
 
 def assign_splits(source: Source, config: PreparationConfig, progress: Progress) -> SplitAssignment:
-    """Assigns splits in a pass over the source that keeps a few numbers per row; RecordError for an invalid row.
+    """Assigns splits in one pass over the source, keeping a few numbers per row in memory.
 
-    Where splits are drawn, a second pass finds near-duplicates, and two more merge them if there are many.
+    If splits are drawn, a second pass finds near-duplicates, and two more merge them if there are many. Raises
+    RecordError for an invalid row, and ConfigError if there are fewer groups than splits.
     """
-    ids, groups, prompts, codes, first, named = _hash_rows(source, config, progress)
+    ids, groups, prompts, codes, first, is_task_used = _hash_rows(source, config, progress)
     if first.has_id and (pair := _find_repeat(ids)):
         earlier, later = _read_two_rows(source, pair)
-        what = f"id {quote(later.instance.instance_id)} is used at {earlier.where} already"
-        raise RecordError(f"{later.where}: {what}; give every row its own id")
+        problem = f"id {quote(later.instance.instance_id)} is already used at {earlier.where}"
+        raise RecordError(f"{later.where}: {problem}; give every row its own id")
     if first.has_split:
         if (
             source.format not in FORMATS_WITHOUT_USER_SPLITS
             and not config.unlabelled
             and (config.test, config.validation) != _DEFAULT_SHARES
         ):
-            source.warnings.add("shares", "the rows have splits already; --test and --validation are not used")
+            source.warnings.add("shares", "the rows already have splits; --test and --validation are not used")
         _check_split_overlap(source, codes, prompts, lambda row: f"instruction {quote(row.instance.instruction)}")
         _check_split_overlap(source, codes, groups, lambda row: f"group_id {quote(row.instance.group_id)}")
         dropped = np.zeros(len(codes), dtype=np.bool_)
@@ -77,8 +79,8 @@ def assign_splits(source: Source, config: PreparationConfig, progress: Progress)
     else:
         codes, dropped = _draw_without_leaks(source, config, groups, prompts)
     _warn_dropped(source, codes, dropped)
-    if config.task and not named:
-        source.warnings.add("task", f"every row has a task already; --task {config.task} is not used")
+    if config.task and not is_task_used:
+        source.warnings.add("task", f"every row already has a task; --task {config.task} is not used")
     metrics = {"duplicates_of_instruction": float(len(prompts) - len(np.unique(prompts)))}
     return SplitAssignment(splits=codes, dropped=dropped, ordinals=_compute_ordinals(groups), metrics=metrics)
 
@@ -101,8 +103,8 @@ def _draw_without_leaks(
     dropped_again = _find_near_duplicates(source, codes_again, prompts)
     if dropped_again.sum() >= dropped.sum() or _empties_split(codes_again, dropped_again):
         return codes, dropped
-    what = f"{dropped.sum():,} of {num_training:,} training rows were near-duplicates of held-out rows"
-    source.warnings.add("near_duplicates", f"{what}; drew the splits again with near-duplicates merged into groups")
+    leaks = f"{dropped.sum():,} of {num_training:,} training rows were near-duplicates of held-out rows"
+    source.warnings.add("near_duplicates", f"{leaks}; drew the splits again with near-duplicates merged into groups")
     return codes_again, dropped_again
 
 
@@ -129,9 +131,9 @@ def _warn_dropped(source: Source, codes: Codes, dropped: RowMask) -> None:
 
 
 def apply_splits(rows: Iterator[SourceRow], assignment: SplitAssignment) -> Iterator[Instance | None]:
-    """The instances of the rows with missing ids and splits filled in; None for a dropped row.
+    """Yields the instances of the rows with missing ids and splits filled in, and None for a dropped row.
 
-    Rows beyond the assignment come from a file that grew meanwhile; `Source.check_unchanged` reports that.
+    Rows beyond the assignment are ignored: the file has grown since, and `Source.check_unchanged` reports that.
     """
     for row, code, dropped, ordinal in zip(
         rows, assignment.splits, assignment.dropped, assignment.ordinals, strict=False
@@ -148,7 +150,7 @@ def apply_splits(rows: Iterator[SourceRow], assignment: SplitAssignment) -> Iter
 def draw_splits(keys: Hashes, config: PreparationConfig, name: str = "source", *, unread_columns: str = "") -> Codes:
     """Draws a split for each group hash in `keys` by the fractions of the config; no requested split is empty.
 
-    ConfigError if there are too few groups; it lists `unread_columns`, since rows may differ in one of them.
+    If there are too few groups, raises ConfigError with `unread_columns`, because rows may differ in one of them.
     """
     groups = np.unique(keys)
     num_splits = _num_splits(config)
@@ -201,15 +203,15 @@ def _hash_rows(
 ) -> tuple[Hashes, Hashes, Hashes, Codes, SourceRow, bool]:
     """Hashes of the id, group and prompt of each row, its split, the first row, and whether any row's task is --task.
 
-    RecordError if there is no row.
+    Raises RecordError if there is no row.
     """
     ids, groups, prompts, codes = array("Q"), array("Q"), array("Q"), array("B")
     first: SourceRow | None = None
-    names_task = False
+    is_task_used = False
     for count, row in enumerate(source.rows()):
         first = first or row
         _check_consistent(row, first)
-        names_task = names_task or row.instance.task == config.task
+        is_task_used = is_task_used or row.instance.task == config.task
         ids.append(hash64(row.instance.instance_id))
         groups.append(hash64(f"{config.seed} {row.instance.group_id}"))
         prompts.append(prompt_hash(row.instance.instruction))
@@ -219,30 +221,30 @@ def _hash_rows(
     if first is None:
         raise RecordError(f"{source.name}: holds no instances; give at least one row with instruction and reference")
     hashes = (np.frombuffer(values, dtype=np.uint64) for values in (ids, groups, prompts))
-    return *hashes, np.frombuffer(codes, dtype=np.uint8), first, names_task  # type: ignore[return-value]
+    return *hashes, np.frombuffer(codes, dtype=np.uint8), first, is_task_used  # type: ignore[return-value]
 
 
 def _check_consistent(row: SourceRow, first: SourceRow) -> None:
-    for name, here, there in (("split", row.has_split, first.has_split), ("id", row.has_id, first.has_id)):
-        if here != there:
-            state, other = ("present", "missing") if here else ("missing", "present")
+    for name, in_row, in_first in (("split", row.has_split, first.has_split), ("id", row.has_id, first.has_id)):
+        if in_row != in_first:
+            state, first_state = ("present", "missing") if in_row else ("missing", "present")
             remedy = f"give every row its {name}, or none"
-            raise RecordError(f"{row.where}: {name} is {state}, but {other} at {first.where}; {remedy}")
+            raise RecordError(f"{row.where}: {name} is {state}, but {first_state} at {first.where}; {remedy}")
 
 
-def _check_split_overlap(source: Source, codes: Codes, keys: Hashes, what: Callable[[SourceRow], str]) -> None:
-    """RecordError for the first row whose key occurs in another split already."""
+def _check_split_overlap(source: Source, codes: Codes, keys: Hashes, describe: Callable[[SourceRow], str]) -> None:
+    """Raises RecordError for the first row whose key has occurred in another split; `describe` names the key."""
     if pair := _find_repeat(keys, codes):
         earlier, later = _read_two_rows(source, pair)
-        here, there = later.instance.split, earlier.instance.split
+        split, other_split = later.instance.split, earlier.instance.split
         remedy = "delete one of the two, or leave out all splits to have them drawn"
         raise RecordError(
-            f"{later.where}: {what(later)} is in split {here}, but at {earlier.where} in {there}; {remedy}"
+            f"{later.where}: {describe(later)} is in split {split}, but in {other_split} at {earlier.where}; {remedy}"
         )
 
 
 def _find_repeat(keys: Hashes, codes: Codes | None = None) -> tuple[int, int] | None:
-    """The indexes of two rows with equal keys (and, with `codes`, different codes) whose later row comes first."""
+    """The first row that repeats an earlier key (and, with `codes`, has another code), as (earlier, later) indexes."""
     order = np.argsort(keys, kind="stable")
     repeated = keys[order][1:] == keys[order][:-1]
     if codes is not None:

@@ -25,19 +25,20 @@ _DROPPED_AS_HELD_OUT = ("dropped_shared_with_held_out", "dropped_near_held_out",
 
 
 def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
-    """Prepares `source` or `mixture` into `target`.
+    """Makes instances from `source` or `mixture` and writes them to `target`.
 
     A file is read twice: all rows are checked before anything is written, so an invalid row leaves no partial folder.
-    Memory holds only the hashes of the id, group and prompt of each row. `prompted` handles sources where one row makes
-    many prompts (templates, mixtures).
+    Only the hashes of the id, group and prompt of each row are kept in memory. `prompted` handles sources where one row
+    makes many prompts (templates, mixtures). Raises ConfigError, FolderError or RecordError for errors in the settings,
+    folders or rows.
     """
     refuse_same_folder(config.source, config.target)
     source = group_rows(open_source(config), config)
     tally = Tally(max_failed=config.max_failed, missing=config.missing)
-    instances, total, metrics = _assign_instances(source, config, tally, progress)
+    instances, total, metrics = _make_instances(source, config, tally, progress)
     evaluation_sets = [read_manifest(folder).hash for folder in config.against]
-    values = {**identity(config), "task": source.task}
-    settings = {**values, "format": source.format, "apart": evaluation_sets}
+    config_values = {**identity(config), "task": source.task}
+    settings = {**config_values, "format": source.format, "apart": evaluation_sets}
     with claim(config.work, "preparation", settings, source.parents, fresh=config.fresh) as folder:
         parts = process(
             filter_leaked(instances, config.against, tally.counts, drop=config.leaked == "drop"),
@@ -53,17 +54,17 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         if not parts.rows:
             raise RecordError(f"{source.name}: no instances to write; give more rows, or fewer shards")
         _warn_dropped(source, tally, parts.counts)
-        dropped = sum(count for name, count in tally.counts.items() if name in _DROPPED_AS_HELD_OUT)
-        if dropped and not config.shard and not parts.counts.get("train"):
-            what = (
-                f"no training instances: {dropped:,} were dropped because their prompts are held out, exactly or nearly"
+        num_dropped = sum(count for name, count in tally.counts.items() if name in _DROPPED_AS_HELD_OUT)
+        if num_dropped and not config.shard and not parts.counts.get("train"):
+            problem = (
+                f"no training instances: {num_dropped:,} were dropped as duplicates or near-duplicates of held-out rows"
             )
-            raise RecordError(f"{source.name}: {what}; check --dataset, --against and the data")
+            raise RecordError(f"{source.name}: {problem}; check --dataset, --against and the data")
         counts = {**dict.fromkeys(("train", "validation", "test"), 0), **parts.counts}
         manifest = Manifest(
             step="preparation",
             files=parts.files,
-            config=values,
+            config=config_values,
             step_version=step_version("preparation"),
             seed=config.seed,
             generators=source.generators,
@@ -78,7 +79,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
-def _assign_instances(
+def _make_instances(
     source: Source, config: PreparationConfig, tally: Tally, progress: Progress
 ) -> tuple[Iterator[Instance], int | None, dict[str, float]]:
     """The instances of this shard with their splits, their number if it is known, and metrics."""
@@ -92,21 +93,20 @@ def _assign_instances(
     source.warnings.check_ignored(config.ignore_columns)
     source.warnings.log()
     rows = shard.rows(assignment.num_rows)
-    dropped = int(assignment.dropped[rows.start : rows.stop].sum())
-    if dropped:
-        tally.counts["dropped_near_held_out"] = dropped
+    num_dropped = int(assignment.dropped[rows.start : rows.stop].sum())
+    if num_dropped:
+        tally.counts["dropped_near_held_out"] = num_dropped
     selected = islice(apply_splits(source.rows(), assignment), rows.start, rows.stop)
     instances = (instance for instance in selected if instance is not None)
-    return instances, len(rows) - dropped, dict(assignment.metrics)
+    return instances, len(rows) - num_dropped, dict(assignment.metrics)
 
 
 def _warn_dropped(source: Source, tally: Tally, counts: Mapping[str, int]) -> None:
     """Warns about near-duplicates dropped from datasets of prompts, which are counted while writing."""
     if source.datasets and (count := tally.counts["dropped_near_held_out"]):
         total = count + sum(number for split, number in counts.items() if split != "test")
-        scope = f"dropped {count:,} of {total:,} prompts of train and validation"
-        what = f"{scope}, which are near-duplicates of held-out prompts"
-        source.warnings.add("near_held_out", what)
+        dropped = f"dropped {count:,} of {total:,} prompts of train and validation"
+        source.warnings.add("near_held_out", f"{dropped}, which are near-duplicates of held-out prompts")
         source.warnings.log()
 
 
@@ -115,6 +115,7 @@ def _count_splits(part: Sequence[Instance]) -> Mapping[str, int]:
 
 
 def _facts(source: Source, tally: Tally) -> dict[str, object]:
+    """The facts for the manifest, without empty ones."""
     failed = {name: {"rows": count, "first": tally.errors[name]} for name, count in sorted(tally.failures.items())}
     facts = {
         "made_of": dict(source.commits),

@@ -1,4 +1,4 @@
-"""Reads CSV, Parquet and Arrow files as rows; columns have the names of the fields of JSON Lines."""
+"""Reads CSV, Parquet and Arrow files as rows; the columns are named like the fields of JSON Lines."""
 
 import csv
 import itertools
@@ -24,19 +24,20 @@ _BATCH_ROWS = 256
 _MAX_CELL_CHARACTERS = 10_000_000
 _MAX_RECORD_CHARACTERS = 64 * 2**20
 _MAX_ROW_BYTES = 64 * 2**20
-"""Largest decoded row of Parquet or Arrow: a file of a thousand bytes can hold rows of gigabytes."""
+"""Largest decoded row of Parquet or Arrow: a file of a thousand bytes can decode to rows of gigabytes."""
 _MAX_BATCH_BYTES = 256 * 2**20
 _MAX_BATCH_VALUES = 2**22
 ARROW_FILE = b"ARROW1"
 ARROW_STREAM = b"\xff\xff\xff\xff"
 _DICTIONARY, _BATCH = 2, 3
-"""Types of a message, from `MessageHeader` in Message.fbs."""
+"""Types of Arrow messages, from `MessageHeader` in Message.fbs."""
 
 
 def read_csv(path: Path) -> Rows:
-    """The rows of a CSV file with a header, each with the line where it begins; blank cells are None.
+    """Yields the rows of a CSV file with a header, each with the line where it begins; blank cells are None.
 
-    The separator is the tab in a .tsv file, otherwise what `_detect_separator` finds.
+    The separator is a tab in .tsv and .tab files, and detected in other files. Raises RecordError for a row that is not
+    CSV or has more or fewer cells than the header.
     """
     header: list[str] | None = None
     for number, cells in _read_records(path, _detect_separator(path)):
@@ -51,7 +52,7 @@ def read_csv(path: Path) -> Rows:
 
 
 def read_parquet(path: Path) -> Rows:
-    """The rows of a Parquet file as dictionaries by column name."""
+    """Yields the rows of a Parquet file; raises RecordError if it is damaged or a row has more than 64 MiB."""
     number = 0
     try:
         with translate_read_errors(path):
@@ -70,10 +71,10 @@ def read_parquet(path: Path) -> Rows:
 
 
 def read_arrow(path: Path) -> Rows:
-    """The rows of an Arrow file or stream as dictionaries by column name.
+    """Yields the rows of an Arrow file or stream, which is memory-mapped.
 
-    The file is memory-mapped. RecordError if it is damaged or has compressed buffers, whose size in memory is only
-    known once they are decompressed.
+    Raises RecordError if it is damaged, if a row has more than 64 MiB, or if it has compressed buffers, whose size in
+    memory is only known once they are decompressed.
     """
     number = 0
     try:
@@ -99,15 +100,15 @@ def read_arrow(path: Path) -> Rows:
 
 
 def _open_with_dictionaries(path: Path) -> pq.ParquetFile:
-    """Opens the file with dictionary-encoded texts: reads more slowly, but holds a text repeated in every row once."""
+    """Opens the file with dictionary-encoded texts: slower to read, but a text repeated in all rows is stored once."""
     with pq.ParquetFile(path) as parquet:
         columns = [parquet.schema.column(index) for index in range(len(parquet.schema))]
-    texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
-    return pq.ParquetFile(path, read_dictionary=texts)
+    text_columns = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+    return pq.ParquetFile(path, read_dictionary=text_columns)
 
 
 def _choose_batch_rows(parquet: pq.ParquetFile, dictionary_encoded: pq.ParquetFile, group: int) -> int:
-    """How many rows of a row group to decode at once: fewer if its lists or the texts in its dictionaries are long."""
+    """The number of rows of a row group to decode at once: fewer if its lists or its dictionaries' texts are long."""
     row_group = parquet.metadata.row_group(group)
     values = max((row_group.column(index).num_values for index in range(row_group.num_columns)), default=0)
     rows: int = max(1, min(_BATCH_ROWS, _MAX_BATCH_VALUES * row_group.num_rows // max(values, 1)))
@@ -124,7 +125,7 @@ def _max_text_bytes(array: pa.Array) -> int:
 
 
 def _split_batch(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """Splits a batch into parts of at most `_MAX_ROW_BYTES`; ValueError for a single row above that."""
+    """Splits a batch into parts of at most `_MAX_ROW_BYTES`; raises ValueError for a single larger row."""
     size = sum(map(_estimate_bytes, batch.columns))
     if size <= _MAX_ROW_BYTES:
         yield batch
@@ -157,21 +158,21 @@ def _child_arrays(array: pa.Array) -> list[pa.Array]:
 def _detect_separator(path: Path) -> str:
     """The cell separator: the comma, unless another one fits the first rows and the comma does not.
 
-    A separator fits if it splits the header into several cells and each of the first rows into as many.
+    A separator fits if it splits the header into several cells, and each of the first rows into the same number.
     """
     if strip_compression_suffix(path).suffix.lower() in TAB_SUFFIXES:
         return "\t"
-    columns: dict[str, int] = {}
+    num_columns: dict[str, int] = {}
     for separator in _SEPARATORS:
         try:
             counts = [len(cells) for _, cells in itertools.islice(_read_records(path, separator), _DETECTION_ROWS)]
         except RecordError:
             continue
         if counts and counts[0] > 1 and len(set(counts)) == 1:
-            columns[separator] = counts[0]
-    if not columns:  # None fits: the reader will name the first row with another number of cells.
-        columns = {separator: len(_read_header_cells(path, separator)) for separator in _SEPARATORS}
-    return "," if columns.get(",", 0) > 1 else max(columns, key=lambda separator: columns[separator])
+            num_columns[separator] = counts[0]
+    if not num_columns:  # No separator fits: the reader will report the first row whose number of cells differs.
+        num_columns = {separator: len(_read_header_cells(path, separator)) for separator in _SEPARATORS}
+    return "," if num_columns.get(",", 0) > 1 else max(num_columns, key=lambda separator: num_columns[separator])
 
 
 def _read_header_cells(path: Path, separator: str) -> list[str]:
@@ -182,7 +183,7 @@ def _read_header_cells(path: Path, separator: str) -> list[str]:
 
 
 def _read_records(path: Path, separator: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """The first line and the cells of each record, without blank lines."""
+    """Yields the number of the first line and the cells of each record; skips blank lines."""
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     first_line, num_characters = 1, 0
 
@@ -194,7 +195,9 @@ def _read_records(path: Path, separator: str = ",") -> Iterator[tuple[int, list[
             num_characters += len(text)
             if num_characters > _MAX_RECORD_CHARACTERS:
                 limit = f"{_MAX_RECORD_CHARACTERS:,} characters"
-                raise RecordError(f"{path}:{first_line}: a row of more than {limit} (line {number}); fix its quotes")
+                raise RecordError(
+                    f"{path}:{first_line}: the row has more than {limit} (up to line {number}); fix its quotes"
+                )
             yield text
 
     reader = csv.reader(read_parts(), strict=True, delimiter=separator)
@@ -226,8 +229,9 @@ class _CompressedError(ValueError):
 
 
 def _read_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+    """Yields the batches of an Arrow file or stream; raises _CompressedError if any has compressed buffers."""
     head = source.read(len(ARROW_FILE))
-    source.seek(8 if head == ARROW_FILE else 0)  # The file format is the stream format after eight bytes.
+    source.seek(8 if head == ARROW_FILE else 0)  # The file format is eight bytes, then the stream format.
     for message in pa.ipc.MessageReader.open_stream(source):
         if message.type in ("record batch", "dictionary") and _is_compressed(message.metadata.to_pybytes()):
             raise _CompressedError(source)

@@ -1,7 +1,7 @@
 """Reads text files by lines or pieces, decompressing and decoding on the fly; errors name the file and the line.
 
-It reads gzip, xz, bzip2, Zstandard, and a zip archive of one file. Files are decompressed as they are
-read, so a small file that would expand to fill a disk needs the memory of one buffer only.
+It reads gzip, xz, bzip2, Zstandard, and a zip archive of one file. Files are decompressed as they are read, so a small
+file that would fill a disk when expanded needs only the memory of one buffer.
 """
 
 import bz2
@@ -35,7 +35,7 @@ COMPRESSION_SUFFIXES = (".gz", ".xz", ".bz2", ".zst", ".zip")
 _GZIP, _XZ, _BZIP2, _ZSTANDARD, _ZIP = b"\x1f\x8b", b"\xfd7zXZ\x00", b"BZh", b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
 _HEAD_BYTES = 512
 _DAMAGE_ERRORS = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, OSError)
-"""What the decompressors raise on damaged bytes."""
+"""Errors that the decompressors raise for damaged bytes."""
 
 _PANDAS_COMMAND = """python -c "import pandas; pandas.{read}('{name}').to_parquet('rows.parquet')\""""
 _UNSUPPORTED_FORMATS: tuple[tuple[int, bytes, str, str], ...] = (
@@ -79,10 +79,10 @@ def read_head(path: Path) -> bytes:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file with their numbers from 1, line ends included.
+    """Yields the lines of a file with their numbers from 1, line ends included.
 
-    The encoding is UTF-8, or UTF-16 or UTF-32 where the file begins with a byte order mark. RecordError for a line that
-    cannot be decoded or is longer than `MAX_LINE_BYTES`, and for a damaged archive.
+    The encoding is UTF-8, or UTF-16 or UTF-32 if the file begins with their byte order mark. Raises RecordError for a
+    line that cannot be decoded or is longer than `MAX_LINE_BYTES`, and for a damaged archive.
     """
     encoding = _detect_encoding(path)
     if encoding != "utf-8-sig":
@@ -96,7 +96,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_pieces(path: Path, errors: str = "strict", size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """The text of a file in pieces of `size` characters, ignoring lines; RecordError as for `read_lines`."""
+    """Yields the text of a file in pieces of `size` characters; raises RecordError like `read_lines`."""
     encoding, number = _detect_encoding(path), 1
     with (
         _open_decompressed(path) as file,
@@ -108,15 +108,15 @@ def read_pieces(path: Path, errors: str = "strict", size: int = PIECE_CHARACTERS
 
 
 def _detect_encoding(path: Path) -> str:
-    """The encoding by the first decompressed bytes; RecordError for UTF-16 without a byte order mark."""
+    """The encoding by the first decompressed bytes; raises RecordError for UTF-16 without a byte order mark."""
     with _open_decompressed(path) as file:
         try:
             first_bytes = file.read(4)
         except (MemoryError, *_DAMAGE_ERRORS):
             return "utf-8-sig"  # reading the lines will raise the error, with the line number
-    marked = next((name for mark, name in _BOM_ENCODINGS.items() if first_bytes.startswith(mark)), None)
+    encoding = next((name for mark, name in _BOM_ENCODINGS.items() if first_bytes.startswith(mark)), None)
     if (
-        marked is None
+        encoding is None
         and len(first_bytes) == 4
         and any(first_bytes)
         and b"\0\0" in (first_bytes[::2], first_bytes[1::2])
@@ -124,7 +124,7 @@ def _detect_encoding(path: Path) -> str:
         name = "UTF-16LE" if first_bytes[1] == 0 else "UTF-16BE"
         remedy = f"save it as UTF-8: iconv -f {name} -t UTF-8 {path.name} > NEW"
         raise RecordError(f"{path}: is {name} without a byte order mark; {remedy}")
-    return marked or "utf-8-sig"
+    return encoding or "utf-8-sig"
 
 
 def _read_utf16_or_utf32_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
@@ -193,7 +193,7 @@ def _line_length_error(path: Path, number: int) -> RecordError:
 def _open_decompressed(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file for reading bytes, decompressed if its first bytes are those of a compression format.
 
-    RecordError for an archive of several files, and for a format that is not text.
+    Raises RecordError for an archive of several files, and for a format that is not text.
     """
     with translate_read_errors(path):
         raw = path.open("rb")
@@ -207,7 +207,7 @@ def _open_decompressed(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _peek(file: IO[bytes]) -> bytes:
-    """The first decompressed bytes; empty if they are damaged, which reading the lines reports."""
+    """The first decompressed bytes; empty if they are damaged, since reading the lines reports that."""
     try:
         return file.peek(_HEAD_BYTES)[:_HEAD_BYTES]  # type: ignore[attr-defined,no-any-return] # all decompressors have it
     except (MemoryError, *_DAMAGE_ERRORS):
@@ -220,7 +220,7 @@ def _decompress(path: Path, raw: io.BufferedReader, stack: contextlib.ExitStack)
     if first_bytes.startswith(_GZIP):
         gzip_file = gzip.GzipFile(fileobj=raw)
         stack.callback(gzip_file.close)
-        return gzip_file  # type: ignore[return-value] # a GzipFile reads as IO[bytes] does
+        return gzip_file  # type: ignore[return-value] # GzipFile has the methods of IO[bytes]
     if first_bytes.startswith(_XZ):
         return stack.enter_context(lzma.open(raw, "rb"))
     if first_bytes.startswith(_BZIP2) and first_bytes[4:10] in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"):
@@ -251,8 +251,8 @@ def _open_only_member(path: Path, raw: IO[bytes], stack: contextlib.ExitStack) -
         members = [name for name in names if _is_data(name)]
         if len(members) != 1:
             names_text = ", ".join(sorted(members)[:5]) or "nothing"
-            what = f"is a zip archive of {len(members)} files ({quote(names_text, 120)})"
-            raise RecordError(f"{path}: {what}; extract it and give one of them: unzip {path.name} -d FOLDER")
+            problem = f"is a zip archive of {len(members)} files ({quote(names_text, 120)})"
+            raise RecordError(f"{path}: {problem}; extract it and give one of them: unzip {path.name} -d FOLDER")
         return archive.open(members[0])
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise RecordError(

@@ -2,8 +2,8 @@
 
 Each message is a line of JSON. Input: `["load", number, seconds, source...]` and `["run", seconds, values, [[number,
 argument], ...]]`. Output, in the same order: the result of a load, and the list of results of a run. Instead of a value
-a result may be {"error": reason} or {"limit": which}, one of time, size and unloaded (it did not compile). If memory
-runs out, the process exits with `OUT_OF_MEMORY`.
+a result may be {"error": reason} or {"limit": name}, where the name is time, size or unloaded (the template did not
+compile). If memory runs out, the process exits with `OUT_OF_MEMORY`.
 
 CPU time is limited in two steps. A timer raises `_TimeLimitError` in Python, and the child continues with the next
 template. That does not interrupt a single call into C (a sort, a power), so the kernel kills the process a little
@@ -100,7 +100,7 @@ class _ChatTemplates:
         return source[0], None
 
     def prepare(self, values: dict[str, object]) -> dict[str, Any]:
-        """Returns the messages and the special tokens by name."""
+        """Returns the values as they are: the messages, and the special tokens by name."""
         return values
 
     def render(self, compiled: str, values: dict[str, Any], argument: str | None) -> str:
@@ -208,7 +208,7 @@ def _encode_line(answer: object) -> bytes:
 
 
 class _TimeLimitError(BaseException):
-    """The time is up. Not an Exception, so that no `except Exception` on its way catches it."""
+    """The time limit is exceeded. Not an Exception, so that no `except Exception` in other code catches it."""
 
 
 def _apply_limits() -> None:
@@ -269,7 +269,7 @@ _SET_TYPES = (set, frozenset)
 class Placeholder:
     """Replaces an object that cannot be sent to the child (an image, an array), with the same printed form.
 
-    `base` is a plain value whose attributes it has, such as a datetime for a pandas timestamp.
+    It has the attributes of `base`, a plain value such as a datetime for a pandas timestamp.
     """
 
     def __init__(self, name: str, text: str, representation: str, base: object) -> None:
@@ -290,7 +290,7 @@ class Placeholder:
 
 
 def encode(value: object) -> object:
-    """Converts a value for `json.dumps`; RecursionError if it is nested too deeply."""
+    """Converts a value for `json.dumps`; raises RecursionError if it is nested too deeply."""
     if type(value) in _JSON_TYPES:
         return value
     if type(value) is list:

@@ -1,7 +1,7 @@
 """Runs jobs in child processes. A job is one row with some templates; outcomes are returned in order.
 
 Children are reused, and jobs are queued while a child works. If a child exits, the job that caused it is rendered again
-in a new child, one template at a time, to find the template; the other jobs are not affected.
+in a new child, one template at a time, to find the responsible one; the other jobs are not affected.
 """
 
 import atexit
@@ -17,16 +17,16 @@ from cappy.rendering import MAX_ANSWER, MAX_MEMORY
 from cappy.rendering.process import ChildExitError, Process, close_all
 
 MAX_SECONDS = 2.0
-"""CPU time of one template on one row, and of compiling one."""
-_MAX_REASON = 300
-_MAX_LOADED = 4096
-_MAX_IDLE = 2
+"""Limit on the CPU time of rendering one row with one template, and of compiling one template, in seconds."""
+_MAX_REASON_CHARACTERS = 300
+_MAX_LOADED_TEMPLATES = 4096
+_MAX_IDLE_CHILDREN = 2
 _MAX_QUEUED_JOBS = 32
 _MAX_QUEUED_CHARACTERS = 2**18
 
 
 class TemplateSource:
-    """The arguments of a kind's `load` for one template (`child` has the kinds); hashable, with a cached hash."""
+    """The kind of a template (see `child`) and the arguments of its `load`; hashable, with a cached hash."""
 
     __slots__ = ("_hash", "kind", "parts")
 
@@ -45,7 +45,7 @@ class TemplateSource:
 class RenderJob:
     """Values as JSON (see `child.encode`) and the templates to render with them, each with an argument.
 
-    `load` lists templates to compile only. `seconds` limits the CPU time of each template.
+    `load` lists templates that are only compiled. `seconds` limits the CPU time of each template.
     """
 
     values: str = "{}"
@@ -56,7 +56,7 @@ class RenderJob:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why there is no value. `limited`: it exceeded a limit; `loading`: the template does not compile."""
+    """Why a template has no value; `limited` if it exceeded a limit, `loading` if it does not compile."""
 
     reason: str
     limited: bool = False
@@ -70,7 +70,7 @@ Outcome = object
 
 
 def run(kind: str, jobs: Iterable[RenderJob]) -> Iterator[list[Outcome]]:
-    """Yields the outcomes of each job, one per item. An error from iterating `jobs` is raised after the outcomes."""
+    """Yields the outcomes of each job, one per item; an error in the iterator `jobs` is raised after these outcomes."""
     pending: deque[RenderJob] = deque()
     with _lease(kind) as channel:
         for job in _with_end(jobs, pending):
@@ -82,7 +82,7 @@ def run(kind: str, jobs: Iterable[RenderJob]) -> Iterator[list[Outcome]]:
 
 
 def load(source: TemplateSource, seconds: float = MAX_SECONDS) -> Outcome:
-    """Compiles a template; returns what its kind's `load` answers, or a Failure."""
+    """Compiles a template; returns the answer of its kind's `load`, or a Failure."""
     with _lease(source.kind) as channel:
         if source not in channel.load_outcomes:
             list(channel.render_alone(RenderJob(load=(source,), seconds=seconds)))
@@ -90,7 +90,7 @@ def load(source: TemplateSource, seconds: float = MAX_SECONDS) -> Outcome:
 
 
 def _with_end(jobs: Iterable[RenderJob], pending: deque[RenderJob]) -> Iterator[RenderJob | None]:
-    """The jobs, then None at the end or before an error from the iterator."""
+    """Yields the jobs, then None at the end or before an error of the iterator is raised."""
     try:
         yield from jobs
     except Exception:
@@ -117,7 +117,7 @@ def _finish(channel: "_Channel", pending: deque[RenderJob]) -> Iterator[list[Out
 
 
 class _Channel:
-    """A connection to a child process, which is replaced by a new one if it exits."""
+    """A connection to a child process; if the child exits, a new one replaces it."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -153,7 +153,7 @@ class _Channel:
         return number
 
     def receive(self, job: RenderJob) -> list[Outcome]:
-        """The outcomes of the oldest sent job; ChildExitError if the child exits."""
+        """The outcomes of the oldest sent job; raises ChildExitError if the child exits."""
         process = self._process
         seconds = _WALL_SECONDS + _WALL_FACTOR * job.seconds * max(1, len(job.items))
         while True:
@@ -186,15 +186,15 @@ class _Channel:
 
     def render_again(self, job: RenderJob, error: ChildExitError, *, fresh: bool = False) -> list[Outcome]:
         """The outcomes of the job during which the child exited; `fresh` if it was the child's first job."""
-        first = self._expected[0] if self._expected else None
+        unanswered = self._expected[0] if self._expected else None
         self._restart()
         is_template_fault = fresh or error.reason in _TEMPLATE_LIMITS
-        if isinstance(first, TemplateSource) and is_template_fault:
-            self._failures[first] = _limit_failure(error.reason, job.seconds, loading=True)
+        if isinstance(unanswered, TemplateSource) and is_template_fault:
+            self._failures[unanswered] = _limit_failure(error.reason, job.seconds, loading=True)
         if len(job.items) > 1:
             return [self.render_alone(replace(job, items=(item,)))[0] for item in job.items]
         if is_template_fault:
-            return [_limit_failure(error.reason, job.seconds, loading=isinstance(first, TemplateSource))]
+            return [_limit_failure(error.reason, job.seconds, loading=isinstance(unanswered, TemplateSource))]
         # Earlier jobs may have used up the old child's resources, so try again in a new one.
         return self.render_alone(job)
 
@@ -217,7 +217,10 @@ class _Channel:
 
 
 _WALL_SECONDS, _WALL_FACTOR = 60.0, 10.0
-"""Time to wait for an answer, as on a busy machine a second of CPU time can take many seconds."""
+"""An answer may take `_WALL_SECONDS` plus `_WALL_FACTOR` times the limit on CPU time.
+
+On a busy machine, a second of CPU time can take many seconds.
+"""
 _TEMPLATE_LIMITS = ("time", "size")
 """Limits that are always the template's own fault; memory may have been used up by earlier jobs."""
 _PROTOCOL_ERROR = "its process sent an invalid answer"
@@ -235,8 +238,8 @@ def _outcome(answer: object, seconds: float, *, loading: bool = False) -> Outcom
     if not isinstance(answer, dict):
         return answer
     if "limit" in answer:
-        return _limit_failure(str(answer["limit"])[:_MAX_REASON], seconds, loading=loading)
-    return Failure(" ".join(str(answer.get("error")).split())[:_MAX_REASON], loading=loading)
+        return _limit_failure(str(answer["limit"])[:_MAX_REASON_CHARACTERS], seconds, loading=loading)
+    return Failure(" ".join(str(answer.get("error")).split())[:_MAX_REASON_CHARACTERS], loading=loading)
 
 
 def _limit_failure(limit: str, seconds: float, *, loading: bool = False) -> Failure:
@@ -279,7 +282,11 @@ def close_children() -> None:
 def _release(process: Process) -> None:
     with _lock:
         idle = _idle.setdefault(process.kind, [])
-        if process.is_usable and len(idle) < _MAX_IDLE and len(process.template_numbers) < _MAX_LOADED:
+        if (
+            process.is_usable
+            and len(idle) < _MAX_IDLE_CHILDREN
+            and len(process.template_numbers) < _MAX_LOADED_TEMPLATES
+        ):
             idle.append(process)
             return
     process.close()

@@ -27,7 +27,7 @@ _processes: "weakref.WeakSet[Process]" = weakref.WeakSet()
 
 
 class ChildExitError(Exception):
-    """The child exited or was killed: `reason` is time, memory or size, or a text that says how it ended."""
+    """The child exited or was killed; `reason` is "time", "memory" or "size", or a text that says how it ended."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -35,12 +35,12 @@ class ChildExitError(Exception):
 
 
 class Process:
-    """A child process for templates of one kind; for one thread at a time, in the process that started it."""
+    """A child process for templates of one kind; to be used by one thread at a time, in the process that started it."""
 
     def __init__(self, kind: str) -> None:
         paths = [str(Path(cappy.__file__).parents[1]), *filter(None, sys.path)]
         self.kind = kind
-        # By template: its number in the child, and what loading it gave.
+        # By template: its number in the child, and the outcome of loading it.
         self.template_numbers: dict[Hashable, int] = {}
         self.load_outcomes: dict[Hashable, object] = {}
         self.num_answers = 0
@@ -66,7 +66,7 @@ class Process:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it is open and was started by this process; a fork may not use it."""
+        """Whether it is open and was started by this process; a fork must not use it."""
         return self._owner_pid == os.getpid()
 
     @property
@@ -82,7 +82,7 @@ class Process:
             self._write()
 
     def receive(self, seconds: float) -> bytes:
-        """The next line from the child, without its end; ChildExitError if there is none within this time."""
+        """The next line from the child, without its end; raises ChildExitError if there is none within `seconds`."""
         if not self.is_usable:
             raise ChildExitError("is closed, or belongs to another process")
         deadline = monotonic() + seconds

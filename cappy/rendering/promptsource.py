@@ -1,4 +1,4 @@
-"""PromptSource templates in the child process: the sandbox, compiling and rendering.
+"""Compiles and renders PromptSource templates in the child process, in a Jinja sandbox.
 
 The results are those of PromptSource v0.1.0 (commit 4a662713, which T0 was trained with) and T0's `apply_template`,
 including their quirks; comments mark these.
@@ -22,8 +22,8 @@ from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefine
 from jinja2.sandbox import SandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 
-# Without those that no template of PromptSource uses: batch, center, filesizeformat, indent, pprint, slice, striptags,
-# sum, tojson, urlize, wordwrap and xmlattr.
+# Jinja's filters, except those that no template of PromptSource uses: batch, center, filesizeformat, indent, pprint,
+# slice, striptags, sum, tojson, urlize, wordwrap and xmlattr.
 # fmt: off
 _JINJA_FILTER_NAMES = (
     "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "forceescape",
@@ -134,7 +134,7 @@ class _Sandbox(SandboxedEnvironment):
         raise SecurityError(f"reads {attribute!r} of a {type(obj).__name__}")
 
     def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:  # noqa: N805
-        """Calls an object as Jinja does; SecurityError if it is not allowed."""
+        """Calls an object like Jinja; raises SecurityError if the call is not allowed."""
         if not __self.is_safe_callable(__obj):
             owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", type(__obj).__name__)
             raise SecurityError(f"calls {name!r} of a {type(owner).__name__}")
@@ -145,7 +145,7 @@ class _Sandbox(SandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
-        """The result of an operator; SecurityError if it is too large an integer."""
+        """The result of an operator; raises SecurityError if it is an integer of more than `MAX_BITS`."""
         is_power = operator == "**"
         if is_power and isinstance(left, int) and isinstance(right, int) and _bits(left) * abs(right) > MAX_BITS:
             raise SecurityError(f"raises a number to the power of {right}")
@@ -168,7 +168,7 @@ _SEPARATOR = "|||"
 _ESCAPED_SEPARATOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 
 
-class Code(NamedTuple):
+class CompiledTemplate(NamedTuple):
     """A compiled template; `fixed` means that its choices do not depend on the row."""
 
     text: jinja2.Template
@@ -190,14 +190,16 @@ class Values(NamedTuple):
         return {**self.plain, **copies}
 
 
-def load(*source: str) -> tuple[Code, list[str]]:
+def load(*source: str) -> tuple[CompiledTemplate, list[str]]:
     """Compiles a template from its text and choices; also returns the fields of a row that it reads, sorted."""
     jinja, answer_choices = source
-    # PromptSource's quirk: it replaces every "}}", and the filters bind to the last operand only: {{ a + b }} cuts b.
+    # PromptSource's quirk: it replaces every "}}", and the filters bind to the last operand only: {{ a + b }} truncates
+    # only b.
     text = _compile(jinja.replace("}}", " | string | truncate(2048) }}"))
     choices = _compile(answer_choices) if answer_choices else None
     choice_fields = _find_variables(answer_choices)
-    return Code(text, choices, not choice_fields), sorted((_find_variables(jinja) | choice_fields) - {_CHOICES_NAME})
+    fields = sorted((_find_variables(jinja) | choice_fields) - {_CHOICES_NAME})
+    return CompiledTemplate(text, choices, not choice_fields), fields
 
 
 def prepare(row: Mapping[str, object]) -> Values:
@@ -210,10 +212,11 @@ def prepare(row: Mapping[str, object]) -> Values:
     return Values(plain, {name: value for name, value in renamed.items() if isinstance(value, list | dict | tuple)})
 
 
-def render(code: Code, values: Values, seed: str | None) -> Sequence[object] | None:
-    """Instruction, target and choices, or None if T0 drops the row; without a seed only the choices if they are fixed.
+def render(code: CompiledTemplate, values: Values, seed: str | None) -> Sequence[object] | None:
+    """The instruction, target and choices, or None if T0 drops the row.
 
-    The random numbers of the template depend on `seed` and the row.
+    The random numbers of the template depend on `seed` and the row. Without a seed, only the choices are returned, or
+    None if they are not fixed.
     """
     if seed is None:
         return _choices(code.choices, {}) if code.choices and code.fixed else None

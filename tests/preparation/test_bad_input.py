@@ -192,8 +192,11 @@ def test_a_bad_parquet_file_is_named_by_row(refuse: Refuse) -> None:
 @pytest.mark.parametrize(
     ("rows", "parts"),
     [
-        ([{"id": "a"}, {"id": "b"}, {"id": "b"}, {"id": "a"}], ("in.jsonl:3: ", "id 'b'", "in.jsonl:2 already")),
-        ([{"id": 1}, {"id": "1"}], ("in.jsonl:2: ", "id '1'", "in.jsonl:1 already")),
+        (
+            [{"id": "a"}, {"id": "b"}, {"id": "b"}, {"id": "a"}],
+            ("in.jsonl:3: ", "id 'b'", "already used at in.jsonl:2"),
+        ),
+        ([{"id": 1}, {"id": "1"}], ("in.jsonl:2: ", "id '1'", "already used at in.jsonl:1")),
         ([{"id": "a"}, {}], ("in.jsonl:2: id is missing", "present at in.jsonl:1", "or none")),
         ([{}, {"id": "a"}], ("in.jsonl:2: id is present", "missing at in.jsonl:1", "or none")),
         ([{"split": "test"}, {}], ("in.jsonl:2: split is missing", "present at in.jsonl:1", "or none")),
@@ -204,11 +207,11 @@ def test_a_bad_parquet_file_is_named_by_row(refuse: Refuse) -> None:
                 {"split": "test"},
                 {"split": "test", "instruction": " ADD  one."},
             ],
-            ("in.jsonl:3: ", "' ADD  one.' is in split test", "in.jsonl:1 in train", "leave out all splits"),
+            ("in.jsonl:3: ", "' ADD  one.' is in split test", "in train at in.jsonl:1", "leave out all splits"),
         ),
         (
             [{"split": "train", "group_id": "g"}, {"split": "validation", "group_id": "g"}],
-            ("in.jsonl:2: ", "group_id 'g' is in split validation", "in.jsonl:1 in train", "leave out all splits"),
+            ("in.jsonl:2: ", "group_id 'g' is in split validation", "in train at in.jsonl:1", "leave out all splits"),
         ),
         ([{}, {}], ("in.jsonl: ", "2 group(s)", "at least 3", "--test 0", "--validation 0")),
     ],

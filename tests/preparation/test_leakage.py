@@ -226,7 +226,7 @@ def test_a_file_of_near_duplicates_alone_is_one_template_and_loses_nothing(
 
 def test_nothing_left_to_train_on_is_refused(prepare: Prepare, json_lines: JsonLines) -> None:
     path = json_lines(*rows([nearly(texts(1)[0], mark) for mark in ("one", "two")]))
-    with raises_naming(RecordError, str(path), "no training instances", "1 were dropped", "held out"):
+    with raises_naming(RecordError, str(path), "no training instances", "1 were dropped", "held-out rows"):
         prepare(path, validation=0)
 
 

@@ -146,7 +146,7 @@ def test_a_template_that_runs_out_of_time_row_after_row_is_refused_whatever_shar
     known = {"templates": templates, "dataset": "quiz", "max_failed": 1.0, "test": 0, "validation": 0}
     path = json_lines(*[row | {"label": int(n in (3, 5, 6))} for n, row in enumerate(quiz(20))])
     assert prepare(path, **known)[0].facts["failed_templates"]["quiz ask"]["rows"] == 3
-    with raises_naming(RecordError, "template 'ask'", "longer than 2 seconds", "3 rows in a row", "--template"):
+    with raises_naming(RecordError, "template 'ask'", "longer than 2 seconds", "3 consecutive rows", "--template"):
         prepare(json_lines(*[row | {"label": 1} for row in quiz(5_000)]), **known)
 
 

@@ -203,7 +203,7 @@ def test_b8_columns_are_mapped_ignored_and_grouped_whatever_the_source(
 def test_b8_shares_are_refused_where_splits_stand(
     prepare: Prepare, source: Callable[..., dict[str, Any]], kind: str, name: str
 ) -> None:
-    with raises_naming(ConfigError, f"--{name} is not for", "splits are fixed", "leave it out"):
+    with raises_naming(ConfigError, f"--{name} does not apply to", "splits are fixed", "leave it out"):
         prepare(**source(kind), **{name: 0.4})
 
 
@@ -228,7 +228,7 @@ def test_b8_a_task_that_names_nothing_is_named(
 def test_b8_templates_are_refused_by_a_mixture_of_prompts(
     prepare: Prepare, source: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    with raises_naming(ConfigError, "--templates is not for", "bigbench45"):
+    with raises_naming(ConfigError, "--templates does not apply to", "bigbench45"):
         prepare("builtin", **source("mixture"), templates=tmp_path)
 
 

@@ -43,22 +43,22 @@ _MONTHS = words("January February March April May June July August September Oct
 
 
 def british(day: date) -> str:
-    """3 May 2021"""
+    """The date in the form 3 May 2021."""
     return f"{day.day} {_MONTHS[day.month - 1]} {day.year}"
 
 
 def american(day: date) -> str:
-    """May 3, 2021"""
+    """The date in the form May 3, 2021."""
     return f"{_MONTHS[day.month - 1]} {day.day}, {day.year}"
 
 
 def numeric(day: date) -> str:
-    """2021-05-03"""
+    """The date in the form 2021-05-03."""
     return day.isoformat()
 
 
 def with_slashes(day: date) -> str:
-    """05/03/2021, the month first"""
+    """The date in the form 05/03/2021, with the month first."""
     return f"{day.month:02}/{day.day:02}/{day.year}"
 
 

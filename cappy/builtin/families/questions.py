@@ -100,7 +100,7 @@ _ASPECTS = words("""
 
 
 def draw_sentiment(rng: Random) -> Content:
-    """A review of three aspects: all good, all bad, or mixed; "not" and a bad word may stand for a good one."""
+    """A review of three aspects: all good, all bad, or mixed; "not" with a bad word may replace a good word."""
     answer = rng.choice(("positive", "negative", "mixed"))
     good = rng.sample((True, True, False) if rng.random() < 0.5 else (True, False, False), 3)
     verdicts = good if answer == "mixed" else [answer == "positive"] * 3
@@ -148,8 +148,8 @@ def draw_comparison(rng: Random) -> Content:
 def draw_topic(rng: Random) -> Content:
     """A sentence with three words of one topic and one of another, and four topics to choose from."""
     topics = rng.sample(tuple(TOPICS), 4)
-    topic, distraction = topics[0], topics[1]
-    words = [*rng.sample(TOPICS[topic], 3), rng.choice([w for w in TOPICS[distraction] if w not in TOPICS[topic]])]
+    topic, other_topic = topics[0], topics[1]
+    words = [*rng.sample(TOPICS[topic], 3), rng.choice([w for w in TOPICS[other_topic] if w not in TOPICS[topic]])]
     rng.shuffle(words)
     speaker = f"{rng.choice(NAMES)} from {rng.choice(CITIES)}"
     sentence = f"{speaker} spoke about the {words[0]}, the {words[1]}, the {words[2]} and the {words[3]}."

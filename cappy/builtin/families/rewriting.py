@@ -33,14 +33,14 @@ def draw_list_reversal(rng: Random) -> Content:
 
 
 def draw_list_selection(rng: Random) -> Content:
-    """Four to six different nouns, of which a part is to be copied in the same order."""
+    """Four to six different nouns; a part of them is to be copied in the same order."""
     words = rng.sample(_NOUNS, rng.randint(4, 6))
     part = rng.choice(tuple(_SELECTIONS))
     return Content(slots={"words": ", ".join(words), "part": part}, references=(", ".join(words[_SELECTIONS[part]]),))
 
 
 def draw_category_filtering(rng: Random) -> Content:
-    """Five or six nouns of three categories, of which those of one category are to be selected."""
+    """Five or six nouns of three categories; those of one category are to be selected."""
     target, *others = rng.sample(tuple(CATEGORIES), 3)
     members = rng.sample(CATEGORIES[target], rng.randint(2, 3))
     rest = rng.sample(tuple(chain.from_iterable(CATEGORIES[other] for other in others)), 3)

@@ -1,4 +1,4 @@
-"""Mixtures by name: their datasets, templates and splits. `plan` counts the rows that they make.
+"""Loads the mixtures of the paper: their datasets, templates and splits. `plan` counts the rows that they make.
 
     t0           the training data of T0, and later of Cappy: 38 subsets, 313 templates
     heldout      the eleven tasks that Cappy was evaluated on without training, COPA and HellaSwag
@@ -26,7 +26,7 @@ NAMES = ("t0", "heldout", "bigbench45")
 """The names of the mixtures."""
 
 CONVERTED_BRANCH = "refs/convert/parquet"
-"""The branch where the hub stores a repository's data converted to Parquet, including data of loading scripts."""
+"""The branch where the hub stores a repository's data converted to Parquet, including the data of loading scripts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +88,14 @@ class Mixture:
 
 
 def load_mixture(name: str) -> Mixture:
-    """Loads a mixture; ConfigError for an unknown name."""
+    """Loads a mixture; raises ConfigError for an unknown name."""
     if name not in NAMES:
         raise ConfigError(f"mixture: unknown mixture {quote(name)}; choose one of {', '.join(NAMES)}")
     return from_json(read_data(f"{name}.json"))
 
 
 def select_subsets(mixture: Mixture, patterns: Sequence[str]) -> Mixture:
-    """The mixture with only the subsets whose names match a pattern; ConfigError for a pattern without a match."""
+    """The mixture with the subsets whose names match a pattern; raises ConfigError for a pattern without a match."""
     names = [subset.name for subset in mixture.subsets]
     unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
     if unknown:
@@ -106,7 +106,7 @@ def select_subsets(mixture: Mixture, patterns: Sequence[str]) -> Mixture:
 
 
 def from_json(text: str) -> Mixture:
-    """Parses the JSON of a mixture; pydantic.ValidationError for a missing field or a wrong type."""
+    """Parses the JSON of a mixture; raises pydantic.ValidationError for a missing field or a wrong type."""
     return TypeAdapter(Mixture).validate_json(text, strict=True)
 
 
@@ -143,7 +143,7 @@ class MixtureValues(TypedDict):
 
 
 def to_values(mixture: Mixture) -> MixtureValues:
-    """A mixture as JSON values, without fields at their default."""
+    """A mixture as JSON values, without fields that have their default value."""
     values: MixtureValues = TypeAdapter(Mixture).dump_python(mixture, mode="json", exclude_defaults=True)
     return values
 

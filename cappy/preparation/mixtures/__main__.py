@@ -41,7 +41,7 @@ CHOICES_AT_VERSION: Mapping[tuple[str, str], float | None] = {
     ("trec", "fine_grained_open"): 47,
     ("trec", "fine_grained_open_context_first"): 47,
 }
-"""Numbers of choices at TEMPLATE_VERSION that later versions changed; with them any version makes the same files.
+"""Numbers of choices at TEMPLATE_VERSION that later versions changed, so that any version makes the same files.
 
 All templates of `t0` and `heldout` were compared at 0.1.0, at 0.2.3 and at a commit after it: their names and every
 other number of choices are equal.
@@ -78,7 +78,7 @@ def write_mixtures(templates: Path, published: Path, target: Path) -> list[Path]
     """Writes one JSON file for each mixture to `target`; the same input gives the same bytes.
 
     `templates` is the templates folder of any version of PromptSource; `published` contains t0_datasets.csv and
-    bigbench45_sizes_and_scores.csv. ConfigError if a file, or a dataset in one, is missing.
+    bigbench45_sizes_and_scores.csv. Raises ConfigError if a file, or a dataset in one, is missing.
     """
     paths = []
     for name in NAMES:
@@ -113,9 +113,9 @@ def make_mixture(name: str, templates: Path, published: Path) -> Mixture:
 
 
 def count_choices(answer_choices: str | None, per_row: float | None) -> float | None:
-    """The number of choices in PromptSource's `answer_choices`; `per_row` if it joins a list from the row.
+    """The number of choices in PromptSource's `answer_choices`; None if it is empty.
 
-    None if it is empty; ConfigError if it joins a list and `per_row` is unknown.
+    If it joins a list from the row, the number is `per_row`; raises ConfigError if that is None.
     """
     if not answer_choices:
         return None
@@ -167,8 +167,8 @@ def _parse_size(text: str) -> int | None:
 def _check_same_names(rows: Mapping[str, int | None], sources: list[SubsetValues], path: Path) -> None:
     names = {source["name"] for source in sources}
     if names != set(rows):
-        differing = ", ".join(sorted(names ^ set(rows)))
-        raise ConfigError(f"{path}: lists other datasets than sources.json ({differing}); correct sources.json")
+        different_names = ", ".join(sorted(names ^ set(rows)))
+        raise ConfigError(f"{path}: lists other datasets than sources.json ({different_names}); correct sources.json")
 
 
 def _to_compact_json(values: MixtureValues) -> str:

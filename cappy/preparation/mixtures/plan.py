@@ -236,12 +236,12 @@ def _describe_t0(mixture: Mixture, plan: MixturePlan) -> Iterator[str]:
     if wiki_hop is None or plan.examples() < FULL_MIXTURE_EXAMPLES:
         return
     num_choices = [template.num_choices for template in wiki_hop.templates if template.num_choices is not None]
-    one_more = cap_rows(wiki_hop.rows["train"] or 0, len(wiki_hop.templates)) * len(num_choices)
+    pairs_per_choice = cap_rows(wiki_hop.rows["train"] or 0, len(wiki_hop.templates)) * len(num_choices)
     yield (
         f"This reconstruction has {_millions(plan.pairs())} million pairs; Cappy's authors report {PUBLISHED_MILLIONS} "
-        "million, and no public text found says how they count. The number of choices of wiki_hop differs by row: "
+        "million, and no public explanation of their count was found. The number of choices of wiki_hop varies by row: "
         f"{max(num_choices):g} are counted, the average in its paper is probably 19.8, and one choice more or less "
-        f"changes the sum by {_millions(one_more)} million."
+        f"changes the sum by {_millions(pairs_per_choice)} million."
     )
 
 

@@ -1,9 +1,9 @@
-"""PromptSource templates: loaded from YAML and rendered as in PromptSource v0.1.0 and T0, with resource limits.
+"""Loads PromptSource templates from YAML and renders them as PromptSource v0.1.0 and T0 do, with resource limits.
 
-`load_templates` loads the templates of a dataset without constructing Python objects. `render` renders a row with a
-template to an instruction, a target and choices in a child process, `render_rows` many rows with many templates.
-`fetch` downloads the files. The limits are in `cappy.rendering`, the rendering itself in
-`cappy.rendering.promptsource`.
+`load_templates` loads the templates of a dataset without constructing the Python objects of the YAML tags. `render`
+renders a row with a template to an instruction, a target and choices in a child process; `render_rows` renders many
+rows with many templates. `fetch` downloads the files. `cappy.rendering` has the limits, and
+`cappy.rendering.promptsource` the rendering itself.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ __all__ = [
     "render_rows",
 ]
 
-_FILE = "templates.yaml"
+_FILE_NAME = "templates.yaml"
 _MAX_SUGGESTIONS = 5
 _KIND = "promptsource"
 _RESERVED_FIELD = "answer_choices"
@@ -55,8 +55,8 @@ class Template:
     """One template of a dataset; `dataset` includes the subset: "super_glue/rte".
 
     `jinja` renders to the instruction and the target, separated by `|||`; `answer_choices` renders to the choices of a
-    classification template, separated likewise, and is empty for an open-ended template. `original_task` is false for
-    a template that inverts the task of its dataset.
+    classification template, separated the same way, and is empty for an open-ended template. `original_task` is false
+    for a template that inverts the task of its dataset.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Template:
 def load_templates(folder: Path, dataset: str) -> tuple[Template, ...]:
     """Loads the templates of a dataset, such as "imdb" or "super_glue/rte", sorted by name.
 
-    `folder` contains <dataset>[/<subset>]/templates.yaml. ConfigError if the file is missing or invalid.
+    `folder` contains <dataset>[/<subset>]/templates.yaml. Raises ConfigError if the file is missing or invalid.
     """
     path = _find_file(folder, dataset)
     templates = [_parse_template(path, dataset, key, values) for key, values in _read_mappings(path).items()]
@@ -104,9 +104,9 @@ Row = Mapping[str, object]
 def render(template: Template, row: Row, *, seed: int = 0, seconds: float = MAX_SECONDS) -> RenderedRow | None:
     """Renders a row with a template; None if the instruction or target is blank, in which case T0 drops the row.
 
-    Random choices in a template depend only on the row and the seed. The row is not modified. RecordError if rendering
-    fails, takes longer than `seconds` of CPU time, or does something forbidden; ConfigError if the template does not
-    compile.
+    Random choices in a template depend only on the row and the seed. The row is not modified. Raises RecordError if
+    rendering fails, takes longer than `seconds` of CPU time, or does something forbidden, and ConfigError if the
+    template does not compile.
     """
     ((result,),) = render_rows([(row, [template])], seed=seed, seconds=seconds)
     if isinstance(result, RecordError):
@@ -117,9 +117,9 @@ def render(template: Template, row: Row, *, seed: int = 0, seconds: float = MAX_
 def render_rows(
     rows: Iterable[tuple[Row, Sequence[Template]]], *, seed: int = 0, seconds: float = MAX_SECONDS
 ) -> Iterator[list[Result]]:
-    """Renders each row with its templates, as `render` does; yields one list of results per row and reads rows ahead.
+    """Renders each row with its templates, like `render`; yields one list of results per row and reads rows ahead.
 
-    A failure is returned as a RecordError in place of the result. ConfigError if a template does not compile.
+    A failure is returned as a RecordError in place of the result. Raises ConfigError if a template does not compile.
     """
     queue: deque[tuple[Row, Sequence[Template], str]] = deque()
     items_by_id: dict[int, tuple[Template, tuple[TemplateSource, str]]] = {}
@@ -147,7 +147,10 @@ def render_rows(
 
 
 def fixed_choices(template: Template) -> tuple[str, ...] | None:
-    """The choices of a template if they are the same for every row; None if they depend on the row or are absent."""
+    """The choices of a template if they are the same for every row; None if they depend on the row or it has none.
+
+    Raises ConfigError if the template does not compile.
+    """
     find_fields(template)
     ((outcome,),) = jobs.run(_KIND, [RenderJob(items=((_as_source(template), None),))])
     if isinstance(outcome, Failure):
@@ -156,7 +159,7 @@ def fixed_choices(template: Template) -> tuple[str, ...] | None:
 
 
 def find_fields(template: Template) -> frozenset[str]:
-    """The fields of a row that the template reads; ConfigError if it does not compile.
+    """The fields of a row that the template reads; raises ConfigError if it does not compile.
 
     PromptSource silently renders a missing field as an empty text, so callers must check for missing fields.
     """
@@ -171,7 +174,7 @@ def _as_source(template: Template) -> TemplateSource:
 
 
 def _encode_row(row: Row) -> tuple[str, str]:
-    """The row as JSON for a job, and a description of its problem or an empty text."""
+    """The row as JSON for a job, and a description of the problem if it has one, or an empty text."""
     if any(name.replace("-", "_") == _RESERVED_FIELD for name in row):
         return "{}", f"the row has a field {_RESERVED_FIELD}, which is reserved for the template; rename the column"
     try:
@@ -197,7 +200,7 @@ def _parse_outcome(template: Template, row: Row, outcome: object) -> Result:
 
 
 def _check_texts(template: Template, texts: object) -> list[str]:
-    """The texts in an outcome; outcomes of a child process are not trusted."""
+    """Checks that an outcome is a list of texts, because outcomes of a child process are not trusted."""
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{_where(template)}: the child answers {quote(texts)}")
     return texts
@@ -227,12 +230,12 @@ def _find_file(folder: Path, dataset: str) -> Path:
     parts = PurePosixPath(dataset).parts
     if not parts or dataset.startswith("/") or ".." in parts:
         raise ConfigError(f"{quote(dataset)} is not the name of a dataset, such as imdb or super_glue/rte")
-    path = folder.joinpath(*parts, _FILE)
+    path = folder.joinpath(*parts, _FILE_NAME)
     if not path.is_file():
-        names = sorted(file.parent.relative_to(folder).as_posix() for file in folder.rglob(_FILE))
+        names = sorted(file.parent.relative_to(folder).as_posix() for file in folder.rglob(_FILE_NAME))
         if not names:
             raise ConfigError(
-                f"{folder}: contains no {_FILE}; give the folder of PromptSource's templates, or "
+                f"{folder}: contains no {_FILE_NAME}; give the folder of PromptSource's templates, or "
                 "download them with cappy templates"
             )
         similar = [name for name in names if dataset in name.split("/")] or get_close_matches(
@@ -291,8 +294,8 @@ def _read_text(where: str, values: Mapping[str, object], name: str) -> str:
 URL = "https://github.com/bigscience-workshop/promptsource/archive/refs/heads/main.tar.gz"
 """The main branch, unchanged since June 2023. `hashes.json` pins the files, not this address.
 
-It lists the 279 files that this project was tested with: release 0.2.3 with the languages of each template, and the
-later changes to trec, multi_news and race. Their full commit hash is not known.
+`hashes.json` lists the 279 files that this project was tested with: release 0.2.3 with the languages of each template,
+and the later changes to trec, multi_news and race. Their full commit hash is not known.
 """
 MAX_BYTES = 2**26
 _TEMPLATES_FOLDER = ("promptsource", "templates")
@@ -308,8 +311,8 @@ def fetch(target: Path, *, url: str = URL, hashes: Mapping[str, str] | None = No
     """Downloads the template files to `target`, a new folder, and returns their number.
 
     `url` is a tar.gz of the repository; `seconds` is the timeout of each read. Nothing is written unless every file of
-    `hashes` (the known ones if left out) is in the archive with its sha256; other files are skipped. ConfigError if the
-    target exists or the download fails, FolderError if the archive does not contain the known files.
+    `hashes` (by default `load_hashes()`) is in the archive with its sha256; other files are skipped. Raises ConfigError
+    if the target exists or the download fails, and FolderError if the archive does not contain these files.
     """
     if target.exists():
         raise ConfigError(f"{target}: already exists; choose a new folder")
@@ -344,7 +347,7 @@ def _download(url: str, seconds: float) -> bytes:
 
 
 def _read_members(url: str, content: bytes) -> dict[str, bytes]:
-    """The files below the templates folder by their path there; no member may have a path outside the archive."""
+    """The files in the templates folder, by path in it; raises FolderError if a path leads out of the archive."""
     members, remaining_bytes = {}, MAX_BYTES
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
@@ -365,11 +368,11 @@ def _read_members(url: str, content: bytes) -> dict[str, bytes]:
     return members
 
 
-def _check_hashes(url: str, content: Mapping[str, bytes], expected: Mapping[str, str]) -> dict[str, bytes]:
+def _check_hashes(url: str, members: Mapping[str, bytes], expected: Mapping[str, str]) -> dict[str, bytes]:
     remedy = "nothing was written; fetch again, or use the default address"
     for name, sha256 in expected.items():
-        if name not in content:
+        if name not in members:
             raise FolderError(f"{url}: has no {name}; {remedy}")
-        if hashlib.sha256(content[name]).hexdigest() != sha256:
+        if hashlib.sha256(members[name]).hexdigest() != sha256:
             raise FolderError(f"{url}: {name} differs from the known file (sha256); {remedy}")
-    return {name: content[name] for name in expected}
+    return {name: members[name] for name in expected}
