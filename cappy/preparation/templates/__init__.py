@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 import tarfile
+import urllib.error
 import urllib.request
 import zlib
 from collections import deque
@@ -340,6 +341,8 @@ def _download(url: str, seconds: float) -> bytes:
         with urllib.request.urlopen(url, timeout=seconds) as response:  # noqa: S310 # the scheme is checked above
             content: bytes = response.read(MAX_BYTES + 1)
     except (OSError, HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # It holds the response, and so the connection.
         raise ConfigError(f"{url}: download failed ({quote(str(error), limit=120)}); {remedy}") from error
     if len(content) > MAX_BYTES:
         raise FolderError(f"{url}: sends more than {MAX_BYTES:,} bytes; {remedy}")
