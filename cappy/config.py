@@ -36,7 +36,7 @@ Workers = Annotated[
 ]
 
 Renames = Mapping[str, str | tuple[str, ...]]
-"""Old name of a setting -> its new name, or several new names of which one applies."""
+"""Old name of a setting -> its new name, or the new names of a setting that was split into several."""
 
 FRESH = "fresh"
 Fresh = Annotated[
@@ -48,12 +48,12 @@ Fresh = Annotated[
         description="Redo the work even if a run with the same settings finished it; a killed --fresh run is resumed",
     ),
 ]
-"""A flag without a value on the command line. The value is the name of the run, so that its retries continue it."""
+"""On the command line a flag without a value; the config gets a name for the run, so that retries continue that run."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))
 def settings(cls: type[T]) -> type[T]:
-    """Decorator: a frozen, keyword-only dataclass that rejects unknown fields and invalid values."""
+    """Decorator that makes a frozen, keyword-only dataclass, which rejects unknown fields and invalid values."""
     config_class: type[T] = pydantic.dataclasses.dataclass(
         frozen=True, kw_only=True, config=ConfigDict(extra="forbid")
     )(cls)  # type: ignore[assignment]
@@ -61,7 +61,10 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def build(config_class: type[T], values: Mapping[str, Any]) -> T:
-    """Builds a config from values; ConfigError names the field, the value and the rule, or the new name of a field."""
+    """Builds a config from values.
+
+    Raises ConfigError, which names the invalid field, its value and the rule, or the new name of a renamed field.
+    """
     step = _step_name(config_class)
     new_flags = renamed_flags(config_class)
     for name in map(flag, values):
@@ -120,7 +123,7 @@ def renamed_flags(config_class: type) -> dict[str, str]:
 
 
 def rename_settings(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier release under their present names; those split into several keep the old name."""
+    """Renames settings of an earlier release; a setting that was split into several keeps its old name."""
     new_names: dict[str, str] = {}
     for cls in config_class.__mro__:
         new_names |= {old: name for old, name in vars(cls).get("RENAMED", {}).items() if isinstance(name, str)}
@@ -128,7 +131,7 @@ def rename_settings(config_class: type, values: Mapping[str, Any]) -> dict[str, 
 
 
 def to_values(config: Any) -> dict[str, Any]:
-    """A config as JSON values."""
+    """The config as a dict of JSON values."""
     values: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return values
 
@@ -141,12 +144,12 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def encode(values: Mapping[str, Any]) -> str:
-    """Settings as one URL-safe string: kfp's local runner rewrites some characters of plain-text arguments."""
+    """Encodes settings as one URL-safe string, since kfp's local runner rewrites some characters of plain arguments."""
     return base64.urlsafe_b64encode(json.dumps(values, sort_keys=True).encode()).decode()
 
 
 def decode(text: str) -> dict[str, Any]:
-    """The settings that `encode` wrote; {} for an empty text."""
+    """Decodes the settings that `encode` wrote; {} for an empty text. Raises ConfigError for any other text."""
     try:
         values = json.loads(base64.urlsafe_b64decode(text.encode())) if text else {}
     except ValueError as error:

@@ -67,8 +67,8 @@ def quote(value: object, limit: int = 60, *, keys: Sequence[str] = ()) -> str:
     return truncate(repr(redact(value, *keys) if isinstance(value, str) else value), limit, *keys)
 
 
-def suggest(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The end of an error about an unknown word: the nearest known word, else `otherwise`, else all known words."""
-    names = sorted(known)
+def suggest(word: str, choices: Iterable[str], otherwise: str = "") -> str:
+    """The end of an error message about an unknown word: the closest choice, else `otherwise`, else all choices."""
+    names = sorted(choices)
     nearest = difflib.get_close_matches(word, names, n=1)
     return f"; did you mean {nearest[0]}?" if nearest else otherwise or f"; choose one of {', '.join(names)}"

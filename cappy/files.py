@@ -23,7 +23,7 @@ PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
 REMOVED_PREFIX = ".removed-"
 _PUBLIC_FILE = 0o666
-"""Before the umask."""
+"""Mode of a file that is not private, before the umask is applied."""
 _SAFE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 _REMEDY = "delete it and run the same command again"
 
@@ -32,9 +32,10 @@ _REMEDY = "delete it and run the same command again"
 def hold_lock(path: Path, timeout: float = -1) -> Iterator[None]:
     """Holds a lock file until the block or the process ends, even if it is killed; the file contains the process id.
 
-    Waits `timeout` seconds, or without limit if negative; filelock.Timeout if another process still holds it then. A
-    missing file or folder is created with access for its owner only; FolderError as for `open_lock`. OSError on a file
-    system without kernel locks; a lock that is only the existence of a file would outlive a killed process.
+    Waits at most `timeout` seconds for another process, or without limit if negative. A missing file or folder is
+    created with access for its owner only. Raises filelock.Timeout if another process still holds the lock, FolderError
+    like `open_lock`, and OSError on a file system without kernel locks: a lock that is only the existence of a file
+    would outlive a killed process.
     """
     while True:
         make_private(path.parent)
@@ -80,8 +81,8 @@ def lock_holder(path: Path) -> str:
 def open_lock(path: Path) -> IO[str]:
     """Opens a lock file for reading and writing; a missing one is created with access for its owner only.
 
-    FolderError if the path is a symbolic link, not a regular file, or has a second hard link: whoever acquires the lock
-    writes to it. The file may belong to another user, because all users of a volume share its locks.
+    The file may belong to another user, because all users of a volume share its locks. Raises FolderError if the path
+    is a symbolic link, not a regular file, or has a second hard link, since whoever acquires the lock writes to it.
     """
     try:
         # O_NONBLOCK: opening a pipe would block until its other end is opened.
@@ -170,7 +171,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def refuse_links(folder: Path, name: str) -> None:
-    """Raises FolderError if a folder on the way from `folder` to the file `name` in it is a symbolic link."""
+    """Raises FolderError if a subfolder on the path from `folder` to its file `name` is a symbolic link."""
     path = folder
     for part in Path(name).parts[:-1]:
         path /= part

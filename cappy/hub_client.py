@@ -16,11 +16,11 @@ from cappy.errors import ConfigError, quote
 from cappy.specs import Spec
 
 MAX_PAGES = 200
-"""Pages of one list of files; the hub sends a thousand files per page."""
+"""Maximum pages of one list of files; the hub sends a thousand files per page."""
 MAX_LIST_BYTES = 64 * 2**20
 """Size limit of a response of the hub's API."""
 READ_TIMEOUT_SECONDS = 60.0
-"""Longest wait for the next bytes where a call sets no timeout: the client's default has no limit."""
+"""Maximum wait for the next bytes if a call sets no timeout: the client has none by default."""
 MAX_UNSIZED_BYTES = 2**30
 """Size limit of a file without a Content-Length: the hub states the size of large files."""
 
@@ -48,7 +48,7 @@ class _Response(Protocol):
 
 
 class _Client(Protocol):
-    """The part of its client that is used here."""
+    """The part of its HTTP client that is used here."""
 
     timeout: float
     event_hooks: Mapping[str, Sequence[Callable[[_Response], None]]]
@@ -87,9 +87,9 @@ def _guarded_client() -> _Client:
 
 
 def _limit_bytes(stream: _Stream, max_bytes: int) -> _Stream:
-    """The stream, which raises ValueError after `max_bytes`."""
+    """Wraps the stream so that it raises ValueError after `max_bytes`."""
     # The class of the HTTP library that huggingface_hub uses.
-    base = next(kind for kind in type(stream).__mro__ if kind.__name__ == "SyncByteStream")
+    base = next(cls for cls in type(stream).__mro__ if cls.__name__ == "SyncByteStream")
 
     class LimitedStream(base):  # type: ignore[misc, valid-type] # known at run time
         def __iter__(self) -> Iterator[bytes]:
@@ -109,7 +109,7 @@ def _limit_bytes(stream: _Stream, max_bytes: int) -> _Stream:
 def hub_folder(spec: Spec, *, extra_patterns: Sequence[str] = ()) -> Path:
     """Downloads the weights (safetensors), the tokenizer and `extra_patterns` of a pinned repository.
 
-    ConfigError if it cannot be downloaded.
+    Returns the folder in the hub's cache. Raises ConfigError if the download fails, or if the revision is not a commit.
     """
     from huggingface_hub import snapshot_download
 
@@ -132,7 +132,7 @@ def hub_folder(spec: Spec, *, extra_patterns: Sequence[str] = ()) -> Path:
 
 
 def _resolve_commit(spec: Spec) -> str:
-    """The full hash of a shortened commit; unchanged when offline."""
+    """The full hash of the spec's commit, which may be abbreviated; the revision itself when offline."""
     from huggingface_hub import HfApi
     from huggingface_hub.constants import is_offline_mode
 

@@ -1,7 +1,7 @@
 """The key of a piece of work: step, version of the step, settings, inputs. Equal keys mean equal results.
 
 One function computes both the name of a folder under the work folder and the fingerprint for an orchestrator's cache,
-so both agree on what is the same work. The key contains the step's `version` (`cappy.steps`) instead of a hash of the
+so both agree on which work is the same. The key contains the step's `version` (`cappy.steps`) instead of a hash of the
 code, so that an edited comment does not invalidate finished work.
 """
 
@@ -49,19 +49,19 @@ class Key:
 
     @staticmethod
     def from_json(text: str) -> "Key":
-        """The key that `to_json` wrote; ValueError or TypeError if it is not one."""
+        """Parses the key that `to_json` wrote. Raises ValueError or TypeError if the text is not a key."""
         key = Key(**json.loads(text))
         if not isinstance(key.settings, dict) or not isinstance(key.inputs, list):
             raise TypeError("settings is not an object, or inputs is not a list")
         return key
 
     def differences(self, other: "Key") -> list[str]:
-        """What changed from `other` to this key, as text: `temperature 0.9 -> 1.0`."""
+        """The differences from `other` to this key as texts, such as `temperature 0.9 -> 1.0`."""
         texts = [] if self.version == other.version else [f"version {other.version} -> {self.version}"]
         for name in sorted({*self.settings, *other.settings}):
             old, new = other.settings.get(name), self.settings.get(name)
             if old != new:
-                texts.append(f"{name.replace('_', '-')} {_short(old)} -> {_short(new)}")
+                texts.append(f"{name.replace('_', '-')} {_format_value(old)} -> {_format_value(new)}")
         if list(self.inputs) != list(other.inputs):
             texts.append("inputs")
         return texts
@@ -72,6 +72,6 @@ def work_key(step: str, settings: Mapping[str, object], inputs: Sequence[object]
     return Key(step=step, version=step_version(step), settings=dict(settings), inputs=list(inputs), fresh=fresh)
 
 
-def _short(value: object) -> str:
+def _format_value(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[:MAX_VALUE_CHARACTERS]}..."

@@ -38,19 +38,19 @@ _LOGGED: set[tuple[Path, str]] = set()
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npy", "*.joblib", "*.msgpack")
 ADAPTER = "adapter_config.json"
 CODE = ("*.py", "*.pyc", "*.pyd", "*.so", "*.dll", "*.dylib")
-BESIDE_MANIFEST = frozenset({MANIFEST, "calibration.json", "probe.json", "out_of_fold.json"})
-"""Files that an evaluation adds after the manifest was written; a registered version has their sha256 in its tags."""
+UNLISTED_FILES = frozenset({MANIFEST, "calibration.json", "probe.json", "out_of_fold.json"})
+"""The manifest, and files that an evaluation adds later; a registered version has the sha256 of those in its tags."""
 
 MAX_CONFIG_BYTES = 4 * 2**20
 """Size limit of templates and of JSON files other than vocabularies; the largest known have a few hundred kB."""
 MAX_TABLE_BYTES = 128 * 2**20
-"""Size limit of tokenizer.json, a vocabulary or merges; Gemma's have 33 MB."""
+"""Size limit of tokenizer.json, a vocabulary or merges; Gemma's has 33 MB."""
 MAX_HEADER_BYTES = 16 * 2**20
 """Size limit of a safetensors header: about 150,000 tensors."""
 MAX_COUNT = 100_000
-"""Limit of layers, heads, experts and labels in config.json: transformers builds lists of that length on reading."""
+"""Limit of layers, heads, experts and labels in config.json: transformers, on reading it, builds lists that long."""
 SPARE_ELEMENTS = 2**26
-"""Elements that a model may have beyond twice those of its weights, for a new head or position tables."""
+"""Elements that a model may have in addition to twice those of its weights, for a new head or position tables."""
 SPARE_MODULES = 10_000
 
 _TABLES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "*.model", "*.tiktoken")
@@ -58,7 +58,7 @@ _INDEX = "*.safetensors.index.json"
 _COUNT_KEYS = re.compile(r"^_?num_|(layers?|heads?|experts?|labels|blocks?|stages?|depths?)$")
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
 _FILE_KEYS = frozenset({"configuration_files", "fast_tokenizer_files", "transformers_weights"})
-"""Keys that make transformers read files with other than the usual names."""
+"""Keys that make transformers read files with unusual names."""
 _TABLE_KEYS = frozenset({"vocab", "merges"})
 """Keys of tokenizer_config.json that contain tables; transformers reads a string there as a path."""
 _KERNEL_KEYS = frozenset({"attn_implementation", "experts_implementation"})
@@ -93,14 +93,14 @@ class AutoModel(Protocol[Model_co]):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """A checked folder: `hash` is a sha256 of all files, `listed` says whether a manifest lists them."""
+    """A checked folder: `hash` is a sha256 over all files; `listed` is whether a manifest lists them."""
 
     path: Path
     hash: str
     listed: bool
 
     def config(self) -> "PreTrainedConfig":
-        """The configuration as transformers reads it; FolderError if it does not describe a model."""
+        """The configuration as transformers reads it. Raises FolderError if it does not describe a model."""
         from transformers import AutoConfig
 
         if not (self.path / "config.json").is_file():
@@ -110,7 +110,7 @@ class ModelFolder:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer; FolderError if transformers cannot read it."""
+        """The tokenizer. Raises FolderError if transformers cannot read it."""
         from transformers import AutoTokenizer
 
         with _folder_errors(
@@ -123,8 +123,8 @@ class ModelFolder:
     def model(self, auto_class: AutoModel[Model_co], config: "PreTrainedConfig") -> tuple[Model_co, list[str]]:
         """The model in fp32 on the CPU, and the names of parameters that are missing in the weights and thus random.
 
-        `auto_class` is one of transformers' AutoModelFor... classes. FolderError if config.json describes a larger
-        model than the weights contain, or if transformers cannot load it.
+        `auto_class` is one of transformers' AutoModelFor... classes. Raises FolderError if config.json describes a
+        larger model than the weights contain, or if transformers cannot load it.
         """
         import torch
 
@@ -144,9 +144,9 @@ class ModelFolder:
 
 
 def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "") -> ModelFolder:
-    """Checks a folder before anything is loaded from it; FolderError names the offending file.
+    """Checks a folder before anything is loaded from it. Raises FolderError, which names the offending file.
 
-    `pinned` says that the content is verified otherwise (a commit, a known sha256), so its hash is not logged;
+    `pinned` means that the content is verified in another way (a commit, a known sha256), so its hash is not logged;
     `checkpoint` is the name of a pickle that is allowed because it is converted, not loaded.
     """
     if not folder.is_dir():
@@ -168,9 +168,9 @@ def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "
 
 
 def check_size(
-    folder: Path, auto_class: AutoModel[Module], config: "PreTrainedConfig", elements: Sequence[int]
+    folder: Path, auto_class: AutoModel[Module], config: "PreTrainedConfig", tensor_sizes: Sequence[int]
 ) -> None:
-    """FolderError if `config` describes a larger model than the weights, whose tensors have these `elements`.
+    """Raises FolderError if `config` describes a larger model than the weights, whose tensors have these sizes.
 
     The model is built on the device "meta", without memory for its tensors. transformers creates shared parameters
     (embeddings and head, encoder and decoder) separately and ties them at the end, so the limit is four times as high
@@ -180,21 +180,21 @@ def check_size(
 
     problem, remedy = f"{folder}: config.json does not describe a model", "give a folder that transformers saved"
     with _folder_errors(problem, remedy):
-        with _limit_model_size(folder, elements), torch.device("meta"):
+        with _limit_model_size(folder, tensor_sizes), torch.device("meta"):
             model = auto_class.from_config(config, trust_remote_code=False)
         size = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-        if size > _max_elements(elements):
-            raise _size_error(folder, size, elements)
+        if size > _max_elements(tensor_sizes):
+            raise _size_error(folder, size, tensor_sizes)
 
 
 def verify_exactly(folder: Path) -> Manifest:
-    """The manifest of a folder that contains exactly the listed files, each with its sha256, else FolderError.
+    """Returns the manifest; raises FolderError unless the folder has exactly the listed files, each with its sha256.
 
-    Hidden files at the top (.gitattributes, .cache) and `BESIDE_MANIFEST` are ignored. Unlike a folder of records, the
+    Hidden files at the top (.gitattributes, .cache) and `UNLISTED_FILES` are ignored. Unlike a folder of records, the
     folder of a model must not contain other files, because transformers would read them.
     """
     manifest = verify(folder)
-    listed = {file.name for file in manifest.files} | BESIDE_MANIFEST
+    listed = {file.name for file in manifest.files} | UNLISTED_FILES
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if (not path.is_dir() or path.is_symlink()) and name not in listed and not name.startswith("."):
@@ -204,7 +204,7 @@ def verify_exactly(folder: Path) -> Manifest:
 
 
 def _refuse_pickles(folder: Path, *, allowed: str = "") -> None:
-    """FolderError if a file has a format that can run code when it is loaded."""
+    """Raises FolderError if a file has a format that can run code when it is loaded."""
     for path in _match_files(folder, PICKLES):
         if path.name != allowed or path.parent != folder:
             remedy = "convert it to safetensors if it holds the weights, then delete it"
@@ -212,7 +212,7 @@ def _refuse_pickles(folder: Path, *, allowed: str = "") -> None:
 
 
 def _refuse_code(folder: Path) -> None:
-    """FolderError if a file is code, or if a JSON file names code or files outside the folder."""
+    """Raises FolderError if a file is code, or if a JSON file names code or files outside the folder."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir() and path.is_symlink():
             raise FolderError(f"{path}: is a link to another folder; copy its files here, or delete it")
@@ -221,7 +221,7 @@ def _refuse_code(folder: Path) -> None:
     for path in _match_files(folder, CODE):
         raise FolderError(f"{path}: is code, which is never run from the folder of a model; delete it")
     for path in _match_files(folder, ("*.json",)):
-        if not _matches(path, (*_TABLES, _INDEX)) and not (path.parent == folder and path.name in BESIDE_MANIFEST):
+        if not _matches(path, (*_TABLES, _INDEX)) and not (path.parent == folder and path.name in UNLISTED_FILES):
             _refuse_named_code(path, _read_json(path, MAX_CONFIG_BYTES))
     for path in _match_files(folder, (_INDEX,)):
         _refuse_outside(path, _read_json(path, MAX_HEADER_BYTES))
@@ -246,7 +246,7 @@ def _refuse_named_code(path: Path, values: "JSON") -> None:
 
 
 def _refuse_unknown_class(path: Path, key: str, value: "JSON") -> None:
-    """FolderError for a class that transformers does not have, because it would silently load another one."""
+    """Raises FolderError for a class that transformers does not have, because it would silently load another one."""
     for name in value if isinstance(value, list) else [value] if value is not None else []:
         spellings = (str(name), re.sub(r"^(TF|Flax)|Fast$", "", str(name)), f"{name}Fast")
         if not isinstance(name, str) or not any(map(_is_known_class, spellings)):
@@ -275,7 +275,7 @@ def _refuse_outside(path: Path, values: "JSON") -> None:
 def _refuse_large(folder: Path) -> None:
     for path in _match_files(folder, ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")):
         limit = MAX_TABLE_BYTES if _matches(path, (*_TABLES, "*.txt")) else MAX_CONFIG_BYTES
-        limit = MAX_HEADER_BYTES if _matches(path, (_INDEX, *BESIDE_MANIFEST)) else limit
+        limit = MAX_HEADER_BYTES if _matches(path, (_INDEX, *UNLISTED_FILES)) else limit
         if (size := path.stat().st_size) > limit:
             raise FolderError(f"{path}: has {size:,} bytes, above the limit of {limit:,}; download the folder again")
 
@@ -311,25 +311,25 @@ def _num_elements(shape: list[int]) -> int:
     return math.prod(shape)
 
 
-def _max_elements(elements: Sequence[int]) -> int:
-    return 2 * sum(elements) + SPARE_ELEMENTS
+def _max_elements(tensor_sizes: Sequence[int]) -> int:
+    return 2 * sum(tensor_sizes) + SPARE_ELEMENTS
 
 
-def _size_error(folder: Path, size: int, elements: Sequence[int]) -> FolderError:
-    sizes = f"{size:,} parameters or more, but the weights contain {sum(elements):,}"
+def _size_error(folder: Path, size: int, tensor_sizes: Sequence[int]) -> FolderError:
+    sizes = f"{size:,} parameters or more, but the weights contain {sum(tensor_sizes):,}"
     return FolderError(f"{folder}: config.json describes {sizes}; download it again")
 
 
 @contextmanager
-def _limit_model_size(folder: Path, elements: Sequence[int]) -> Iterator[None]:
-    """FolderError as soon as a model that is built in this block is several times larger than the weights.
+def _limit_model_size(folder: Path, tensor_sizes: Sequence[int]) -> Iterator[None]:
+    """Raises FolderError as soon as a model that is built in this block is several times larger than the weights.
 
     Modules are counted too, because each takes memory even if its tensors are on the device "meta".
     """
     from torch.nn.modules import module as torch_module
 
-    max_size = 4 * _max_elements(elements)
-    max_modules = 10 * len(elements) + SPARE_MODULES
+    max_size = 4 * _max_elements(tensor_sizes)
+    max_modules = 10 * len(tensor_sizes) + SPARE_MODULES
     size, modules = 0, 0
 
     def count_module(*_: object) -> None:
@@ -342,7 +342,7 @@ def _limit_model_size(folder: Path, elements: Sequence[int]) -> Iterator[None]:
         nonlocal size
         size += 0 if tensor is None else tensor.numel()
         if size > max_size:
-            raise _size_error(folder, size, elements)
+            raise _size_error(folder, size, tensor_sizes)
 
     with ExitStack() as hooks:
         for handle in (

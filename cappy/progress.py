@@ -1,4 +1,4 @@
-"""Progress of a step: reported by the step, written to files and logs, shown by rich or as plain lines."""
+"""Progress of a step, written to files and logs or shown on a terminal."""
 
 import json
 import sys
@@ -21,7 +21,10 @@ class Progress(Protocol):
     def __call__(
         self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = ""
     ) -> None:
-        """`done` of `total` units are finished, `resumed` of them by an earlier process; `note` is shown too."""
+        """Reports that `done` of `total` units are finished, `resumed` of them by an earlier process.
+
+        `note` is further text to show.
+        """
 
 
 def silent(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
@@ -30,7 +33,10 @@ def silent(done: int, total: int | None = None, *, unit: str = "rows", resumed: 
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressState:
-    """What `FileProgress` writes; rates count only the work of this process."""
+    """The progress of a step at one moment, as `FileProgress` writes it.
+
+    `started` and `updated` are in seconds of `time.time`. Rates count only the work of this process.
+    """
 
     done: int
     total: int | None
@@ -42,13 +48,13 @@ class ProgressState:
 
     @property
     def per_second(self) -> float:
-        """Units per second since the start, without resumed ones."""
+        """Mean units per second since the start, without resumed units."""
         seconds = self.updated - self.started
         return (self.done - self.resumed) / seconds if seconds > 0 else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated from the mean rate; None if the total or the rate is unknown."""
+        """Remaining seconds, estimated from the mean rate; None if the total or the rate is unknown."""
         if self.total is None or self.per_second <= 0:
             return None
         return max(0.0, (self.total - self.done) / self.per_second)
@@ -104,7 +110,7 @@ class FileProgress:
 
 
 class LogProgress:
-    """Logs the state as a line every `seconds`, and at the end."""
+    """Calls `write` with the state as one line every `seconds`, and at the end."""
 
     def __init__(self, write: Callable[[str], object], seconds: float = 30.0) -> None:
         self._write, self._seconds = write, seconds
@@ -136,6 +142,7 @@ def read_state(path: Path) -> ProgressState | None:
 
 
 PLAIN_SECONDS = 10.0
+"""Time between two lines if stderr is not a terminal."""
 MARKS = {"running": "▸", "cached": "✓", "done": "✓", "failed": "✗", "skipped": "-"}
 STYLES = {"waiting": "dim", "running": "bold", "failed": "bold red", "skipped": "dim"}
 

@@ -38,8 +38,8 @@ _BARE_ANALYSIS = re.compile(r"\A\s*analysis(?=[A-Z])")
 _BARE_MIDDLE = re.compile(r"(?<![`'\"“‘_-])assistantanalysis(?=[A-Z\"\n])")
 _BARE_FINAL = re.compile(r"(?<![`'\"“‘_-])assistantfinal(?![a-z`'_])")
 _SPACED_FINAL = re.compile(r"assistant\sfinal(?![a-z])")
-_GLUED_FINAL = re.compile(r"(?<=[.!?)\]}])assistantfinal(?=[A-Z0-9*#\\$])")
-"""gpt-oss channel names without their special tokens; `_GLUED_FINAL` alone is enough to recognise that format."""
+_JOINED_FINAL = re.compile(r"(?<=[.!?)\]}])assistantfinal(?=[A-Z0-9*#\\$])")
+"""gpt-oss channel names without their special tokens; `_JOINED_FINAL` alone is enough to recognise that format."""
 _WHOLE_CODE = re.compile(_CODE, _FLAGS)
 _HINTS = ("think", "thought", "reasoning", "reflection", "<unused95>", "channel", "analysis", "assistantfinal")
 
@@ -85,7 +85,7 @@ def _bare_final(text: str) -> str | None:
     if not starts_with_analysis and "assistantanalysis" not in text and "assistantfinal" not in text:
         return None
     prose = _WHOLE_CODE.sub(lambda code: " " * len(code[0]), text)
-    if not (starts_with_analysis or _BARE_MIDDLE.search(prose) or _GLUED_FINAL.search(prose)):
+    if not (starts_with_analysis or _BARE_MIDDLE.search(prose) or _JOINED_FINAL.search(prose)):
         return None
     finals = list(_BARE_FINAL.finditer(prose)) or list(_SPACED_FINAL.finditer(prose))[:1]
     if not finals:
@@ -96,7 +96,7 @@ def _bare_final(text: str) -> str | None:
 
 def _remove_blocks(text: str) -> str:
     answer_parts: list[str] = []
-    start = 0  # where the text begins that is not classified yet
+    start = 0  # start of the text that is not classified yet
     position = 0
     may_close = True  # whether a closing tag may follow; searching again at every opening would take quadratic time
     while tag := _TAG.search(text, position):

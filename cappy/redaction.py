@@ -54,14 +54,14 @@ class _SecretForms:
 
 _USERINFO = re.compile(r"//[^/\s@]*@")
 _LOG_SECONDS = 1.0
-"""How old the known secrets may be for a log line: checking the environment for every line is too slow."""
+"""Maximum age of the known secrets for a log line: checking the environment for every line is too slow."""
 _registered: set[str] = set()
 _cached_forms: tuple[object, _SecretForms] = (None, _SecretForms((), 0))
 _forms_checked_at = 0.0
 
 
 def register_secret(value: str, *, user: str = "") -> None:
-    """Redacts this value from now on, wherever it came from; with `user` also as Basic credentials."""
+    """Redacts this value from now on, whatever its source; with `user` also as Basic credentials."""
     _registered.update(_long_enough([value, _basic_credentials(user, value) if user else ""]))
 
 
@@ -71,10 +71,11 @@ def register_address(address: str) -> None:
 
 
 def redact(text: str, *keys: str) -> str:
-    """The text with `***` for every known secret and for these keys, in all spellings that programs use.
+    """Replaces every known secret and these keys by `***`, in all spellings that programs use.
 
-    Known are environment variables with names such as API_KEY, the files that such variables name, passwords and
-    tokens in addresses, and registered secrets. Secrets of fewer than 6 characters and words such as "password" stay.
+    Known secrets are environment variables with names such as API_KEY, the files that such variables name, passwords
+    and tokens in addresses, and registered secrets. Secrets of fewer than 6 characters and words such as "password"
+    are not replaced.
     """
     return _redact(text, _known_forms().forms, keys)
 
@@ -92,7 +93,7 @@ def _redact(text: str, forms: tuple[str, ...], keys: Iterable[str] = ()) -> str:
 def truncate(text: str, limit: int, *keys: str) -> str:
     """At most `limit` characters of the text, redacted before it is truncated.
 
-    Where the text ends within a secret, as an interrupted response may, the beginning of the secret is redacted too.
+    If the text ends within a secret, for example in an interrupted response, that part of the secret is redacted too.
     """
     redacted = redact(text[:WINDOW], *keys)
     if len(text) > WINDOW:
@@ -284,7 +285,7 @@ def _address_secrets(address: str) -> set[str]:
         return set()
     authority, at, _ = rest.rpartition("@")
     user, colon, password = authority.partition(":")
-    # A parser that finds the host elsewhere quotes these parts in its error.
+    # A parser that splits the address in another way quotes these parts in its error.
     parts = {password, *re.split("[@/?#:]", password)} if at and colon else set()
     if at and not colon and scheme in ("http", "https") and len(user) >= 3 * MIN_SECRET_LENGTH:
         parts.add(user)  # A token in place of the user name.

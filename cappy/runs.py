@@ -1,4 +1,4 @@
-"""What the processes of a run share: names of environment variables, and a record of each step."""
+"""Names of environment variables, and records of steps, that the processes of a run share."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 PROGRESS_VARIABLE = "CAPPY_PROGRESS"
 """Environment variable: folder that the steps of a local run write their progress to."""
 PACKAGE = "pipeline.yaml"
-"""The compiled pipeline of a local run, in the same folder."""
+"""File name of the compiled pipeline of a local run, in the same folder."""
 PARENT_VARIABLE = "CAPPY_PARENT"
 """Environment variable: lock file that the parent process of a local run holds while it runs."""
 TIMEOUT_VARIABLE = "CAPPY_TIMEOUT"
@@ -27,10 +27,11 @@ It is read when the step starts, because the id of the parent changes if the par
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one execution of a step did; tracking turns it into an MLflow run.
+    """The record of one execution of a step; tracking turns it into an MLflow run.
 
-    `fingerprint` identifies the work, with `-i/N` for a shard; `run` is the id of the pipeline run that executed it.
-    A later run that takes the step from the cache finds the record under the same fingerprint, with the older run id.
+    `fingerprint` identifies the work, with `-i/N` for a shard. `run` is the id of the pipeline run that executed it: a
+    later run that takes the step from the cache reads the same record, with the id of the earlier run. `status` is
+    `done` or `failed`. `started` is in seconds of `time.time`.
     """
 
     step: str

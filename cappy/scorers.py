@@ -10,9 +10,10 @@ from cappy.specs import SCORER_FORMS, Spec, parse_spec
 
 
 def open_scorer(text: str) -> ModelFolder:
-    """The checked local folder of a scorer; ConfigError or FolderError with the remedy.
+    """The checked folder of a scorer, downloaded first if the spec names a repository or a registered version.
 
-    Folders written by other tools have no manifest and are only hashed.
+    Folders written by other tools have no manifest and are only hashed. Raises ConfigError, FolderError or
+    RegistryError, with the remedy, if the spec does not lead to a valid scorer.
     """
     spec = parse_spec(text)
     if spec.kind in ("openai", "vllm"):

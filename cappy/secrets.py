@@ -1,7 +1,7 @@
 """Reads secrets from Google's Secret Manager where the platform cannot put them into the environment of a step.
 
-CAPPY_SECRETS is a JSON object of environment variables and names of secrets. The values are only put into the
-environment of this process.
+CAPPY_SECRETS is a JSON object that maps environment variables to names of secrets. Their values are only put into
+the environment of this process.
 """
 
 import base64
@@ -23,7 +23,7 @@ MAX_BYTES = 1_000_000
 
 
 def fill_environment(address: str = ADDRESS) -> None:
-    """Sets every variable that CAPPY_SECRETS names; ConfigError with the remedy if a secret cannot be read."""
+    """Sets every variable that CAPPY_SECRETS names. Raises ConfigError with the remedy if a secret cannot be read."""
     text = os.environ.pop(VARIABLE, "")
     if not text:
         return

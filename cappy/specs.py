@@ -1,4 +1,4 @@
-"""Specs: the one syntax for naming a model, an LLM or a scorer.
+"""Specs: one syntax for the names of models, LLMs and scorers.
 
 builtin                        the model that comes with the project
 path/to/folder                 a folder on this machine
@@ -26,7 +26,11 @@ FORMS = f"{SCORER_FORMS} for a scorer; builtin, a folder, hub:, vllm:folder or o
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """A parsed spec: `name` is the path, repository, model or registry name; `revision` a commit, alias or version."""
+    """A parsed spec.
+
+    `name` is the path, repository, model or registry name; for `vllm` the inner spec. `revision` is the commit, alias
+    or version, `url` the address of an endpoint; both are empty if the kind has none.
+    """
 
     text: str
     kind: Kind
@@ -36,7 +40,7 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """Parses a spec; ConfigError names the valid forms."""
+    """Parses a spec. Raises ConfigError, which names the valid form, if the text is not one."""
     if text == "builtin":
         return Spec(text=text, kind="builtin", name="builtin")
     if text.startswith("hub:"):

@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class StepSpec:
-    """What the command line, the components, the pipelines and the work folder know about one step.
+    """The properties of one step, for the command line, the components, the pipelines and the work folder.
 
-    `module` has the config class, named after the step (`SamplingConfig`), and `run(config, progress) -> Manifest`.
-    `version` is part of the key of every piece of work (`cappy.keys`): raise it when the step's results change, so that
-    finished work of earlier versions is not reused. tests/test_step_versions.py fails if results change under the same
-    version.
+    `module` is the module with the config class, named after the step (`SamplingConfig`), and with
+    `run(config, progress) -> Manifest`. `version` is part of the key of every piece of work (`cappy.keys`): raise it
+    when the step's results change, so that finished work of earlier versions is not reused. tests/test_step_versions.py
+    fails if results change under the same version.
 
     A pipeline sets the settings in `artifacts` to folders. Settings in `parameters` are parameters of the component,
     each with its name in a pipeline; all others are passed in one text (`cappy.config.encode`). Settings in `outside`
     name something whose content may change while its name stays the same: a file, a folder, built-in weights, a
-    registered version.
+    registered version. A `sharded` step can be split over several tasks. A `cached` step may be taken from the
+    orchestrator's cache. A step that `trains` writes a scorer.
     """
 
     name: str

@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 MAX_GROWTH = 64
 """Factor by which all replacements of a normalizer together may lengthen a text."""
 MAX_COMPONENTS = 64
-"""Components of a normalizer, a pre-tokenizer, a post-processor or a decoder; known ones have up to a dozen."""
+"""Maximum components of a normalizer, a pre-tokenizer, a post-processor or a decoder; known ones have up to a dozen."""
 MAX_INSERTED_CHARACTERS = 256
-"""Characters that a component may insert into every text, or before every word."""
+"""Maximum characters that a component may insert into every text, or before every word."""
 MAX_WORD_CHARACTERS = 1_000
 """Longest word that WordPiece splits: its time is quadratic in the length."""
 
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-_LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
-_PIECES = ("single", "pair", "special_tokens", "ids", "tokens")
+_SEQUENCE_KEYS = ("normalizers", "pretokenizers", "processors", "decoders")
+_TOKEN_KEYS = ("single", "pair", "special_tokens", "ids", "tokens")
 
 
 def refuse_growth(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """ValueError if a component lengthens texts too much; a pure Python tokenizer has no components."""
+    """Raises ValueError if a component lengthens texts too much; a pure Python tokenizer has no components."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for name in _PARTS if backend is not None else ():
         part = getattr(backend, name)
@@ -47,7 +47,7 @@ def _check_part(name: str, state: object) -> None:
         if count > MAX_COMPONENTS:
             raise ValueError(f"its {name} has more than {MAX_COMPONENTS} components")
         for key, value in component.items():
-            if key in _PIECES and isinstance(value, list | dict) and len(value) > MAX_COMPONENTS:
+            if key in _TOKEN_KEYS and isinstance(value, list | dict) and len(value) > MAX_COMPONENTS:
                 raise ValueError(f"its {name} adds {len(value):,} tokens to every text")
             if isinstance(value, str) and key not in ("precompiled_charsmap", "Regex", "type"):
                 _check_text(f"{name}.{key}", value)
@@ -66,7 +66,7 @@ def _components(state: object) -> Iterator[Mapping[str, Any]]:
         component = pending.pop()
         if isinstance(component, Mapping):
             yield component
-            pending += [item for name in _LISTS for item in component.get(name) or ()]
+            pending += [item for name in _SEQUENCE_KEYS for item in component.get(name) or ()]
             if isinstance(tokens := component.get("special_tokens"), Mapping):
                 pending += list(tokens.values())[: MAX_COMPONENTS + 1]
 
@@ -84,7 +84,7 @@ def _check_text(name: str, text: str) -> None:
 
 
 def _check_charsmap(name: str, text: str) -> None:
-    """A charsmap is the size of a trie, the trie, and the replacement texts, each terminated by NUL."""
+    """Checks a charsmap: the size of a trie, the trie, and the replacement texts, each terminated by NUL."""
     data = base64.b64decode(text)
     texts = data[4 + int.from_bytes(data[:4], "little") :]
     if (longest := max(map(len, texts.split(b"\0")))) > MAX_INSERTED_CHARACTERS:

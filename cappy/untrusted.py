@@ -1,7 +1,7 @@
 """Parses JSON and YAML from untrusted sources, with limits on size and depth that are checked before parsing.
 
 A few lines of YAML can expand to any number of values, by aliases of lists of aliases, so the expanded values are
-counted first. A text beyond the limits is a `yaml.YAMLError` with its position, as for invalid YAML.
+counted first. A text that exceeds a limit raises `yaml.YAMLError` with the position, like invalid YAML.
 """
 
 import codecs
@@ -21,7 +21,7 @@ MAX_VALUES = 4_000_000
 """Limit of brackets, commas and colons in one text; 64 responses of 4,096 tokens with logprobs have 3.4 million."""
 MAX_DEPTH = 64
 MAX_COUNT = 2**53
-"""Largest accepted count; floats are exact up to it."""
+"""Largest accepted count; floats represent integers exactly up to it."""
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([A-Za-z0-9._:-]{1,40})", re.IGNORECASE)
 _REJECTED_CODECS = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "unicode-escape", "raw-unicode-escape")
@@ -33,10 +33,10 @@ _DEPTH_CHANGE = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
 
 
 def read_json(data: bytes, *, max_values: int = MAX_VALUES, max_depth: int = MAX_DEPTH) -> JSON:
-    """Parses JSON; ValueError if it is invalid or has more values or levels than allowed.
+    """Parses JSON. Raises ValueError if it is invalid or has more values or levels than allowed.
 
-    Brackets, commas and colons are counted before any object is created. UnicodeDecodeError (a ValueError) if the data
-    is not UTF-8 (see `to_utf8`). NaN, Infinity and numbers that overflow a float become None.
+    Brackets, commas and colons are counted before any object is created. NaN, Infinity and numbers that overflow a
+    float become None. Raises UnicodeDecodeError (a ValueError) if the data is not UTF-8 (see `to_utf8`).
     """
     # Some servers send a byte order mark.
     text = data.decode("utf-8").removeprefix("\ufeff")
@@ -102,11 +102,11 @@ def _finite(digits: str) -> float | None:
 
 MAX_CHARACTERS = 2**20
 MAX_NODES = 200_000
-"""Scalars, lists and mappings, with aliases expanded."""
+"""Maximum scalars, lists and mappings of a document, with aliases expanded."""
 MAX_ENTRIES = 10_000
-"""Keys of one mapping: numbers can be chosen so that all of them collide in a dict."""
+"""Maximum keys of one mapping: numbers can be chosen so that all of them collide in a dict."""
 MAX_PLAIN_CHARACTERS = 1_000
-"""Characters of a scalar that may be a number, a date or a key; only texts may be longer."""
+"""Maximum characters of a scalar that may be a number, a date or a key; only texts may be longer."""
 
 Loader: TypeAlias = "yaml.SafeLoader | yaml.CSafeLoader"
 FAST_LOADER: type[Loader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -117,9 +117,10 @@ _TEXT_TAGS = (None, "!", "tag:yaml.org,2002:str")
 
 
 def load_yaml(text: str | bytes, loader: type[Loader] = FAST_LOADER, *, max_characters: int = MAX_CHARACTERS) -> object:
-    """Parses a text of one document; yaml.YAMLError if it is invalid or exceeds a limit.
+    """Parses a text of one document. Raises yaml.YAMLError if it is invalid or exceeds a limit.
 
-    `loader` is one of PyYAML's safe loaders or a subclass; TypeError for any other, which could construct any object.
+    `loader` is one of PyYAML's safe loaders or a subclass. Raises TypeError for any other, since it could construct any
+    object.
     """
     if not issubclass(loader, (yaml.SafeLoader, FAST_LOADER)):
         raise TypeError(f"{loader.__name__} is not a safe loader")
@@ -129,7 +130,7 @@ def load_yaml(text: str | bytes, loader: type[Loader] = FAST_LOADER, *, max_char
 
 
 def load_all_yaml(text: str | bytes, *, max_characters: int = MAX_CHARACTERS) -> list[object]:
-    """Parses all documents of a text; yaml.YAMLError if it is invalid or exceeds a limit."""
+    """Parses all documents of a text. Raises yaml.YAMLError if it is invalid or exceeds a limit."""
     with _as_yaml_errors():
         _check_limits(text, max_characters)
         return list(yaml.load_all(text, FAST_LOADER))
@@ -146,7 +147,7 @@ def _as_yaml_errors() -> Iterator[None]:
 
 
 def _check_limits(text: str | bytes, max_characters: int) -> None:
-    """Checks the size of a text and of what it expands to; it has hardly more events than characters."""
+    """Checks the length of a text and the number of its expanded values; it has hardly more events than characters."""
     if len(text) > max_characters:
         raise yaml.MarkedYAMLError(problem=f"is longer than {max_characters:,} characters")
     counter = _EventCounter()
@@ -155,7 +156,7 @@ def _check_limits(text: str | bytes, max_characters: int) -> None:
 
 
 class _EventCounter:
-    """Sizes of the open lists and mappings, with aliases expanded, and of every anchor."""
+    """Counts the values of a document, with aliases expanded, and checks them against the limits."""
 
     def __init__(self) -> None:
         self._open: list[tuple[str | None, bool]] = []
@@ -165,7 +166,7 @@ class _EventCounter:
         self._anchors: dict[str, int] = {}
 
     def add(self, event: yaml.Event) -> None:
-        """Counts one event; YAMLError if a limit is exceeded."""
+        """Counts one event. Raises YAMLError if a limit is exceeded."""
         if isinstance(event, yaml.CollectionStartEvent):
             self._open.append((event.anchor, isinstance(event, yaml.MappingStartEvent)))
             self._sizes.append(0)

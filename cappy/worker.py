@@ -33,9 +33,9 @@ from cappy.secrets import fill_environment
 from cappy.steps import STEP_SPECS
 
 GRACE_SECONDS = 60.0
-"""Time for a step to write its checkpoint after its time limit."""
+"""Time that a step gets to write its checkpoint after its time limit."""
 ORPHAN_SECONDS = 8.0
-"""Time for a step to write a checkpoint or cancel a job after its parent exited; less than `work.WAIT_SECONDS`."""
+"""Time that a step gets to write a checkpoint or cancel a job after its parent exited; below `work.WAIT_SECONDS`."""
 
 
 class StepConfig(Protocol):
@@ -78,10 +78,12 @@ class _Outcome(TypedDict, total=False):
 def launch(
     step: str, settings: str = "", *, fingerprint: str = "", part: str = "", run: str = "", **values: object
 ) -> Manifest:
-    """Runs a step in a worker: decodes its settings, writes progress to a file and a record of the execution.
+    """Runs a step in a worker; writes progress to a file, and a record of the execution, and returns the manifest.
 
-    `part` is the shard i/N of this execution; every shard writes its own record. A CappyError ends the process with
-    status 1 and one line on stderr. The process exits with the local run that started it.
+    `settings` is a text of `cappy.config.encode`, `values` are further settings. `fingerprint` identifies the work, and
+    `run` is the id of the pipeline run. `part` is the shard i/N of this execution; every shard writes its own record. A
+    CappyError ends the process with status 1 and one line on stderr. If a local run started the process, it exits when
+    that run exits.
     """
     ORCHESTRATOR.set(os.getppid())
     redact_output()
@@ -159,7 +161,7 @@ def _wait_for_parent(path: str) -> None:
 
 
 def _start_timeout(step: str) -> None:
-    """Sends SIGTERM when the time limit of the step is over, and SIGKILL after `GRACE_SECONDS`."""
+    """Sends SIGTERM to this process when the time limit of the step is over, and SIGKILL `GRACE_SECONDS` later."""
     seconds = float(os.environ.get(TIMEOUT_VARIABLE) or 0)
     if not seconds:
         return

@@ -25,7 +25,7 @@ class CommandGroup(TyperGroup):
     """Resolves the verbs, and turns a CappyError into one line on stderr and an exit status."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """The command of a verb; those with a config class are created here, since its import takes half a second."""
+        """The command of a verb; commands with a config class are created here, as its import takes half a second."""
         if args and args[0] in STEP_SPECS:
             from cappy.cli.steps import step_command
 

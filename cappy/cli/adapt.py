@@ -111,11 +111,11 @@ def adapt(*, setting: Sequence[str] = (), fresh: bool = False, as_json: bool = F
     run_and_print(with_fresh(recipe) if fresh else recipe, "local", as_json)
 
 
-def _adapt_recipe(config: AdaptConfig, pairs: Sequence[str] = ()) -> "Recipe":
-    """The recipe of an adaptation; `pairs` are STEP.SETTING=VALUE texts."""
+def _adapt_recipe(config: AdaptConfig, assignments: Sequence[str] = ()) -> "Recipe":
+    """The recipe of an adaptation; `assignments` are STEP.SETTING=VALUE texts."""
     from cappy.cli.pipeline import load, settings_by_step
 
-    by_step = settings_by_step("adapt", pairs)
+    by_step = settings_by_step("adapt", assignments)
     if config.columns:
         by_step["preparation"] = {**by_step.get("preparation", {}), "columns": list(config.columns)}
     if config.folds:

@@ -83,7 +83,7 @@ def _check_python() -> Finding:
 
 
 def _check_packages() -> Iterator[Finding]:
-    """Checks the requirements of the distribution, extra by extra."""
+    """Checks the requirements of the distribution, with one finding per extra."""
     try:
         requirements = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -97,8 +97,8 @@ def _check_packages() -> Iterator[Finding]:
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
         if name:
             by_extra.setdefault(extra[1] if extra else "", []).append(name[0])
-    for title, names in by_extra.items():
-        yield _check_extra(title, names)
+    for extra_name, names in by_extra.items():
+        yield _check_extra(extra_name, names)
 
 
 def _check_extra(extra: str, names: list[str]) -> Finding:
@@ -214,7 +214,10 @@ def _check_tracking(uri: str) -> Finding:
 
 
 def _check_pickle() -> Finding:
-    """MLflow loads pickles by default. Our client turns that off; other programs need the variable."""
+    """Checks that MLflow refuses pickles, which it loads by default.
+
+    Our client turns that off; other programs need the variable.
+    """
     name = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
     value = os.environ.get(name, "")
     if value.lower() in ("false", "0"):

@@ -32,7 +32,7 @@ FreshFlag = Annotated[
 ]
 HELP_ALL = "help_all"
 NESTED_SEPARATOR = "__"
-"""Stands for the dot of a nested setting in the name of a parameter."""
+"""Replaces the dot of a nested setting in the name of a parameter."""
 SCALARS = (bool, int, float, str, Path)
 
 
@@ -40,7 +40,7 @@ def parameters(config_class: type[Any]) -> list[inspect.Parameter]:
     """One keyword parameter per field of the config class, annotated so that typer creates the flag.
 
     Fields of a nested config have flags such as --trainjob.image. The flags of ADVANCED fields are hidden;
-    `--help-all` shows them, and is hidden itself where there are none.
+    `--help-all` shows them; it is hidden itself if there are none.
     """
     fields = list(_fields(config_class))
     flags = [_parameter(path, field, hidden=advanced) for path, field, advanced in fields]
@@ -49,7 +49,7 @@ def parameters(config_class: type[Any]) -> list[inspect.Parameter]:
 
 
 def _fields(config_class: type[Any]) -> Iterator[tuple[str, FieldInfo, bool]]:
-    """The path and the info of every field, nested ones included, and whether it is ADVANCED."""
+    """Yields path, field and whether it is ADVANCED, for every field including those of nested configs."""
     nested = nested_settings(config_class)
     for name, field in config_class.__pydantic_fields__.items():
         advanced = ADVANCED in field.metadata
@@ -67,7 +67,7 @@ def make_command(
     flags: Sequence[inspect.Parameter],
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> TyperCommand:
-    """A command that calls `function` with the values of these flags by name; `text` is its help.
+    """Makes a command that calls `function` with the values of these flags by name; `text` is its help.
 
     `renamed` maps flags of earlier releases to their new names: such a flag is an error that names the new one.
     """
@@ -97,10 +97,10 @@ def make_command(
     return command
 
 
-def given_values(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the flags that were given explicitly; those of a nested config are a nested object.
+def explicit_values(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the flags that the user passed; those of a nested config are a nested object.
 
-    A preset sets only the settings whose flags were not given.
+    A preset sets only the settings whose flags were not passed.
     """
     sources = {name: context.get_parameter_source(name) for name in values}
     chosen: dict[str, Any] = {}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Facts(TypedDict, total=False):
-    """The result of a run, as `--json` prints it; `seconds` are by step.
+    """The result of a run, as `--json` prints it; `seconds` is by step.
 
     `version`, `alias` and `serve` are set by runs that register a scorer, `training` by those that finetune, `decision`
     and `reasons` by those with a gate, and `cautions` if the data have problems.
@@ -55,8 +55,8 @@ def facts(outcome: "RunOutcome", tracking_uri: str = "") -> Facts:
     if version:
         values["serve"] = f"cappy serve --scorer {version['uri']}"
     if "finetuning" in outcome.outputs:
-        trained = read_manifest(outcome.outputs["finetuning"])
-        values["training"] = {**trained.metrics, **trained.facts}
+        manifest = read_manifest(outcome.outputs["finetuning"])
+        values["training"] = {**manifest.metrics, **manifest.facts}
     if "promotion" in outcome.outputs:
         gate_facts = _step_facts(outcome, "promotion")
         values |= {
@@ -125,10 +125,10 @@ def cautions(manifest: Manifest | None) -> list[str]:
 def _run_cautions(outputs: Mapping[str, Path]) -> list[str]:
     """Every caution once: sampling and annotation both warn about reasoning in the same responses."""
     manifests = {step: _find_manifest(folder) for step, folder in outputs.items()}
-    sampled, annotated = manifests.get("sampling"), manifests.get("annotation")
-    if annotated and sampled and sampled.metrics.get("reasoning"):
-        other_metrics = {name: value for name, value in annotated.metrics.items() if name != "with_reasoning"}
-        manifests["annotation"] = replace(annotated, metrics=other_metrics)
+    sampling, annotation = manifests.get("sampling"), manifests.get("annotation")
+    if annotation and sampling and sampling.metrics.get("reasoning"):
+        other_metrics = {name: value for name, value in annotation.metrics.items() if name != "with_reasoning"}
+        manifests["annotation"] = replace(annotation, metrics=other_metrics)
     return list(dict.fromkeys(text for manifest in manifests.values() for text in cautions(manifest)))
 
 

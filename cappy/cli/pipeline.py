@@ -209,7 +209,7 @@ def print_preview(recipe: "Recipe", on: "Platform", as_json: bool) -> None:
 
 
 def load(name: str) -> ModuleType:
-    """Imports a module of `pipelines`; ConfigError if kfp is not installed."""
+    """Imports a module of `pipelines`. Raises ConfigError if kfp is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 10.0
 _REMEDIES = {"bucket": "give gs://NAME with lower-case letters, digits, -, _ and . in NAME, and no slash at the end"}
-"""Remedies, by flag, for values that do not match the pattern of the recipe."""
+"""Flag -> remedy for a value that does not match the pattern in the recipe."""
 
 SubmitPlatformFlag = Annotated[
     Literal["kubeflow", "vertex"], typer.Option(help="Platform to run on.", show_default=False)
@@ -199,7 +199,7 @@ def connect(on: "Platform", recipe: str, **flags: str) -> "PlatformClient":
 
 
 def override_platforms(recipe: "Recipe", **flags: str) -> "Recipe":
-    """The recipe with the platform settings of the flags."""
+    """The recipe with its platform settings replaced by the flags that are not empty."""
     import pydantic
 
     kubeflow, vertex = recipe.kubeflow, recipe.vertex
@@ -253,7 +253,7 @@ def _describe_task(task: "TaskState") -> str:
 
 
 def _client(recipe: "Recipe", on: str) -> "PlatformClient":
-    """The client of the platform; ConfigError if its address or its package is missing."""
+    """The client of the platform. Raises ConfigError if its address or its package is missing."""
     client: PlatformClient
     if on == "kubeflow":
         client = load("pipelines.clients.kubeflow").KubeflowClient(recipe.kubeflow)

@@ -38,11 +38,11 @@ class Line:
     value: Mapping[str, object]
 
     def text(self, field: str) -> str:
-        """The text in a field; RecordError if it is missing or not a text."""
+        """The text in a field. Raises RecordError if it is missing or not a text."""
         return self._text(field, self._field(field))
 
     def texts(self, field: str) -> list[str]:
-        """The list of texts in a field, at least one; RecordError if it is anything else."""
+        """The list of texts in a field, at least one. Raises RecordError if it is anything else."""
         values = self._field(field)
         if not isinstance(values, list) or not values:
             raise RecordError(f"{self.where}: {field} must be a list of at least one text, got {quote(values)}")
@@ -90,7 +90,7 @@ def reserve_stdin() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_source(source: str) -> Iterator[IO[bytes]]:
-    """Opens a file, or standard input for `-` and its names in /dev; ConfigError if it cannot be read."""
+    """Opens a file, or standard input for `-` and its device files. Raises ConfigError if it cannot be read."""
     if source == STDIN or source in _STDIN_PATHS:
         file = _reserved_stdin or getattr(sys.stdin, "buffer", None)
         if file is None:
@@ -109,7 +109,7 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
 
 
 def lines(file: IO[bytes], source: str) -> Iterator[Line]:
-    """The objects of JSON Lines, without blank lines; RecordError names an invalid line."""
+    """Yields the objects of JSON Lines; skips blank lines. Raises RecordError with the position of an invalid line."""
     name = "stdin" if source == STDIN else source
     for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
         where = f"{name}:{number}"
@@ -230,12 +230,12 @@ def _stream(
     spec: str,
     precision: Precision,
     source: str,
-    answer: "Callable[[Scorer, Sequence[Line]], Iterator[Mapping[str, object]]]",
+    process_chunk: "Callable[[Scorer, Sequence[Line]], Iterator[Mapping[str, object]]]",
 ) -> None:
     with open_source(source) as file:
         scorer = _load(spec, precision)
         for chunk in _chunks(lines(file, source)):
-            for value in answer(scorer, chunk):
+            for value in process_chunk(scorer, chunk):
                 write_line(value)
             sys.stdout.buffer.flush()
     _report_truncation(verb, scorer)

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from cappy.cli.flags import given_values, make_command, parameters
+from cappy.cli.flags import explicit_values, make_command, parameters
 from cappy.config import build, renamed_flags
 from cappy.errors import ConfigError
 
@@ -17,7 +17,7 @@ SERVE_HELP = """Serve a scorer over HTTP: POST /score {"pairs": [[instruction, r
 GET /ready.
 
 Loads and verifies the scorer, then listens until SIGTERM (status 0) or Ctrl-C (status 130). On Vertex AI,
-AIP_STORAGE_URI and AIP_HTTP_PORT apply where no flag is given; AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE set the paths.
+AIP_STORAGE_URI and AIP_HTTP_PORT apply if no flag is given; AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE set the paths.
 """
 GATEWAY_HELP = """Serve best-of-n for an LLM: change one base URL, and POST /v1/chat/completions returns the best
 response.
@@ -76,7 +76,7 @@ def _require_extra() -> Iterator[None]:
 
 def _command(name: str, text: str, config_class: type[Any], run: Callable[[Mapping[str, Any]], None]) -> TyperCommand:
     def verb(*, context: typer.Context, **values: Any) -> None:
-        run(given_values(context, values))
+        run(explicit_values(context, values))
 
     context_parameter = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     return make_command(name, text, verb, [context_parameter, *parameters(config_class)], renamed_flags(config_class))

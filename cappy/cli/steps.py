@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from cappy.cli import outcome
-from cappy.cli.flags import given_values, make_command, new_run_name, parameters
+from cappy.cli.flags import explicit_values, make_command, new_run_name, parameters
 from cappy.config import build, renamed_flags
 from cappy.config import flag as flag_name
 from cappy.errors import ConfigError
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 JSON_FLAG = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a line.")]
 
 Before = Callable[..., bool]
+"""Called with the values of all flags by name; returns whether to skip the step."""
 After = Callable[[Any, bool], None]
-"""Called with the config of the step and whether output is text."""
-
+"""Called with the config of the step and whether the output is text rather than JSON."""
 
 Config = TypeVar("Config", bound=StepConfig)
 
@@ -39,9 +39,8 @@ Config = TypeVar("Config", bound=StepConfig)
 class ExtraFlag:
     """A flag of a single verb that is not a setting of its step.
 
-    `before` is called with all values by name and returns whether to skip the step; the flags in `instead_of` are then
-    not required. `after` is called after the step with the config and whether the output is text rather than JSON. A
-    flag with a `default` takes a value; it is allowed only together with a flag in `used_by`.
+    `before` runs before the step, and the flags in `instead_of` are not required together with this flag. `after` runs
+    after the step. A flag with a `default` takes a value; it is allowed only together with a flag in `used_by`.
     """
 
     name: str
@@ -70,7 +69,7 @@ def make_step_command(
     run: Callable[[Config, Progress], Manifest],
     extras: Sequence[ExtraFlag] = (),
 ) -> TyperCommand:
-    """A command whose flags are the fields of `settings` and which calls `run` with them."""
+    """Makes a command whose flags are the fields of `settings` and the extras, and which calls `run` with a config."""
     optional_flags = {name: flag_name(name) for extra in extras for name in extra.instead_of}
 
     def verb(*, context: typer.Context, as_json: bool, **values: object) -> None:
@@ -88,7 +87,7 @@ def make_step_command(
             if values[name] is None:
                 raise typer.BadParameter(f"give the folder to {'write' if name == 'target' else 'read'}: {flag} FOLDER")
         started = time.monotonic()
-        chosen = given_values(context, values)
+        chosen = explicit_values(context, values)
         if chosen.get("fresh"):
             chosen["fresh"] = new_run_name()
         config = build(settings, chosen)
@@ -106,10 +105,10 @@ def make_step_command(
 
 
 def _refuse_conflicts(selected: Sequence[ExtraFlag]) -> None:
-    """BadParameter if two flags both replace the step, or if no flag uses the value of another."""
-    instead = [extra.flag for extra in selected if extra.instead_of]
-    if len(instead) > 1:
-        raise typer.BadParameter(f"{instead[0]} and {instead[1]} cannot be combined; give one of them")
+    """Raises BadParameter if two flags both replace the step, or if no selected flag uses the value of another."""
+    replacing = [extra.flag for extra in selected if extra.instead_of]
+    if len(replacing) > 1:
+        raise typer.BadParameter(f"{replacing[0]} and {replacing[1]} cannot be combined; give one of them")
     names = {extra.name for extra in selected}
     for extra in selected:
         if extra.used_by and names.isdisjoint(extra.used_by):
@@ -131,7 +130,7 @@ def _flag(extra: ExtraFlag) -> inspect.Parameter:
 
 
 def _optional(flag: inspect.Parameter, extras: Sequence[ExtraFlag]) -> inspect.Parameter:
-    """The flag as optional because other flags may replace it; a run without any of them is an error."""
+    """Makes a flag optional, because other flags may replace it; leaving all of them out is an error."""
     kind, option = get_args(flag.annotation)
     optional = copy(option)
     others = " or ".join(extra.flag for extra in extras if flag.name in extra.instead_of)
@@ -232,7 +231,7 @@ def _show_history(*, as_json: bool, name: str, tracking_uri: str, **folders: obj
 
 
 def _refuse_folders(values: Mapping[str, object], flag: str) -> None:
-    """BadParameter for a folder that the flag does not use, since it may be meant as the version to roll back to."""
+    """Raises BadParameter for a folder, which the flag does not use: it may be meant as the version to roll back to."""
     for name in ("version", "report", "target"):
         if values[name] is not None:
             raise typer.BadParameter(f"{flag} does not use --{name}; name the model with --name and leave --{name} out")
@@ -291,7 +290,7 @@ EXTRAS: Mapping[str, tuple[ExtraFlag, ...]] = {
 
 
 def summary(manifest: Manifest, target: Path, seconds: float) -> str:
-    """One line with what was written, where, and how long it took; for a dry run, what was measured."""
+    """The summary of a finished step as text: folder, content, metrics and seconds; for a dry run its measurements."""
     if "trial_updates" in manifest.metrics:
         from cappy.training.meter import describe_trial
 

@@ -23,7 +23,7 @@ WorkFlag = Annotated[Path, typer.Option(help="Folder of unfinished and finished 
 
 
 class WorkRow(TypedDict):
-    """A listed piece of work; `last_used` is in seconds of `time.time`.
+    """A row of the list of work; `last_used` is in seconds of `time.time`.
 
     `settings` and `differs` are set by `cappy explain`, `reason` and `removed` by `cappy clean`.
     """

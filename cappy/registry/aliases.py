@@ -22,13 +22,17 @@ HISTORY_TAG = "cappy.history."
 LOCK = ".alias-is-moving"
 OWNER_TAG = "cappy.owner"
 LOCK_SECONDS = 120.0
-"""An older lock was left by a process that died: a move takes about a second."""
+"""Age above which a lock counts as left by a process that died: a move takes about a second."""
 WAIT_SECONDS = 30.0
+"""Maximum wait for a lock that another process holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """One move of the champion alias from version `former` to `version`; 0 means no version."""
+    """One move of the champion alias from version `former` to `version`; 0 means no version.
+
+    `at` is the time in ISO 8601 (UTC), `by` the user, `why` the reason.
+    """
 
     at: str
     kind: Literal["promotion", "rollback"]
@@ -40,10 +44,11 @@ class Move:
 
 @contextlib.contextmanager
 def lock_alias(client: MlflowClient, name: str) -> Iterator[None]:
-    """Locks the aliases of a model for all machines that use the registry; RegistryError if the lock stays taken.
+    """Locks the aliases of a model for all machines that use the registry.
 
     MLflow has no locks, but only one of two processes can register a model of the same name. Such a model is the lock,
-    with its owner in a tag, so that a process whose lock expired does not release the lock of another one.
+    with its owner in a tag, so that a process whose lock expired does not release the lock of another one. Raises
+    RegistryError if another process still holds the lock after `WAIT_SECONDS`.
     """
     lock, owner, deadline = f"{name}{LOCK}", uuid.uuid4().hex, time.monotonic() + WAIT_SECONDS
     while not _acquire_lock(client, lock, owner):
@@ -73,8 +78,8 @@ def promote(client: MlflowClient, version: Version, why: str) -> None:
 def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
     """Moves the champion alias back to the previous champion, or removes it if there was none.
 
-    RegistryError without a champion. The champion is read after the lock is acquired, because it may have changed
-    before.
+    Raises RegistryError if there is no champion. The champion is read after the lock is acquired, because another
+    process may change it before.
     """
     with connect(tracking_uri) as client, lock_alias(client, name):
         current = find(client, name, CHAMPION)
@@ -88,14 +93,14 @@ def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
 
 
 def was_rolled_back(client: MlflowClient, version: Version) -> bool:
-    """Whether the version last lost the champion alias by a rollback and has not been promoted since."""
-    own = [move for move in _moves(client, version.name) if version.number in (move.version, move.former)]
-    relevant = [move for move in own if not (move.kind == "promotion" and move.former == version.number)]
+    """Whether the version lost the champion alias by a rollback and has not become champion again."""
+    own_moves = [move for move in _moves(client, version.name) if version.number in (move.version, move.former)]
+    relevant = [move for move in own_moves if not (move.kind == "promotion" and move.former == version.number)]
     return bool(relevant) and relevant[-1].kind == "rollback" and relevant[-1].former == version.number
 
 
 def history(name: str, *, tracking_uri: str) -> list[Move]:
-    """Every move of the champion alias, oldest first; RegistryError if there is no such model."""
+    """Every move of the champion alias, oldest first. Raises RegistryError if there is no such model."""
     with connect(tracking_uri) as client:
         return _moves(client, name)
 
@@ -155,7 +160,7 @@ def _current_user() -> str:
 
 
 def _acquire_lock(client: MlflowClient, lock: str, owner: str) -> bool:
-    """Tries to acquire the lock and says whether it did; removes an expired lock."""
+    """Tries to acquire the lock and returns whether it succeeded; removes an expired lock."""
     description = "Lock: an alias is being moved; removed within seconds."
     try:
         client.create_registered_model(lock, tags={OWNER_TAG: owner}, description=description)

@@ -32,7 +32,7 @@ _INVALID_CHARACTERS = re.compile(r"[^\w\-. :/]")
 
 @contextlib.contextmanager
 def connect(tracking_uri: str) -> Iterator[MlflowClient]:
-    """An MlflowClient for a block; fails within seconds if MLflow is unreachable; errors become UnreachableError."""
+    """Yields an MlflowClient. Raises UnreachableError for its errors, within seconds if MLflow cannot be reached."""
     _trim_credentials()
     address = check_reachable(tracking_uri)
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -64,7 +64,7 @@ def experiment_id(client: MlflowClient, name: str, tracking_uri: str) -> str:
 
 
 def metric_key(name: str) -> str:
-    """A metric name for MLflow, which rejects characters of mixtures such as 0.5*rougeL+0.5*bleu."""
+    """The metric name with `_` for characters that MLflow rejects, such as those in 0.5*rougeL+0.5*bleu."""
     return _INVALID_CHARACTERS.sub("_", name)
 
 

@@ -1,4 +1,4 @@
-"""The rule of the gate: what a report must show before the champion alias moves."""
+"""The rules of the gate: what a report must show before a version becomes the champion."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +14,12 @@ from cappy.selection.selectors import SELECTORS
 
 Baseline = Literal["likelihood", "mbr"]
 FIRST_TAIL = (1 - LEVEL) / 2
+"""One-sided error of the first attempt on these test groups."""
 LATER_TAIL = 0.0013
 """One-sided error of each later attempt on the same test groups: 2.5 % + 19 x 0.13 % is below 5 % in total."""
 MAX_ATTEMPTS = 20
 Check = tuple[bool, str]
+"""Whether a check passed, and a sentence about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,15 @@ def decide(
 
     With a champion, the lower bound of the difference to it must be above `margin`. The first version must beat random
     choice, the better likelihood selector and the greedy response (or the best single system) if present, and also MBR
-    if `baseline` is `mbr`. The bound is that of the 95% interval for the first `attempt` on these test groups and of
-    the 99.74% interval for the next 19. For a guarded task, the lower bound of the difference to the champion (or to
-    random choice) must be above minus its margin.
+    if `baseline` is `mbr`. The bound is that of the 95% interval for the first `attempt` on these test groups, and
+    that of the 99.74% interval for the next 19. For a guarded task, the lower bound of the difference to the champion
+    (or to random choice) must be above minus its margin.
 
     The decision is always hold for a scorer trained on an instance of the report or on another one from the same row,
-    for a report on the validation split or on fewer than 30 groups, and for differences without variance. ConfigError
-    if a guarded task is not in the report; RecordError if the report does not have the format that evaluation writes.
+    for a report on the validation split or on fewer than 30 groups, and for differences without variance.
+
+    Raises ConfigError if a guarded task is not in the report, and RecordError if the report does not have the format
+    that evaluation writes.
     """
     comparisons = _comparisons(report)
     tail = FIRST_TAIL if attempt <= 1 else LATER_TAIL
@@ -66,7 +70,7 @@ def decide(
 
 
 def parse_guards(texts: Sequence[str]) -> dict[str, float]:
-    """Parses TASK=MARGIN texts with margins from 0 to 1; ConfigError for anything else."""
+    """Parses TASK=MARGIN texts with margins from 0 to 1. Raises ConfigError for anything else."""
     guards = {}
     for text in texts:
         task, separator, number = text.rpartition("=")
@@ -81,7 +85,7 @@ def parse_guards(texts: Sequence[str]) -> dict[str, float]:
 
 
 def format_interval(comparison: Difference) -> str:
-    """A difference and its interval as text, x 100."""
+    """A difference and its 95% interval as text, both x 100."""
     difference, low, high = (
         f"{100 * value:+.1f}" for value in (comparison.difference, comparison.low, comparison.high)
     )
@@ -159,11 +163,11 @@ def _check_gain(comparisons: Mapping[str, Difference], selector: str, name: str,
     verb = "beats" if passed else "is not proven to beat"
     threshold = f" by more than {100 * margin:.1f}" if margin else ""
     level = "" if tail == FIRST_TAIL else f", and a confidence of at least {100 * (1 - tail):.2f}% is required"
-    needed = "" if passed else _groups_needed(comparison, margin, tail)
+    needed = "" if passed else _describe_groups_needed(comparison, margin, tail)
     return passed, f"The scorer {verb} {name}{threshold}: difference {format_interval(comparison)}{level}.{needed}"
 
 
-def _groups_needed(comparison: Difference, margin: float, tail: float) -> str:
+def _describe_groups_needed(comparison: Difference, margin: float, tail: float) -> str:
     """A sentence with the number of groups that a gain of this size needs; empty if there is no gain."""
     from cappy.evaluation.statistics import compute_power
 

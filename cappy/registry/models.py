@@ -1,6 +1,6 @@
 """The parts of the registry that work without MLflow: its address, names of tags and files, and `Version`.
 
-A short check says whether MLflow can be reached, since MLflow itself retries for minutes.
+`check_reachable` takes seconds, whereas MLflow itself retries for minutes.
 """
 
 import http.client
@@ -26,7 +26,7 @@ TESTED_TAG = "cappy.tested_groups"
 ATTEMPT_TAG = "cappy.attempt"
 """Number of the promotion attempt on the same test groups."""
 EVIDENCE_TAG = "cappy.evidence"
-"""What the report of the version is about; see `report_subject`."""
+"""Subject of the report of the version; see `report_subject`."""
 EVALUATION_TAGS = {CALIBRATION: "cappy.calibration", PROBE: "cappy.probe", OUT_OF_FOLD: "cappy.out_of_fold"}
 """Files of the evaluation that are registered with the scorer -> tag of the version with their sha256.
 
@@ -35,13 +35,13 @@ The manifest of the scorer does not list them, because it is written before the 
 
 
 def report_subject(report: ReportValues) -> str:
-    """What a report is about: the scorer itself, or, if it was cross-fitted, its recipe."""
+    """The subject of a report: `scorer`, or `recipe` if the report is cross-fitted."""
     return "recipe" if report.get("folds") else "scorer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """A version of a registered model; `source` is the location of its files, `aliases` point at it."""
+    """A version of a registered model; `source` is the location of its files."""
 
     name: str
     number: int
@@ -61,7 +61,7 @@ class Version:
 
     @property
     def content(self) -> str:
-        """A text that identifies the content of the scorer and of its evaluation files, as hashes."""
+        """The hashes of the scorer and of its evaluation files, joined by `-`."""
         evaluation_hashes = (self.tags.get(tag, "")[:12] for tag in EVALUATION_TAGS.values())
         return "-".join(filter(None, (self.manifest_hash, *evaluation_hashes)))
 
@@ -72,12 +72,12 @@ class Version:
 
     @property
     def serving_spec(self) -> str:
-        """The spec to serve it by: with its alias, so that the service follows promotions, else its number."""
+        """The spec to serve: by alias, so that the service follows promotions; by number if it has no alias."""
         return f"models:/{self.name}@{self.alias}" if self.alias else self.uri
 
     @property
     def alias(self) -> str:
-        """Champion or challenger, or empty."""
+        """`champion` or `challenger`; empty if it is neither."""
         return next((alias for alias in (CHAMPION, CHALLENGER) if alias in self.aliases), "")
 
 
@@ -116,7 +116,7 @@ def artifact_root(uri: str) -> str | None:
 
 
 def check_reachable(uri: str) -> str:
-    """Checks within seconds that MLflow can be reached, and returns its address; UnreachableError if not."""
+    """Checks within seconds that MLflow can be reached, and returns its address. Raises UnreachableError if not."""
     address = tracking_address(uri)
     parts = urlsplit(address)
     path = database(address)

@@ -1,4 +1,4 @@
-"""The promotion step: the gate moves the champion alias only to a scorer that is proven better."""
+"""The promotion step: moves the champion alias to a version only if the gate finds it proven better."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ class PromotionConfig:
 
 
 def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
-    """Decides, moves the aliases if the decision is promote, and writes decision.json; hold is not an error."""
+    """Decides, moves the aliases if the decision is promote, and writes decision.json; a hold is not an error."""
     spec, report = read_version(config.version), read_values(config.report, check_hashes=True)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "promotion", identity(config), parents, fresh=config.fresh) as folder:
@@ -81,7 +81,7 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
 
 
 def basis(config: PromotionConfig, report: ReportValues) -> dict[str, object]:
-    """What the decision is based on: settings of the gate, comparisons of the scorer, leaks and versions."""
+    """The basis of the decision: settings of the gate, comparisons of the scorer, leaks and versions."""
     comparisons = report.get("comparisons", {})
     return {
         "margin": config.margin,
@@ -95,7 +95,7 @@ def basis(config: PromotionConfig, report: ReportValues) -> dict[str, object]:
 
 
 def read_version(folder: Path) -> str:
-    """The spec (models:/name/number) that a registration wrote; FolderError for any other folder."""
+    """The spec (models:/name/number) that a registration wrote. Raises FolderError for any other folder."""
     uri = _read_object(folder, "version.json").get("uri")
     if not isinstance(uri, str):
         raise FolderError(f"{folder / 'version.json'}: has no version (uri); give the folder of a registration")

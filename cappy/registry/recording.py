@@ -44,7 +44,7 @@ EXAMPLE = {"instruction": "Translate to French: cat", "response": "chat"}
 
 @dataclass(frozen=True)
 class Registration:
-    """A scorer and its report to register as a version of the model `name`; files are staged in `staging`."""
+    """A scorer and its report to register as a version of the model `name`; `staging` is for temporary files."""
 
     scorer: Path
     manifest: Manifest
@@ -64,9 +64,9 @@ class Registration:
 
     @cached_property
     def evaluation_hashes(self) -> dict[str, str]:
-        """Tags with the sha256 of the evaluation files; those that the report's manifest does not list are ignored.
+        """Tags with the sha256 of the evaluation files.
 
-        They may be left from an earlier evaluation.
+        Files that the report's manifest does not list are ignored: they may be left from an earlier evaluation.
         """
         files = {file.name: file.sha256 for file in read_manifest(self.report).files}
         return {tag: files[name] for name, tag in EVALUATION_TAGS.items() if name in files}
@@ -169,6 +169,7 @@ def _save_model(scorer: Path, target: Path) -> None:
 
 
 def _link(source: Path, target: Path, names: list[str]) -> None:
+    """Hard-links files into a folder, or copies them where links are not possible."""
     for name in names:
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +213,7 @@ def _stored_sha256(client: MlflowClient, run_id: str, path: str, sizes: Mapping[
 
 
 def _update_tags(client: MlflowClient, version: Version, registration: Registration) -> None:
-    """Updates the tags of a version whose files were uploaded again to those of the present report."""
+    """Sets the tags of a version to those of this report, after its files were uploaded again."""
     client.set_model_version_tag(version.name, str(version.number), EVIDENCE_TAG, report_subject(registration.findings))
     for tag in EVALUATION_TAGS.values():
         if tag in registration.evaluation_hashes:
@@ -222,7 +223,7 @@ def _update_tags(client: MlflowClient, version: Version, registration: Registrat
 
 
 def _mean_labels(report: ReportValues) -> dict[str, float]:
-    """Mean label per selector that the report shows by task, without upper bounds and the champion."""
+    """The mean label of each selector that the report shows by task, except upper bounds and the champion."""
     metric = report.get("metric", "label")
     means = {name: row["estimate"]["mean"] for name, row in report.get("selectors", {}).items()}
     selectors = selectors_shown_in(means, "tasks")

@@ -1,4 +1,4 @@
-"""The registration step: registers a scorer and its report as a version, the challenger."""
+"""The registration step: registers a scorer and its report as a version, which becomes the challenger."""
 
 import json
 from typing import Annotated
@@ -89,10 +89,10 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
 
 
 def read_report(config: RegistrationConfig, scorer: Manifest) -> ReportValues:
-    """The report on this scorer; FolderError if it is about another one."""
+    """The report on this scorer. Raises FolderError if it is about another one."""
     report = read_values(config.report, check_hashes=True)
     scorer_hash = report.get("versions", {}).get("challenger", "")
     if scorer_hash and not scorer.hash.startswith(scorer_hash):
-        numbers = f"scorer {scorer.hash[:12]}, report on {scorer_hash}"
-        raise FolderError(f"{config.report}: is about another scorer ({numbers}); evaluate {config.scorer} first")
+        hashes = f"scorer {scorer.hash[:12]}, report on {scorer_hash}"
+        raise FolderError(f"{config.report}: is about another scorer ({hashes}); evaluate {config.scorer} first")
     return report

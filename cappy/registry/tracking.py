@@ -19,15 +19,16 @@ from cappy.training.meter import TRAINING_LOG, read_curves
 
 STEP_TAG = "cappy.step"
 PIPELINE = "pipeline"
-PARAM_LIMIT = 500
+MAX_PARAM_CHARACTERS = 500
 MAX_METRICS_PER_REQUEST = 1000
 """Metrics that MLflow accepts in one request."""
 
 
 def track_run(fingerprints: Mapping[str, str], settings: str, *, run: str, state: str) -> None:
-    """Tracks a pipeline run in the exit step of an orchestrator; a CappyError is printed on one line, with status 1.
+    """Tracks a pipeline run in the exit step of an orchestrator.
 
-    `worker.launch` is not used here, so the secrets, such as MLflow's password, are read here.
+    `worker.launch` is not used here, so the secrets, such as MLflow's password, are read here. A CappyError ends the
+    process with one line on stderr and status 1.
     """
     values = decode(settings)
     try:
@@ -54,7 +55,7 @@ def track(
     experiment: str = "cappy",
     succeeded: bool = True,
 ) -> None:
-    """Logs parameters, metrics, manifest and report of every step with a record; cached steps are marked."""
+    """Logs parameters, metrics, manifest and report of every step that has a record, and whether it was cached."""
     with connect(tracking_uri) as client:
         experiment_key = experiment_id(client, experiment, tracking_uri)
         parent = pipeline_run(client, experiment_key, run)
@@ -83,7 +84,7 @@ def attach(texts: Mapping[str, str], *, run: str, tracking_uri: str, facts: Mapp
 
 
 def pipeline_run(client: MlflowClient, experiment: str, run: str) -> str:
-    """The MLflow run of a pipeline run: the one with its tag, else the one in MLFLOW_RUN_ID, else a new one."""
+    """The id of a pipeline run's MLflow run: the one with its tag, else the one in MLFLOW_RUN_ID, else a new one."""
     run_id = _find_run(client, experiment, run, PIPELINE)
     if run_id is not None:
         return run_id
@@ -97,7 +98,7 @@ def pipeline_run(client: MlflowClient, experiment: str, run: str) -> str:
 
 
 def step_run(client: MlflowClient, experiment: str, run: str, step: str) -> str:
-    """The nested MLflow run of a step, created if it is missing; without a pipeline run it has no parent."""
+    """The id of a step's nested MLflow run, created if it is missing; without a pipeline run it has no parent."""
     if not run:
         return str(client.create_run(experiment, tags={STEP_TAG: step}, run_name=step).info.run_id)
     run_id = _find_run(client, experiment, run, step)
@@ -120,10 +121,10 @@ def _counts_for_run(record: StepRecord, run: str) -> bool:
 
 
 def _log_step(client: MlflowClient, run_id: str, record: StepRecord, *, cached: bool) -> None:
-    params = [Param(name, str(value)[:PARAM_LIMIT]) for name, value in record.config.items()]
+    params = [Param(name, str(value)[:MAX_PARAM_CHARACTERS]) for name, value in record.config.items()]
     tags = {"cappy.fingerprint": record.fingerprint, "cappy.manifest": record.manifest_hash}
     tags |= {"cappy.cached": "true", "cappy.cached_from": record.run} if cached else {"cappy.cached": "false"}
-    tags |= {"cappy.error": record.error[:PARAM_LIMIT]} if record.error else {}
+    tags |= {"cappy.error": record.error[:MAX_PARAM_CHARACTERS]} if record.error else {}
     # Parameters that are logged already are not overwritten: folders of a cached step differ between runs.
     logged_params = client.get_run(run_id).data.params
     client.log_batch(

@@ -31,13 +31,13 @@ SCORER_PATH = "artifacts/scorer"
 _CONTENT = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{12}){0,3}")
 _PORTS = {"http": 80, "https": 443}
 _SAME_SHARE = 0.5
-"""A version whose tag has at least this share of the groups was tested on them before: later versions do not count."""
+"""If a version's own tag has at least this share of the groups, it was tested first, so later versions do not count."""
 ARTIFACT_HOSTS = "CAPPY_ARTIFACT_HOSTS"
 """Environment variable: comma-separated artifact servers (host:port) that may receive MLflow's credentials."""
 
 
 def resolve(spec: str, *, tracking_uri: str) -> Version:
-    """The version for a `models:/` spec; RegistryError if there is none."""
+    """The version for a `models:/` spec. Raises RegistryError if there is none."""
     parsed = parse_spec(spec)
     if parsed.kind != "models":
         raise RegistryError(f"{quote(spec)}: not a registered version; give models:/name@alias or models:/name/3")
@@ -87,7 +87,7 @@ def _other_versions(client: MlflowClient, version: Version) -> list[Version]:
 
 
 def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
-    """Downloads a registered scorer to `cache`, named by its content, and verifies it; returns the folder."""
+    """Downloads a registered scorer to a folder of `cache` named by its content, verifies it and returns the folder."""
     version = resolve(spec, tracking_uri=tracking_uri)
     if not version.manifest_hash:
         raise RegistryError(f"{version.uri}: was not registered by cappy (no tag {MANIFEST_TAG}); register it again")
@@ -134,13 +134,13 @@ def _download_verified(version: Version, folder: Path, tracking_uri: str) -> Non
         reason = str(error).replace(str(scorer), f"{version.source}/{SCORER_PATH}")
         raise RegistryError(f"{version.uri}: {reason.partition(';')[0]}; register the scorer again") from error
     if manifest_hash != version.manifest_hash:
-        numbers = f"manifest {manifest_hash[:12]}, registered {version.manifest_hash[:12]}"
-        raise RegistryError(f"{version.uri}: differs from what was registered ({numbers}); register the scorer again")
+        hashes = f"manifest {manifest_hash[:12]}, registered {version.manifest_hash[:12]}"
+        raise RegistryError(f"{version.uri}: differs from what was registered ({hashes}); register the scorer again")
     _check_evaluation_files(scorer, version)
 
 
 def _location(version: Version, client: MlflowClient) -> str:
-    """Location of the files of a version; RegistryError if that is another HTTP server than MLflow's.
+    """Location of the files of a version. Raises RegistryError if it is on an HTTP server other than MLflow's.
 
     MLflow sends its credentials (MLFLOW_TRACKING_TOKEN etc.) to any host in the source of a version. A copied version
     (`copy_model_version`) refers to the files of the original.
@@ -150,26 +150,29 @@ def _location(version: Version, client: MlflowClient) -> str:
         location = client.get_model_version_download_uri(version.name, str(version.number))
     source, server = urlsplit(location), urlsplit(client.tracking_uri)
     if source.scheme.lower() in ("runs", "models"):
-        text = f"its source {quote(location, 80)} does not contain files"
-        raise RegistryError(f"{version.uri}: {text}; register it again")
+        problem = f"its source {quote(location, 80)} does not contain files"
+        raise RegistryError(f"{version.uri}: {problem}; register it again")
     if source.scheme.lower() not in ("http", "https", "mlflow-artifacts") or not source.netloc:
         return location
     if source.netloc in os.environ.get(ARTIFACT_HOSTS, "").split(","):
         return location
     try:
         scheme = server.scheme if source.scheme.lower() == "mlflow-artifacts" else source.scheme.lower()
-        theirs = (scheme, source.hostname, source.port or _PORTS.get(scheme))
-        ours = (server.scheme, server.hostname, server.port or _PORTS.get(server.scheme))
+        file_server = (scheme, source.hostname, source.port or _PORTS.get(scheme))
+        mlflow_server = (server.scheme, server.hostname, server.port or _PORTS.get(server.scheme))
     except ValueError:
-        theirs, ours = ("", "", None), ("", None, None)
-    if theirs != ours:
-        text = f"its files are on a server other than MLflow ({quote(redact_address(location), 80)})"
-        raise RegistryError(f"{version.uri}: {text}; register it again, or name host:port in {ARTIFACT_HOSTS}")
+        file_server, mlflow_server = ("", "", None), ("", None, None)
+    if file_server != mlflow_server:
+        problem = f"its files are on a server other than MLflow ({quote(redact_address(location), 80)})"
+        raise RegistryError(f"{version.uri}: {problem}; register it again, or name host:port in {ARTIFACT_HOSTS}")
     return location
 
 
 def is_intact(version: Version, *, tracking_uri: str) -> bool:
-    """Downloads a version and says whether it is what was registered; RegistryError if the store does not answer."""
+    """Downloads a version and returns whether its files are those that were registered.
+
+    Raises UnreachableError if the store does not answer.
+    """
     with tempfile.TemporaryDirectory(prefix="cappy-") as folder:
         try:
             _download_verified(version, Path(folder), tracking_uri)
@@ -183,19 +186,18 @@ def is_intact(version: Version, *, tracking_uri: str) -> bool:
 def _check_evaluation_files(folder: Path, version: Version) -> None:
     """Checks the evaluation files, which are not in the manifest, against the sha256 in the version's tags.
 
-    RegistryError if such a file is missing, differs, or was not registered.
+    Raises RegistryError if such a file is missing, differs, or was not registered.
     """
     for name, tag in EVALUATION_TAGS.items():
         path, expected = folder / name, version.tags.get(tag, "")
         sha256 = sha256_of(path) if path.is_file() else ""
         if sha256 != expected:
-            numbers = f"sha256 {sha256[:12] or 'none'}, registered {expected[:12] or 'none'}"
-            raise RegistryError(
-                f"{version.uri}: {name} differs from what was registered ({numbers}); register it again"
-            )
+            hashes = f"sha256 {sha256[:12] or 'none'}, registered {expected[:12] or 'none'}"
+            raise RegistryError(f"{version.uri}: {name} differs from what was registered ({hashes}); register it again")
 
 
 def _rename(source: Path, target: Path) -> None:
+    """Renames a folder. Raises FileExistsError if the target is already a finished folder."""
     try:
         source.rename(target)
     except OSError as error:
@@ -215,7 +217,7 @@ def _version(registered: ModelVersion) -> Version:
 
 
 def describe_available(client: MlflowClient, name: str) -> str:
-    """The end of an error about a missing version: which versions and aliases there are."""
+    """The end of an error message about a missing version: the aliases and the newest version that exist."""
     versions = client.search_model_versions(f"name = '{name}'", order_by=[NEWEST], max_results=1)
     if not versions:
         return "no such model in the registry; run `cappy adapt`, or set MLFLOW_TRACKING_URI to the right registry"
@@ -228,7 +230,7 @@ def count_attempt(client: MlflowClient, version: Version, tested_groups: str) ->
     """The number of this attempt on the groups: 1 plus the attempts of earlier versions.
 
     A version counts by the share of the groups that it was tested on, so that adding a row does not reset the count;
-    the sum is rounded. Versions with the same scorer count once.
+    the sum is rounded. Other versions of the same scorer do not count.
     """
     own_overlap = sketch_overlap(tested_groups, version.tags.get(TESTED_TAG, ""))
     used = sum(

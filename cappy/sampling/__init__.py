@@ -19,8 +19,9 @@ _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 def load_generator(text: str, config: "EndpointConfig | None" = None, *, work: Path | None = None) -> "Generator":
     """Loads the generator that a spec names; its `sample(instructions, decodings, seed=...)` draws candidates.
 
-    `config` is for an endpoint and includes the folder of its cached answers. `work` is the folder in which any other
-    generator stores its candidates. Raises ConfigError for a spec that is not a generator.
+    `config` is used by an endpoint and includes the folder of its cached answers; any other generator stores its
+    candidates in `work`. Raises ConfigError if the spec does not name a generator, or FolderError if its folder is not
+    valid.
     """
     spec = parse_spec(text)
     if spec.kind == "openai":

@@ -23,7 +23,7 @@ HEARTBEAT_SECONDS = 4.0
 
 
 class SamplingProgress:
-    """Progress of the step that includes the candidates of the unfinished part.
+    """Reports the progress of the step, including the candidates of the unfinished part.
 
     Rates and amounts cover this process only; the manifest has the totals of all runs. Inside a `with` block a thread
     repeats the report every `HEARTBEAT_SECONDS`.
@@ -112,11 +112,11 @@ _OMITTED = "not_asked/"
 _UNANSWERED, _SAMPLED, _FAILED = "unanswered", "drawn", "failed"
 """Kinds of counts per generator. The name of such a count has three lines: kind, generator, reason."""
 MAX_REASONS = 5
-"""Limit per generator, because a server may word every refusal differently."""
+"""Maximum reasons per generator, because a server may word every refusal differently."""
 
 
 def count_part(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[str, int]:
-    """Counts of a finished part: the generators' own, candidates by status, distinct and duplicate responses.
+    """Counts for a finished part: those of the generators, candidates by status, distinct and duplicate responses.
 
     `distinct` sums, over instances, the number of different responses among the selectable candidates; `duplicates`
     counts the rest of those candidates. Empty if there are no generators.
@@ -188,7 +188,7 @@ def check_failures(
 
     The candidates of one instance may always fail unless `max_failed` is 0, so that a small run does not end for a
     single refused instruction. `samples_per_instance` is by generator. Pass `instances`, the total of the run, while
-    the run is unfinished: it then ends as soon as it is certain to exceed the limit.
+    the run is unfinished: the error is then raised as soon as the run is certain to exceed the limit.
     """
     sampled = {generator: count for generator, _, count in _counts_of_kind(counts, _SAMPLED)}
     for generator, _, failed in _counts_of_kind(counts, _FAILED):
@@ -232,7 +232,7 @@ def _counts_of_kind(counts: Mapping[str, int], kind: str) -> Iterator[tuple[str,
 
 
 MAX_TRUNCATED_SHARE = 0.05
-"""Share of truncated responses above which there is a caution."""
+"""Share of truncated responses, 0 to 1, above which there is a caution."""
 _MIN_SUGGESTED_TOKENS = 512
 
 

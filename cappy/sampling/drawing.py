@@ -123,7 +123,7 @@ def _seed_bytes(seed: int, instruction: str, decoding: Decoding, index: int) -> 
 
 
 COMPACT_BELOW = 0.85
-"""Finished rows are removed once the active share of the batch is below this, since removing copies the cache."""
+"""Active share of a batch below which finished rows are removed; not before, since each removal copies the cache."""
 
 
 class Continuation(Protocol):
@@ -229,7 +229,7 @@ class _BatchState:
 def prompt_tokens(
     tokenizer: "PreTrainedTokenizerBase", instruction: str, *, ends: Collection[int], max_tokens: int | None = None
 ) -> tuple[list[int], bool]:
-    """The prompt's tokens, at most `max_tokens`, and whether the instruction was truncated for that.
+    """The prompt's tokens, at most `max_tokens`, and whether the instruction was truncated to fit.
 
     The prompt is the tokenizer's chat template with the instruction as the user's turn, or the instruction alone if
     there is no template. The template itself is never truncated. Raises ConfigError if it leaves no room.
@@ -269,10 +269,10 @@ def response_tokens(tokenizer: "PreTrainedTokenizerBase", text: str, end: int) -
 
 
 def end_tokens(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", folder: Path) -> list[int]:
-    """The token ids that end a response, the tokenizer's own first; ConfigError if there is none.
+    """The token ids that end a response, the tokenizer's own first. Raises ConfigError if there is none.
 
     They come from the tokenizer, config.json and generation_config.json, where some chat LLMs name the end of a turn.
-    Of the last only the tokenizer's added tokens count; an ordinary vocabulary token there is not trusted to be an end.
+    From generation_config.json only added tokens of the tokenizer are used; an ordinary token there is not trusted.
     """
     turn_ends = [end for end in _as_list(_generation_config_ends(folder)) if end in tokenizer.added_tokens_decoder]
     candidates = [tokenizer.eos_token_id, *_as_list(getattr(config, "eos_token_id", None)), *turn_ends]
@@ -295,14 +295,14 @@ def _as_list(ends: object) -> list[int]:
 
 
 MAX_CHARACTERS = 2**20
-"""Limit of a prompt's length, plus `_MAX_REPEATS` times the instruction, which a template may repeat."""
+"""Maximum characters of a prompt, in addition to `_MAX_REPEATS` times the instruction, which a template may repeat."""
 _MAX_REPEATS = 4
 
 
 def chat_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str) -> str:
     """The result of `tokenizer.apply_chat_template` for the instruction as the user's turn, with generation prompt.
 
-    Raises FolderError, with the tokenizer's folder, if the template fails, takes too long or needs too much memory.
+    Raises FolderError, which names the folder, if the template fails, takes too long or needs too much memory.
     """
     turns = [{"role": "user", "content": instruction}]
     try:

@@ -23,8 +23,9 @@ TOKENS_PER_SECOND = 50
 class Estimate:
     """Upper bounds for one generator: one request per sample, and every response as long as allowed.
 
-    The `fewest_*` values are for an endpoint that supports `n`. `answered` candidates are cached from an earlier run
-    or equal to others, and need no request. `minutes` is the maximum over the assumed speed and the limits per minute.
+    The `fewest_*` values apply to an endpoint that supports `n`. `answered` candidates are cached from an earlier run
+    or equal to others, and need no request. `minutes` is the longest of the times at the assumed speed and at each
+    limit per minute.
     A generator on this machine (`paid` false) has no requests, minutes or cost.
     """
 
@@ -57,7 +58,7 @@ def estimate_requests(
     input_tokens = sum(tokens[text] for text, _ in samples)
     fewest_input_tokens = sum(tokens[text] for text, _ in distinct_samples)
     output_tokens = sum(decoding.max_new_tokens for _, decoding in samples)
-    guess = (len(samples) * SECONDS_PER_REQUEST + output_tokens / TOKENS_PER_SECOND) / config.concurrency / 60
+    assumed_minutes = (len(samples) * SECONDS_PER_REQUEST + output_tokens / TOKENS_PER_SECOND) / config.concurrency / 60
     rates = ((len(samples), config.requests_per_minute), (input_tokens + output_tokens, config.tokens_per_minute))
     return Estimate(
         generator=generator,
@@ -70,7 +71,7 @@ def estimate_requests(
         input_tokens=input_tokens,
         fewest_input_tokens=fewest_input_tokens,
         output_tokens=output_tokens,
-        minutes=max([guess, *(amount / limit for amount, limit in rates if limit)]),
+        minutes=max([assumed_minutes, *(amount / limit for amount, limit in rates if limit)]),
         cost=config.cost(input_tokens, output_tokens),
         fewest_cost=config.cost(fewest_input_tokens, output_tokens),
     )

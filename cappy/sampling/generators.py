@@ -21,7 +21,7 @@ from cappy.specs import parse_spec
 
 Api = Literal["chat", "completions"]
 CHARACTERS_PER_TOKEN = 4
-"""Approximate, for English text and current tokenizers; other scripts need more tokens."""
+"""Approximate value for English text and current tokenizers; other scripts need more tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ class OnCandidates(Protocol):
 
 
 def ignore_progress(candidates: int, /, *, in_progress: float = 0.0) -> None:
-    """The callback that does nothing."""
+    """A callback that does nothing."""
 
 
 class Generator(Protocol):
@@ -168,7 +168,7 @@ class LocalGenerator(ABC):
         self._store: CandidateStore | None = None
 
     def use_store(self, work: Path) -> None:
-        """Stores candidates under this work folder, and reuses the ones that are there."""
+        """Stores candidates in this work folder, and reuses those that it contains."""
         self._store = CandidateStore(work, Origin(generator=self.name, revision=self.revision, version=DRAWING_VERSION))
 
     def take_counts(self) -> Mapping[str, int]:
@@ -249,7 +249,7 @@ class LocalGenerator(ABC):
         seed: int,
         on_candidates: OnCandidates,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
-        """Yields finished batches: the candidates of each range, by index of the prompt."""
+        """Yields finished batches: index of the prompt -> candidates of each range."""
 
     @staticmethod
     def _is_extendable(decoding: Decoding) -> bool:

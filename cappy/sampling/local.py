@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MAX_LOGITS = 2**26
-"""Number of float32 logits in one batch of likelihoods."""
+"""Maximum number of float32 logits in one batch of likelihoods."""
 MAX_CPU_WORK = 2**42
-"""Parameters times tokens of a batch on a CPU: about a minute of work. Larger batches are no faster."""
+"""Maximum of parameters times tokens of a batch on a CPU: about a minute of work. Larger batches are no faster."""
 
 
 class KeyValueCache(Protocol):
@@ -183,7 +183,7 @@ class LocalLLM(LocalGenerator):
 
     @abstractmethod
     def _start_rows(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
-        """Starts `copies` rows per prompt; also the first token's logits (prompts * copies, vocabulary)."""
+        """Starts `copies` rows per prompt; returns them and the first token's logits (prompts * copies, vocabulary)."""
 
     @abstractmethod
     def _beam_search(
@@ -231,7 +231,7 @@ class LocalLLM(LocalGenerator):
         seed: int,
         on_candidates: OnCandidates,
     ) -> Iterator[dict[int, list[list[Response]]]]:
-        """Yields the responses of each batch by index of the prompt."""
+        """Yields batches: index of the prompt -> responses of each range."""
         reserved = max(samples.decoding.max_new_tokens for samples in ranges)
         rows = sum(max(samples.decoding.num_samples, samples.decoding.num_beams) for samples in ranges)
         for indices in batch_by_length(

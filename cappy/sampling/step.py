@@ -61,7 +61,7 @@ from cappy.steps import step_version
 
 @settings
 class SamplingConfig:
-    """Candidates for a folder of instances."""
+    """A folder of instances, the LLMs to sample from, and how to sample."""
 
     RENAMED: ClassVar[Renames] = {
         "retries": "max_retries",
@@ -125,8 +125,8 @@ class SamplingConfig:
         Field(
             ge=0,
             le=1,
-            description="Maximum share of a generator's candidates that may fail before the run ends (if above 0, as "
-            "many as those of one instance may fail); 1: no limit",
+            description="Maximum share of a generator's candidates that may fail before the run ends; above 0, as many "
+            "as one instance has may always fail; 1: no limit",
         ),
     ] = 0.1
     concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Concurrent requests to an endpoint")] = 8
@@ -159,7 +159,7 @@ class SamplingConfig:
 
     @property
     def decodings(self) -> tuple[Decoding, ...]:
-        """The decodings of all generators; if they differ between generators, each has its generator's position."""
+        """The decodings of all generators; if they differ by generator, each has the position of its generator."""
         kinds = [parse_spec(text).kind for text in self.generator] or ["path"]
         by_generator = [self._decodings_of_kind(kind) for kind in kinds]
         if all(decodings == by_generator[0] for decodings in by_generator):
@@ -231,8 +231,8 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     """Draws candidates for the instances of `source` and writes them to `target`.
 
     A killed run resumes at the first unfinished part. The next run samples parts with failed candidates again, and
-    reuses the stored answers. Instances with choices are not sampled for. Without a generator the instances keep the
-    candidates that they have. Raises GeneratorError if more than `max_failed` of a generator's candidates fail.
+    reuses the stored answers. Instances with choices are not sampled for. Without a generator the instances keep their
+    candidates. Raises GeneratorError if more than `max_failed` of a generator's candidates fail.
     """
     refuse_same_folder(config.source, config.target)
     parent = read_manifest(config.source)
@@ -326,8 +326,8 @@ def sample(
 ) -> Iterator[Instance]:
     """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
 
-    The candidates of an instance do not depend on other instances. Instances with choices keep those as candidates,
-    with likelihoods from the first generator that computes them. `read` is applied to each new candidate. Raises
+    The candidates of an instance do not depend on other instances. Instances with choices keep these as candidates,
+    with likelihoods from the first generator that can compute them. `read` is applied to each new candidate. Raises
     ConfigError for an instance that would have no candidate.
     """
     open_ended = [instance for instance in part if not instance.choices]
@@ -346,10 +346,10 @@ def sample(
         )
         for instance, candidates in zip(open_ended, sampled, strict=True):
             added[instance.instance_id] += map(read, candidates)
-    closed = _with_likelihoods([instance for instance in part if instance.choices], generators)
+    with_choices = _with_likelihoods([instance for instance in part if instance.choices], generators)
     for instance in part:
         if instance.choices:
-            yield next(closed)
+            yield next(with_choices)
         else:
             yield replace(instance, candidates=(*instance.candidates, *added[instance.instance_id]))
 

@@ -42,10 +42,10 @@ _ORIGIN = "origin.json"
 LOCK = ".lock"
 _FORMAT = 1
 _MAX_FILE_BYTES = 64_000_000
-"""A process then starts another file: a mounted bucket may upload the whole file for each append."""
+"""Size at which a process starts another file: a mounted bucket may upload the whole file for each append."""
 _LOCATION = np.dtype([("file", "<u4"), ("size", "<u4"), ("start", "<u8")])
 _STORED_FIELDS = ("response", "decoding", "seed", "status", "logprob_sum", "logprob_mean", "num_tokens")
-"""Fields of a candidate that are stored; the origin has the others."""
+"""Fields of a candidate that are stored with it; the others are in the origin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Origin:
 
 
 def sample_key(**inputs: object) -> str:
-    """The key of a set of samples: a hash of all that they depend on except the origin and the sample numbers."""
+    """The key of a set of samples: a hash of everything they depend on, except the origin and the sample numbers."""
     return fingerprint("draw", _FORMAT, inputs)[:32]
 
 
@@ -237,7 +237,7 @@ def _list_folder(work: Path) -> list[StoreEntry]:
 
 
 def unreachable_reason(entry: StoreEntry, fresh: Collection[str] = ()) -> str:
-    """Why no run of this version can use an entry, or an empty text; `fresh` are the `--fresh` runs that have work."""
+    """Why no run of this version can use an entry; empty if one can. `fresh` names the `--fresh` runs with work."""
     if entry.path.name.startswith(REMOVED_PREFIX):
         return "left by a removal that was killed"
     if entry.fresh and entry.fresh not in fresh:
@@ -248,7 +248,7 @@ def unreachable_reason(entry: StoreEntry, fresh: Collection[str] = ()) -> str:
 
 
 def remove_entry(entry: StoreEntry) -> None:
-    """Deletes the candidates or answers of an entry, but not the ledgers; FolderError if a run is using them."""
+    """Deletes the candidates or answers of an entry, but not the ledgers. Raises FolderError if a run is using them."""
     with disk_errors(entry.path), open_lock(entry.path / LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,7 +30,7 @@ from cappy.untrusted import load_yaml
 
 MAX_NEW_TOKENS = 64
 ENDPOINT_NEW_TOKENS = 512
-"""Chat models answer in paragraphs: with 64 tokens nearly every response would be truncated."""
+"""Default for chat models, which answer in paragraphs: 64 tokens would truncate nearly every response."""
 MAX_NEW_TOKENS_LIMIT = 32768
 FILES = (".yaml", ".yml", ".json")
 
@@ -88,8 +88,8 @@ def _paper_pretrain() -> tuple[Decoding, ...]:
     """Five samples from each of two generators (method, section 1.4): a reconstruction, not a published setting.
 
     The number of samples and the filter of each generator (top-k for the first, BART0; top-p for the second, T0-3B)
-    are recalled, not looked up; the values 40 and 0.95 are those of the finetuning code. As in the sampling step, only
-    templates without choices were sampled from.
+    are from memory, not looked up; the values 40 and 0.95 are those of the finetuning code. As in the sampling step,
+    only templates without choices were sampled from.
     """
     return (
         Decoding(name="topk40", num_samples=5, top_k=40, generator=0),
@@ -137,14 +137,15 @@ def default_strategy(kind: str) -> str:
 
 
 def default_length(kind: str) -> int:
-    """The default maximum of new tokens for a kind of generator."""
+    """The default maximum number of new tokens for a kind of generator."""
     return ENDPOINT_NEW_TOKENS if kind == "openai" else MAX_NEW_TOKENS
 
 
 def parse_strategy(text: str, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
-    """Parses a strategy: a name, an expression or a file; ConfigError lists the names and the grammar.
+    """Parses a strategy: a name, an expression or a file.
 
-    `length` is the maximum of new tokens of decodings that do not set one.
+    `length` is the maximum number of new tokens for decodings that do not set one. Raises ConfigError, which lists the
+    names and the grammar, if the text is not a strategy.
     """
     if text.endswith(FILES):
         return read_decodings(Path(text), length)
@@ -197,7 +198,7 @@ def _parse_decoding(word: str, text: str = "") -> Decoding:
 
 
 def check_decodings(decodings: Sequence[Decoding], prefix: str) -> tuple[Decoding, ...]:
-    """Returns the decodings; raises ConfigError if a parameter is out of range or a name is used twice."""
+    """Returns the decodings. Raises ConfigError if a parameter is out of range or a name is used twice."""
     for decoding in decodings:
         broken_rule = next((rule for rule, holds in _rules(decoding).items() if not holds), None)
         if broken_rule:
@@ -253,9 +254,10 @@ _MAX_BYTES = 1_000_000
 
 
 def read_decodings(path: Path, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
-    """Reads a file of decodings; ConfigError names the file, the entry, the parameter and the value.
+    """Reads a file of decodings.
 
-    `length` is the maximum of new tokens of entries that do not set one.
+    `length` is the maximum number of new tokens for entries that do not set one. Raises ConfigError, which names the
+    file, the entry, the parameter and the value, if an entry is not valid.
     """
     entries = _read_file(path)
     if not isinstance(entries, list) or not entries:

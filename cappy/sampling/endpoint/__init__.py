@@ -63,7 +63,7 @@ class RequestSender:
     def send(self, request: GenerationRequest, sample_numbers: list[int], stop: threading.Event) -> list[Answer]:
         """Answers for the first of these samples, at least one; for all of them if the model supports `n`.
 
-        Raises GeneratorError if the run cannot continue or the budget is used up. It sets `stop` then, and the other
+        Raises GeneratorError if the run cannot continue or the budget is used up, and sets `stop` so that the other
         threads raise StoppedError.
         """
         attempt, started = 0, time.monotonic()
@@ -93,7 +93,7 @@ class RequestSender:
     def _fail_or_abort(
         self, request: GenerationRequest, sample_numbers: list[int], fault: Fault, stop: threading.Event
     ) -> list[Answer]:
-        """Failed answers for a refused request; GeneratorError if a probe is refused as well."""
+        """Failed answers for a refused request. Raises GeneratorError if a probe is refused as well."""
         num_refusals = self.refusals.note_refusal(instruction_only=fault.instruction_only)
         if num_refusals and not self._config.all_may_fail:
             probe_fault = self._send_probe(request, stop)
@@ -173,7 +173,7 @@ class RequestSender:
     def _send(
         self, client: EndpointClient, sent: Mapping[str, object], request: GenerationRequest, count: int
     ) -> tuple[bytes, Mapping[str, str]]:
-        """Posts the request; body and headers of the response."""
+        """Posts the request; returns body and headers of the response."""
         path = "/chat/completions" if self._config.api == "chat" else "/completions"
         max_bytes = answer_bytes(request.decoding.max_new_tokens, count, likelihoods=1)
         body, headers = client.post(path, sent, max_bytes=max_bytes)
@@ -194,11 +194,13 @@ class RequestSender:
 
 
 EXTRA_THREADS = 16
-"""Maximum threads beyond the concurrent requests, which write answers to disk meanwhile."""
+"""Maximum number of additional threads, which write answers to disk while other threads send requests."""
 PROGRESS_SECONDS = 1.0
 """Maximum time between two calls of `on_candidates` while requests are pending."""
 Sample = tuple[GenerationRequest, int]
+"""A request and the number of one of its samples."""
 Job = tuple[GenerationRequest, list[int]]
+"""A request and the numbers of the samples to request together."""
 
 
 class Endpoint:
@@ -283,7 +285,7 @@ class Endpoint:
     def pending_samples(
         self, instructions: Sequence[str], decodings: Sequence[Decoding], *, seed: int
     ) -> list[tuple[str, Decoding]]:
-        """Instruction and decoding of each sample that `sample` would request, those without a cached answer."""
+        """Instruction and decoding of each sample that has no cached answer, so that `sample` would request it."""
         return [
             (request.instruction, request.decoding)
             for instruction in dict.fromkeys(instructions)
@@ -337,14 +339,14 @@ class Endpoint:
             try:
                 for job in jobs.items():
                     submit(job)
-                pending, reported = len(jobs), 0
-                while pending:
+                num_pending, reported = len(jobs), 0
+                while num_pending:
                     remaining = _next_result(done)
                     reported, before = len(answers), reported
                     on_candidates(reported - before)
                     for job in remaining or ():
                         submit(job)
-                    pending += len(remaining) - 1 if remaining is not None else 0
+                    num_pending += len(remaining) - 1 if remaining is not None else 0
             except BaseException:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)

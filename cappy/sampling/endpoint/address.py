@@ -65,7 +65,7 @@ def join_path(base: str, path: str) -> str:
 
 
 def key_headers(base: str, authorization: str) -> dict[str, str]:
-    """The header that sends the key in `authorization`, as given or in Azure's form; none if it is empty.
+    """The header that sends the key: `authorization` unchanged, or in Azure's form; no header if it is empty.
 
     Azure's API, recognized by `api-version` in the address, expects a key in the header `api-key`.
     """

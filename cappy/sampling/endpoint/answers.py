@@ -37,7 +37,7 @@ class GenerationRequest:
     seed: int
 
     def body(self, model: str, config: EndpointConfig, *, count: int, number: int) -> dict[str, object]:
-        """The body that requests `count` samples from `number` on; it sets every parameter, so no default applies."""
+        """The body of a request for `count` samples from `number` on; sets every parameter, so no default applies."""
         decoding = self.decoding
         body: dict[str, object] = {
             "model": model,
@@ -59,18 +59,18 @@ class GenerationRequest:
 
 
 def extra_parameters(decoding: Decoding) -> dict[str, float]:
-    """The parameters that OpenAI's API lacks, by vLLM's names for them; 0 where they are off."""
+    """The parameters that OpenAI's API lacks, by vLLM's names for them; 0 if they are off."""
     return {"top_k": decoding.top_k, "min_p": decoding.min_p, "min_tokens": decoding.min_new_tokens}
 
 
 MAX_CHARACTERS = 1_000_000
-"""Of a response; no request allows more."""
+"""Maximum characters of a response; no request allows more."""
 MAX_NAME_CHARACTERS = 200
-"""Of a model's name; a longer one is ignored."""
+"""Maximum characters of a model's name; a longer name is ignored."""
 
 SERVER_LOG_REMEDY = "the server's log says why"
 """Remedy for a server that fails after it has begun to answer."""
-_WHOLE = (
+_COMPLETE_REASONS = (
     *("stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "stop_token", "stop_word", "finish", "finished"),
     *(
         "endoftext",
@@ -87,12 +87,12 @@ _WHOLE = (
         "function_call",
     ),
 )
-_UNSAID = ("", "null", "none")
-_AT_LIMIT = (
+_MISSING_REASONS = ("", "null", "none")
+_LIMIT_REASONS = (
     *("length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "token_limit"),
     *("model_context_window_exceeded", "time_limit"),
 )
-_WITHHELD = (
+_FILTER_REASONS = (
     *("safety", "recitation", "blocklist", "prohibited_content", "spii", "sensitive", "moderation", "flagged"),
     *("guardrail", "guardrails", "guardrail_intervened", "error_toxic", "image_safety"),
 )
@@ -221,7 +221,7 @@ def read_answers(
 def _complete_choices(
     choices: Sequence[Mapping[str, object]],
 ) -> tuple[list[tuple[str, Status, list[float]]], BadAnswerError | None]:
-    """The complete choices, and the error of the first incomplete one; BadAnswerError if one is not a choice."""
+    """The complete choices, and the error of the first incomplete one. Raises BadAnswerError if one is not a choice."""
     complete, first_error = [], None
     for choice in choices:
         try:
@@ -232,7 +232,7 @@ def _complete_choices(
 
 
 def read_choices(body: bytes) -> tuple[dict[str, object], list[dict[str, object]]]:
-    """The body of a completion and its choices by index, without duplicates; BadAnswerError if it is not one."""
+    """The body of a completion and its choices by index, without duplicates. Raises BadAnswerError if it is not one."""
     values = _parse_body(body)
     choice_list = values.get("choices")
     if error_object := _error_object(values):
@@ -277,9 +277,9 @@ def _decode(body: bytes) -> str:
 
 
 def read_choice(choice: Mapping[str, object]) -> tuple[str, Status, list[float]]:
-    """Text, status and token log-probabilities of a choice of chat or completions; BadAnswerError if it is not one.
+    """Text, status and token log-probabilities of a choice of chat or completions.
 
-    Raises IncompleteChoiceError if the server did not complete it.
+    Raises BadAnswerError if it is not a choice, and IncompleteChoiceError if the server did not complete it.
     """
     if error_object := _error_object(choice):
         raise IncompleteChoiceError("a choice holds an error", error_object, error_object)
@@ -306,19 +306,19 @@ def read_choice(choice: Mapping[str, object]) -> tuple[str, Status, list[float]]
 
 
 def _status(finish_reason: object, text: str) -> Status:
-    """The status for a `finish_reason`; IncompleteChoiceError for an unknown value."""
+    """The status for a `finish_reason`. Raises IncompleteChoiceError for an unknown value."""
     if isinstance(finish_reason, dict):  # SGLang's own form
         finish_reason = finish_reason.get("type") or finish_reason
     if finish_reason and not isinstance(finish_reason, str):
         raise IncompleteChoiceError("the server did not complete a response: finish_reason", finish_reason)
     word = re.sub("[ -]", "_", str(finish_reason or "").strip().lower())
-    if word in _AT_LIMIT:
+    if word in _LIMIT_REASONS:
         return "truncated" if text else "empty"
-    if word in _UNSAID or word in _WHOLE:
+    if word in _MISSING_REASONS or word in _COMPLETE_REASONS:
         return "ok" if text else "empty"
     if word == "refusal":
         return "refused"
-    if word in _WITHHELD or "filter" in word:
+    if word in _FILTER_REASONS or "filter" in word:
         return "filtered"
     raise IncompleteChoiceError("the server did not complete a response: finish_reason", finish_reason)
 
@@ -362,7 +362,7 @@ class AnswerCache:
         if self._folder is None:
             return self._memory.get(key)
         if self._folder.is_dir():
-            self._use(self._folder)
+            self._lock_folder(self._folder)
         try:
             values = json.loads(_path(self._folder, key).read_bytes())
             answer = Answer(**{**values, "left_out": tuple(values["left_out"])})
@@ -371,11 +371,11 @@ class AnswerCache:
         return answer
 
     def put(self, key: str, answer: Answer) -> None:
-        """Stores an answer; FolderError if it cannot be written."""
+        """Stores an answer. Raises FolderError if it cannot be written."""
         if self._folder is None:
             self._memory[key] = answer
         else:
-            self._use(self._folder)
+            self._lock_folder(self._folder)
             write_bytes(_path(self._folder, key), json.dumps(asdict(answer), ensure_ascii=False).encode(), private=True)
 
     def close(self) -> None:
@@ -384,7 +384,7 @@ class AnswerCache:
             self._lock.close()
             self._lock = None
 
-    def _use(self, folder: Path) -> None:
+    def _lock_folder(self, folder: Path) -> None:
         """Locks the folder against removal until `close`; the lock's file time is the time of the last use."""
         with self._lock_guard, disk_errors(folder):
             self._lock = self._lock or lock_shared(folder / LOCK)

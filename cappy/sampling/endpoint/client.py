@@ -176,7 +176,7 @@ class _BodyDecoder:
         self._inflate = None if encoding in ("", "identity") else zlib.decompressobj(_ZLIB_AUTO_WBITS)
 
     def decode(self, chunk: bytes) -> Iterator[bytes]:
-        """Yields the decoded chunk in pieces; RefusedAnswerError if the body is too large or cannot be decoded."""
+        """Yields the decoded chunk in pieces. Raises RefusedAnswerError if the body is too large or not decodable."""
         # Compressed bytes count too, because an endless stream may decode to nothing.
         self._received += len(chunk)
         self._check_size(self._received)
@@ -199,7 +199,7 @@ class _BodyDecoder:
 
 
 def _body_decoder(response: httpx2.Response, max_bytes: int) -> _BodyDecoder:
-    """The decoder for a response's body; RefusedAnswerError if the headers already show that it is not acceptable."""
+    """The decoder for a response's body. Raises RefusedAnswerError if the headers show that it is not acceptable."""
     max_bytes = max_bytes if response.status_code == 200 else min(max_bytes, MAX_ERROR_BYTES)
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
@@ -244,7 +244,7 @@ CONNECT_SECONDS = 10.0
 
 
 class DeadlineExceededError(Exception):
-    """The server has not sent a complete answer in time."""
+    """The server did not send a complete answer in time."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,10 @@ class EndpointClient:
     seconds: float
 
     def post(self, path: str, body: Mapping[str, object], *, max_bytes: int) -> tuple[bytes, Mapping[str, str]]:
-        """Body (at most `max_bytes`) and headers of the answer; openai.OpenAIError or DeadlineExceededError if none."""
+        """Sends the request; returns body (at most `max_bytes`) and headers of the answer.
+
+        Raises openai.OpenAIError or DeadlineExceededError if there is none.
+        """
         self.connection.max_bytes = max_bytes
         api_error: openai.OpenAIError | None = None
         with self.deadlines.within(self.seconds, self.connection):
@@ -301,13 +304,13 @@ class Clients:
 
     @contextlib.contextmanager
     def client(self, stop: threading.Event) -> Iterator[EndpointClient]:
-        """Waits for a free client and lends it for one request; StoppedError if the run is stopped by then."""
+        """Waits for a free client and yields it for one request. Raises StoppedError if the run was stopped."""
         with self._slots:
             pause(0, stop)
             try:
                 client = self._idle.get_nowait()
             except queue.Empty:
-                client = self._new()
+                client = self._create()
             try:
                 yield client
             finally:
@@ -319,7 +322,7 @@ class Clients:
         for client in self._clients:
             client.inner.close()
 
-    def _new(self) -> EndpointClient:
+    def _create(self) -> EndpointClient:
         connection = Connection()
         inner = openai.OpenAI(
             base_url=self._url,

@@ -69,9 +69,9 @@ class Capabilities:
 
     A fixed list of models would soon be out of date, and a refusal is free. Refused parameters that do not change the
     distribution (`n`, `seed`, `logprobs`) are omitted. Those that do (`SAMPLING_PARAMETERS`) are omitted only at their
-    neutral value, such as top_p 1: greedy decoding without temperature 0 would be sampling. Of parameters that are
-    refused together the neutral ones are omitted. A parameter that is needed but refused is sent once more without the
-    neutral others, because some servers name only one of two parameters that they do not accept together.
+    neutral value, such as top_p 1: greedy decoding without temperature 0 would be sampling. If parameters
+    are refused together, the neutral ones are omitted. A parameter that is needed but refused is sent once more without
+    the neutral others, because some servers name only one of two parameters that they do not accept together.
     """
 
     def __init__(self) -> None:
@@ -146,9 +146,9 @@ def _refused_parameters(sent: Mapping[str, object], message: str, parameter: str
 
 
 def refused_parameter(sent: Mapping[str, object], message: str, parameter: str | None) -> str | None:
-    """The sent parameter that a refusal names, in its `param` field or its message; None if there is none.
+    """The sent parameter that a refusal names, in its `param` field or its message; None if it names none.
 
-    A `max_tokens` that is only too high does not count: without it, responses would cost more.
+    A `max_tokens` that is only too high does not count, because without it responses would cost more.
     """
     optional = [name for name in OPTIONAL_PARAMETERS if name in sent]
     parameter_name = parameter.split(".")[0] if parameter else None
@@ -185,13 +185,13 @@ _NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached")
 _BAD_KEY = ("api key not valid", "api_key_invalid", "invalid api key", "invalid_api_key", "incorrect api key")
 _TRANSIENT_STATUSES = (408, 409, 425, 429)
 _CONFIGURATION_STATUSES = (403, 404, 405, 410, 415)
-"""These concern all requests if none was answered yet."""
+"""Statuses that concern all requests if none was answered yet."""
 REFUSALS_PER_PROBE = 20
 """A probe is sent after this number of refusals in a row."""
 PROBE = "Answer with one word: yes."
 """The instruction of a probe: no server should refuse its content or its length."""
 _MAX_ERROR_CHARACTERS = 2000
-"""Only this many characters of an error message are read."""
+"""Maximum characters of an error message that are read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,7 +326,7 @@ def backoff(attempt: int, first: float) -> float:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from a Retry-After header (a number or a date); None without one."""
+    """Seconds to wait by the Retry-After header (a number or a date); None without a valid one."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) * unit

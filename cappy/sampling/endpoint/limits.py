@@ -23,17 +23,18 @@ MAX_ERROR_BYTES = 1_000_000
 MAX_LIST_BYTES = 8_000_000
 """Maximum size of a list of models."""
 MIN_ANSWER_BYTES = 1_000_000
+"""Part of the maximum size that does not depend on the number of tokens."""
 TOKEN_BYTES = 100
 LOGPROB_BYTES = 400
 """Maximum JSON size of a token, and of each of its log-probabilities."""
 UNKNOWN_TOKENS = 32_768
-"""Assumed length of a response where the request sets no limit."""
+"""Assumed tokens of a response if the request sets no limit."""
 MAX_CORRECTION_SECONDS = 600.0
 """Maximum delay of later requests because one answer used more tokens than estimated."""
 
 
 def answer_bytes(tokens: int | None, count: int, *, likelihoods: int = 0) -> int:
-    """Maximum size of an answer in bytes, for `count` responses of `tokens` tokens (None: no limit).
+    """Maximum size of an answer in bytes, for `count` responses of up to `tokens` tokens (None: no limit).
 
     `likelihoods` is the number of log-probabilities per token.
     """
@@ -71,14 +72,14 @@ class RateLimiter:
 
 
 def pause(seconds: float, stop: threading.Event) -> None:
-    """Waits; raises StoppedError as soon as `stop` is set."""
+    """Waits this long. Raises StoppedError as soon as `stop` is set."""
     if stop.wait(seconds) if seconds > 0 else stop.is_set():
         raise StoppedError
 
 
 @dataclass(slots=True)
 class Spending:
-    """Requests and tokens that were or may be used."""
+    """Requests and tokens that were used, or that are reserved."""
 
     requests: int = 0
     input_tokens: int = 0
@@ -130,7 +131,7 @@ class Budget:
 
     @contextlib.contextmanager
     def reserve(self, reservation: Spending, stop: threading.Event) -> Iterator[Spending]:
-        """Reserves the maximum usage of the block, which adds its real usage to the yielded value.
+        """Reserves the maximum usage of a block; the block adds its actual usage to the yielded `Spending`.
 
         Waits while pending requests may still release budget. If they cannot, sets `stop` and raises GeneratorError.
         """
