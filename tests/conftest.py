@@ -5,6 +5,7 @@ Also a real OpenAI-compatible server that is not part of this project: `transfor
 
 import functools
 import inspect
+import logging
 import os
 import resource
 import shutil
@@ -73,6 +74,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(SLOWEST_FIRST)}
         items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+@pytest.fixture(autouse=True)
+def root_log_filters() -> Iterator[None]:
+    """Removes the filters of a service that ran in this process: they would count the lines of later tests."""
+    before = [(handler, list(handler.filters)) for handler in logging.getLogger().handlers]
+    yield
+    for handler, filters in before:
+        handler.filters[:] = filters
 
 
 def _tokenizer(folder: Path, pair: bool) -> object:

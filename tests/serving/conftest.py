@@ -1,7 +1,6 @@
 """A service that is ready, with a function in place of a scorer."""
 
 import gc
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -19,15 +18,6 @@ def small_heap() -> None:
     """Takes what is loaded out of the garbage collector: every service collects once at its start, here hundreds do."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(autouse=True)
-def root_log_filters() -> Iterator[None]:
-    """Removes the filters of a service that ran in this process: they would count the lines of later tests."""
-    before = [(handler, list(handler.filters)) for handler in logging.getLogger().handlers]
-    yield
-    for handler, filters in before:
-        handler.filters[:] = filters
 
 
 @pytest.fixture
