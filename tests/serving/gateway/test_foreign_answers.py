@@ -152,7 +152,7 @@ def test_of_a_refusals_headers_only_plausible_ones_are_passed_on(foreign: Foreig
     for text in ("7", "7.5", "Wed, 21 Oct 2026 07:28:00 GMT"):
         foreign.parts = [response(b"{}", f"Retry-After: {text}", "Set-Cookie: a=b", "X-Other: c", status=429)]
         answer = ask(url)
-        assert (answer.status_code, answer.headers["retry-after"]) == (429, text)
+        assert (answer.status_code, answer.headers.get("retry-after")) == (429, text), answer.text
         assert "set-cookie" not in answer.headers
         assert "x-other" not in answer.headers
 
