@@ -10,7 +10,7 @@ connection. Servers take turns, `--rounds` times, and the best round of each cou
 
 The overhead compares the time of the service for all pools with one call of `Scorer.score` on the same pairs in a
 separate process with the same number of threads. The latency is that of one client with one pair, compared with
-`Scorer.forward` of the same encoded pair. Results are written to `benchmarks/results/serving.json` with date and
+`Scorer.infer_logits` of the same encoded pair. Results are written to `benchmarks/results/serving.json` with date and
 machine.
 """
 
@@ -245,7 +245,7 @@ def time_one_pair(folder: Path, scorer: Scorer, pools: Pools, precision: str) ->
                 served.append(time.perf_counter() - sent)
             for _ in range(40):
                 sent = time.perf_counter()
-                scorer.forward(encoded)
+                scorer.infer_logits(encoded)
                 bare.append(time.perf_counter() - sent)
             time.sleep(0.5)  # Threads spin for a while after their work and would slow down the other process.
     return {

@@ -125,7 +125,7 @@ def random_weights(shape: GeneratorShape, folder: Path) -> None:
 
 def run_updates(run: TrainingRun, times: int) -> None:
     for _ in range(times):
-        run.update()
+        run.run_update()
 
 
 def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instance]) -> None:
@@ -147,7 +147,7 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
             config.source, source / "tokens", scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()
         )
         run = TrainingRun(scorer, corpora, config, source / "checkpoints", SINGLE_RANK)
-        run.update()
+        run.run_update()
         updates = UPDATES.get(name, 2) * (1 + 3 * on_gpu)
         pools = [
             pool

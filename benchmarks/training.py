@@ -143,7 +143,7 @@ def time_ours(start: Path, source: Path, work: Path, device: str) -> float:
     corpora: Corpora = open_corpora(source, tokens, scorer.tokenizer, scorer.encoder, metric="rougeL", sources=())
     run = TrainingRun(scorer, corpora, config, work / "no-checkpoints", SINGLE_RANK)
     while run.state.update < run.updates:
-        run.update()
+        run.run_update()
     _synchronize(device)
     return time.perf_counter() - started
 

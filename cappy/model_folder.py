@@ -93,11 +93,11 @@ class AutoModel(Protocol[Model_co]):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """A checked folder: `hash` is a sha256 over all files; `listed` is whether a manifest lists them."""
+    """A checked folder: `hash` is a sha256 over all files; `has_manifest` is whether a manifest lists them."""
 
     path: Path
     hash: str
-    listed: bool
+    has_manifest: bool
 
     def config(self) -> "PreTrainedConfig":
         """The configuration as transformers reads it. Raises FolderError if it does not describe a model."""
@@ -158,13 +158,13 @@ def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "
         remedy = "merge it into the weights with merge_and_unload"
         raise FolderError(f"{folder / ADAPTER}: is an adapter, which transformers ignores without peft; {remedy}")
     if (folder / MANIFEST).exists():
-        return ModelFolder(path=folder, hash=verify_exactly(folder).hash, listed=True)
+        return ModelFolder(path=folder, hash=verify_exactly(folder).hash, has_manifest=True)
     files = describe_files(folder)
     digest = hashlib.sha256("".join(f"{file.sha256}  {file.name}\n" for file in files).encode()).hexdigest()
     if not pinned and (folder, digest) not in _LOGGED:
         _LOGGED.add((folder, digest))
         LOGGER.warning("%s: has no manifest; loading its %d files unverified, sha256 %s", folder, len(files), digest)
-    return ModelFolder(path=folder, hash=digest, listed=False)
+    return ModelFolder(path=folder, hash=digest, has_manifest=False)
 
 
 def check_size(

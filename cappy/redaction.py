@@ -196,7 +196,7 @@ def _known_forms(max_age: float = 0.0) -> _SecretForms:
         return _cached_forms[1]
     _forms_checked_at = now
     environment = dict(os.environ)
-    state = (environment, len(_registered), [_file_version(path) for path in _secret_files(environment)])
+    state = (environment, len(_registered), [_stat_key(path) for path in _secret_files(environment)])
     if _cached_forms[0] != state:
         values = {*_registered, *_environment_secrets(environment)}
         forms = sorted({form for value in values for form in _forms(value)}, key=len, reverse=True)
@@ -230,10 +230,10 @@ def _secret_files(environment: dict[str, str]) -> list[Path]:
         for name, value in environment.items()
         if value and name.upper().endswith(_FILE_SUFFIXES) and _SECRET_NAME.search(name.upper().removesuffix("_FILE"))
     ]
-    return [path for path in [*paths, _SERVICE_ACCOUNT] if _file_version(path)]
+    return [path for path in [*paths, _SERVICE_ACCOUNT] if _stat_key(path)]
 
 
-def _file_version(path: Path) -> tuple[int, int] | None:
+def _stat_key(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
     except (OSError, ValueError):

@@ -12,12 +12,12 @@ def annotation(
     metric: str = "rougeL",
     settings: str = "",
     fingerprint: str = "",
-    part: str = "",
+    shard: str = "",
     run: str = "",
 ) -> None:
     """Label every candidate with its similarity to the references, from 0 to 1."""
     from cappy.worker import launch
 
     folders = {"source": candidates.path, "target": annotated.path}
-    done = launch("annotation", settings, fingerprint=fingerprint, part=part, run=run, metric=metric, **folders)
-    annotated.metadata.update(manifest=done.hash, rows=done.rows, candidates=done.candidates)
+    manifest = launch("annotation", settings, fingerprint=fingerprint, part=shard, run=run, metric=metric, **folders)
+    annotated.metadata.update(manifest=manifest.hash, rows=manifest.rows, candidates=manifest.candidates)

@@ -18,5 +18,5 @@ def deployment(
     from cappy.worker import launch
 
     folders = {"version": version.path, "report": report.path, "target": endpoint.path}
-    done = launch("deployment", settings, fingerprint=fingerprint, run=run, **folders)
-    endpoint.metadata.update(manifest=done.hash)
+    manifest = launch("deployment", settings, fingerprint=fingerprint, run=run, **folders)
+    endpoint.metadata.update(manifest=manifest.hash)

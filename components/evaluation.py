@@ -29,9 +29,9 @@ def evaluation(
     trained = {"scorer": scorer.path} if scorer is not None else {}
     values: dict[str, Any] = {"champion": champion, "metric": metric, **trained}
     folders = {"source": annotated.path, "target": report.path}
-    done = launch("evaluation", settings, fingerprint=fingerprint, run=run, **values, **folders)
-    report.metadata.update(manifest=done.hash)
-    metrics.metadata.update(done.metrics)
+    manifest = launch("evaluation", settings, fingerprint=fingerprint, run=run, **values, **folders)
+    report.metadata.update(manifest=manifest.hash)
+    metrics.metadata.update(manifest.metrics)
     shutil.copyfile(f"{report.path}/report.html", page.path)
     # The local cache ignores an artifact without a file.
-    Path(metrics.path).write_text(str(dict(done.metrics)))
+    Path(metrics.path).write_text(str(dict(manifest.metrics)))

@@ -19,5 +19,5 @@ def finetuning(
     from cappy.worker import launch
 
     folders = {"source": annotated.path, "target": finetuned.path}
-    done = launch("finetuning", settings, fingerprint=fingerprint, run=run, scorer=scorer, seed=seed, **folders)
-    finetuned.metadata.update(manifest=done.hash)
+    manifest = launch("finetuning", settings, fingerprint=fingerprint, run=run, scorer=scorer, seed=seed, **folders)
+    finetuned.metadata.update(manifest=manifest.hash)

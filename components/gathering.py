@@ -19,5 +19,5 @@ def gathering(
     from cappy.worker import launch
 
     folders = {"source": [part.path for part in parts], "target": gathered.path}
-    done = launch("gathering", settings, fingerprint=fingerprint, run=run, **folders)
-    gathered.metadata.update(manifest=done.hash, rows=done.rows, candidates=done.candidates)
+    manifest = launch("gathering", settings, fingerprint=fingerprint, run=run, **folders)
+    gathered.metadata.update(manifest=manifest.hash, rows=manifest.rows, candidates=manifest.candidates)

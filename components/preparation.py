@@ -17,7 +17,7 @@ def preparation(
     """Turn a source of tasks into instances, with a fixed split for each group."""
     from cappy.worker import launch
 
-    done = launch(
+    manifest = launch(
         "preparation", settings, fingerprint=fingerprint, run=run, source=source, seed=seed, target=instances.path
     )
-    instances.metadata.update(manifest=done.hash, rows=done.rows)
+    instances.metadata.update(manifest=manifest.hash, rows=manifest.rows)

@@ -18,5 +18,5 @@ def pretraining(
     from cappy.worker import launch
 
     folders = {"source": annotated.path, "target": pretrained.path}
-    done = launch("pretraining", settings, fingerprint=fingerprint, run=run, seed=seed, **folders)
-    pretrained.metadata.update(manifest=done.hash)
+    manifest = launch("pretraining", settings, fingerprint=fingerprint, run=run, seed=seed, **folders)
+    pretrained.metadata.update(manifest=manifest.hash)

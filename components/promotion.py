@@ -19,6 +19,6 @@ def promotion(
     from cappy.worker import launch
 
     folders = {"version": version.path, "report": report.path, "target": decision.path}
-    done = launch("promotion", settings, fingerprint=fingerprint, run=run, margin=margin, **folders)
-    decision.metadata.update(manifest=done.hash)
-    return str(done.facts["decision"])
+    manifest = launch("promotion", settings, fingerprint=fingerprint, run=run, margin=margin, **folders)
+    decision.metadata.update(manifest=manifest.hash)
+    return str(manifest.facts["decision"])

@@ -19,5 +19,7 @@ def registration(
     from cappy.worker import launch
 
     folders = {"scorer": scorer.path, "report": report.path, "target": version.path}
-    done = launch("registration", settings, fingerprint=fingerprint, run=run, name=name, pipeline_run=run, **folders)
-    version.metadata.update(manifest=done.hash, uri=str(done.facts["uri"]))
+    manifest = launch(
+        "registration", settings, fingerprint=fingerprint, run=run, name=name, pipeline_run=run, **folders
+    )
+    version.metadata.update(manifest=manifest.hash, uri=str(manifest.facts["uri"]))

@@ -14,13 +14,13 @@ def sampling(
     seed: int = 0,
     settings: str = "",
     fingerprint: str = "",
-    part: str = "",
+    shard: str = "",
     run: str = "",
 ) -> None:
     """Sample responses to every instruction, or to those of shard i/N, from one or several LLMs."""
     from cappy.worker import launch
 
-    values = {"generator": generator, "strategy": strategy, "shard": part, "seed": seed}
+    values = {"generator": generator, "strategy": strategy, "shard": shard, "seed": seed}
     folders = {"source": instances.path, "target": candidates.path}
-    done = launch("sampling", settings, fingerprint=fingerprint, part=part, run=run, **values, **folders)
-    candidates.metadata.update(manifest=done.hash, rows=done.rows, candidates=done.candidates)
+    manifest = launch("sampling", settings, fingerprint=fingerprint, part=shard, run=run, **values, **folders)
+    candidates.metadata.update(manifest=manifest.hash, rows=manifest.rows, candidates=manifest.candidates)

@@ -12,13 +12,13 @@ def scoring(
     scorer: str = "builtin",
     settings: str = "",
     fingerprint: str = "",
-    part: str = "",
+    shard: str = "",
     run: str = "",
 ) -> None:
     """Score the candidates of a dataset, or of its shard i/N."""
     from cappy.worker import launch
 
-    values = {"scorer": scorer, "shard": part}
+    values = {"scorer": scorer, "shard": shard}
     folders = {"source": instances.path, "target": scored.path}
-    done = launch("scoring", settings, fingerprint=fingerprint, part=part, run=run, **values, **folders)
-    scored.metadata.update(manifest=done.hash, rows=done.rows, candidates=done.candidates)
+    manifest = launch("scoring", settings, fingerprint=fingerprint, part=shard, run=run, **values, **folders)
+    scored.metadata.update(manifest=manifest.hash, rows=manifest.rows, candidates=manifest.candidates)

@@ -81,10 +81,11 @@ def _verb(command: Any, context: Any) -> Iterator[str]:
 
 def _flag(names: str, text: str) -> str:
     description, _, bracket = " ".join(text.split()).rpartition("[")
-    if not description or not bracket.startswith(("default: ", "required")):
+    is_range = re.match(r"[^ ]*x[<>]", bracket) is not None
+    if not description or not (is_range or bracket.startswith(("default: ", "required"))):
         return f"- `{_type(names)}`: {_escape(' '.join(text.split()))}"
     value = re.sub(r"^\((.*)\)(?=;|$)", r"\1", bracket.removesuffix("]").removeprefix("default: "))
-    shown = value if value.startswith("required") else f"default: {value}"
+    shown = value if is_range or value.startswith("required") else f"default: {value}"
     return f"- `{_type(names)}` ({_escape(shown)}): {_escape(description.strip())}"
 
 

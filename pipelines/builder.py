@@ -19,7 +19,7 @@ from cappy.steps import STEP_SPECS
 from cappy.untrusted import load_all_yaml
 from components.component import Component, Task
 from pipelines.customize import TaskCustomizer, customizer_for
-from pipelines.definitions import PIPELINES, Artifacts, Definition, shards_of
+from pipelines.definitions import PIPELINES, TRACKING_TASK, Artifacts, Definition, shards_of
 from pipelines.recipe import Platform, Recipe
 
 RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
@@ -61,10 +61,10 @@ def build_pipeline(definition: Definition, shards: Sequence[str], customize: Tas
     def pipeline(*values: object) -> None:
         arguments = dict(zip(signature.parameters, values, strict=True))
         exit_task = _add_task(
-            "tracking", fingerprints=arguments["fingerprints"], settings=arguments["tracking_settings"], run=RUN_ID
+            TRACKING_TASK, fingerprints=arguments["fingerprints"], settings=arguments["tracking_settings"], run=RUN_ID
         )
         exit_task.set_caching_options(False)
-        customize("tracking", exit_task)
+        customize(TRACKING_TASK, exit_task)
         # kfp derives names of inner tasks from this one, and stored runs depend on it.
         with dsl.ExitHandler(exit_task, name=definition.name.replace("_", "-")):
             definition.chain(_TaskGraph(arguments, shards, customize))
@@ -121,7 +121,7 @@ class _TaskGraph:
         if len(self._shards) == 1:
             return chain()
         with dsl.ParallelFor(list(self._shards), name="shards", parallelism=PARALLEL_SHARDS) as shard:
-            self._shard_argument = {"part": shard}
+            self._shard_argument = {"shard": shard}
             output = chain()
         self._shard_argument = {}
         return self.add_step("gathering", parts=dsl.Collected(output))["gathered"]
@@ -157,7 +157,7 @@ def _signature(definition: Definition, shards: int) -> inspect.Signature:
             default = component_parameters[setting].default if definition_default is None else definition_default
             required = parameter == "source" and default == ""
             add(parameter, component_parameters[setting].annotation, inspect.Parameter.empty if required else default)
-    for name in (*(f"{step}_settings" for step in (*steps, "tracking")), *(f"{step}_fingerprint" for step in steps)):
+    for name in (*(f"{step}_settings" for step in (*steps, TRACKING_TASK)), *(f"{step}_fingerprint" for step in steps)):
         add(name, str, "")
     add("fingerprints", str, "{}")
     # Python requires parameters without a default to come first.

@@ -8,6 +8,7 @@ from typing import Any
 from cappy.errors import ConfigError
 from cappy.steps import TRAINING_STEPS
 from components.component import TRAINER_IMAGE, TRAINER_TPU_IMAGE, WORKER_IMAGE
+from pipelines.definitions import TRACKING_TASK
 from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, Resources, kubernetes_resource, refuse_password
 
 BACKOFF = {"backoff_duration": "30s", "backoff_factor": 2.0, "backoff_max_duration": "600s"}
@@ -48,13 +49,13 @@ def _for_docker(recipe: Recipe) -> TaskCustomizer:
 
 def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
     """The customizer for Kubeflow; raises ConfigError if the recipe requests something that a pod cannot have."""
-    for step in (*recipe.steps, "tracking"):
+    for step in (*recipe.steps, TRACKING_TASK):
         _refuse_on_kubeflow(recipe, step)
 
     def customize(step: str, task: Any) -> None:
         from kfp import kubernetes
 
-        needs = _customize_common(recipe, step, task, {"HF_HOME": f"{recipe.kubeflow.mount}/hub"})
+        resources = _customize_common(recipe, step, task, {"HF_HOME": f"{recipe.kubeflow.mount}/hub"})
         kubeflow = recipe.kubeflow
         kubernetes.mount_pvc(task, pvc_name=kubeflow.volume, mount_path=kubeflow.mount)
         # Data loader workers and ranks exchange tensors there; the default of a pod is 64 MiB.
@@ -62,21 +63,21 @@ def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
         kubernetes.empty_dir_mount(task, volume_name="shared-memory", **shared)
         if kubeflow.pull_secret:
             kubernetes.set_image_pull_secrets(task, [kubeflow.pull_secret])
-        kubernetes.set_timeout(task, int(needs.hours * 3600) + 120)
-        for secret in needs.secrets:
+        kubernetes.set_timeout(task, int(resources.hours * 3600) + 120)
+        for secret in resources.secrets:
             kubernetes.use_secret_as_env(task, secret.name, {secret.key: secret.variable})
-        if needs.nodes > 1:
+        if resources.nodes > 1:
             return  # The step only follows a job, and the job has the accelerators.
-        if needs.accelerator != "none":
-            task.set_accelerator_type(kubernetes_resource(needs.accelerator)).set_accelerator_limit(needs.count)
-        for label, value in needs.node_selector.items():
+        if resources.accelerator != "none":
+            task.set_accelerator_type(kubernetes_resource(resources.accelerator)).set_accelerator_limit(resources.count)
+        for label, value in resources.node_selector.items():
             kubernetes.add_node_selector(task, label, value)
-        for taint in needs.tolerations:
+        for taint in resources.tolerations:
             operator = "Equal" if taint.value else "Exists"
             kubernetes.add_toleration(
                 task, key=taint.key, operator=operator, value=taint.value or None, effect=taint.effect
             )
-        if needs.spot:
+        if resources.spot:
             for label, value in kubeflow.spot.items():
                 kubernetes.add_node_selector(task, label, value)
                 kubernetes.add_toleration(task, key=label, operator="Equal", value=value, effect="NoSchedule")
@@ -86,21 +87,21 @@ def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
 
 def _refuse_on_kubeflow(recipe: Recipe, step: str) -> None:
     _refuse_on_any_cluster(recipe, step)
-    needs = recipe.needs(step)
-    if needs.nodes > 1:
+    resources = recipe.resources_of(step)
+    if resources.nodes > 1:
         for name in ("spot", "node_selector", "tolerations", "secrets"):
-            if getattr(needs, name):
+            if getattr(resources, name):
                 remedy = f"put it into the TrainingRuntime {recipe.kubeflow.runtime} (deploy/base/training)"
                 raise ConfigError(f"resources.{step}.{name}: cannot be set by a TrainJob; {remedy}")
-    if needs.accelerator.startswith("tpu-") and not needs.node_selector:
+    if resources.accelerator.startswith("tpu-") and not resources.node_selector:
         remedy = "give node_selector with cloud.google.com/gke-tpu-accelerator and gke-tpu-topology"
         raise ConfigError(
-            f"resources.{step}.accelerator: {needs.accelerator} is selected by node labels on Kubernetes; {remedy}"
+            f"resources.{step}.accelerator: {resources.accelerator} is selected by node labels on Kubernetes; {remedy}"
         )
-    if needs.machine_type:
+    if resources.machine_type:
         remedy = "give cpu and memory, or a node_selector"
         raise ConfigError(f"resources.{step}.machine_type: Kubernetes has no machine types; {remedy}")
-    for secret in needs.secrets:
+    for secret in resources.secrets:
         if not secret.key or "/" in secret.name:
             remedy = "give the name of a Secret and the key of its entry"
             raise ConfigError(
@@ -110,40 +111,40 @@ def _refuse_on_kubeflow(recipe: Recipe, step: str) -> None:
 
 def _for_vertex(recipe: Recipe) -> TaskCustomizer:
     """The customizer for Vertex AI; raises ConfigError if the recipe requests something unsupported."""
-    for step in (*recipe.steps, "tracking"):
+    for step in (*recipe.steps, TRACKING_TASK):
         _refuse_on_vertex(recipe, step)
 
     def customize(step: str, task: Any) -> None:
-        needs = recipe.needs(step)
-        secrets = {"CAPPY_SECRETS": _secrets_as_text(needs)} if needs.secrets else {}
+        resources = recipe.resources_of(step)
+        secrets = {"CAPPY_SECRETS": _secrets_as_text(resources)} if resources.secrets else {}
         _customize_common(recipe, step, task, {"HF_HOME": "/tmp/hub", **secrets})  # noqa: S108 (in the step's container)
-        if needs.accelerator != "none" and needs.nodes == 1:
-            task.set_accelerator_type(VERTEX_TYPES[needs.accelerator]).set_accelerator_limit(needs.count)
+        if resources.accelerator != "none" and resources.nodes == 1:
+            task.set_accelerator_type(VERTEX_TYPES[resources.accelerator]).set_accelerator_limit(resources.count)
 
     return customize
 
 
 def _refuse_on_vertex(recipe: Recipe, step: str) -> None:
-    needs = recipe.needs(step)
+    resources = recipe.resources_of(step)
     where = f"resources.{step}"
-    if needs.accelerator.startswith("tpu-"):
+    if resources.accelerator.startswith("tpu-"):
         remedy = "train on GPUs, or submit the job yourself: cappy STEP --launcher customjob --parallelism jax"
         raise ConfigError(
-            f"{where}.accelerator: Vertex AI has no {needs.accelerator} for the steps of a pipeline; {remedy}"
+            f"{where}.accelerator: Vertex AI has no {resources.accelerator} for the steps of a pipeline; {remedy}"
         )
     _refuse_on_any_cluster(recipe, step)
-    if needs.nodes == 1 and needs.spot:
+    if resources.nodes == 1 and resources.spot:
         remedy = "leave it out, or train as a CustomJob (nodes: 2 or more)"
         raise ConfigError(f"{where}.spot: Vertex AI has no spot machines for the steps of a pipeline; {remedy}")
-    if needs.nodes > 1 and not needs.machine_type:
+    if resources.nodes > 1 and not resources.machine_type:
         raise ConfigError(f"{where}.machine_type: a CustomJob needs one; give for example a3-highgpu-8g")
-    if needs.nodes == 1 and needs.machine_type:
+    if resources.nodes == 1 and resources.machine_type:
         remedy = "give cpu, memory and accelerator, or train as a CustomJob (nodes: 2 or more)"
         raise ConfigError(f"{where}.machine_type: cannot be chosen for a pipeline step on Vertex AI; {remedy}")
-    if needs.node_selector or needs.tolerations:
+    if resources.node_selector or resources.tolerations:
         remedy = "leave them out; cpu, memory and accelerator choose the machine"
         raise ConfigError(f"{where}: node_selector and tolerations are only for Kubernetes; {remedy}")
-    for secret in needs.secrets:
+    for secret in resources.secrets:
         if not SECRET_VERSION.fullmatch(secret.name):
             remedy = "name it projects/P/secrets/S/versions/V"
             raise ConfigError(
@@ -153,45 +154,45 @@ def _refuse_on_vertex(recipe: Recipe, step: str) -> None:
 
 def _customize_common(recipe: Recipe, step: str, task: Any, environment: dict[str, str]) -> Resources:
     """Sets what Kubeflow and Vertex AI both need: image, cores, memory, retries, environment variables."""
-    needs = recipe.needs(step)
+    resources = recipe.resources_of(step)
     task.set_container_image(image(recipe, step))
     # With several nodes the step only follows a job, and the recipe's resources are those of each node of the job.
-    cpu, memory = (needs.cpu, needs.memory) if needs.nodes == 1 else FOLLOWER_RESOURCES
+    cpu, memory = (resources.cpu, resources.memory) if resources.nodes == 1 else FOLLOWER_RESOURCES
     if cpu:
         task.set_cpu_request(cpu).set_cpu_limit(cpu)
     if memory:
         task.set_memory_request(memory).set_memory_limit(memory)
-    if needs.retries and step != "tracking":
-        task.set_retry(num_retries=needs.retries, **BACKOFF)
-    limit = {"CAPPY_TIMEOUT": f"{needs.hours * 3600:.0f}"}
+    if resources.retries and step != TRACKING_TASK:
+        task.set_retry(num_retries=resources.retries, **BACKOFF)
+    limit = {"CAPPY_TIMEOUT": f"{resources.hours * 3600:.0f}"}
     refuse_password("tracking_uri", recipe.tracking_uri)
     address = {"MLFLOW_TRACKING_URI": recipe.tracking_uri} if recipe.tracking_uri else {}
     for name, value in {**limit, **address, **environment}.items():
         task.set_env_variable(name, value)
-    return needs
+    return resources
 
 
 def _refuse_on_any_cluster(recipe: Recipe, step: str) -> None:
     """Raises ConfigError for what no cluster supports: several nodes without training, or a TPU without JAX."""
-    needs, where = recipe.needs(step), f"resources.{step}"
-    if needs.nodes > 1 and step not in TRAINING_STEPS:
+    resources, where = recipe.resources_of(step), f"resources.{step}"
+    if resources.nodes > 1 and step not in TRAINING_STEPS:
         remedy = "use shards to run it in parallel"
-        raise ConfigError(f"{where}.nodes: {needs.nodes}: only training can use several nodes; {remedy}")
-    if not needs.accelerator.startswith("tpu-"):
+        raise ConfigError(f"{where}.nodes: {resources.nodes}: only training can use several nodes; {remedy}")
+    if not resources.accelerator.startswith("tpu-"):
         return
     if step not in TRAINING_STEPS or recipe.settings.get(step, {}).get("parallelism") != "jax":
         remedy = f"give settings.{step}.parallelism: jax" if step in TRAINING_STEPS else "use a GPU or none"
-        raise ConfigError(f"{where}.accelerator: only training with JAX runs on a {needs.accelerator}; {remedy}")
-    if needs.nodes > 1:
-        raise ConfigError(f"{where}.nodes: {needs.nodes}: training with JAX uses one machine; give nodes: 1")
+        raise ConfigError(f"{where}.accelerator: only training with JAX runs on a {resources.accelerator}; {remedy}")
+    if resources.nodes > 1:
+        raise ConfigError(f"{where}.nodes: {resources.nodes}: training with JAX uses one machine; give nodes: 1")
 
 
 def image(recipe: Recipe, step: str) -> str:
     """The image of a step: its own, otherwise the recipe's for its kind, otherwise the default of this version."""
-    needs = recipe.needs(step)
-    if needs.image:
-        return needs.image
-    if step in TRAINING_STEPS and needs.accelerator.startswith("tpu-"):
+    resources = recipe.resources_of(step)
+    if resources.image:
+        return resources.image
+    if step in TRAINING_STEPS and resources.accelerator.startswith("tpu-"):
         return recipe.images.get("trainer-tpu") or TRAINER_TPU_IMAGE
     if step in TRAINING_STEPS:
         return recipe.images.get("trainer") or TRAINER_IMAGE
@@ -203,6 +204,6 @@ def unpinned_images(recipe: Recipe) -> list[str]:
     return sorted({name for step in recipe.steps if "@" not in (name := image(recipe, step))})
 
 
-def _secrets_as_text(needs: Resources) -> str:
+def _secrets_as_text(resources: Resources) -> str:
     """JSON of variable -> secret name, for a step that reads the secrets itself; it holds no values."""
-    return json.dumps({secret.variable: secret.name for secret in needs.secrets})
+    return json.dumps({secret.variable: secret.name for secret in resources.secrets})

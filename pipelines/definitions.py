@@ -23,7 +23,7 @@ Settings = dict[str, dict[str, object]]
 """Step -> setting -> value."""
 Artifacts = Mapping[str, object]
 """Output name -> artifact of a task."""
-TARGETS: Mapping[str, Sequence[tuple[str, str]]] = {
+PARAMETER_SETTINGS: Mapping[str, Sequence[tuple[str, str]]] = {
     "source": [("preparation", "source")],
     "generator": [("sampling", "generator")],
     "strategy": [("sampling", "strategy")],
@@ -39,6 +39,10 @@ TARGETS: Mapping[str, Sequence[tuple[str, str]]] = {
 pipeline."""
 SEEDS = ("split_seed", "sampling_seed", "training_seed")
 """Parameters whose default is `seed`. Evaluation has its own seed, so that folds and examples stay the same."""
+
+
+TRACKING_TASK = "tracking"
+"""The exit task of kfp pipelines, which writes the run to MLflow, even if a step failed."""
 
 
 class Graph(Protocol):
@@ -59,7 +63,7 @@ class Graph(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Definition:
-    """A pipeline; `parameters` maps its parameters to defaults, `scorer_of` is the step that reads `scorer`.
+    """A pipeline; `parameters` maps its parameters to defaults, `scorer_step` is the step that reads `scorer`.
 
     `chain` adds the steps to a graph. `extra_settings` returns further settings that depend on the parameters; the
     user's settings of a step override them.
@@ -70,7 +74,7 @@ class Definition:
     steps: tuple[str, ...]
     chain: Callable[[Graph], None]
     parameters: Mapping[str, object]
-    scorer_of: str = ""
+    scorer_step: str = ""
     extra_settings: Callable[[Mapping[str, object]], Settings] = field(default=lambda parameters: {})
 
     @property
@@ -104,7 +108,7 @@ class Definition:
         for name in SEEDS:
             if name in complete and complete[name] is None:
                 complete[name] = complete["seed"]
-        targets = {**TARGETS, "scorer": [(self.scorer_of, "scorer")]}
+        targets = {**PARAMETER_SETTINGS, "scorer": [(self.scorer_step, "scorer")]}
         settings: Settings = {step: {} for step in self.steps}
         for parameter, value in complete.items():
             for step, setting in targets.get(parameter, ()):
@@ -205,7 +209,7 @@ PIPELINES: Mapping[str, Definition] = {
             ),
             chain=_adapt,
             parameters={**_SAMPLING, "training_seed": None, "scorer": BUILTIN, "name": "cappy", "margin": 0.0},
-            scorer_of="finetuning",
+            scorer_step="finetuning",
         ),
         Definition(
             name="pretrain",
@@ -221,7 +225,7 @@ PIPELINES: Mapping[str, Definition] = {
             steps=("preparation", "sampling", "annotation", "evaluation"),
             chain=_evaluate,
             parameters={**_SAMPLING, "scorer": CHAMPION},
-            scorer_of="evaluation",
+            scorer_step="evaluation",
         ),
         Definition(
             name="batch_score",
@@ -229,7 +233,7 @@ PIPELINES: Mapping[str, Definition] = {
             steps=("preparation", "scoring"),
             chain=_batch_score,
             parameters={"source": "", "scorer": CHAMPION, "seed": 0, "split_seed": None},
-            scorer_of="scoring",
+            scorer_step="scoring",
             extra_settings=_unlabelled_settings,
         ),
     )

@@ -27,6 +27,7 @@ from cappy.runs import PARENT_VARIABLE, PROGRESS_VARIABLE
 from cappy.worker import ORPHAN_SECONDS, hold_parent_lock
 from pipelines.clients.local import STATUS, PipelineSource, Request
 from pipelines.customize import image
+from pipelines.definitions import TRACKING_TASK
 from pipelines.planning import settings_of, work_of
 from pipelines.recipe import Platform, Recipe
 from pipelines.states import StepState, StepTable, log_section, read_states
@@ -85,10 +86,11 @@ def run_recipe(
 
 
 def _with_fresh_name(recipe: Recipe, work: Path) -> tuple[Recipe, Path | None]:
-    """The recipe with the name of an unfinished fresh run, if there is one, and the file that stores that name.
+    """A --fresh run has a unique name in its settings, so that earlier work is not reused.
 
-    The caller removes the file when the run has finished. A new fresh run removes kfp's cache of earlier runs, so that
-    later runs use the results in the work folder.
+    If one was interrupted, returns the recipe with that name, so that it is resumed; also returns the file that stores
+    the name. The caller removes the file when the run has finished. A new fresh run removes kfp's cache of earlier
+    runs, so that later runs use the results in the work folder.
     """
     fresh_names = {str(values["fresh"]) for values in recipe.settings.values() if values.get("fresh")}
     if not fresh_names:
@@ -119,18 +121,23 @@ def _without_passwords(recipe: Recipe) -> Recipe:
 
 
 def execute(
-    target: str | PipelineSource, submission: Submission, *, work: Path, root: Path, show: bool = True
+    pipeline_source: str | PipelineSource, submission: Submission, *, work: Path, root: Path, show: bool = True
 ) -> RunOutcome:
-    """Runs a kfp pipeline with a submission's arguments; `target` is a recipe with a platform, or `module:name`."""
+    """Runs a kfp pipeline with a submission's arguments.
+
+    `pipeline_source` is a recipe with a platform, or `module:name`.
+    """
     root, work = root.absolute(), work.absolute()
     _refuse_rewritten_text({"the folder of the run": str(root), **submission.arguments})
     run_id = f"{submission.pipeline}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     folder = root / "runs" / run_id
     make_private(folder)
     request_path = folder / "request.json"
-    target_values: PipelineSource = {"pipeline": target} if isinstance(target, str) else target
+    source_values: PipelineSource = (
+        {"pipeline": pipeline_source} if isinstance(pipeline_source, str) else pipeline_source
+    )
     request: Request = {
-        **target_values,
+        **source_values,
         "arguments": submission.arguments,
         "process": os.getpid(),
         "work": str(work),
@@ -218,7 +225,7 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
 def _interrupt_on_sigterm() -> Iterator[None]:
     """Makes SIGTERM act like Ctrl-C in this block, so that the run's processes are stopped and one line says so.
 
-    SIGTERM, because processes that a script starts in the background ignore SIGINT. Does nothing if a handler is
+    Scripts should send SIGTERM: shells start background processes with SIGINT ignored. Does nothing if a handler is
     already set, or outside the main thread, where none can be set.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -241,7 +248,7 @@ def _refuse_rewritten_text(arguments: Mapping[str, object]) -> None:
 
 def _raise_failure(states: list[StepState], log: Path, *, show: bool) -> None:
     """Raises CappyError with the failed step's message; if it has none (a bug), shows the end of its log first."""
-    failed = [state for state in states if state.state == "failed"] or [StepState(step="tracking", state="failed")]
+    failed = [state for state in states if state.state == "failed"] or [StepState(step=TRACKING_TASK, state="failed")]
     name = failed[0].step.partition(" ")[0]  # Shards log under the name of their step, interleaved.
     prefix = f"cappy {name}: "
     log_lines = [line.strip() for line in log_section(log, "")]
@@ -281,10 +288,10 @@ KEY_VARIABLES = (
 
 
 def key_variables(recipe: Recipe) -> dict[str, str]:
-    """Name -> value of the variables with keys that are set here: `KEY_VARIABLES`, and those of the recipe's secrets.
+    """Name -> value of the environment variables that hold API keys and are set in this process.
 
-    For each variable X also `X_FILE`, the path of a file with the key (see `key_files`). The values are only passed to
-    the containers' environment.
+    They are `KEY_VARIABLES` and those of the recipe's secrets; for each variable X also `X_FILE`, the path of a file
+    with the key (see `key_files`). The values are only passed to the containers' environment.
     """
     names = dict.fromkeys((*KEY_VARIABLES, *(variable for _, variable in _secret_variables(recipe))))
     variables = [form for name in names for form in (name, f"{name}_FILE")]
@@ -322,8 +329,8 @@ def _stop_containers(run: str) -> None:
 
 def _secret_variables(recipe: Recipe) -> list[tuple[str, str]]:
     """(step, variable) of every secret of the recipe."""
-    steps = (*recipe.steps, "tracking")
-    return [(step, secret.variable) for step in steps for secret in recipe.needs(step).secrets]
+    steps = (*recipe.steps, TRACKING_TASK)
+    return [(step, secret.variable) for step in steps for secret in recipe.resources_of(step).secrets]
 
 
 def check_images(recipe: Recipe) -> dict[str, str]:
@@ -339,7 +346,7 @@ def check_images(recipe: Recipe) -> dict[str, str]:
         raise ConfigError(f"docker: no engine answers ({quote(str(error), 120)}); {remedy}") from error
     try:
         ids: dict[str, str] = {}
-        for name in dict.fromkeys(image(recipe, step) for step in (*recipe.steps, "tracking")):
+        for name in dict.fromkeys(image(recipe, step) for step in (*recipe.steps, TRACKING_TASK)):
             try:
                 ids[name] = client.images.get(name).id
             except ImageNotFound:

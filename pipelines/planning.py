@@ -184,7 +184,7 @@ def _launchers(recipe: Recipe, platform: Platform) -> Settings:
 
     The recipe's `retries` apply to both the job and the step that follows it; so do `hours`, of which the job gets 95%.
     """
-    multi_node_steps = [step for step in recipe.steps if step in TRAINING_STEPS and recipe.needs(step).nodes > 1]
+    multi_node_steps = [step for step in recipe.steps if step in TRAINING_STEPS and recipe.resources_of(step).nodes > 1]
     if platform == "kubeflow":
         return {step: _trainjob(recipe, step) for step in multi_node_steps}
     if platform == "vertex":
@@ -193,26 +193,26 @@ def _launchers(recipe: Recipe, platform: Platform) -> Settings:
 
 
 def _job_settings(recipe: Recipe, step: str) -> dict[str, object]:
-    needs = recipe.needs(step)
+    resources = recipe.resources_of(step)
     return {
-        "nodes": needs.nodes,
-        "devices": needs.count if needs.accelerator != "none" else 1,
+        "nodes": resources.nodes,
+        "devices": resources.count if resources.accelerator != "none" else 1,
         "image": image(recipe, step),
-        "max_restarts": needs.retries,
+        "max_restarts": resources.retries,
         # The job must end before the step that follows it, so that the step can report why.
-        "timeout_hours": 0.95 * needs.hours,
+        "timeout_hours": 0.95 * resources.hours,
     }
 
 
 def _trainjob(recipe: Recipe, step: str) -> dict[str, object]:
-    needs, kubeflow = recipe.needs(step), recipe.kubeflow
-    accelerator = "" if needs.accelerator == "none" else kubernetes_resource(needs.accelerator)
+    resources, kubeflow = recipe.resources_of(step), recipe.kubeflow
+    accelerator = "" if resources.accelerator == "none" else kubernetes_resource(resources.accelerator)
     return {
         "launcher": "trainjob",
         **_job_settings(recipe, step),
         "trainjob": {
-            "cpu": needs.cpu,
-            "memory": needs.memory,
+            "cpu": resources.cpu,
+            "memory": resources.memory,
             "volume": f"{kubeflow.volume}:{kubeflow.mount}",
             "accelerator": accelerator,
             "namespace": kubeflow.namespace,
@@ -222,18 +222,18 @@ def _trainjob(recipe: Recipe, step: str) -> dict[str, object]:
 
 
 def _customjob(recipe: Recipe, step: str) -> dict[str, object]:
-    needs, vertex = recipe.needs(step), recipe.vertex
+    resources, vertex = recipe.resources_of(step), recipe.vertex
     return {
         "launcher": "customjob",
         **_job_settings(recipe, step),
         "service_account": vertex.service_account,
         "customjob": {
-            "accelerator": VERTEX_TYPES.get(needs.accelerator, ""),
+            "accelerator": VERTEX_TYPES.get(resources.accelerator, ""),
             "project": vertex.project,
             "region": vertex.region,
             "bucket": vertex.bucket,
             "network": vertex.network,
-            "machine": needs.machine_type,
-            "spot": needs.spot,
+            "machine": resources.machine_type,
+            "spot": resources.spot,
         },
     }

@@ -30,23 +30,23 @@ def estimate_steps(recipe: Recipe) -> list[StepEstimate]:
     """The estimate of each step; its cost is None if the recipe has no price for its machines."""
     estimates = []
     for step in recipe.steps:
-        needs = recipe.needs(step)
+        resources = recipe.resources_of(step)
         shards = recipe.shards if STEP_SPECS[step].sharded else 1
-        machines = shards * needs.nodes
-        units = machines * (needs.count if needs.accelerator != "none" else 1)
-        price = recipe.prices.get(needs.accelerator)
+        machines = shards * resources.nodes
+        units = machines * (resources.count if resources.accelerator != "none" else 1)
+        price = recipe.prices.get(resources.accelerator)
         estimates.append(
             StepEstimate(
                 step=step,
                 image=image(recipe, step),
-                cpu=needs.cpu,
-                memory=needs.memory,
-                accelerators="" if needs.accelerator == "none" else f"{needs.count} x {needs.accelerator}",
+                cpu=resources.cpu,
+                memory=resources.memory,
+                accelerators="" if resources.accelerator == "none" else f"{resources.count} x {resources.accelerator}",
                 machines=machines,
-                spot=needs.spot,
-                retries=needs.retries,
-                hours=machines * needs.hours,
-                cost=None if price is None else units * needs.hours * price,
+                spot=resources.spot,
+                retries=resources.retries,
+                hours=machines * resources.hours,
+                cost=None if price is None else units * resources.hours * price,
             )
         )
     return estimates

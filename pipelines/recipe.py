@@ -13,7 +13,7 @@ from cappy.config import settings
 from cappy.errors import ConfigError, quote, suggest
 from cappy.redaction import has_secret
 from cappy.untrusted import load_yaml
-from pipelines.definitions import MAX_SHARDS, PIPELINES, Settings
+from pipelines.definitions import MAX_SHARDS, PIPELINES, TRACKING_TASK, Settings
 
 Platform = Literal["local", "docker", "kubeflow", "vertex"]
 ERROR_TEXTS = {"dict_type": "must hold keys with values, one on each line", "int_type": "must be a whole number"}
@@ -172,7 +172,7 @@ class Recipe:
     kubeflow: Kubeflow = Field(default_factory=Kubeflow)
     vertex: Vertex = Field(default_factory=Vertex)
 
-    def needs(self, step: str) -> Resources:
+    def resources_of(self, step: str) -> Resources:
         """The resources of a step: its own entry, otherwise the default one."""
         return self.resources.get(step) or self.resources.get("default") or Resources()
 
@@ -231,7 +231,7 @@ def check_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     except TypeError as error:  # A key is not a string.
         raise ConfigError(f"{where}: {error}; keys must be strings") from error
     for kind, names in (("settings", recipe.settings), ("resources", recipe.resources)):
-        valid_names = {*recipe.steps, *(("default", "tracking") if kind == "resources" else ())}
+        valid_names = {*recipe.steps, *(("default", TRACKING_TASK) if kind == "resources" else ())}
         for name in names:
             if name not in valid_names:
                 problem = f"{recipe.pipeline} has no such step{suggest(name, valid_names)}"

@@ -159,7 +159,10 @@ class StepTable:
                 write_line(f"{self._title}: {state.step}: {', '.join(filter(None, self._row(state).cells))}")
 
     def _duration(self, state: StepState) -> str:
-        """The duration of a step; a running one is timed here, because it writes nothing between rows."""
+        """The duration of a step.
+
+        That of a running step is measured here, because its progress file changes only after each row it processes.
+        """
         if state.state == "running":
             return duration(time.monotonic() - self._start_times[state.step])
         return duration(state.seconds) if state.state in ("done", "failed") and state.seconds else ""

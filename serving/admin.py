@@ -21,7 +21,7 @@ from pydantic_core import from_json
 from cappy.errors import ConfigError
 from cappy.specs import parse_spec
 from serving.bodies import Bounds, Refusal, receive_body
-from serving.dialects.own import Problem, refuse
+from serving.dialects.native import Problem, refuse
 from serving.engine import Model, Models
 from serving.following import Follower
 from serving.guards import MIN_SECRET_CHARACTERS, Keys, unknown_key_refusal

@@ -29,7 +29,7 @@ from serving.admin import add_admin
 from serving.bodies import Refusal
 from serving.config import RequestLimits
 from serving.dialects import DIALECTS, Dialect, ServedModels
-from serving.dialects.own import SCORE, refuse
+from serving.dialects.native import SCORE, refuse
 from serving.engine import PROBES, Batcher, Models, ProbePairs, probe
 from serving.following import Follower
 from serving.guards import ANY_HOST, BrowserGuard, Hosts, Keys, Refuse

@@ -165,8 +165,8 @@ class Bounds:
 def measure(data: bytes, bounds: Bounds | None = None) -> tuple[int, int]:
     """Returns an upper bound on the number of values in raw JSON, and its depth; stops counting beyond `bounds`.
 
-    Counts commas and opening brackets outside of strings. For invalid JSON the counts are right up to the first error,
-    where parsing stops too.
+    Counts commas and opening brackets outside of strings. For invalid JSON the counts are correct as far as the first
+    error, where parsing stops too.
     """
     if b"\\" in data:
         # Backslashes only occur in strings. Pairs escape each other; a single one escapes the next character.
@@ -189,7 +189,7 @@ def measure(data: bytes, bounds: Bounds | None = None) -> tuple[int, int]:
     return values, max_depth
 
 
-async def run_in_thread(size: int, work: Callable[[], Result]) -> Result:
+async def run_in_thread_if_large(size: int, work: Callable[[], Result]) -> Result:
     """Returns the result of `work`; runs it in a thread if it processes a large body (`size` in bytes)."""
     if size < LARGE_BYTES:
         return work()

@@ -114,8 +114,8 @@ class ScorerEngine:
 
     def compute(self, batch: Sequence[EncodedPair]) -> Outputs:
         """Scores a batch in one forward pass."""
-        logits = self._scorer.forward(batch)
-        return list(zip(self._scorer.decode(logits), logits.tolist(), strict=True))
+        logits = self._scorer.infer_logits(batch)
+        return list(zip(self._scorer.to_scores(logits), logits.tolist(), strict=True))
 
 
 def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:

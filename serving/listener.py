@@ -57,12 +57,12 @@ class ShutdownFlag:
 
 
 class GracefulServer(uvicorn.Server):
-    """After SIGTERM sets `shutdown.shutting_down`, answers for another `notice` seconds and then stops listening."""
+    """After SIGTERM sets `shutdown.shutting_down`, answers for another `drain_seconds` and then stops listening."""
 
-    def __init__(self, config: uvicorn.Config, shutdown: ShutdownState, notice: float) -> None:
+    def __init__(self, config: uvicorn.Config, shutdown: ShutdownState, drain_seconds: float) -> None:
         super().__init__(config)
         self._shutdown = shutdown
-        self._notice = notice
+        self._drain_seconds = drain_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Delays the shutdown on the first SIGTERM; any other signal shuts down immediately."""
@@ -71,7 +71,7 @@ class GracefulServer(uvicorn.Server):
             return
         self._shutdown.shutting_down = True
         self._captured_signals.append(sig)
-        self._loop.call_soon_threadsafe(self._loop.call_later, self._notice, self._request_exit)
+        self._loop.call_soon_threadsafe(self._loop.call_later, self._drain_seconds, self._request_exit)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serves until a signal stops it."""
@@ -79,7 +79,11 @@ class GracefulServer(uvicorn.Server):
         await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts to listen; the operating system queues many connections, of which asyncio accepts a few at a time."""
+        """Starts to listen.
+
+        asyncio accepts up to `backlog` connections per turn of the event loop, so uvicorn gets a small backlog, and the
+        sockets then listen with the large one.
+        """
         if self.config.ssl is not None:
             protocol, context = self.config.http_protocol_class, self.config.ssl
             self.config.http_protocol_class, self.config.ssl = wrap_tls(protocol, context), None  # type: ignore[assignment, arg-type]

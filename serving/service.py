@@ -21,7 +21,7 @@ from serving.bodies import (
     describe_error,
     distinct_texts,
     receive_body,
-    run_in_thread,
+    run_in_thread_if_large,
     wait_for_disconnect,
 )
 from serving.config import RequestLimits
@@ -70,7 +70,9 @@ class Service:
                 self._admit(request)
                 with self.budget.reserve() as reservation:
                     body = await self._receive(request, dialects[0], reservation)
-                    value = await run_in_thread(len(body), partial(self._parse, body, request.headers, dialects[0]))
+                    value = await run_in_thread_if_large(
+                        len(body), partial(self._parse, body, request.headers, dialects[0])
+                    )
                     dialects = [choose_dialect(dialects, value)]
                     request.state.dialect = dialects[0].name
                     return await self._answer(request, dialects[0], value, len(body))
@@ -88,7 +90,7 @@ class Service:
 
     async def _answer(self, request: Request, dialect: Dialect, value: object, size: int) -> Response:
         """Answers a body of `size` bytes."""
-        payload, pairs = await run_in_thread(size, partial(self._read_pairs, dialect, value))
+        payload, pairs = await run_in_thread_if_large(size, partial(self._read_pairs, dialect, value))
         model = self._find_model(dialect.requested_model(payload), *request.path_params.values())
         if dialect.forbids_truncation(payload) and not await self.batcher.fits(model.engine, pairs):
             raise Refusal(
@@ -96,7 +98,7 @@ class Service:
             )
         request.state.pairs, request.state.headers = len(pairs), model.headers()
         result = await self._score(request, model, pairs, n=len(set(pairs)) if dialect.one_pool else 1)
-        return await run_in_thread(size, partial(write_response, dialect, payload, result))
+        return await run_in_thread_if_large(size, partial(write_response, dialect, payload, result))
 
     def _read_pairs(self, dialect: Dialect, value: object) -> tuple[BaseModel, Sequence[tuple[str, str]]]:
         """Parses a request and its pairs; raises Refusal if it has the wrong shape or is too large."""

@@ -195,7 +195,7 @@ def test_what_an_evaluation_leaves_and_hidden_files_may_lie_beside(
     for name in ("probe.json", "calibration.json", ".gitignore", ".cache/a"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
-    assert open_model_folder(folder).listed
+    assert open_model_folder(folder).has_manifest
 
 
 def test_a_folder_without_a_manifest_is_named_by_what_lies_in_it(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cappy.annotation.metrics import InstanceResponses, Metric, parse_metric
+from cappy.annotation.metrics import CandidatePool, Metric, parse_metric
 from cappy.annotation.rouge import is_partly_visible, is_visible, rouge_l_pools
 from cappy.errors import RecordError, quote
 from cappy.reasoning import has_reasoning
@@ -47,9 +47,7 @@ def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[In
     _check_can_be_labelled(instances)
     proposals = [[each for each in instance.candidates if each.source in ("llm", "choice")] for instance in instances]
     sampled = [[each for each in candidates if each.source == "llm"] for candidates in proposals]
-    metric = iter(
-        labelling.metric([InstanceResponses(*pool) for pool in zip(instances, sampled, strict=True)]).tolist()
-    )
+    metric = iter(labelling.metric([CandidatePool(*pool) for pool in zip(instances, sampled, strict=True)]).tolist())
     mismatch_texts = _draw_mismatches(instances, proposals, labelling)
     for instance, candidates, texts in zip(instances, proposals, mismatch_texts, strict=True):
         mismatches = [Candidate(response=text, source="mismatch") for text in texts]

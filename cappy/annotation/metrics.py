@@ -1,8 +1,9 @@
-"""Metrics by name: each computes the correctness of a response, 0 to 1, the maximum over the references.
+"""Metrics by name: each computes the correctness of a response, 0 to 1.
 
+With several references, it is the maximum over them; only `bleu` compares with all references at once.
 `rougeL` is the label of the Cappy paper. The others measure what it ignores: signs and decimals, the order of
-characters, other scripts. `given` is the label that the response already has in the data. A mixture is written
-`0.5*rougeL+0.5*exact_match`; its weights sum to 1.
+characters, other scripts. `given` is the label that the response already has in the data; it needs no reference. A
+mixture is written `0.5*rougeL+0.5*exact_match`; its weights sum to 1.
 """
 
 import math
@@ -39,14 +40,14 @@ _LIBRARIES: Mapping[str, str] = {"rougeL": "nltk", "chrf": "sacrebleu", "bleu": 
 
 
 @dataclass(frozen=True, slots=True)
-class InstanceResponses:
-    """A pool: an instance and the candidates to compute a metric for."""
+class CandidatePool:
+    """An instance and the candidates to compute a metric for."""
 
     instance: Instance
     candidates: Sequence[Candidate]
 
 
-Metric = Callable[[Sequence[InstanceResponses]], Floats]
+Metric = Callable[[Sequence[CandidatePool]], Floats]
 """Computes the correctness, 0 to 1, of the candidates of all pools, concatenated: shape (candidates,)."""
 
 
@@ -73,7 +74,7 @@ def load_metric(text: str) -> Metric:
     if len(terms) == 1:
         return terms[0][0]
 
-    def mixture(pools: Sequence[InstanceResponses]) -> Floats:
+    def mixture(pools: Sequence[CandidatePool]) -> Floats:
         parts = [weight * metric(pools) for metric, weight in terms]
         mixed: Floats = np.clip(np.sum(parts, axis=0), 0.0, 1.0)
         return mixed
@@ -86,7 +87,7 @@ def library_versions(text: str) -> dict[str, str]:
     return {_LIBRARIES[name]: version(_LIBRARIES[name]) for name in parse_metric(text) if name in _LIBRARIES}
 
 
-def _given_labels(pools: Sequence[InstanceResponses]) -> Floats:
+def _given_labels(pools: Sequence[CandidatePool]) -> Floats:
     """The labels that the candidates already have in the data."""
     return np.array(
         [_given_label(pool.instance, candidate) for pool in pools for candidate in pool.candidates], dtype=float
@@ -177,7 +178,7 @@ def _bleu() -> "BLEU":
     return BLEU(effective_order=True)
 
 
-def _rouge_l(pools: Sequence[InstanceResponses]) -> Floats:
+def _rouge_l(pools: Sequence[CandidatePool]) -> Floats:
     from cappy.annotation.rouge import rouge_l_pools
 
     responses = [[candidate.response for candidate in pool.candidates] for pool in pools]
@@ -191,11 +192,11 @@ def _rouge_l_unicode(references: Sequence[str], response: str) -> float:
 
 
 def _apply_per_response(function: Callable[[Sequence[str], str], float]) -> Metric:
-    def label_pool(pool: InstanceResponses) -> list[float]:
+    def label_pool(pool: CandidatePool) -> list[float]:
         values = {text: function(pool.instance.references, text) for text in {c.response for c in pool.candidates}}
         return [values[candidate.response] for candidate in pool.candidates]
 
-    def metric(pools: Sequence[InstanceResponses]) -> Floats:
+    def metric(pools: Sequence[CandidatePool]) -> Floats:
         return np.fromiter(chain.from_iterable(map(label_pool, pools)), dtype=np.float64)
 
     return metric

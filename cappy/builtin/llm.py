@@ -1,7 +1,7 @@
 """Trains the built-in LLM: `python -m cappy.builtin llm --target FOLDER --steps 4500 --seed 0`.
 
-A small T5 with a byte-level tokenizer is trained on the `llm` pool of the built-in tasks, data-parallel over processes,
-and evaluated on each family: its quality, and the quality that selection could reach.
+A small T5 with a byte-level tokenizer is trained on the `llm` subset of the built-in tasks, data-parallel over
+processes, and evaluated on each family: its quality, and the quality that selection could reach.
 """
 
 import json
@@ -95,10 +95,10 @@ class Quality:
 
 
 def make(job: TrainingJob) -> None:
-    """Trains the tokenizer and the LLM on the `llm` pool, and writes them with the sha256 of each file to `job.target`.
+    """Trains tokenizer and LLM on the `llm` subset of the tasks; writes them and each file's sha256 to `job.target`.
 
     Two processes with one thread each are faster here than one with two threads, because the matrices are small. The
-    weights are stored in float16. Each family is evaluated on the validation split of the pool.
+    weights are stored in float16. Each family is evaluated on the validation split of the subset.
     """
     with tempfile.TemporaryDirectory() as folder:
         spawn(_run_process, args=(job, f"{folder}/rendezvous"), nprocs=job.processes)  # type: ignore[no-untyped-call]
@@ -125,10 +125,10 @@ def _run_process(rank: int, job: TrainingJob, rendezvous: str) -> None:
     training = _train(model, batches, job.recipe, steps=job.steps, log=log)
     dist.destroy_process_group()
     if rank == 0:
-        _write(job, model, tokenizer, training, len(pairs))
+        _save_and_evaluate(job, model, tokenizer, training, len(pairs))
 
 
-def _write(
+def _save_and_evaluate(
     job: TrainingJob,
     model: T5ForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,

@@ -97,7 +97,7 @@ app.command("select", short_help="Pick the best of several responses.")(scoring.
 for _verb, _help in SERVICES.items():
     app.command(_verb, short_help=_help)(_placeholder)
 app.command("threshold", help="Find the score above which picks are good enough.")(_placeholder)
-app.command("plan", help="Estimate time and resources of a pretraining.")(_placeholder)
+app.command("plan", help="Estimate the time and resources of a pretraining run.")(_placeholder)
 app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(tools.convert)
 app.command("templates", short_help="Download PromptSource's templates and verify them.")(tools.templates)
 app.command("doctor", short_help="Check what this machine has and what is missing.")(doctor.doctor)

@@ -39,8 +39,8 @@ class AdaptConfig:
     strategy: Annotated[
         str,
         Field(
-            description="Which responses to sample: paper17, sampling8, greedy, endpoint8; default: "
-            "endpoint8 for openai: and vllm:, else paper17"
+            description="Responses to sample: paper17 (17, as in the paper), sampling8 (8 samples), greedy (1), "
+            "endpoint8 (8 from an API); default: endpoint8 for openai: and vllm:, else paper17"
         ),
     ] = ""
     scorer: Annotated[

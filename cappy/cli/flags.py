@@ -1,6 +1,7 @@
 """Command-line flags derived from a config class (name, type, range, default, description), and shared flags."""
 
 import inspect
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ HELP_ALL = "help_all"
 NESTED_SEPARATOR = "__"
 """Replaces the dot of a nested setting in the name of a parameter."""
 SCALARS = (bool, int, float, str, Path)
+_NAMES_DEFAULT = re.compile(r"\b(default|left out)\b", re.IGNORECASE)
 
 
 def parameters(config_class: type[Any]) -> list[inspect.Parameter]:
@@ -175,7 +177,7 @@ def _parameter(path: str, field: FieldInfo, *, hidden: bool) -> inspect.Paramete
     option = typer.Option(
         declaration,
         help=_help(field, kind),
-        show_default="none" if not required and default in (None, "", ()) else True,
+        show_default=_show_default(field) if not required and default in (None, "", ()) else True,
         metavar=f"<{get_args(kind)[0].__name__}>" if get_origin(kind) is list else None,
         min=minimum,
         max=maximum,
@@ -189,19 +191,22 @@ def _parameter(path: str, field: FieldInfo, *, hidden: bool) -> inspect.Paramete
     )
 
 
+def _show_default(field: FieldInfo) -> str | bool:
+    """What help shows as the default of a flag without a value: nothing if the description names the default."""
+    return False if _NAMES_DEFAULT.search(field.description or "") else "none"
+
+
 def _format_default(default: Any) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 
 def _help(field: FieldInfo, kind: Any) -> str:
-    parts = [field.description or ""]
+    text = field.description or ""
     for limit in field.metadata:
         for attribute, word in (("gt", "above"), ("lt", "below")):
             if (bound := getattr(limit, attribute, None)) is not None:
-                parts.append(f"({word} {bound})")
-    if get_origin(kind) is list:
-        parts.append("(repeatable)")
-    return " ".join(part for part in parts if part)
+                text += f"; must be {word} {bound}"
+    return f"{text} (repeatable)" if get_origin(kind) is list else text
 
 
 def _range(field: FieldInfo, kind: Any) -> tuple[float | None, float | None]:

@@ -31,7 +31,7 @@ RunPlatformFlag = Annotated[
     Literal["local", "docker", "kubeflow", "vertex"], typer.Option("--on", help="Platform of the run.")
 ]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="Id of the run, as printed by submit.", show_default=False)
+    str, typer.Argument(metavar="RUN", help="Id of the run, as printed by run or submit.", show_default=False)
 ]
 PlatformRecipeFlag = Annotated[
     str, typer.Option("--recipe", help="Recipe with the address of the platform.", show_default="none: use the flags")

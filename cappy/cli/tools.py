@@ -77,10 +77,10 @@ def templates(
     typer.echo(f"{target}: {count} template files, sha256 verified")
 
 
-HELP = """Print rows, tokens, GPU-hours, storage and wall-clock of a pretraining, step by step.
+HELP = """Print rows, tokens, GPU-hours, storage and wall-clock time of a pretraining run, step by step.
 
-Speeds are measured. If there is no measurement, give the share of the data sheet's peak FLOP/s that is assumed
-(--mfu, --sampling-mfu); the plan marks it as assumed. docs/scale.md shows the plan of the paper's pretraining.
+Speeds are measured. If your hardware was not measured, give an assumed MFU (share of the data sheet's peak FLOP/s;
+--mfu, --sampling-mfu); the plan marks it as assumed. docs/scale.md shows the plan of the paper's pretraining.
 """
 
 

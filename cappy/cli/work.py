@@ -79,7 +79,9 @@ def clean(
     remove: Annotated[bool, typer.Option("--remove", help="Remove the listed work.", show_default="off")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """List work that no run can reuse: work of earlier versions, and work without its key.json.
+    """List work that no run can reuse.
+
+    This is work of earlier versions of a step, and incomplete work folders (without key.json).
 
     Published outputs, registered versions and the spending record are not touched.
     """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from cappy.costing import TextLengths, Throughput
 from cappy.errors import ConfigError, quote
 from cappy.preparation.mixtures import Mixture, load_mixture
-from cappy.preparation.mixtures.plan import REFERENCE_AND_MISMATCH, PlanRow, plan_mixture
+from cappy.preparation.mixtures.plan import NUM_EXTRA_TRAINING_PAIRS, PlanRow, plan_mixture
 
 EVALUATED_ON: Mapping[str, str] = {"t0": "heldout"}
 """Pretraining mixture -> evaluation mixture."""
@@ -72,7 +72,7 @@ def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughpu
         prompts=prompts,
         open_prompts=open_prompts,
         pairs=pairs,
-        selectable=pairs - REFERENCE_AND_MISMATCH * open_prompts,
+        selectable=pairs - NUM_EXTRA_TRAINING_PAIRS * open_prompts,
         samples=dict(samples),
         prompt=Lengths(
             tokens=_mean(open_ended, lengths, _num_examples, lambda means: means.prompt_tokens),

@@ -13,7 +13,7 @@ from cappy.records import Instance, Split, read_manifest
 from cappy.records.folder import verify
 
 if TYPE_CHECKING:
-    from cappy.selection.pools import Score
+    from cappy.selection.pools import ScoreFunction
 
 __all__ = ["Difference", "Findings", "MeanEstimate", "Report", "evaluate", "read_report", "read_values"]
 
@@ -21,8 +21,8 @@ __all__ = ["Difference", "Findings", "MeanEstimate", "Report", "evaluate", "read
 def evaluate(
     instances: Iterable[Instance],
     *,
-    score: "Score | None",
-    champion: "Score | None" = None,
+    score: "ScoreFunction | None",
+    champion: "ScoreFunction | None" = None,
     metric: str = "rougeL",
     split: Split = "test",
     seed: int = 0,

@@ -22,11 +22,11 @@ from cappy.scoring.calibration import Calibration
 from cappy.selection.pools import (
     NUM_MBR_ORDERS,
     Pool,
-    Score,
+    ScoreFunction,
     Vector,
     collect_pools,
     count_pairs,
-    pays_until,
+    num_worthwhile_candidates,
     pick_labels,
     score_pools,
     with_scores,
@@ -85,8 +85,8 @@ def split_pools(instances: Iterable[Instance], *, metric: str, split: Split) -> 
 def evaluate_split(
     pools: Sequence[Pool],
     held_out: Sequence[Pool],
-    score: Score | None,
-    champion: Score | None = None,
+    score: ScoreFunction | None,
+    champion: ScoreFunction | None = None,
     *,
     metric: str,
     seed: int,
@@ -157,7 +157,7 @@ def build_report(
         adjusted=statistics.adjust_p_values({key: value.p_value for key, value in comparisons.items()}),
         power={key: statistics.compute_power(value) for key, value in comparisons.items()},
         curve=curves,
-        pays_until=pays_until([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0,
+        pays_until=num_worthwhile_candidates([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0,
         tasks=tasks,
         averages=tables.average_tasks(tasks),
         published=tables.compare_with_published(
@@ -178,7 +178,7 @@ def build_report(
     )
 
 
-def cached_scores(score: Score, folder: Path, name: str) -> Score:
+def cached_scores(score: ScoreFunction, folder: Path, name: str) -> ScoreFunction:
     """Wraps `score` so that the result of each call is stored in a hidden file of the work folder and then reused.
 
     The file also records the duration of the call in seconds.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cappy.evaluation.protocol import AnyScorer, EvaluatedSplit
     from cappy.evaluation.report import Report
     from cappy.scoring.training_data import ReadTrainingData
-    from cappy.selection.pools import Score
+    from cappy.selection.pools import ScoreFunction
 
 NUM_PROBE_PAIRS = 32
 
@@ -256,7 +256,7 @@ def _write_calibration(folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]
 
 
 def score_probe_pairs(
-    instances: Sequence[Instance], score: "Score", *, seed: int, count: int = NUM_PROBE_PAIRS
+    instances: Sequence[Instance], score: "ScoreFunction", *, seed: int, count: int = NUM_PROBE_PAIRS
 ) -> list[Triple]:
     """Draws at most `count` pairs at random and scores them, for verifying a deployment later."""
     pairs = [

@@ -27,7 +27,7 @@ from cappy.evaluation.findings import (
     TaskRow,
 )
 from cappy.pages import percent
-from cappy.selection.pools import Pool, Score, Values, Vector, extend_curve, is_tied, pick, pick_labels
+from cappy.selection.pools import Pool, PoolVectors, ScoreFunction, Vector, extend_curve, is_tied, pick, pick_labels
 from cappy.selection.selectors import SELECTORS, Selection, compared_pairs
 
 PUBLISHED = Path(__file__).with_name("data") / "published.json"
@@ -53,14 +53,17 @@ class PickLabels:
         return dict(zip(self.labels, statistics.estimate_means(stacked, self.groups), strict=True))
 
 
-def compute_pick_labels(pools: Sequence[Pool], values: Mapping[str, Values]) -> PickLabels:
+def compute_pick_labels(pools: Sequence[Pool], values: Mapping[str, PoolVectors]) -> PickLabels:
     """Computes the labels of the selectors' picks on these pools."""
     labels = {name: pick_labels(pools, values[name]) for name in SELECTORS if name in values}
     return PickLabels(labels=labels, groups=[pool.instance.group_id for pool in pools])
 
 
 def choose_best_variants(picked: PickLabels) -> dict[str, str]:
-    """Kind of selector -> its variant with the best mean label; choosing it on these pools favours it."""
+    """Kind of selector -> its variant with the best mean label.
+
+    That mean is optimistic, because the variant is chosen on these same pools.
+    """
     best_variants: dict[str, str] = {}
     for name in picked.labels:
         key = SELECTORS[name].variant_of
@@ -70,7 +73,7 @@ def choose_best_variants(picked: PickLabels) -> dict[str, str]:
 
 
 def build_rows(picked: PickLabels, selection: Selection, pools: Sequence[Pool]) -> dict[str, TableRow]:
-    """One row per selector; the bounds (random choice, oracle) pick nothing, so they have no ties."""
+    """One row per selector; ties are reported as 0 for the bounds (random choice, oracle)."""
 
     def ties(name: str) -> int:
         pairs = zip(pools, selection.values[name], strict=True)
@@ -228,10 +231,12 @@ def _build_examples(indices: Iterable[int], pools: Sequence[Pool], selection: Se
     for index in indices:
         pool = pools[index]
         values = {name: selection.values[name][index] for name in shown}
-        best = {name: pick(value) for name, value in values.items()}
+        picked_positions = {name: pick(value) for name, value in values.items()}
         order = np.argsort(-values.get("scorer", pool.labels), kind="stable")
         # The picks are shown even if other candidates have higher scores.
-        listed = set(list(dict.fromkeys([*best.values(), *(int(position) for position in order)]))[:NUM_CANDIDATES])
+        listed = set(
+            list(dict.fromkeys([*picked_positions.values(), *(int(position) for position in order)]))[:NUM_CANDIDATES]
+        )
         candidates = (
             RatedCandidate(
                 response=pool.responses[position],
@@ -249,7 +254,7 @@ def _build_examples(indices: Iterable[int], pools: Sequence[Pool], selection: Se
             references=pool.instance.references,
             picks=tuple(
                 Pick(selector=name, response=pool.responses[position], label=float(pool.labels[position]))
-                for name, position in best.items()
+                for name, position in picked_positions.items()
             ),
             candidates=tuple(candidates),
             left_out=len(pool.candidates) - len(listed),
@@ -262,7 +267,9 @@ BLANK = " "
 """The text that replaces an instruction."""
 
 
-def run_probes(pools: Sequence[Pool], scores: Values, score: Score, tasks: Sequence[TaskRow], seed: int) -> list[Probe]:
+def run_probes(
+    pools: Sequence[Pool], scores: PoolVectors, score: ScoreFunction, tasks: Sequence[TaskRow], seed: int
+) -> list[Probe]:
     """Runs the probes that are possible on these pools."""
     sample = np.sort(np.random.default_rng(seed).permutation(len(pools))[:NUM_BLANKED_INSTANCES])
     results = [
@@ -274,7 +281,7 @@ def run_probes(pools: Sequence[Pool], scores: Values, score: Score, tasks: Seque
     return [probe for probe in results if probe is not None]
 
 
-def _probe_response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe | None:
+def _probe_response_only(pools: Sequence[Pool], scores: PoolVectors, score: ScoreFunction) -> Probe | None:
     """The share of the gain over random choice that remains when the instruction is blanked."""
     pairs = [[(BLANK, response) for response in pool.responses] for pool in pools]
     flat = iter(score([pair for pool_pairs in pairs for pair in pool_pairs]))
@@ -294,13 +301,13 @@ def _probe_response_only(pools: Sequence[Pool], scores: Values, score: Score) ->
     return Probe(
         name="response only",
         value=remaining,
-        meaning=f"With the instruction blanked, the scorer's pick has {percent(without_instruction)} instead of "
-        f"{percent(with_instruction)} (random choice {percent(random)}): {share} of its gain comes from the response "
-        "alone.",
+        meaning=f"With the instruction blanked, the scorer's picks have a mean label of {percent(without_instruction)} "
+        f"instead of {percent(with_instruction)} (random choice {percent(random)}): {share} of its gain comes from "
+        "the response alone.",
     )
 
 
-def _probe_length(pools: Sequence[Pool], scores: Values) -> Probe | None:
+def _probe_length(pools: Sequence[Pool], scores: PoolVectors) -> Probe | None:
     """The correlation of scores with length within a pool, minus that of labels."""
     lengths = [np.array([len(response) for response in pool.responses], dtype=np.float64) for pool in pools]
     scored, labelled = correlation(scores, lengths), correlation([pool.labels for pool in pools], lengths)
@@ -311,8 +318,8 @@ def _probe_length(pools: Sequence[Pool], scores: Values) -> Probe | None:
     return Probe(
         name="length",
         value=scored - labelled,
-        meaning=f"Within a pool, length correlates by {scored:+.2f} with scores and by {labelled:+.2f} with labels: "
-        f"the scorer {verb} the labels do.",
+        meaning=f"Within a pool, length has a correlation of {scored:+.2f} with scores and {labelled:+.2f} with "
+        f"labels: the scorer {verb} the labels do.",
     )
 
 
@@ -329,7 +336,7 @@ def _probe_templates(tasks: Sequence[TaskRow]) -> Iterator[Probe]:
         )
 
 
-def _probe_order(pools: Sequence[Pool], scores: Values, score: Score) -> Probe:
+def _probe_order(pools: Sequence[Pool], scores: PoolVectors, score: ScoreFunction) -> Probe:
     """The largest change of a score when pairs are scored in another order and batch."""
     pairs = {
         (pool.instance.instruction, response): value

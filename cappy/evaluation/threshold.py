@@ -39,8 +39,10 @@ PickRow = tuple[float | str | int, ...]
 class Threshold:
     """A threshold that was chosen on held-out picks, and its effect on the reported picks.
 
-    `floor` is the threshold on calibrated scores, for a gateway with the same calibration.json; None if there is none.
-    `held_out_low` is the lower bound of `held_out_precision` with `confidence`; it is at least `wanted`. `coverage` is
+    A pick is good if its label is at least `good`; `wanted` is the required share of good picks. `held_out` and
+    `reported` are numbers of picks. `floor` is the threshold on calibrated scores, for a gateway with the same
+    calibration.json; None if there is none. `held_out_low` is the lower bound of `held_out_precision` with
+    `confidence`; it is at least `wanted`. `coverage` is
     the share of reported instances that are answered, `precision` the share of good picks among them, with its 95%
     interval over their `groups` (`statistics.estimate_share`); None if none is answered.
     If `folds` is above 0, the picks are out-of-fold: the threshold is chosen on all of them, and `coverage` and
@@ -97,8 +99,8 @@ def find_threshold(
     answered = reported.scores >= threshold
     if len(folds) > 1:
         answered = _answered_out_of_fold(held_out, is_good, precision, confidence)
-    answered_good, groups = reported.labels[answered] >= good, reported.groups[answered].tolist()
-    estimate = statistics.estimate_share(answered_good.astype(np.float64), groups) if groups else None
+    is_answer_good, groups = reported.labels[answered] >= good, reported.groups[answered].tolist()
+    estimate = statistics.estimate_share(is_answer_good.astype(np.float64), groups) if groups else None
     fitted = read_calibration(report)
     return Threshold(
         threshold=threshold,
@@ -134,35 +136,35 @@ def pick_rows(pools: Sequence[Pool], fold: int | None = None) -> list[PickRow]:
 
 
 def find_lowest(
-    scores: Vector, good: Flags, groups: npt.NDArray[np.str_], precision: float, confidence: float = CONFIDENCE
+    scores: Vector, is_good: Flags, groups: npt.NDArray[np.str_], precision: float, confidence: float = CONFIDENCE
 ) -> float | None:
     """The lowest threshold that passes: the score before the first failing test; None if the first test fails.
 
     Which scores are tested depends only on scores and groups, never on which picks are good.
     """
     order = np.argsort(-scores, kind="stable")
-    scores, good, groups = scores[order], good[order], groups[order]
+    scores, is_good, groups = scores[order], is_good[order], groups[order]
     lowest = None
     for count in _choose_test_sizes(groups, precision, confidence):
         score = scores[count - 1]
         # Equal scores are accepted together.
         end = int(np.searchsorted(-scores, -score, side="right"))
-        if lower_bound(good[:end], groups[:end], confidence) < precision:
+        if lower_bound(is_good[:end], groups[:end], confidence) < precision:
             break
         lowest = float(score)
     return lowest
 
 
-def lower_bound(good: Flags, groups: npt.NDArray[np.str_], confidence: float = CONFIDENCE) -> float:
+def lower_bound(is_good: Flags, groups: npt.NDArray[np.str_], confidence: float = CONFIDENCE) -> float:
     """One-sided lower bound of the share of good picks, with `confidence`; picks of a group may be dependent.
 
     It is Clopper and Pearson's bound for the effective number of independent picks, which is at most the number of
     picks (Korn and Graubard, 1998). If all picks are good, or all bad, each group counts as one.
     """
-    mean, number = float(good.mean()), len(good)
+    mean, number = float(is_good.mean()), len(is_good)
     _, index = np.unique(groups, return_inverse=True)
     count = float(index.max() + 1)
-    variance = float((np.bincount(index, weights=good - mean) ** 2).sum()) / number**2
+    variance = float((np.bincount(index, weights=is_good - mean) ** 2).sum()) / number**2
     if variance > _TOLERANCE:
         correction = stdtrit(number - 1, confidence) / stdtrit(count - 1, confidence) if count < number else 1.0
         count = min(float(number), correction**2 * mean * (1 - mean) / variance)
@@ -171,7 +173,10 @@ def lower_bound(good: Flags, groups: npt.NDArray[np.str_], confidence: float = C
 
 
 def groups_needed(precision: float, confidence: float, bad: int = 0) -> int | None:
-    """The smallest number of groups that can prove a precision if all picks but `bad` are good; None if none can."""
+    """Number of groups at which the lower bound reaches `precision` if all but `bad` picks are good; None if none does.
+
+    It is at most 1% above the smallest such number.
+    """
     if precision >= 1:
         return None
     count = bad + 1
@@ -203,16 +208,13 @@ def describe_threshold(
         f"it have a label of {good:g} or more, at least {100 * result.held_out_low:.1f}% with {100 * confidence:g}% "
         "confidence"
     )
-    subject = f"of the {result.reported} reported instances, it answers"
-    if result.folds:
-        subject = f"chosen on the other folds and applied to each of {result.folds}, such a threshold answers"
     if result.precision is None or result.low is None or result.high is None:
-        return f"{text}; {subject} none."
+        return f"{text}; {_describe_coverage(result, 'none')}."
     interval = f"{100 * result.low:.1f} to {100 * result.high:.1f}"
-    proof = "" if result.low >= precision else ", so these alone do not prove the precision"
+    proof = "" if result.low >= precision else ", so the reported instances alone do not confirm the required precision"
     text = (
-        f"{text}; {subject} {100 * result.coverage:.1f}%, of which {100 * result.precision:.1f}% are good (95% "
-        f"interval {interval} over {result.groups} groups{proof})."
+        f"{text}; {_describe_coverage(result, f'{100 * result.coverage:.1f}%')}, of which "
+        f"{100 * result.precision:.1f}% are good (95% interval {interval} over {result.groups} groups{proof})."
     )
     if result.folds:
         text += (
@@ -222,12 +224,19 @@ def describe_threshold(
     return text
 
 
-def _answered_out_of_fold(picks: _Picks, good: Flags, precision: float, confidence: float) -> Flags:
+def _describe_coverage(result: Threshold, share: str) -> str:
+    if result.folds:
+        others = f"the other {result.folds - 1} folds" if result.folds > 2 else "the other fold"
+        return f"with thresholds chosen on {others}, {share} of the instances are at or above the threshold"
+    return f"{share} of the {result.reported} reported instances have a pick at or above it"
+
+
+def _answered_out_of_fold(picks: _Picks, is_good: Flags, precision: float, confidence: float) -> Flags:
     """Mask of the picks that reach the threshold chosen on the other folds; all false if these have no threshold."""
     answered = np.zeros(len(picks.scores), dtype=bool)
     for fold in np.unique(picks.fold):
         in_fold, others = picks.fold == fold, picks.fold != fold
-        threshold = find_lowest(picks.scores[others], good[others], picks.groups[others], precision, confidence)
+        threshold = find_lowest(picks.scores[others], is_good[others], picks.groups[others], precision, confidence)
         if threshold is not None:
             answered[in_fold] = picks.scores[in_fold] >= threshold
     return answered

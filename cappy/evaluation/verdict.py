@@ -62,7 +62,11 @@ def _comparison_sentence(report: Findings, subject: str, name: str, difference: 
     remedy = _remedy(report, f"{subject}-{name}") if outcome(difference) == "open" else ""
     if difference.low == difference.high == 0:
         verb, remedy = "does exactly as well as", ""
-    phrase = f"{selector.phrase} ({title(rival)})" if selector.variant_of else f"{selector.phrase}{selector.remark}"
+    phrase = (
+        f"{selector.name_in_sentence} ({title(rival)})"
+        if selector.variant_of
+        else f"{selector.name_in_sentence}{selector.remark}"
+    )
     return f"{_subject_name(subject)} {verb} {phrase}: {numbers} ({interval}){remedy}."
 
 
@@ -128,7 +132,7 @@ def _join_names(names: list[str], word: str) -> str:
 
 
 def _short_name(selector: Selector) -> str:
-    return f"the {selector.variant_of}" if selector.variant_of else selector.phrase
+    return f"the {selector.variant_of}" if selector.variant_of else selector.name_in_sentence
 
 
 def advice(report: Findings) -> str:
@@ -184,7 +188,7 @@ def _choose_advice(report: Findings) -> str:
     for selector in first_version_rivals(report.comparisons):
         key = f"scorer-{selector.key}"
         if key in report.comparisons and not _is_better(report, key):
-            return _advise_below_rival(report, key, selector.phrase)
+            return _advise_below_rival(report, key, selector.name_in_sentence)
     return _advise_against_mbr(report)
 
 

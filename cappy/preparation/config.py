@@ -25,8 +25,8 @@ class PreparationConfig:
         Field(
             min_length=1,
             description="builtin, a JSON Lines, JSON, CSV, TSV, Parquet or Arrow file (text files may be compressed), "
-            "a folder of such files or from save_to_disk, a BIG-bench task or a folder of tasks, a folder of records "
-            "or of its shards, or hub:org/name:configuration@revision",
+            "a folder of such files, a folder written by save_to_disk, a BIG-bench task or a folder of tasks, a folder "
+            "of records or of its shards, or hub:org/name:configuration@revision",
         ),
     ] = BUILTIN
     target: Annotated[Location, Field(description="Folder to write")]
@@ -58,12 +58,16 @@ class PreparationConfig:
     ] = ()
     ignore_columns: Annotated[
         tuple[str, ...],
-        Field(description="Column to ignore; without this, an unread column that is part of the task is an error"),
+        Field(
+            description="Column to ignore; a column that looks like task content but maps to no field is otherwise an "
+            "error"
+        ),
     ] = ()
     group_responses: Annotated[
         Literal["auto", "always", "never"],
         Field(
-            description="Join the rows of a prompt into one instance: always, never, or auto (if each has one response)"
+            description="Join the rows of a prompt into one instance: always, never, or auto (join if every row has "
+            "exactly one response)"
         ),
     ] = "auto"
     exclude: Annotated[

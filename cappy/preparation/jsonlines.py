@@ -32,7 +32,7 @@ def read_json_lines(path: Path) -> Rows:
     The objects of an array, and objects over several lines, are also read one at a time. Raises RecordError, with the
     line, for anything that is not an object.
     """
-    for index, (where, values) in enumerate(_read_stream(path) if _is_stream(path) else _read_by_line(path)):
+    for index, (where, values) in enumerate(_read_multi_line(path) if _is_multi_line(path) else _read_by_line(path)):
         if index == 0:
             _refuse_table(where, values, path)
         yield where, values
@@ -75,7 +75,7 @@ def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value[:2])
 
 
-def _is_stream(path: Path) -> bool:
+def _is_multi_line(path: Path) -> bool:
     """Whether a file begins with an array of objects, or with an object over several lines."""
     beginning = ""
     with contextlib.suppress(RecordError):  # the reader raises it again with the line
@@ -167,7 +167,8 @@ class _TextReader:
     def _read_more(self, size: int = 1) -> bool:
         """Reads at least `size` more characters; returns False at the end of the file.
 
-        `read_value` doubles the buffer, so that repeated attempts to parse one large object take no quadratic time.
+        `read_value` doubles the buffer, so that repeatedly parsing one large object does not take quadratic
+        time.
         """
         parts, characters = [self._text[self._position :]], 0
         while characters < size and (piece := next(self._pieces, "")):
@@ -177,7 +178,7 @@ class _TextReader:
         return characters > 0
 
 
-def _read_stream(path: Path) -> Rows:
+def _read_multi_line(path: Path) -> Rows:
     reader = _TextReader(path)
     is_array = reader.peek() == "["
     if is_array:

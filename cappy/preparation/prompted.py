@@ -49,11 +49,11 @@ class Tally:
     """Counts events, and the failures of each template with its first error.
 
     A template may fail on a share of `max_failed` of its rows. A row without a field that the template reads is a
-    failure if `missing` is "fail", otherwise it is rendered blank and counted.
+    failure if `on_missing_field` is "fail", otherwise it is rendered blank and counted.
     """
 
     max_failed: float = 0.0
-    missing: Literal["blank", "fail"] = "blank"
+    on_missing_field: Literal["blank", "fail"] = "blank"
     counts: Counter[str] = field(default_factory=Counter)
     attempts: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
@@ -70,16 +70,16 @@ class Tally:
         """Resets the consecutive limit failures of a template."""
         self.limit_failures.pop(name, None)
 
-    def fail(self, name: str, error: str, *, limited: bool = False) -> None:
+    def fail(self, name: str, error: str, *, exceeded_limit: bool = False) -> None:
         """Counts a failure of a template; raises RecordError if it failed on all of its first rows.
 
-        `limited` means that it ran out of time or memory. If it did so on several consecutive rows, RecordError is
-        raised regardless of `max_failed`.
+        `exceeded_limit` means that it ran out of time or memory. If it did so on several consecutive rows, RecordError
+        is raised regardless of `max_failed`.
         """
         self.failures[name] += 1
         self.counts["failed"] += 1
         self.errors.setdefault(name, error)
-        self.limit_failures[name] = self.limit_failures[name] + 1 if limited else 0
+        self.limit_failures[name] = self.limit_failures[name] + 1 if exceeded_limit else 0
         if self.limit_failures[name] == MAX_CONSECUTIVE_LIMITS:
             rows = f"it ran out of time or memory on {MAX_CONSECUTIVE_LIMITS} consecutive rows"
             raise RecordError(f"{self.errors[name]}; {rows}; leave the template out with --template")

@@ -18,7 +18,7 @@ from cappy.preparation.cells import parse_lists
 from cappy.preparation.columns import Columns, SourceWarnings, map_columns, parse_columns
 from cappy.preparation.config import BUILTIN, Kind, PreparationConfig, check_settings
 from cappy.preparation.files import HUB_PREFIX, Reader, choose_reader, find_shards, parse_hub, read_hub, resolve_commit
-from cappy.preparation.mixed import open_mixture, open_templated_dataset
+from cappy.preparation.prompt_sources import open_mixture, open_templated_dataset
 from cappy.preparation.prompted import Dataset
 from cappy.preparation.rows import Rows, SourceRow, choice_candidates, hash64, parse_row
 from cappy.preparation.tables import read_csv

@@ -34,7 +34,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     """
     refuse_same_folder(config.source, config.target)
     source = group_rows(open_source(config), config)
-    tally = Tally(max_failed=config.max_failed, missing=config.missing)
+    tally = Tally(max_failed=config.max_failed, on_missing_field=config.missing)
     instances, total, metrics = _make_instances(source, config, tally, progress)
     evaluation_sets = [read_manifest(folder).hash for folder in config.against]
     config_values = {**identity(config), "task": source.task}

@@ -68,7 +68,7 @@ def strip_compression_suffix(path: Path) -> Path:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file begins with the magic bytes of a compression format that is read."""
+    """Whether a file begins with the magic bytes of a supported compression format."""
     return read_head(path).startswith((_GZIP, _XZ, _BZIP2, _ZSTANDARD, _ZIP))
 
 

@@ -40,13 +40,13 @@ def read_batches(
             with _open_part(verify_file(Path(folder), file)) as parquet:
                 yield from parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
         return
-    files, ends = _rows_of_files(Path(folder), _file_version(Path(folder) / MANIFEST))
+    files, ends = _rows_of_files(Path(folder), _stat_key(Path(folder) / MANIFEST))
     for index in range(bisect.bisect_right(ends, rows.start), len(files)):
         file, end = files[index], ends[index]
         start = end - file.rows
         if start >= rows.stop:
             return
-        path = _verify_once(Path(folder), file, _file_version(Path(folder) / file.name))
+        path = _verify_once(Path(folder), file, _stat_key(Path(folder) / file.name))
         with _open_part(path) as parquet:
             batches = parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
             yield from _slice_batches(batches, max(rows.start - start, 0), min(rows.stop - start, file.rows))
@@ -54,12 +54,12 @@ def read_batches(
 
 @contextlib.contextmanager
 def _open_part(path: Path) -> Iterator[pq.ParquetFile]:
-    """Opens a part. Raises FolderError if it is not Parquet, or if its columns are not those of the record."""
+    """Opens a part. Raises FolderError if it is not Parquet, or if its columns do not match the record schema."""
     remedy = "run the step that wrote the folder again"
     try:
         with pq.ParquetFile(path) as parquet:
             if problem := find_schema_problem(parquet.schema_arrow):
-                raise FolderError(f"{path}: is not a part of the record ({problem}); {remedy}")
+                raise FolderError(f"{path}: does not have the columns of a dataset part ({problem}); {remedy}")
             yield parquet
     except pa.ArrowException as error:
         reason = quote(str(error).splitlines()[0], 120)
@@ -78,18 +78,18 @@ def _parts(folder: Path) -> tuple[File, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def _rows_of_files(folder: Path, file_version: tuple[int, ...]) -> tuple[tuple[File, ...], list[int]]:
+def _rows_of_files(folder: Path, cache_key: tuple[int, ...]) -> tuple[tuple[File, ...], list[int]]:
     """The files of a folder and the end row of each; cached, because shards read part by part."""
     files = _parts(folder)
     return files, list(itertools.accumulate(file.rows for file in files))
 
 
 @functools.lru_cache(maxsize=64)
-def _verify_once(folder: Path, file: File, file_version: tuple[int, ...]) -> Path:
+def _verify_once(folder: Path, file: File, cache_key: tuple[int, ...]) -> Path:
     return verify_file(folder, file)
 
 
-def _file_version(path: Path) -> tuple[int, ...]:
+def _stat_key(path: Path) -> tuple[int, ...]:
     """Inode, size and modification time, which change with the file; empty if there is no file."""
     try:
         status = path.stat()
@@ -98,13 +98,14 @@ def _file_version(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _slice_batches(batches: Iterable[pa.RecordBatch], first: int, last: int) -> Iterator[pa.RecordBatch]:
-    """The rows `first` to `last` (exclusive) of the batches."""
-    end = 0
+def _slice_batches(batches: Iterable[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    """The rows `start` to `stop` (exclusive) of the batches."""
+    batch_stop = 0
     for batch in batches:
-        start, end = end, end + len(batch)
-        if start >= last:
+        batch_start, batch_stop = batch_stop, batch_stop + len(batch)
+        if batch_start >= stop:
             return
-        rows = batch.slice(max(first - start, 0), min(last, end) - max(first, start)) if first < end else batch[:0]
+        first = max(start - batch_start, 0)
+        rows = batch.slice(first, min(stop - batch_start, len(batch)) - first) if start < batch_stop else batch[:0]
         if len(rows):
             yield rows

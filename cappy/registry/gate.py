@@ -139,7 +139,7 @@ def _check_gains(
         yield _check_gain(comparisons, "champion", "the champion", margin, tail)
         return
     for selector in first_version_rivals(comparisons, requested=baseline):
-        yield _check_gain(comparisons, selector.key, selector.phrase, margin, tail)
+        yield _check_gain(comparisons, selector.key, selector.name_in_sentence, margin, tail)
 
 
 def _unrequired_comparisons(comparisons: Mapping[str, Difference], requested: str) -> Iterator[str]:
@@ -147,7 +147,8 @@ def _unrequired_comparisons(comparisons: Mapping[str, Difference], requested: st
     for selector in SELECTORS.values():
         key = f"scorer-{selector.key}"
         if selector.must_beat == "on_request" and selector.key != requested and key in comparisons:
-            yield f"For information: against {selector.phrase} the difference is {format_interval(comparisons[key])}."
+            difference = format_interval(comparisons[key])
+            yield f"For information: against {selector.name_in_sentence} the difference is {difference}."
 
 
 def _check_gain(comparisons: Mapping[str, Difference], selector: str, name: str, margin: float, tail: float) -> Check:

@@ -35,7 +35,8 @@ class PromotionConfig:
     baseline: Annotated[
         Baseline,
         Field(
-            description="Selector that a first version must beat besides random choice; with mbr, likelihood and MBR"
+            description="Selectors that the first registered version must beat, in addition to random choice: "
+            "likelihood; or mbr for both likelihood and MBR"
         ),
     ] = "likelihood"
     guard: Annotated[

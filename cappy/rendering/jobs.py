@@ -26,19 +26,25 @@ _MAX_QUEUED_CHARACTERS = 2**18
 
 
 class TemplateSource:
-    """The kind of a template (see `child`) and the arguments of its `load`; hashable, with a cached hash."""
+    """A template: its kind, and the arguments passed to that kind's `load` function in the child process.
 
-    __slots__ = ("_hash", "kind", "parts")
+    Hashable, with a cached hash; `child` has the kinds.
+    """
 
-    def __init__(self, kind: str, parts: tuple[str, ...]) -> None:
-        self.kind, self.parts = kind, parts
-        self._hash = hash((kind, parts))
+    __slots__ = ("_hash", "kind", "load_arguments")
+
+    def __init__(self, kind: str, load_arguments: tuple[str, ...]) -> None:
+        self.kind, self.load_arguments = kind, load_arguments
+        self._hash = hash((kind, load_arguments))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TemplateSource) and (self.kind, self.parts) == (other.kind, other.parts)
+        return isinstance(other, TemplateSource) and (self.kind, self.load_arguments) == (
+            other.kind,
+            other.load_arguments,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +62,10 @@ class RenderJob:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a template has no value; `limited` if it exceeded a limit, `loading` if it does not compile."""
+    """Why a template has no value; `exceeded_limit` if it exceeded a limit, `loading` if it does not compile."""
 
     reason: str
-    limited: bool = False
+    exceeded_limit: bool = False
     loading: bool = False
 
 
@@ -73,7 +79,7 @@ def run(kind: str, jobs: Iterable[RenderJob]) -> Iterator[list[Outcome]]:
     """Yields the outcomes of each job, one per item; an error in the iterator `jobs` is raised after these outcomes."""
     pending: deque[RenderJob] = deque()
     with _lease(kind) as channel:
-        for job in _with_end(jobs, pending):
+        for job in _append_sentinel(jobs, pending):
             if job is not None:
                 pending.append(job)
                 channel.submit(job)
@@ -82,14 +88,14 @@ def run(kind: str, jobs: Iterable[RenderJob]) -> Iterator[list[Outcome]]:
 
 
 def load(source: TemplateSource, seconds: float = MAX_SECONDS) -> Outcome:
-    """Compiles a template; returns the answer of its kind's `load`, or a Failure."""
+    """Compiles a template; returns what the child's `load` returned, or a Failure."""
     with _lease(source.kind) as channel:
         if source not in channel.load_outcomes:
             list(channel.render_alone(RenderJob(load=(source,), seconds=seconds)))
         return channel.load_outcomes[source]
 
 
-def _with_end(jobs: Iterable[RenderJob], pending: deque[RenderJob]) -> Iterator[RenderJob | None]:
+def _append_sentinel(jobs: Iterable[RenderJob], pending: deque[RenderJob]) -> Iterator[RenderJob | None]:
     """Yields the jobs, then None at the end or before an error of the iterator is raised."""
     try:
         yield from jobs
@@ -147,7 +153,7 @@ class _Channel:
         if source in self._failures:
             return -1
         number = numbers[source] = len(numbers)
-        message = _to_json(["load", number, job.seconds, *source.parts])
+        message = _to_json(["load", number, job.seconds, *source.load_arguments])
         self._process.send(message.encode("utf-8", "surrogatepass"))
         self._expected.append(source)
         return number
@@ -248,7 +254,7 @@ def _limit_failure(limit: str, seconds: float, *, loading: bool = False) -> Fail
         "memory": f"needs more than {MAX_MEMORY // 2**20} MiB",
         "size": f"makes more than {MAX_ANSWER // 2**20} MiB of text",
     }
-    return Failure(reasons.get(limit, limit), limited=True, loading=loading)
+    return Failure(reasons.get(limit, limit), exceeded_limit=True, loading=loading)
 
 
 _idle: dict[str, list[Process]] = {}

@@ -82,8 +82,9 @@ class SamplingConfig:
     strategy: Annotated[
         str,
         Field(
-            description="Decodings to sample with: paper17, paper17-leaky, paper-pretrain, sampling8, endpoint8; "
-            "an expression such as beam4+topk40x4; or a file. Default: endpoint8 for openai: and vllm:, else paper17"
+            description="Responses to sample: paper17 (17, as in the paper), paper17-leaky (with the published code's "
+            "top-k bug), paper-pretrain (5 from each of 2 LLMs), sampling8 (8), greedy (1), endpoint8 (8 from an API), "
+            "an expression such as beam4+topk40x4, or a file. Default: endpoint8 for openai: and vllm:, else paper17"
         ),
     ] = ""
     max_new_tokens: Annotated[

@@ -76,7 +76,7 @@ class PairEncoder:
     response that is too long alone is truncated at its end. The truncation `longest_first` is instead that of
     transformers' `truncation=True`, as used by CrossEncoder and the published run: the longer text is truncated at its
     end until both are equally long, then both are. Token types are those that the tokenizer returns by default; if it
-    returns none (`typed` is false), they are zeros.
+    returns none (`has_token_types` is false), they are zeros.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PairEncoder:
         self.max_length = max_length
         self.truncation = truncation
         self._from_left = getattr(tokenizer, "truncation_side", "right") == "left"
-        self.typed = self._format.typed
+        self.has_token_types = self._format.typed
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
         """Encodes pairs, in order; every distinct text is tokenized once."""

@@ -205,13 +205,15 @@ def read_config(
     *,
     default_head: Head = "bce",
 ) -> ScorerConfig:
-    """Reads head, length and truncation of a folder like other loaders. Raises FolderError for unsupported settings.
+    """Reads head, length and truncation of a folder; its settings have the same precedence as in sentence-transformers.
+
+    Raises FolderError for unsupported settings.
 
     The head of a folder without an activation is `default_head`; the CrossEncoder's default is `bce`.
     """
     settings = _read_settings(folder.path, config)
     recorded = _read_recorded(config)
-    if settings.uses_chat_template and not (recorded and folder.listed):
+    if settings.uses_chat_template and not (recorded and folder.has_manifest):
         _check_template(folder.path, getattr(tokenizer, "chat_template", None))
     return ScorerConfig(
         head=settings.head or _recorded_head(recorded) or _warn_default_head(folder.path, default_head),
@@ -232,10 +234,10 @@ def record_config(config: "PreTrainedConfig", scorer_config: ScorerConfig) -> No
     config.problem_type = "regression" if scorer_config.head == "mse" else "multi_label_classification"
 
 
-def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, max_length: int, *, types: bool) -> None:
+def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, max_length: int, *, token_types: bool) -> None:
     """Writes a tokenizer so that other loaders make the same inputs: token types, length, no chat template.
 
-    `types`: whether the model takes token types.
+    `token_types`: whether the model takes token types.
     """
     tokenizer.save_pretrained(folder)
     for path in folder.glob("chat_template*"):
@@ -248,7 +250,7 @@ def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, max_leng
     values |= {
         "tokenizer_class": _COMPATIBLE_CLASSES.get(name, values.get("tokenizer_class")),
         "model_max_length": max_length,
-        INPUT_NAMES: [name for name in tokenizer.model_input_names if types or name != TYPES_INPUT],
+        INPUT_NAMES: [name for name in tokenizer.model_input_names if token_types or name != TYPES_INPUT],
     }
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -260,7 +262,12 @@ def restore_token_types(folder: ModelFolder, config: "PreTrainedConfig", tokeniz
     """
     path = folder.path / TOKENIZER_CONFIG
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if folder.listed and _read_recorded(config) and INPUT_NAMES not in values and use_token_types(tokenizer, config):
+    if (
+        folder.has_manifest
+        and _read_recorded(config)
+        and INPUT_NAMES not in values
+        and use_token_types(tokenizer, config)
+    ):
         remedy = "other loaders do not use them until it is saved again: Scorer.load(...).save(...)"
         warn_once(folder.path, f"its tokenizer's file does not name token types, which are used here; {remedy}")
 
@@ -311,7 +318,7 @@ def _find_max_length(
         tokenizer_length = int(limit) if isinstance(limit, int | float) and limit < UNLIMITED else None
     if tokenizer_length is not None:
         _check_length(tokenizer_length, f"{TOKENIZER_CONFIG}: model_max_length")
-    if recorded is not None and folder.listed:
+    if recorded is not None and folder.has_manifest:
         # Earlier releases did not write the length into the tokenizer's file.
         tokenizer_length = None
     limits = [limit for limit in (recorded, tokenizer_length, max_positions(model)) if limit is not None]
@@ -321,7 +328,8 @@ def _find_max_length(
 def max_positions(model: "PreTrainedModel") -> int | None:
     """Number of positions of a model, None if unlimited.
 
-    RoBERTa and related models count positions from the padding id + 1 on, so they have fewer than their table.
+    RoBERTa and related models number positions from padding id + 1, so fewer positions are usable than the embedding
+    table has rows.
     """
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -355,9 +363,12 @@ def _recorded_head(recorded: Mapping[str, JSON]) -> Head | None:
 def _warn_default_head(folder: Path, head: Head) -> Head:
     if head == "bce":
         remedy = "for raw scores, set sentence_transformers.activation_fn in its config.json"
-        warn_once(folder, f"states no activation; scores have a sigmoid, as in CrossEncoder; {remedy}")
+        warn_once(
+            folder, f"specifies no activation; a sigmoid is applied to the scores, as CrossEncoder does; {remedy}"
+        )
     else:
         warn_once(
-            folder, "states no activation; scores are raw, as in the published scorer; CrossEncoder applies a sigmoid"
+            folder,
+            "specifies no activation; scores are raw, as in the published scorer; CrossEncoder would apply a sigmoid",
         )
     return head

@@ -52,8 +52,8 @@ def padding_token_id(config: "PreTrainedConfig") -> int | None:
     return pad if isinstance(pad, int) and 0 <= pad < text.vocab_size else None
 
 
-def collate(batch: Sequence[EncodedPair], *, pad: int, types: bool, device: torch.device) -> dict[str, Tensor]:
-    """Right-padded inputs (pairs, longest) on the device: ids, mask and, with `types`, token types."""
+def collate(batch: Sequence[EncodedPair], *, pad: int, token_types: bool, device: torch.device) -> dict[str, Tensor]:
+    """Right-padded inputs (pairs, longest) on the device: ids, mask and, with `token_types`, token types."""
     longest = max(len(pair.ids) for pair in batch)
     padding = [longest - len(pair.ids) for pair in batch]
     inputs = {
@@ -62,7 +62,7 @@ def collate(batch: Sequence[EncodedPair], *, pad: int, types: bool, device: torc
             [[1] * len(pair.ids) + [0] * count for pair, count in zip(batch, padding, strict=True)]
         ),
     }
-    if types:
+    if token_types:
         inputs["token_type_ids"] = torch.tensor(
             [[*pair.types, *(0,) * count] for pair, count in zip(batch, padding, strict=True)]
         )

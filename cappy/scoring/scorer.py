@@ -82,7 +82,7 @@ class Scorer:
         self.truncation_counts = TruncationCounts(config.max_length)
         """Counts of the pairs that `score` and related methods truncated."""
         self._source = source
-        self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        self._model_takes_token_types = "token_type_ids" in inspect.signature(model.forward).parameters
         self.device = next(model.parameters()).device
         self.forward_wrapper: ForwardWrapper | None = None
         self.autocast = False
@@ -136,14 +136,14 @@ class Scorer:
         encoded = self.encoder.encode(distinct)
         self.truncation_counts.count(encoded)
         batches = list(batch_by_length(encoded, self.batch_tokens))
-        logits = torch.cat([self.forward([encoded[index] for index in batch]) for batch in batches])
+        logits = torch.cat([self.infer_logits([encoded[index] for index in batch]) for batch in batches])
         order = [index for batch in batches for index in batch]
         by_pair = {distinct[index]: value for index, value in zip(order, logits.float().tolist(), strict=True)}
         return [by_pair[pair] for pair in pairs]
 
     def scores_of(self, logits: Sequence[float]) -> list[float]:
         """The scores of logits, in order."""
-        return self.decode(torch.tensor(logits, dtype=torch.float64))
+        return self.to_scores(torch.tensor(logits, dtype=torch.float64))
 
     def score_stream(self, pairs: Iterable[Sequence[str]]) -> Iterator[float]:
         """Scores a stream of any length, in order, with constant memory.
@@ -191,12 +191,12 @@ class Scorer:
             )
 
     @torch.inference_mode()
-    def forward(self, batch: Sequence[EncodedPair]) -> Tensor:
-        """Logits (pairs,) in fp32, on the model's device; without padding if the architecture allows it."""
+    def infer_logits(self, batch: Sequence[EncodedPair]) -> Tensor:
+        """Logits (pairs,) without gradients, in fp32, on the model's device; see `pads` for padding."""
         return self._logits(batch)
 
-    def logits(self, batch: Sequence[EncodedPair]) -> Tensor:
-        """Like `forward`, but with gradients, for training. Raises ConfigError if the scorer was loaded in bf16."""
+    def training_logits(self, batch: Sequence[EncodedPair]) -> Tensor:
+        """Like `infer_logits`, but with gradients. Raises ConfigError if the scorer was loaded in bf16."""
         if self.precision == "bf16":
             raise ConfigError("a scorer loaded in bf16 cannot be trained; load it with precision fp32")
         return self._logits(batch)
@@ -215,7 +215,7 @@ class Scorer:
         return self._run_model(lambda model: self._padded_logits(model, batch, pad or 0))
 
     def _padded_logits(self, model: PreTrainedModel, batch: Sequence[EncodedPair], pad: int) -> Tensor:
-        inputs = collate(batch, pad=pad, types=self._has_types, device=self.device)
+        inputs = collate(batch, pad=pad, token_types=self._uses_token_types, device=self.device)
         logits: Tensor = model(**inputs).logits.float().squeeze(-1)
         return logits
 
@@ -230,7 +230,7 @@ class Scorer:
         """Scores from logits: the sigmoid of a `bce` head, the identity of an `mse` head."""
         return logits.sigmoid() if self.head == "bce" else logits
 
-    def decode(self, logits: Tensor) -> list[float]:
+    def to_scores(self, logits: Tensor) -> list[float]:
         """Scores as floats, in order. The sigmoid is in fp64, which distinguishes logits up to 36 (fp32: up to 17)."""
         values: list[float] = self.activate(logits.cpu().double()).tolist()
         return values
@@ -246,9 +246,9 @@ class Scorer:
         return can_pack(self.model)
 
     @property
-    def _has_types(self) -> bool:
+    def _uses_token_types(self) -> bool:
         size = getattr(self.model.config, "type_vocab_size", None)
-        return self.encoder.typed and self._takes_types and (size is None or size > 1)
+        return self.encoder.has_token_types and self._model_takes_token_types and (size is None or size > 1)
 
     def write(self, folder: Path) -> None:
         """Writes weights in fp32 (safetensors), configuration and tokenizer, without a manifest.
@@ -267,7 +267,7 @@ class Scorer:
         record_config(model.config, scorer_config)
         disable_progress_bar()
         model.save_pretrained(folder)
-        write_tokenizer(self.tokenizer, folder, self.encoder.max_length, types=self._has_types)
+        write_tokenizer(self.tokenizer, folder, self.encoder.max_length, token_types=self._uses_token_types)
 
     def _reload_fp32(self) -> PreTrainedModel:
         """Loads the model again from the folder of this scorer, in fp32 on the CPU."""

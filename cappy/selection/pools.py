@@ -15,9 +15,9 @@ from cappy.errors import ConfigError, RecordError, quote
 from cappy.records import Candidate, Instance, Split
 
 Vector = npt.NDArray[np.float64]
-Values = Sequence[Vector]
-"""A selector's values: one vector per pool, one value per candidate."""
-Score = Callable[[Sequence[tuple[str, str]]], list[float]]
+PoolVectors = Sequence[Vector]
+"""One vector per pool with one number per candidate: a selector's values, a scorer's scores, or labels."""
+ScoreFunction = Callable[[Sequence[tuple[str, str]]], list[float]]
 """Scores (instruction, response) pairs, in order: the type of `Scorer.score`."""
 
 CHUNK_PAIRS = 2048
@@ -66,7 +66,7 @@ def collect_pools(instances: Iterable[Instance], *, metric: str, splits: Collect
     return [_build_pool(instance, metric) for instance in instances if instance.split in splits]
 
 
-def score_pools(pools: Sequence[Pool], score: Score, on_scored: Callable[[int], None]) -> list[Vector]:
+def score_pools(pools: Sequence[Pool], score: ScoreFunction, on_scored: Callable[[int], None]) -> list[Vector]:
     """The scores of the candidates of every pool; a text that is in a pool twice is scored once.
 
     `on_scored` is called with the number of pairs after each call of `score`. Raises ConfigError if a score is missing
@@ -82,9 +82,9 @@ def score_pools(pools: Sequence[Pool], score: Score, on_scored: Callable[[int], 
     return by_pool
 
 
-def with_scores(pools: Sequence[Pool], name: str, scores: Values) -> list[Pool]:
+def with_scores(pools: Sequence[Pool], name: str, scores: PoolVectors) -> list[Pool]:
     """The pools with these scores added under `name`."""
-    return [replace(pool, scores={**pool.scores, name: own}) for pool, own in zip(pools, scores, strict=True)]
+    return [replace(pool, scores={**pool.scores, name: vector}) for pool, vector in zip(pools, scores, strict=True)]
 
 
 def count_pairs(pools: Sequence[Pool]) -> int:
@@ -97,9 +97,9 @@ def pick(values: Vector) -> int:
     return int(np.argmax(values))
 
 
-def pick_labels(pools: Sequence[Pool], values: Values) -> Vector:
+def pick_labels(pools: Sequence[Pool], values: PoolVectors) -> Vector:
     """The expected label of the pick of every pool, shape (pools,); for equal values, the mean of their labels."""
-    return np.array([pick_label(own, pool.labels) for pool, own in zip(pools, values, strict=True)])
+    return np.array([pick_label(vector, pool.labels) for pool, vector in zip(pools, values, strict=True)])
 
 
 def pick_label(values: Vector, labels: Vector) -> float:
@@ -113,7 +113,9 @@ def is_tied(values: Vector, labels: Vector) -> bool:
     return bool((top != top[0]).any())
 
 
-def _score_chunks(pairs: Sequence[tuple[str, str]], score: Score, on_scored: Callable[[int], None]) -> Iterator[float]:
+def _score_chunks(
+    pairs: Sequence[tuple[str, str]], score: ScoreFunction, on_scored: Callable[[int], None]
+) -> Iterator[float]:
     for start in range(0, len(pairs), CHUNK_PAIRS):
         chunk = pairs[start : start + CHUNK_PAIRS]
         scores = score(chunk)
@@ -201,7 +203,7 @@ def best_of_n_curve(values: Vector, labels: Vector) -> Vector:
 def average_ties(ranked: Vector, labels: Vector) -> Vector:
     """The labels in the order of the `ranked` values, with labels of equal values replaced by their mean.
 
-    Which of several equal values is drawn is random, so the expected label of their pick is the mean for every n.
+    Candidates with equal values are equally likely to be drawn, so for every n the expected label is their mean.
     """
     tied = np.concatenate([[0], np.cumsum(np.diff(ranked) != 0)])
     means: Vector = (np.bincount(tied, weights=labels) / np.bincount(tied))[tied]
@@ -252,7 +254,7 @@ def mbr_curve(
     return mean
 
 
-def pays_until(curve: Sequence[float]) -> int:
+def num_worthwhile_candidates(curve: Sequence[float]) -> int:
     """The number of candidates beyond which no further one adds `MIN_GAIN` to the curve; its length if all do."""
     gains = np.diff(np.asarray(curve))
     worthwhile = np.flatnonzero(gains >= MIN_GAIN)

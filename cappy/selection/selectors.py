@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from cappy.records import Candidate
-from cappy.selection.pools import Pool, Values, Vector, best_of_n_curve, mbr_curve, pick_label, pick_labels
+from cappy.selection.pools import Pool, PoolVectors, Vector, best_of_n_curve, mbr_curve, pick_label, pick_labels
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Weights to try for the other value in a combined selector; weight 0 is the scorer alone."""
@@ -50,21 +50,23 @@ class Selector:
     `fit(held_out, pools)` fits on the labels of the held-out pools; it must not use the labels of `pools`. It raises
     UnavailableError if the selector is not available on these pools.
 
-    `name` is used in report.json, `title` in tables and `words` (or else `title`) in sentences, followed by `remark` at
-    the first mention. Of the selectors with the same `variant_of`, the one that is better on the reported pools
-    represents them in comparisons. `scorer` names the scorer whose scores the selector uses. `bound` marks a lower or
-    upper bound of what selection can reach, and `single_decoding` a response that a user can get without selection.
+    `name` is used in report.json, `title` in tables and `sentence_name` (or else `title`) in sentences, followed by
+    `remark` at the first mention. Of the selectors with the same `variant_of`, the one that is better on the reported
+    pools represents them in comparisons. `scorer` names the scorer whose scores the selector uses. `bound` marks a
+    lower or upper bound of what selection can reach, and `single_decoding` a response that a user can get without
+    selection.
 
     `shown_in` are the report sections that show it besides the list of all selectors: the terminal's table, the table
     by task, the examples, and the verdict's comparisons with the scorer. `curve` computes its best-of-n curve. If
-    `compared`, the scorer is compared with it; it is itself compared with each of `against`. `must_beat` says whether a
-    first version must be shown to beat it: always, if the report compares with it, or on request.
+    `compared`, the scorer is compared with it; it is itself compared with each of `against`. `must_beat` says when the
+    gate requires the first registered version of a scorer to beat it: always, only if the report compares with it, or
+    on request (--baseline).
     """
 
     name: str
     title: str
     fit: Fit
-    words: str = ""
+    sentence_name: str = ""
     remark: str = ""
     variant_of: str = ""
     scorer: Literal["", "scorer", "champion"] = ""
@@ -82,16 +84,16 @@ class Selector:
         return self.variant_of or self.name
 
     @property
-    def phrase(self) -> str:
-        """Its name in sentences."""
-        return self.words or self.title
+    def name_in_sentence(self) -> str:
+        """Its name in a sentence."""
+        return self.sentence_name or self.title
 
 
 @dataclass(frozen=True)
 class Selection:
     """Each selector's values on some pools and its fitted choice as text, or the reason why it is unavailable."""
 
-    values: Mapping[str, Values]
+    values: Mapping[str, PoolVectors]
     details: Mapping[str, str]
     unavailable: Mapping[str, str]
 
@@ -112,7 +114,7 @@ def select(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Selection:
 
 
 def title(name: str) -> str:
-    """The title of the selector, or of the kind of selector in a comparison, with this name."""
+    """The title for the name of a selector, or for a comparison key such as `likelihood`."""
     if name in SELECTORS:
         return SELECTORS[name].title
     return f"better {name}" if any(selector.variant_of == name for selector in SELECTORS.values()) else name
@@ -131,7 +133,7 @@ def compared_pairs() -> list[tuple[str, str]]:
     return [*(("scorer", key) for key in keys), *more]
 
 
-def choose_weight(scores: Values, others: Values, labels: Values) -> float:
+def choose_weight(scores: PoolVectors, others: PoolVectors, labels: PoolVectors) -> float:
     """The smallest weight of `WEIGHTS` for which picks by score + weight * other have the best mean label."""
 
     def mean_label(weight: float) -> float:
@@ -287,14 +289,14 @@ SELECTORS: Mapping[str, Selector] = {
         Selector(
             name="best_system",
             title="best single system",
-            words="the best single system",
+            sentence_name="the best single system",
             fit=_fit_best_system,
             single_decoding=True,
         ),
         Selector(
             name="greedy",
             title="greedy response",
-            words="the greedy response",
+            sentence_name="the greedy response",
             remark=", which needs no samples",
             fit=_fit_greedy,
             single_decoding=True,
@@ -304,7 +306,7 @@ SELECTORS: Mapping[str, Selector] = {
             Selector(
                 name=f"likelihood_{kind}",
                 title=title,
-                words="the better likelihood selector",
+                sentence_name="the better likelihood selector",
                 variant_of="likelihood",
                 fit=_fit_likelihood(likelihood),
                 shown_in=("table", "tasks", "verdict"),
@@ -329,7 +331,7 @@ SELECTORS: Mapping[str, Selector] = {
         Selector(
             name="champion",
             title="champion",
-            words="the champion",
+            sentence_name="the champion",
             fit=_fit_scores("champion"),
             scorer="champion",
             shown_in=("table", "tasks", "verdict"),

@@ -100,7 +100,7 @@ def _run_and_report(arguments: Sequence[str], report: Send) -> int:
         report({"error": (type(error).__name__, str(error)[:MAX_MESSAGE_CHARACTERS])})
         return 1
     except Exception:  # noqa: BLE001 (reported to the parent, which prints the traceback of the first failed rank)
-        report({"defect": redact(traceback.format_exc())[-MAX_MESSAGE_CHARACTERS:]})
+        report({"traceback": redact(traceback.format_exc())[-MAX_MESSAGE_CHARACTERS:]})
         return 1
     return 0
 

@@ -129,7 +129,7 @@ def _score_pools(scorer: Scorer, validation: Corpus, pools: Sequence[Draw]) -> l
     encoded = [pair for draw in pools for pair in validation.pairs(draw.index, draw.responses)]
     scores = [0.0] * len(encoded)
     for batch in batch_by_length(encoded, scorer.batch_tokens):
-        logits = scorer.logits([encoded[index] for index in batch]).tolist()
+        logits = scorer.training_logits([encoded[index] for index in batch]).tolist()
         for index, value in zip(batch, logits, strict=True):
             scores[index] = value
     remaining = iter(scores)

@@ -31,13 +31,13 @@ class Draw:
         return self.width * len(self.responses)
 
 
-def draw_batch(corpus: Corpus, update: int, size: int, max_candidates: int, *, seed: int) -> list[Draw]:
-    """The `size` instances of an update (0-based), with up to `max_candidates` responses drawn from each.
+def draw_batch(corpus: Corpus, update_index: int, size: int, max_candidates: int, *, seed: int) -> list[Draw]:
+    """The `size` instances of an update (counted from 0), with up to `max_candidates` responses drawn from each.
 
     Every epoch contains each instance once, in its own random order; an update may span the end of one epoch and the
     start of the next. The function has no state, so a resumed run continues with the next update.
     """
-    positions = range(update * size, (update + 1) * size)
+    positions = range(update_index * size, (update_index + 1) * size)
     draws = []
     for epoch in range(positions[0] // len(corpus), positions[-1] // len(corpus) + 1):
         indices = [position - epoch * len(corpus) for position in positions if position // len(corpus) == epoch]

@@ -47,7 +47,7 @@ class RankReport(TypedDict, total=False):
     progress: tuple[int, int | None, str, int, str]
     manifest: str
     error: tuple[str, str]
-    defect: str
+    traceback: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +174,8 @@ def _follow(ranks: Sequence["subprocess.Popen[bytes]"], report_reader: int, prog
     if signalled:
         index, status = signalled[0]
         raise TrainingError(f"rank {index} was killed by signal {-status}; {CONTINUE_REMEDY} from the last checkpoint")
-    sys.stderr.write(reports.get("defect", ""))
-    raise TrainingError(UNEXPECTED_ERROR if "defect" in reports else NO_REPORT)
+    sys.stderr.write(reports.get("traceback", ""))
+    raise TrainingError(UNEXPECTED_ERROR if "traceback" in reports else NO_REPORT)
 
 
 def _read_reports(report_reader: int, is_alive: Callable[[], bool]) -> Iterator[RankReport]:

@@ -27,7 +27,7 @@ from cappy.training.feed import Draw, count_updates, draw_batch, padded_tokens, 
 from cappy.training.launch import check_batch
 from cappy.training.meter import Meter, count_layer_weights, describe_progress, pair_flops, peak_flops
 from cappy.training.settings import TrainingSettings
-from cappy.training.update import DivergedError, default_learning_rate, learning_rate, rate_falls, update
+from cappy.training.update import DivergedError, default_learning_rate, learning_rate, rate_falls, run_update
 
 MAX_NAMED_INSTANCES = 16
 """Maximum number of instances listed in an error."""
@@ -79,7 +79,7 @@ def fit(
                 run.check(shutdown)
             if state.stopped or state.update >= run.updates:
                 break
-            run.update()
+            run.run_update()
             run.save_if_due(shutdown)
             progress(state.update, run.updates, unit="updates", resumed=resumed_at, note=run.summary)
     reason = explain_kept_weights(state, run.updates, len(run.validation))
@@ -133,15 +133,15 @@ class TrainingRun:
     @property
     def summary(self) -> str:
         """The text shown with the progress: loss, rate, speed and the note about damaged checkpoints."""
-        update = self.state.update - 1
+        update_index = self.state.update - 1
         figures = ""
-        if update >= 0:
-            figures = describe_progress(self.state.running_loss, self.rate_at(update), self.meter.figures())
+        if update_index >= 0:
+            figures = describe_progress(self.state.running_loss, self.rate_at(update_index), self.meter.figures())
         return ", ".join(filter(None, (figures, self.note)))
 
-    def rate_at(self, update: int) -> float:
-        """The learning rate of an update (0-based)."""
-        return learning_rate(update, self.updates, self.peak_rate, self.config.warmup, self.config.schedule)
+    def rate_at(self, update_index: int) -> float:
+        """The learning rate of an update, counted from 0."""
+        return learning_rate(update_index, self.updates, self.peak_rate, self.config.warmup, self.config.schedule)
 
     @property
     def check_due(self) -> bool:
@@ -171,14 +171,16 @@ class TrainingRun:
             self.best = weights if self.ranks.first else {}
         state.stopped = state.checks_since_best >= config.patience
 
-    def update(self) -> None:
+    def run_update(self) -> None:
         """Runs an optimizer step on the next instances; raises TrainingError if the run has diverged."""
         config, state = self.config, self.state
         draws = draw_batch(self.train, state.update, config.batch_instances, config.max_candidates, seed=config.seed)
         rate = self.rate_at(state.update)
         try:
             with self.meter.time_update():
-                loss = update(self.scorer, self.strategy, self.train, draws, config, state, rate=rate, ranks=self.ranks)
+                loss = run_update(
+                    self.scorer, self.strategy, self.train, draws, config, state, rate=rate, ranks=self.ranks
+                )
         except DivergedError as error:
             names = ", ".join(self.train.name(draw.index) for draw in draws[:MAX_NAMED_INSTANCES])
             names += f" and {len(draws) - MAX_NAMED_INSTANCES} more" if len(draws) > MAX_NAMED_INSTANCES else ""
@@ -247,7 +249,7 @@ def run_trial(
         for done in range(1, count + 1):
             if done == UNTIMED_UPDATES + 1:
                 run.meter.reset()
-            run.update()
+            run.run_update()
             ends.append(time.perf_counter())
             progress(done, count, unit="updates of the trial", note=run.summary)
     untimed = min(UNTIMED_UPDATES, count - 1)

@@ -100,7 +100,7 @@ class LoopSettings:
         float,
         Field(gt=0, description="How often each training response is drawn on average, unless training stops early"),
     ] = 4.0
-    batch_instances: Annotated[int, Field(ge=1, description="Instances (or rows) per update")] = 8
+    batch_instances: Annotated[int, Field(ge=1, description="Instances per update; rows with --unit row")] = 8
     batch_tokens: Annotated[
         int, Field(ge=64, description="Padded tokens per forward pass; bounds memory. Smaller is faster on a CPU")
     ] = 2048

@@ -32,24 +32,24 @@ class PassMemoryError(Exception):
     """A pass ran out of memory on some rank."""
 
 
-def learning_rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:
-    """The learning rate of an update (0-based): linear warm-up over the share `warmup`, then linear decay to zero.
+def learning_rate(update_index: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:
+    """The learning rate of an update (from 0): linear warm-up over the share `warmup`, then linear decay to zero.
 
     The schedule "published" reproduces the published code, which sized its warm-up in micro-batches,
     `PUBLISHED_MICRO_BATCHES` per update, but stepped it once per update: with a warm-up of 0.1 the rate rises from 0 to
     0.62 of the peak and never falls.
     """
     if schedule == "published":
-        return peak * min(1.0, update / max(1.0, warmup * updates * PUBLISHED_MICRO_BATCHES))
+        return peak * min(1.0, update_index / max(1.0, warmup * updates * PUBLISHED_MICRO_BATCHES))
     warmup_updates = _warmup_updates(updates, warmup)
-    if update < warmup_updates:
-        return peak * (update + 1) / warmup_updates
-    return peak * (updates - update) / max(1, updates - warmup_updates)
+    if update_index < warmup_updates:
+        return peak * (update_index + 1) / warmup_updates
+    return peak * (updates - update_index) / max(1, updates - warmup_updates)
 
 
-def rate_falls(update: int, updates: int, warmup: float, schedule: Schedule) -> bool:
-    """Whether the learning rate decays after this many updates; the published schedule never does."""
-    return schedule == "linear" and update >= _warmup_updates(updates, warmup)
+def rate_falls(num_done: int, updates: int, warmup: float, schedule: Schedule) -> bool:
+    """Whether the learning rate decays after `num_done` updates; the published schedule never does."""
+    return schedule == "linear" and num_done >= _warmup_updates(updates, warmup)
 
 
 def _warmup_updates(updates: int, warmup: float) -> int:
@@ -61,7 +61,7 @@ def default_learning_rate(hidden_size: int) -> float:
     return 2e-5 * (1024 / hidden_size) ** 2
 
 
-def update(
+def run_update(
     scorer: Scorer,
     strategy: Strategy,
     corpus: Corpus,
@@ -142,7 +142,7 @@ def _compute_gradients(
 
 def _run_pass(scorer: Scorer, corpus: Corpus, micro_batch: Sequence[Draw], config: TrainingSettings) -> Tensor:
     """Runs one forward pass; returns the sum of its instances' losses."""
-    logits = scorer.logits([pair for draw in micro_batch for pair in corpus.pairs(draw.index, draw.responses)])
+    logits = scorer.training_logits([pair for draw in micro_batch for pair in corpus.pairs(draw.index, draw.responses)])
     labels = [label for draw in micro_batch for label in corpus.labels(draw.index, draw.responses)]
     instance_of_pair = [index for index, draw in enumerate(micro_batch) for _ in draw.responses]
     compared = [flag for draw in micro_batch for flag in comparison_mask(draw.responses, corpus.selectable(draw.index))]
@@ -166,8 +166,8 @@ def _pair_weights(
     return torch.tensor([source_weights[source] for source in sources], device=device)
 
 
-def _pass_seed(seed: int, update: int, index: int) -> int:
-    digest = hashlib.blake2b(f"{seed} {update} {index}".encode(), digest_size=8).digest()
+def _pass_seed(seed: int, update_index: int, pass_index: int) -> int:
+    digest = hashlib.blake2b(f"{seed} {update_index} {pass_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from serving.dialects import mlflow, open_inference, openrlhf, own, rerank, tei, vertex, vllm
+from serving.dialects import mlflow, native, open_inference, openrlhf, rerank, tei, vertex, vllm
 from serving.dialects.dialect import Dialect, ScoredPairs, ServedModels
 
 __all__ = ["DIALECTS", "Dialect", "ScoredPairs", "ServedModels"]
 
 DIALECTS: Sequence[Dialect] = (
-    own.SCORE,
-    own.SELECT,
+    native.SCORE,
+    native.SELECT,
     rerank.RERANK,
     rerank.COHERE,
     tei.RERANK,

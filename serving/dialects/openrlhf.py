@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from cappy.scoring.encoding import Pair
 from serving.dialects.dialect import Body, Dialect, NonEmptyText, ScoredPairs, Texts
-from serving.dialects.own import Problem, refuse
+from serving.dialects.native import Problem, refuse
 
 EXAMPLE: dict[str, JsonValue] = {"query": ["What is 1 + 1? 2"], "prompts": ["What is 1 + 1? "], "labels": ["2"]}
 
@@ -40,7 +40,7 @@ class RewardResponse(Body):
 
 
 def _pairs(request: RewardRequest) -> list[Pair]:
-    """The pairs; a response is the text after its prompt, before which there may be a begin-of-text token."""
+    """The pairs; the response is the text after the prompt; the prompt may be preceded by a begin-of-text token."""
     return [(prompt, query.partition(prompt)[2]) for query, prompt in zip(request.query, request.prompts, strict=True)]
 
 

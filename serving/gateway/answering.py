@@ -13,7 +13,7 @@ from serving.gateway.errors import GatewayError
 from serving.gateway.policy import EXPECTED_TOKENS, Allowance, Ledger, Limit, Stop, TotalCost, allow, decide
 from serving.gateway.requests import ChatRequest
 from serving.gateway.scoring import Scoring
-from serving.gateway.upstream import RoundResult, SampledCandidate, SamplingCall, Upstream
+from serving.gateway.upstream import RoundResult, SampledCandidate, SamplingParameters, Upstream
 
 SAMPLING_SHARE = 0.9
 """Share of a request's time limit for sampling; the rest is for scoring."""
@@ -151,7 +151,7 @@ class _Run:
         """Samples and scores one round; records its problems and the limit that it reached."""
         deadline = self._started + SAMPLING_SHARE * self._gateway.limits.max_seconds
         result = RoundResult()
-        call = SamplingCall(
+        parameters = SamplingParameters(
             request=self._request,
             authorization=self._authorization,
             ledger=self._ledger,
@@ -160,7 +160,7 @@ class _Run:
         )
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                await upstream.sample(call, result, count=allowance.count, first_index=first_index)
+                await upstream.sample(parameters, result, count=allowance.count, first_index=first_index)
         except TimeoutError:
             self._limit = "seconds"
         self._problems += result.problems

@@ -24,7 +24,7 @@ from serving.bodies import (
     Refusal,
     Reservation,
     receive_body,
-    run_in_thread,
+    run_in_thread_if_large,
     wait_for_disconnect,
 )
 from serving.engine import SHUTTING_DOWN
@@ -211,7 +211,7 @@ def _add_chat(app: FastAPI, context: _RouteContext) -> None:
                 parse = partial(
                     read_request, body, max_choices=context.gateway.policy.candidates, bounds=context.bounds
                 )
-                chat_request = await run_in_thread(len(body), parse)
+                chat_request = await run_in_thread_if_large(len(body), parse)
                 details = _read_flag(request, CANDIDATES_HEADER)
             except GatewayError as problem:
                 context.metrics.count_refusal(problem.status)
@@ -247,7 +247,7 @@ def _add_feedback(app: FastAPI, context: _RouteContext) -> None:
         """Stores a user's feedback on an answer: {"id", "score"} or {"id", "reference"}."""
         with context.budget.reserve() as reservation:
             body = await _body(request, context, reservation)
-            item = await run_in_thread(len(body), partial(read_feedback, body, context.bounds))
+            item = await run_in_thread_if_large(len(body), partial(read_feedback, body, context.bounds))
         if context.feedback is None:
             raise GatewayError(
                 404, "feedback is not enabled; start the gateway with --feedback FOLDER", code="not_found"

@@ -206,7 +206,7 @@ class Ledger:
         self.unmetered += may_be_billed
         self._charge(max_cost, max_cost if may_be_billed else 0.0)
 
-    def withdraw(self) -> None:
+    def uncount_call(self) -> None:
         """Removes a failed call that only showed which parameter a model does not accept."""
         self.calls -= 1
         self.failed -= 1

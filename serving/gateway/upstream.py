@@ -112,7 +112,7 @@ class RoundResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingCall:
+class SamplingParameters:
     """The parameters of calls to an LLM; `max_tokens` limits each response (None: only the client's limit applies)."""
 
     request: ChatRequest
@@ -162,26 +162,28 @@ class Upstream:
         """Closes all connections."""
         await self._client.aclose()
 
-    async def sample(self, call: SamplingCall, result: RoundResult, *, count: int, first_index: int) -> None:
+    async def sample(
+        self, parameters: SamplingParameters, result: RoundResult, *, count: int, first_index: int
+    ) -> None:
         """Adds `count` candidates to `result` as they arrive, and a problem for each failed call.
 
         Uses one call with `n` unless the model refuses or ignores `n`, else one concurrent call per candidate.
         """
-        capabilities = self._capabilities_of(self.llm.model or call.request.model)
+        capabilities = self._capabilities_of(self.llm.model or parameters.request.model)
         if count > 1 and not capabilities.supports("n"):
             async with asyncio.TaskGroup() as group:
                 for index in range(count):
-                    group.create_task(self.sample(call, result, count=1, first_index=first_index + index))
+                    group.create_task(self.sample(parameters, result, count=1, first_index=first_index + index))
             return
         try:
-            candidates, num_answered = await self._call(call, capabilities, count=count, first_index=first_index)
+            candidates, num_answered = await self._call(parameters, capabilities, count=count, first_index=first_index)
         except GatewayError as problem:
             result.problems.append(problem)
             return
         result.candidates += candidates
         if num_answered < count:
             capabilities.mark_unsupported("n")
-            await self.sample(call, result, count=count - num_answered, first_index=first_index + num_answered)
+            await self.sample(parameters, result, count=count - num_answered, first_index=first_index + num_answered)
 
     async def models(self, authorization: str) -> bytes:
         """The server's list of models as JSON; raises GatewayError on failure."""
@@ -195,19 +197,21 @@ class Upstream:
         return body
 
     async def _call(
-        self, call: SamplingCall, capabilities: Capabilities, *, count: int, first_index: int
+        self, parameters: SamplingParameters, capabilities: Capabilities, *, count: int, first_index: int
     ) -> tuple[list[SampledCandidate], int]:
         """The candidates of one call and the number of its choices, including those that ended with an error.
 
         Returns no candidates if the model refuses `n`; raises GatewayError if there is no candidate.
         """
-        body, added_fields = call.body(self.llm.model or call.request.model, count=count, first_index=first_index)
-        key = self.llm.authorization(call.authorization)
+        body, added_fields = parameters.body(
+            self.llm.model or parameters.request.model, count=count, first_index=first_index
+        )
+        key = self.llm.authorization(parameters.authorization)
         while True:
             payload = _trim_body(body, capabilities, added_fields)
-            response = await self._call_within_budget(call, payload, key, count)
+            response = await self._call_within_budget(parameters, payload, key, count)
             if response.status_code == 200:
-                return self._read_response(call, _mask_key(_body_as_utf8(response), key), payload, count)
+                return self._read_response(parameters, _mask_key(_body_as_utf8(response), key), payload, count)
             problem = refusal_error(self._name, response, _secrets(key))
             parameter = refused_parameter(payload, str(problem), problem.error["param"])
             if (
@@ -217,37 +221,37 @@ class Upstream:
             ):
                 raise problem
             capabilities.mark_unsupported(parameter)
-            call.ledger.withdraw()
+            parameters.ledger.uncount_call()
             if parameter == "n":
                 return [], 0
 
     async def _call_within_budget(
-        self, call: SamplingCall, payload: Mapping[str, object], key: str, count: int
+        self, parameters: SamplingParameters, payload: Mapping[str, object], key: str, count: int
     ) -> httpx2.Response:
         """Makes one call; reserves its maximum cost, and settles it if the call fails."""
-        max_cost, max_bytes = self._max_cost(call, count), _max_bytes(call, payload, count)
-        call.ledger.reserve(max_cost)
+        max_cost, max_bytes = self._max_cost(parameters, count), _max_bytes(parameters, payload, count)
+        parameters.ledger.reserve(max_cost)
         try:
             response = await self._send(
-                "POST", "/chat/completions", payload, key, seconds=call.seconds, max_bytes=max_bytes
+                "POST", "/chat/completions", payload, key, seconds=parameters.seconds, max_bytes=max_bytes
             )
         except GatewayError as problem:
-            call.ledger.fail(max_cost, may_be_billed=problem.may_be_billed)
+            parameters.ledger.fail(max_cost, may_be_billed=problem.may_be_billed)
             raise
         except BaseException:
             # Cancelled by the time limit or because the client disconnected.
-            call.ledger.fail(max_cost, may_be_billed=True)
+            parameters.ledger.fail(max_cost, may_be_billed=True)
             raise
         if response.status_code != 200:
-            call.ledger.fail(max_cost, may_be_billed=False)
+            parameters.ledger.fail(max_cost, may_be_billed=False)
         return response
 
-    def _max_cost(self, call: SamplingCall, count: int) -> float:
-        tokens = call.max_tokens if call.max_tokens is not None else call.request.max_tokens or 0
-        return self.llm.prices.cost(estimate_tokens(call.request.instruction), count * tokens)
+    def _max_cost(self, parameters: SamplingParameters, count: int) -> float:
+        tokens = parameters.max_tokens if parameters.max_tokens is not None else parameters.request.max_tokens or 0
+        return self.llm.prices.cost(estimate_tokens(parameters.request.instruction), count * tokens)
 
     def _read_response(
-        self, call: SamplingCall, body: bytes, payload: Mapping[str, Any], count: int
+        self, parameters: SamplingParameters, body: bytes, payload: Mapping[str, Any], count: int
     ) -> tuple[list[SampledCandidate], int]:
         """Reads the candidates and the number of choices from a body; adds its usage to the ledger.
 
@@ -258,10 +262,10 @@ class Upstream:
             choices = choices[:count]
             responses = _read_choices(choices)
         except BadAnswerError as error:
-            call.ledger.fail(self._max_cost(call, count), may_be_billed=True)
-            keys = _secrets(self.llm.authorization(call.authorization))
+            parameters.ledger.fail(self._max_cost(parameters, count), may_be_billed=True)
+            keys = _secrets(self.llm.authorization(parameters.authorization))
             raise answer_error(self._name, error, keys) from None
-        self._settle(call, values.get("usage"), [text for _, (text, _, _) in responses], count)
+        self._settle(parameters, values.get("usage"), [text for _, (text, _, _) in responses], count)
         model = model_name(values.get("model")) or str(payload["model"])
         candidates = [
             SampledCandidate(
@@ -300,16 +304,18 @@ class Upstream:
         choice = {**candidate.choice, "message": message, "logprobs": None}
         return replace(candidate, text=text, choice=choice, logprob_sum=None, num_tokens=None)
 
-    def _settle(self, call: SamplingCall, values: object, texts: list[str], count: int) -> None:
+    def _settle(self, parameters: SamplingParameters, values: object, texts: list[str], count: int) -> None:
         """Counts the usage that the server reports, or an estimate if it reports none."""
         usage = read_usage(values)
         if usage is not None:
-            call.ledger.usages.append(usage.counts)
+            parameters.ledger.usages.append(usage.counts)
             prompt, completion = usage.prompt, usage.completion
         else:
-            prompt, completion = estimate_tokens(call.request.instruction), sum(map(estimate_tokens, texts))
-            call.ledger.unmetered += 1
-        call.ledger.settle(self._max_cost(call, count), prompt, completion, self.llm.prices.cost(prompt, completion))
+            prompt, completion = estimate_tokens(parameters.request.instruction), sum(map(estimate_tokens, texts))
+            parameters.ledger.unmetered += 1
+        parameters.ledger.settle(
+            self._max_cost(parameters, count), prompt, completion, self.llm.prices.cost(prompt, completion)
+        )
 
     async def _send(
         self, method: str, path: str, body: Mapping[str, object] | None, key: str, *, seconds: float, max_bytes: int
@@ -343,10 +349,10 @@ def _trim_body(body: Mapping[str, object], capabilities: Capabilities, added_fie
     return {**client_fields, **capabilities.trim({name: body[name] for name in added_fields if name in body})[0]}
 
 
-def _max_bytes(call: SamplingCall, payload: Mapping[str, object], count: int) -> int:
+def _max_bytes(parameters: SamplingParameters, payload: Mapping[str, object], count: int) -> int:
     top = payload.get("top_logprobs")
     likelihoods = 1 + (min(top, 20) if isinstance(top, int) and top > 0 else 0) if payload.get("logprobs") else 0
-    return answer_bytes(call.max_tokens or call.request.max_tokens, count, likelihoods=likelihoods)
+    return answer_bytes(parameters.max_tokens or parameters.request.max_tokens, count, likelihoods=likelihoods)
 
 
 def _read_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping[str, object], ParsedChoice]]:

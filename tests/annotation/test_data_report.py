@@ -101,7 +101,7 @@ def recounted_pools(given: Sequence[Instance], metric: str) -> dict[str, Any]:
         "selectable": sum(len(i.selectable) for i in given),
         "distinct": sum(len({c.response for c in pool}) for pool in pools),
         "pools": len(pools),
-        "comparable": len(ties),
+        "num_multi_response_pools": len(ties),
         "ties": mean(ties),
         **{name: mean(values) for name, values in result.items()},
     }
@@ -147,10 +147,10 @@ def check(report: DataReport, given: Sequence[Instance], metric: str) -> None:
     for g in report.generators:
         own = [c for c in llm if (c.generator, c.decoding) == (g.generator, g.decoding)]
         same(g.labels, recounted_labels([c.labels[metric] for c in own]))
-        assert g.empty == sum(not c.response.strip() for c in own)
+        assert g.num_blank == sum(not c.response.strip() for c in own)
     assert report.statuses == Counter(c.status for c in llm)
     responses = [c.response for c in every if c.source in ("llm", "choice")]
-    assert (report.responses, report.empty) == (len(responses), sum(not text.strip() for text in responses))
+    assert (report.responses, report.num_blank) == (len(responses), sum(not text.strip() for text in responses))
     check_lengths(report, given, responses)
     for repetition, values in (
         (report.instructions, [prompt_hash(i.instruction) for i in given]),
@@ -178,7 +178,7 @@ def check_lengths(report: DataReport, given: Sequence[Instance], responses: Sequ
     }
     for name, values in texts.items():
         for result, length in ((report.characters[name], len), (report.words[name], lambda text: len(text.split()))):
-            assert result.texts == len(values)
+            assert result.num_texts == len(values)
             if values:
                 assert result.quantiles == pytest.approx(recounted_lengths([length(v) for v in values]), rel=1e-3)
 
@@ -220,7 +220,11 @@ def test_every_number_is_that_of_a_plain_recount_over_the_folder(tmp_path: Path)
     write(tmp_path / "data", drawn(1500), part_rows=400)
     report = write_report(tmp_path / "data", tmp_path / "report", "m")
     check(report, list(read(tmp_path / "data")), "m")
-    assert json.loads((tmp_path / "report/report.json").read_text())["total"]["oracle"] == report.total.oracle
+    values = json.loads((tmp_path / "report/report.json").read_text())
+    assert values["total"]["oracle"] == report.total.oracle
+    assert values["total"]["comparable"] == report.total.num_multi_response_pools
+    assert values["empty"] == report.num_blank
+    assert values["words"]["response"]["texts"] == report.words["response"].num_texts
 
 
 @given(st.lists(instances, max_size=8))
@@ -326,7 +330,7 @@ def test_ties_are_pairs_of_different_responses_and_pools_weigh_the_same() -> Non
     mixed = instance("mixed", candidate("a", 0.1), candidate("b", 0.7), candidate("c", 0.7), candidate("d", 0.2))
     alone = instance("alone", candidate("a", 0.3), candidate("a", 0.3))
     total = report_of(tied, mixed, alone).total
-    assert (total.ties, total.comparable) == (pytest.approx((1 + 1 / 6) / 2), 2)
+    assert (total.ties, total.num_multi_response_pools) == (pytest.approx((1 + 1 / 6) / 2), 2)
     assert (total.best_shared, total.no_signal) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
 
 
@@ -418,7 +422,7 @@ def test_responses_that_cannot_be_picked_are_a_caution() -> None:
 def test_equal_labels_throughout_are_the_headline() -> None:
     assert to_text(report_of(*ROBUST["labels 0"])).startswith("Selection cannot gain")
     messages = " ".join(to_text(report_of(*ROBUST["one among many empty"])).split())
-    assert_names(messages.split(" - ")[0], "m ×100 of 60.0", "70.0", "up to 10.0.")
+    assert_names(messages.split(" - ")[0], "m (×100) is 60.0", "70.0", "up to 10.0.")
 
 
 def test_the_text_stays_within_its_columns_and_folds_what_is_long() -> None:

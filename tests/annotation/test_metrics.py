@@ -13,7 +13,7 @@ from wording import raises_naming
 from cappy.annotation import rouge_l
 from cappy.annotation.metrics import (
     METRICS,
-    InstanceResponses,
+    CandidatePool,
     exact_match,
     load_metric,
     numeric_match,
@@ -37,7 +37,7 @@ COMPUTED = [name for name in METRICS if name != GIVEN]
 def value(name: str, references: list[str], response: str) -> float:
     instance = Instance(instance_id="i", instruction="go", references=("x",))
     object.__setattr__(instance, "references", tuple(references))  # a metric must cope with what no instance may hold
-    (result,) = load_metric(name)([InstanceResponses(instance, [Candidate(response=response)])])
+    (result,) = load_metric(name)([CandidatePool(instance, [Candidate(response=response)])])
     return float(result)
 
 

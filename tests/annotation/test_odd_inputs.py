@@ -5,7 +5,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cappy.annotation.metrics import InstanceResponses, load_metric
+from cappy.annotation.metrics import CandidatePool, load_metric
 from cappy.records import Candidate, Instance
 
 METRICS = ("exact_match", "numeric_match", "token_f1", "rougeL", "rougeL_unicode")
@@ -47,7 +47,7 @@ texts = st.one_of(
 def value(name: str, references: list[str], response: str) -> float:
     instance = Instance(instance_id="i", instruction="go", references=("x",))
     object.__setattr__(instance, "references", tuple(references))
-    (result,) = load_metric(name)([InstanceResponses(instance, [Candidate(response=response)])])
+    (result,) = load_metric(name)([CandidatePool(instance, [Candidate(response=response)])])
     return float(result)
 
 

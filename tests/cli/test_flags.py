@@ -120,7 +120,7 @@ def test_help_says_of_every_flag_what_it_is_its_range_and_its_default(
         "--bean": ["Bean to grind (repeatable)", "[default: (none)]"],
         "--kind": ["filter|espresso", "How it is brewed", "[default: filter]"],
         "--grams": ["Coffee in grams", "[default: 15; 5<=x<=30]"],
-        "--bar": ["Pressure in bar; left out: none is applied (above 0)", "[default: (none)]"],
+        "--bar": ["Pressure in bar; left out: none is applied; must be above 0"],
         "--milk": ["--no-milk", "Whether milk goes in", "[default: milk]"],
         "--label": ["Label [of the cup]", "[default: (none)]"],
         "--strength": ["Strength, or auto", "[default: auto]"],

@@ -13,7 +13,7 @@ from cappy.steps import STEP_SPECS
 from cappy.worker import config_class
 
 FOLDER = Path(components.__file__).parent
-SHARED = {"settings", "fingerprint", "part", "run"}
+SHARED = {"settings", "fingerprint", "shard", "run"}
 
 
 def tree(name: str) -> ast.Module:

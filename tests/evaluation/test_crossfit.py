@@ -262,13 +262,13 @@ def test_a_real_recipe_is_trained_for_each_fold_and_leaves_its_picks(
     places = {"source": tmp_path / "annotated", "scorer": tmp_path / "scorer", "work": tmp_path / "work"}
     messages: list[str] = []
     updates: list[int] = []
-    update = TrainingRun.update
+    run_update = TrainingRun.run_update
 
     def counted(training: TrainingRun) -> None:
         updates.append(training.state.update)
-        update(training)
+        run_update(training)
 
-    monkeypatch.setattr(TrainingRun, "update", counted)
+    monkeypatch.setattr(TrainingRun, "run_update", counted)
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         messages.append(note)

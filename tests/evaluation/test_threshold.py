@@ -163,7 +163,7 @@ def test_the_threshold_is_chosen_held_out_and_tried_on_what_is_reported(report: 
     expected = binomtest(4, 5).proportion_ci(method="exact")
     assert (result.low, result.high) == pytest.approx((expected.low, expected.high), abs=0.02)
     text = describe_threshold(result, precision=0.8, good=0.5)
-    assert_names(text, f"at least {100 * result.held_out_low:.1f}%", "95% confidence", "5 groups", "do not prove")
+    assert_names(text, f"at least {100 * result.held_out_low:.1f}%", "95% confidence", "5 groups", "do not confirm")
     assert result.floor is None
     assert "--floor" not in text
 
@@ -218,7 +218,7 @@ def test_a_cross_fitted_threshold_is_kept_by_picks_of_folds_that_did_not_choose_
     assert 0.4 < result.threshold <= 0.52
     assert result.precision is not None
     assert result.precision >= 0.8
-    assert_names(describe_threshold(result, precision=0.8, good=0.5), "other folds", "each of 4", "scale")
+    assert_names(describe_threshold(result, precision=0.8, good=0.5), "the other 3 folds", "scale")
 
 
 def test_folds_on_other_scales_are_seen_in_what_is_kept(tmp_path: Path) -> None:

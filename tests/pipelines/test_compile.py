@@ -142,7 +142,7 @@ def test_shards_are_one_loop_whose_parts_come_together_in_one_folder() -> None:
     loop = next(task for task in result.values() if "parameterIterator" in task)
     assert yaml.safe_load(loop["parameterIterator"]["items"]["raw"]) == [f"{index}/64" for index in range(64)]
     for step in ("sampling", "annotation"):
-        assert "loop-item" in result[step]["inputs"]["parameters"]["part"]["componentInputParameter"]
+        assert "loop-item" in result[step]["inputs"]["parameters"]["shard"]["componentInputParameter"]
     source = result["pretraining"]["inputs"]["artifacts"]["annotated"]["taskOutputArtifact"]
     assert source["producerTask"] == "gathering"
 

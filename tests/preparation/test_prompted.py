@@ -16,8 +16,8 @@ from wording import assert_names, raises_naming
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.errors import ConfigError, FolderError, RecordError
-from cappy.preparation.mixed import _is_sampled
 from cappy.preparation.mixtures.plan import cap_rows
+from cappy.preparation.prompt_sources import _is_sampled
 from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.sampling.step import SamplingConfig

@@ -75,7 +75,7 @@ TABLES = {
 def test_a_part_of_other_columns_is_no_part(tmp_path: Path, columns: dict[str, Any]) -> None:
     pq.write_table(pa.table(columns), tmp_path / "part-00000.parquet")
     write_manifest(tmp_path, Manifest(step="sampling", files=describe_files(tmp_path)))
-    with raises_naming(FolderError, f"{tmp_path / 'part-00000.parquet'}: ", "not a part"):
+    with raises_naming(FolderError, f"{tmp_path / 'part-00000.parquet'}: ", "does not have the columns"):
         list(read(tmp_path))
 
 

@@ -100,7 +100,7 @@ def test_a_child_that_answers_nonsense_costs_the_job_that_it_answered(monkeypatc
 
     monkeypatch.setattr(Process, "receive", receive)
     assert list(jobs.run("promptsource", [hello("b")])) == [
-        [Failure("its process sent an invalid answer", limited=True)],
+        [Failure("its process sent an invalid answer", exceeded_limit=True)],
     ]
 
 

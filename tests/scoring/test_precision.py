@@ -79,7 +79,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def own_logits(scorer: Scorer, batch: list[EncodedPair]) -> torch.Tensor:
     """Logits by transformers' own forward, padded."""
     types = getattr(scorer.model.config, "type_vocab_size", 0) > 1
-    inputs = collate(batch, pad=scorer.tokenizer.pad_token_id, types=types, device=CPU)
+    inputs = collate(batch, pad=scorer.tokenizer.pad_token_id, token_types=types, device=CPU)
     logits: torch.Tensor = scorer.model(**inputs).logits.squeeze(-1)
     return logits
 
@@ -100,7 +100,7 @@ def test_logits_without_padding_equal_transformers_own(roberta: Scorer) -> None:
         for seed in range(4):
             batch = scorer.encoder.encode(pairs(9, seed))
             assert len({len(pair.ids) for pair in batch}) > 3
-            result = scorer.forward(batch).tolist()
+            result = scorer.infer_logits(batch).tolist()
             assert result == pytest.approx(padded(scorer, batch), abs=1e-5)
             assert max(result) - min(result) > 0.05
 
@@ -111,7 +111,7 @@ def test_a_padding_token_inside_a_text_counts_as_transformers_counts_it(roberta:
         ids = list(usual.ids)
         ids[3] = scorer.tokenizer.pad_token_id
         batch = [usual, EncodedPair(ids=tuple(ids), types=usual.types)]
-        assert scorer.forward(batch).tolist() == pytest.approx(padded(scorer, batch), abs=1e-5)
+        assert scorer.infer_logits(batch).tolist() == pytest.approx(padded(scorer, batch), abs=1e-5)
 
 
 def test_gradients_without_padding_equal_transformers_own(roberta: Scorer) -> None:
@@ -120,7 +120,7 @@ def test_gradients_without_padding_equal_transformers_own(roberta: Scorer) -> No
         weights = torch.linspace(-1, 1, len(batch))
         result, expected = (
             torch.autograd.grad((logits * weights).sum(), list(scorer.model.parameters()))
-            for logits in (scorer.logits(batch), own_logits(scorer, batch))
+            for logits in (scorer.training_logits(batch), own_logits(scorer, batch))
         )
         for ours, theirs in zip(result, expected, strict=True):
             assert (ours - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max()))
@@ -139,7 +139,7 @@ def test_dropout_without_padding_is_as_strong_as_transformers_own(which: str) ->
     with torch.no_grad():  # 30 copies a pass: a pass takes about as long with one.
         ours, theirs = (
             torch.stack([logits(batch * 30) for _ in range(50)]).reshape(1500, len(batch)).std(0)
-            for logits in (scorer.logits, lambda copies: own_logits(scorer, copies))
+            for logits in (scorer.training_logits, lambda copies: own_logits(scorer, copies))
         )
     assert theirs.min() > 0.01
     assert (ours / theirs - 1).abs().max() < 0.12
@@ -148,7 +148,7 @@ def test_dropout_without_padding_is_as_strong_as_transformers_own(which: str) ->
 def test_gradients_reach_every_weight_that_scoring_uses(make_scorer: Callable[..., Path]) -> None:
     scorer = Scorer.load(str(make_scorer(seed=11)), precision="fp32")
     scorer.score(pairs(4))
-    scorer.logits(scorer.encoder.encode(pairs(4))).sum().backward()
+    scorer.training_logits(scorer.encoder.encode(pairs(4))).sum().backward()
     assert all(parameter.grad is not None for parameter in scorer.model.parameters())
 
 
@@ -193,10 +193,10 @@ def test_bf16_scores_stay_near_fp32_with_head_and_activation_in_fp32() -> None:
         dtypes = {parameter.dtype for parameter in low.model.classifier.parameters()}
         assert dtypes == {torch.float32}
         batch = low.encoder.encode(pairs(20))
-        logits = low.forward(batch)
+        logits = low.infer_logits(batch)
         assert logits.dtype == torch.float32
         assert not torch.equal(logits, logits.bfloat16().float()), "logits rounded to bf16 make ties"
-        assert logits.tolist() == pytest.approx(exact.forward(batch).tolist(), abs=0.3)
+        assert logits.tolist() == pytest.approx(exact.infer_logits(batch).tolist(), abs=0.3)
         difference = torch.tensor(low.score(pairs(20))) - torch.tensor(exact.score(pairs(20)))
         assert 0 < difference.abs().mean() < 0.05
 
@@ -236,4 +236,4 @@ def test_auto_is_bf16_only_where_the_processor_has_it(scorer_folder: Path, monke
 def test_a_scorer_in_bf16_is_not_trained(scorer_folder: Path) -> None:
     scorer = Scorer.load(str(scorer_folder), device="cpu", precision="bf16")
     with pytest.raises(ConfigError, match="bf16.*precision fp32"):
-        scorer.logits(scorer.encoder.encode(pairs(2)))
+        scorer.training_logits(scorer.encoder.encode(pairs(2)))

@@ -125,7 +125,7 @@ def test_a1_a_scorer_of_any_encoder_has_one_number_everywhere(head: str, encoder
     folder = trained("pretraining", encoder=str(encoder), head=head)
     assert_one_number(folder)
     loaded = Scorer.load(str(folder), precision="fp32")
-    assert loaded.encoder.typed, "trained with the token types that its model has"
+    assert loaded.encoder.has_token_types, "trained with the token types that its model has"
     assert loaded.encoder.max_length == 40, "no more tokens than the encoder has positions"
     assert not (folder / "chat_template.jinja").exists()
 

@@ -80,13 +80,13 @@ def test_a_stream_scores_its_duplicates_once_and_holds_one_chunk_at_a_time(
 ) -> None:
     monkeypatch.setattr("cappy.scoring.scorer.CHUNK_PAIRS", 8)
     forwarded: list[int] = []
-    forward = scorer.forward
+    forward = scorer.infer_logits
 
     def counted(batch: Any) -> Any:
         forwarded.append(len(batch))
         return forward(batch)
 
-    monkeypatch.setattr(scorer, "forward", counted)
+    monkeypatch.setattr(scorer, "infer_logits", counted)
     taken = 0
 
     def endless() -> Iterator[tuple[str, str]]:
@@ -261,7 +261,7 @@ def given(scorer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         def forward(batch: Sequence[EncodedPair]) -> torch.Tensor:
             return torch.tensor([known[len(pair.ids)] for pair in batch])
 
-        monkeypatch.setattr(scorer, "forward", forward)
+        monkeypatch.setattr(scorer, "infer_logits", forward)
         return scorer
 
     return make

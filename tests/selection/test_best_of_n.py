@@ -13,7 +13,7 @@ from cappy.selection.pools import (
     extend_curve,
     mbr,
     mbr_curve,
-    pays_until,
+    num_worthwhile_candidates,
     pick,
     pick_label,
     pick_labels,
@@ -104,7 +104,7 @@ def test_a_smaller_pool_keeps_its_last_result() -> None:
 
 
 def test_more_candidates_pay_as_long_as_one_adds_a_tenth_of_a_point() -> None:
-    assert pays_until([0.5, 0.6, 0.65, 0.6505, 0.6505]) == 3
-    assert pays_until([0.5, 0.5, 0.5, 0.6]) == 4
-    assert pays_until([0.5, 0.5]) == 1
-    assert pays_until([0.5]) == 1
+    assert num_worthwhile_candidates([0.5, 0.6, 0.65, 0.6505, 0.6505]) == 3
+    assert num_worthwhile_candidates([0.5, 0.5, 0.5, 0.6]) == 4
+    assert num_worthwhile_candidates([0.5, 0.5]) == 1
+    assert num_worthwhile_candidates([0.5]) == 1

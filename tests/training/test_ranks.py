@@ -191,15 +191,15 @@ import os
 if os.environ.get("RANK") == "1":
     from cappy.scoring.scorer import Scorer
 
-    calls, plain = [], Scorer.logits
+    calls, plain = [], Scorer.training_logits
 
-    def logits(self, batch):
+    def training_logits(self, batch):
         calls.append(batch)
         if len(calls) == 4:
             raise MemoryError
         return plain(self, batch)
 
-    Scorer.logits = logits
+    Scorer.training_logits = training_logits
 """
 """The second rank fails once."""
 

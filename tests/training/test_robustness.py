@@ -227,8 +227,8 @@ class Diverging(Scorer):
 
     harm: Callable[[Any], Any]
 
-    def logits(self, batch: Any) -> torch.Tensor:
-        result = super().logits(batch)
+    def training_logits(self, batch: Any) -> torch.Tensor:
+        result = super().training_logits(batch)
         return self.harm(result) if self.model.training else result
 
 

@@ -132,13 +132,13 @@ def test_bf16_is_asked_for_by_flag_and_changes_the_products_alone(plan: Plan) ->
 def test_in_bf16_the_head_and_what_follows_stay_in_fp32(scorer_folder: Path) -> None:
     scorer = Scorer.load(str(scorer_folder), precision="fp32")
     batch = scorer.encoder.encode([("one two three", "cat"), ("four", "dog bird")])
-    exact = scorer.logits(batch)
+    exact = scorer.training_logits(batch)
     scorer.autocast = True
     keep_heads_in_fp32(scorer.model)
     for pads in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Scorer, "pads", pads)
-            result = scorer.logits(batch)
+            result = scorer.training_logits(batch)
         assert result.dtype == torch.float32
         assert (result != result.bfloat16().float()).any(), "a head in bf16 would have rounded them"
         assert 0 < (result - exact).abs().max() < 0.05

@@ -18,7 +18,7 @@ from cappy.training.feed import Draw, assign_passes, draw_batch, padded_tokens, 
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.loop import check_trainable
 from cappy.training.losses import LossSettings, Pairs, instance_losses
-from cappy.training.update import update
+from cappy.training.update import run_update
 
 Plan = Callable[..., FinetuningConfig]
 
@@ -51,7 +51,7 @@ def corpus(scorer: Scorer, source: Path, tmp_path_factory: pytest.TempPathFactor
 def gradients(scorer: Scorer, corpus: Corpus, plan: FinetuningConfig, budget: int, size: int = 13) -> torch.Tensor:
     strategy = Still(scorer.model, plan, SINGLE_RANK)
     drawn = draw_batch(corpus, 2, size, plan.max_candidates, seed=0)
-    update(scorer, strategy, corpus, drawn, plan, TrainingState(budget=budget), rate=0.0, ranks=SINGLE_RANK)
+    run_update(scorer, strategy, corpus, drawn, plan, TrainingState(budget=budget), rate=0.0, ranks=SINGLE_RANK)
     return torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
 
 
@@ -68,7 +68,7 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(
 def loss_of(scorer: Scorer, corpus: Corpus, drawn: Draw, compared: list[bool] | None = None) -> torch.Tensor:
     """The loss of one instance by itself, (1,)."""
     pairs = Pairs(
-        logits=scorer.logits(corpus.pairs(drawn.index, drawn.responses)),
+        logits=scorer.training_logits(corpus.pairs(drawn.index, drawn.responses)),
         labels=torch.tensor(corpus.labels(drawn.index, drawn.responses)),
         groups=torch.zeros(len(drawn.responses), dtype=torch.long),
         count=1,

@@ -29,7 +29,7 @@ COLUMNS = (
 _MAX_NAMES = 8
 SCALE = 2**40
 """Fractions are summed as integer multiples of 1 / SCALE, so that sums do not depend on the batches."""
-_COUNTS = ("instances", "candidates", "selectable", "distinct", "pools", "comparable")
+_COUNTS = ("instances", "candidates", "selectable", "distinct", "pools", "num_multi_response_pools")
 _POOL_MEANS = ("random", "oracle", "no_signal", "best_shared", "effective")
 NUM_COLUMNS = len(_COUNTS) + len(_POOL_MEANS) + 1
 
@@ -170,9 +170,9 @@ def measure_instances(candidates: Candidates) -> Ints:
     """
     selectable = candidates.is_selectable
     owner, labels, rows = candidates.owner[selectable], candidates.labels[selectable], candidates.rows
-    first, times = _find_distinct(owner, candidates.response.index[selectable], len(candidates.response.values))
+    first, counts = _find_distinct(owner, candidates.response.index[selectable], len(candidates.response.values))
     size, distinct = _count_per_row(owner, rows), _count_per_row(owner[first], rows)
-    has_pool, comparable = size > 0, distinct >= 2
+    has_pool, has_several_responses = size > 0, distinct >= 2
     mean = np.bincount(owner, weights=labels, minlength=rows) / np.maximum(size, 1)
     highest, lowest = _reduce_per_row(np.maximum, labels, size), _reduce_per_row(np.minimum, labels, size)
     tied = _count_tied_pairs(owner[first], labels[first], rows) / np.maximum(distinct * (distinct - 1) // 2, 1)
@@ -183,13 +183,13 @@ def measure_instances(candidates: Candidates) -> Ints:
             size,
             distinct,
             has_pool,
-            comparable,
+            has_several_responses,
             to_fixed_point(mean),
             to_fixed_point(highest),
             to_fixed_point((has_pool & (highest == lowest)).astype(np.float64)),
             to_fixed_point(_find_ties_for_best(owner[first], labels[first], distinct).astype(np.float64)),
-            to_fixed_point(_effective_sizes(owner[first], times, size)),
-            to_fixed_point(np.where(comparable, tied, 0.0)),
+            to_fixed_point(_effective_sizes(owner[first], counts, size)),
+            to_fixed_point(np.where(has_several_responses, tied, 0.0)),
         ]
     )
 
@@ -199,7 +199,7 @@ def to_pools(sums: list[int]) -> Pools:
     counts = dict(zip(_COUNTS, sums, strict=False))
     totals = zip(_POOL_MEANS, sums[len(_COUNTS) :], strict=False)
     means = {name: mean_of_sum(total, counts["pools"]) for name, total in totals}
-    values: dict[str, Any] = {**counts, **means, "ties": mean_of_sum(sums[-1], counts["comparable"])}
+    values: dict[str, Any] = {**counts, **means, "ties": mean_of_sum(sums[-1], counts["num_multi_response_pools"])}
     return Pools(**values)
 
 
@@ -210,9 +210,9 @@ def mean_of_sum(total: int, count: int) -> float | None:
 
 def _find_distinct(owner: Ints, text: Ints, num_texts: int) -> tuple[Ints, Ints]:
     """Index of the first occurrence of each text in its instance, ascending, and its number of occurrences."""
-    _, first, times = np.unique(owner * num_texts + text, return_index=True, return_counts=True)
+    _, first, counts = np.unique(owner * num_texts + text, return_index=True, return_counts=True)
     order = np.argsort(first)
-    return first[order], times[order]
+    return first[order], counts[order]
 
 
 def _count_per_row(owner: Ints, rows: int) -> Ints:
@@ -239,17 +239,17 @@ def _count_tied_pairs(owner: Ints, labels: Floats, rows: int) -> Floats:
     """Number of pairs of distinct responses with equal labels, by instance."""
     order = np.lexsort((labels, owner))
     owner, labels = owner[order], labels[order]
-    begins = np.flatnonzero(np.append(True, (owner[1:] != owner[:-1]) | (labels[1:] != labels[:-1]))[: len(owner)])
-    run = np.diff(np.append(begins, len(owner)))
-    pairs: Floats = np.bincount(owner[begins], weights=run * (run - 1) / 2, minlength=rows).astype(np.float64)
+    starts = np.flatnonzero(np.append(True, (owner[1:] != owner[:-1]) | (labels[1:] != labels[:-1]))[: len(owner)])
+    run = np.diff(np.append(starts, len(owner)))
+    pairs: Floats = np.bincount(owner[starts], weights=run * (run - 1) / 2, minlength=rows).astype(np.float64)
     return pairs
 
 
-def _effective_sizes(owner: Ints, times: Ints, size: Ints) -> Floats:
+def _effective_sizes(owner: Ints, counts: Ints, size: Ints) -> Floats:
     """exp of the entropy of an instance's responses: n / exp(mean of log c), where c is the count of each response.
 
     Summed in the order of the instance's responses, so that the result does not depend on the batch.
     """
-    log_sums = np.bincount(owner, weights=times * np.log(times), minlength=len(size))
+    log_sums = np.bincount(owner, weights=counts * np.log(counts), minlength=len(size))
     effective: Floats = size / np.exp(log_sums / np.maximum(size, 1))
     return effective

@@ -94,7 +94,7 @@ def _render_plots(report: DataReport) -> dict[str, tuple[Markup, Markup]]:
     if any(report.sources[source].count for source in selectable_sources(report)):
         sizes = ((10.2, 3.6), (3.7, 3.0))
         plots["labels"] = [Markup(_draw_labels(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
-    if any(lengths.texts for lengths in report.words.values()):
+    if any(lengths.num_texts for lengths in report.words.values()):
         sizes = ((10.2, 2.2), (3.7, 2.2))
         plots["lengths"] = [Markup(_draw_lengths(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
     return {name: (wide, narrow) for name, (wide, narrow) in plots.items()}
@@ -139,7 +139,7 @@ def _draw_labels(report: DataReport, *, width: float, height: float) -> str:
 
 def _draw_lengths(report: DataReport, *, width: float, height: float) -> str:
     """Box plots of the lengths of texts in words on a logarithmic scale, as an SVG element."""
-    nonempty = {name: lengths for name, lengths in report.words.items() if lengths.texts}
+    nonempty = {name: lengths for name, lengths in report.words.items() if lengths.num_texts}
     with draw_figure(width, height) as figure:
         axes = plain_axes(figure, "words (logarithmic; line 5% to 95%, box 25% to 75%, dot median)", "")
         if width < 5:

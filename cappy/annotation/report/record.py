@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 NUM_BINS = 20
 QUANTILES = (5, 25, 50, 75, 95, 99)
@@ -44,8 +47,8 @@ class Pools:
     oracle       highest label of the pool: the label of the best pick
     no_signal    share of pools whose labels are all equal
     best_shared  share of pools in which several distinct responses have the highest label
-    ties         share of the pairs of distinct responses of a pool that have equal labels, mean over the `comparable`
-                 pools, which have at least two distinct responses
+    ties         share of the pairs of distinct responses of a pool that have equal labels, mean over the
+                 `num_multi_response_pools` pools that have at least two distinct responses
     effective    exp of the entropy of the pool's responses: the effective number of distinct responses
     """
 
@@ -54,7 +57,7 @@ class Pools:
     selectable: int
     distinct: int
     pools: int
-    comparable: int
+    num_multi_response_pools: Annotated[int, Field(serialization_alias="comparable")]
     random: float | None
     oracle: float | None
     no_signal: float | None
@@ -65,11 +68,11 @@ class Pools:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorSummary:
-    """An LLM with one decoding: the labels of its responses, and how many of them are blank (`empty`)."""
+    """An LLM with one decoding: the labels of its responses, and how many of them are blank."""
 
     generator: str
     decoding: str
-    empty: int
+    num_blank: Annotated[int, Field(serialization_alias="empty")]
     labels: Labels
 
     @property
@@ -85,7 +88,7 @@ class LengthSummary:
     Exact up to 2,047; above, a quantile may be up to 0.1% too small. "max" is exact.
     """
 
-    texts: int
+    num_texts: Annotated[int, Field(serialization_alias="texts")]
     quantiles: Mapping[str, int]
 
 
@@ -112,7 +115,7 @@ class DataReport:
 
     `splits` and `tasks` are sorted by size, largest first. `sources` maps `reference`, `choice`, `mismatch` and `llm`
     to their labels; `statuses` counts LLM responses. `characters` and `words` (separated by white space) map
-    "instruction", "reference" and "response" (of an LLM, or a choice) to lengths. `empty` counts blank responses.
+    "instruction", "reference" and "response" (of an LLM, or a choice) to lengths. `num_blank` counts blank responses.
     Two `instructions` count as equal if their `prompt_hash` is equal. `invisible_to_rouge_l` counts the instances whose
     references have no character of [a-z0-9], for which Rouge-L is always 0; `partly_invisible_to_rouge_l` counts those
     with a reference or LLM response that has other letters and digits too, which Rouge-L ignores.
@@ -129,7 +132,7 @@ class DataReport:
     characters: Mapping[str, LengthSummary]
     words: Mapping[str, LengthSummary]
     responses: int
-    empty: int
+    num_blank: Annotated[int, Field(serialization_alias="empty")]
     groups: Repetition
     instructions: Repetition
     invisible_to_rouge_l: int
@@ -141,6 +144,6 @@ class DataReport:
         return self.total.no_signal == 1
 
     @property
-    def by_rouge_l(self) -> bool:
+    def uses_rouge_l(self) -> bool:
         """Whether the metric is Rouge-L, alone or in a mixture."""
         return any(term.split("*")[-1].strip() == "rougeL" for term in self.metric.split("+"))

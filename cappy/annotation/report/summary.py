@@ -54,7 +54,7 @@ _TEXTS = ("instruction", "reference", "response")
 _MIN_PENDING = 2**12
 """Minimum number of hashes to collect before they are merged."""
 _KEPT_BITS = 11
-"""Leading bits of a length that are kept: all of them up to 2,047."""
+"""Number of leading bits that select the histogram cell of a length; lengths up to 2,047 have their own cell."""
 _IS_SPACE = np.zeros(256, dtype=np.bool_)
 _IS_SPACE[[*b" \t\n\v\f\r\x1c\x1d\x1e\x1f"]] = True
 
@@ -63,7 +63,7 @@ def summarize(batches: Iterable[pa.RecordBatch], metric: str) -> DataReport:
     """The data report of annotated instances, from record batches with at least the columns `candidates.COLUMNS`.
 
     Memory grows with the number of tasks, splits and generators, and by 8 bytes per distinct instruction and group
-    (three times that while hashes are merged); apart from that, 512 instances at a time are in memory. The result does
+    (three counts that while hashes are merged); apart from that, 512 instances at a time are in memory. The result does
     not depend on how the rows are divided into batches, and is exact except as documented in `LengthSummary` and
     `Repetition`. Raises RecordError, naming the instance, if a candidate has no label of this metric, or a label
     outside 0 to 1.
@@ -86,10 +86,10 @@ class _Summary:
         self._characters = {name: LengthTotals() for name in _TEXTS}
         self._words = {name: LengthTotals() for name in _TEXTS}
         self._instructions, self._groups = RepetitionTotals(), RepetitionTotals()
-        self._empty = self._invisible = self._partly_invisible = 0
+        self._num_blank = self._invisible = self._partly_invisible = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Adds a batch of a bounded number of rows."""
+        """Adds a batch; the caller limits its number of rows."""
         candidates = read_candidates(batch, self._metric)
         splits = encode_texts(batch["split"], "train")
         self._add_pools(candidates, splits, encode_texts(batch["task"]))
@@ -103,7 +103,7 @@ class _Summary:
 
     def report(self) -> DataReport:
         """The data report of the batches added so far."""
-        kinds = {name: sorted(sizes, key=_largest_first) for name, sizes in self._named_pools().items()}
+        kinds = {kind: sorted(named_pools, key=_largest_first) for kind, named_pools in self._named_pools().items()}
         return DataReport(
             metric=self._metric,
             total=dict(kinds["total"]).get("", to_pools([0] * NUM_COLUMNS)),
@@ -115,8 +115,8 @@ class _Summary:
             statuses=dict(sorted((+self._statuses).items(), key=lambda item: (-item[1], item[0]))),
             characters={name: totals.lengths() for name, totals in self._characters.items()},
             words={name: totals.lengths() for name, totals in self._words.items()},
-            responses=self._words["response"].lengths().texts,
-            empty=self._empty,
+            responses=self._words["response"].lengths().num_texts,
+            num_blank=self._num_blank,
             groups=self._groups.repetition(),
             instructions=self._instructions.repetition(),
             invisible_to_rouge_l=self._invisible,
@@ -134,10 +134,10 @@ class _Summary:
         words = count_words(candidates.response.values)
         blank = words[candidates.response.index] == 0
         self._labels.add(candidates, blank)
-        self._empty += int((blank & is_proposal).sum())
-        times = _count_occurrences(candidates.response, is_proposal)
-        self._words["response"].add(words, times)
-        self._characters["response"].add(count_characters(candidates.response.values), times)
+        self._num_blank += int((blank & is_proposal).sum())
+        counts = _count_occurrences(candidates.response, is_proposal)
+        self._words["response"].add(words, counts)
+        self._characters["response"].add(count_characters(candidates.response.values), counts)
         self._statuses.update(
             dict(zip(candidates.status.texts(), _count_occurrences(candidates.status, is_llm).tolist(), strict=True))
         )
@@ -151,9 +151,9 @@ class _Summary:
         self._partly_invisible += int(partly.sum())
 
     def _add_texts(self, name: str, texts: TextColumn) -> None:
-        times = _count_occurrences(texts)
-        self._words[name].add(count_words(texts.values), times)
-        self._characters[name].add(count_characters(texts.values), times)
+        counts = _count_occurrences(texts)
+        self._words[name].add(count_words(texts.values), counts)
+        self._characters[name].add(count_characters(texts.values), counts)
 
     def _named_pools(self) -> dict[str, list[tuple[str, Pools]]]:
         return {kind: [(name, to_pools(sums)) for name, sums in t.items()] for kind, t in self._pools.items()}
@@ -167,8 +167,8 @@ class _Summary:
 
     def _generators(self) -> tuple[GeneratorSummary, ...]:
         generators = [
-            GeneratorSummary(generator=key[1], decoding=key[2], empty=empty, labels=labels)
-            for key, (labels, empty) in self._labels.group_by(lambda key: key).items()
+            GeneratorSummary(generator=key[1], decoding=key[2], num_blank=num_blank, labels=labels)
+            for key, (labels, num_blank) in self._labels.group_by(lambda key: key).items()
             if key[0] == "llm"
         ]
         return tuple(sorted(generators, key=lambda generator: -generator.labels.count))
@@ -207,9 +207,9 @@ class Totals(Generic[K]):
         if not len(rows):
             return
         order = np.argsort(index, kind="stable")
-        begins = np.flatnonzero(np.append(True, np.diff(index[order]) != 0))
+        starts = np.flatnonzero(np.append(True, np.diff(index[order]) != 0))
         for name, sums in zip(
-            index[order][begins].tolist(), np.add.reduceat(rows[order], begins).tolist(), strict=True
+            index[order][starts].tolist(), np.add.reduceat(rows[order], starts).tolist(), strict=True
         ):
             self.add_row(names[name], sums)
 
@@ -247,7 +247,7 @@ class LabelTotals:
         self._totals.add(keys, np.arange(len(keys)), np.hstack([cells.reshape(-1, _NUM_CELLS), sums]))
 
     def group_by(self, group: Callable[[_Key], K]) -> dict[K, tuple[Labels, int]]:
-        """Labels and number of blank responses of the candidates, by the value of `group` for their key."""
+        """Sums labels and blank responses over all keys for which `group` returns the same value."""
         sums: Totals[K] = Totals(_NUM_CELLS + 2)
         for key, row in self._totals.items():
             sums.add_row(group(key), row)
@@ -272,9 +272,9 @@ class LengthTotals:
         self._cells = np.zeros(2 << _KEPT_BITS, dtype=np.int64)
         self._longest = 0
 
-    def add(self, lengths: Ints, times: Ints) -> None:
-        """Counts each length `times` times."""
-        lengths, times = lengths[times > 0], times[times > 0]
+    def add(self, lengths: Ints, counts: Ints) -> None:
+        """Counts each length as often as `counts` says."""
+        lengths, counts = lengths[counts > 0], counts[counts > 0]
         if not len(lengths):
             return
         self._longest = max(self._longest, int(lengths.max()))
@@ -283,18 +283,18 @@ class LengthTotals:
         index = (dropped << (_KEPT_BITS - 1)) + (lengths >> dropped)
         if index.max() >= len(self._cells):
             self._cells = np.append(self._cells, np.zeros(index.max() + 1 - len(self._cells), dtype=np.int64))
-        np.add.at(self._cells, index, times)
+        np.add.at(self._cells, index, counts)
 
     def lengths(self) -> LengthSummary:
         """The quantiles of the lengths added so far; no quantiles without texts."""
         ranks = np.cumsum(self._cells)
-        texts = int(ranks[-1])
-        if not texts:
-            return LengthSummary(texts=0, quantiles={})
-        target_ranks = [-(-texts * quantile // 100) for quantile in QUANTILES]
+        num_texts = int(ranks[-1])
+        if not num_texts:
+            return LengthSummary(num_texts=0, quantiles={})
+        target_ranks = [-(-num_texts * quantile // 100) for quantile in QUANTILES]
         lengths = map(_shortest_in_cell, np.searchsorted(ranks, target_ranks).tolist())
         quantiles = {str(quantile): length for quantile, length in zip(QUANTILES, lengths, strict=True)}
-        return LengthSummary(texts=texts, quantiles={**quantiles, "max": self._longest})
+        return LengthSummary(num_texts=num_texts, quantiles={**quantiles, "max": self._longest})
 
 
 def _shortest_in_cell(index: int) -> int:
@@ -321,17 +321,17 @@ def count_words(texts: pa.StringArray) -> Ints:
 
 
 def _count_ascii_words(texts: pa.StringArray) -> Ints:
-    """Number of words of ASCII texts, counted on their bytes: ten times as fast as splitting."""
+    """Number of words of ASCII texts, counted on their bytes: ten counts as fast as splitting."""
     _, offset_bytes, data = texts.buffers()
     offsets: npt.NDArray[np.int32] = np.frombuffer(offset_bytes, dtype=np.int32)[texts.offset :][: len(texts) + 1]
     if data is None or not len(texts):
         return np.zeros(len(texts), dtype=np.int64)
     space = _IS_SPACE[np.frombuffer(data, dtype=np.uint8)[: offsets[-1]]]
-    begins = ~space
-    begins[1:] &= space[:-1]
+    is_word_start = ~space
+    is_word_start[1:] &= space[:-1]
     first = offsets[:-1][offsets[:-1] < offsets[1:]]
-    begins[first] = ~space[first]
-    return np.diff(np.searchsorted(np.flatnonzero(begins), offsets))
+    is_word_start[first] = ~space[first]
+    return np.diff(np.searchsorted(np.flatnonzero(is_word_start), offsets))
 
 
 def _hash_text(text: str) -> int:
@@ -381,5 +381,5 @@ class RepetitionTotals:
     def repetition(self) -> Repetition:
         """The counts of the values added so far."""
         hashes = [distinct.hashes() for distinct in self._splits.values()]
-        _, times = np.unique(np.concatenate(hashes or [np.zeros(0, np.uint64)]), return_counts=True)
-        return Repetition(values=self._values, distinct=len(times), in_several_splits=int((times > 1).sum()))
+        _, counts = np.unique(np.concatenate(hashes or [np.zeros(0, np.uint64)]), return_counts=True)
+        return Repetition(values=self._values, distinct=len(counts), in_several_splits=int((counts > 1).sum()))

@@ -45,7 +45,7 @@ def to_text(report: DataReport) -> str:
 
 def to_values(report: DataReport) -> dict[str, JSON]:
     """The report as JSON values: the numbers, with the findings as text."""
-    values: dict[str, JSON] = TypeAdapter(DataReport).dump_python(report, mode="json")
+    values: dict[str, JSON] = TypeAdapter(DataReport).dump_python(report, mode="json", by_alias=True)
     return {"findings": list(describe_findings(report)), **values}
 
 
@@ -69,8 +69,8 @@ def _headline(report: DataReport) -> str:
     if report.all_tied:
         return "Selection cannot gain anything: all responses of an instance have the same label."
     return (
-        f"A random response has a mean {metric_name(report.metric)} ×100 of {_format_label(total.random)}, the best of "
-        f"its instance {_format_label(total.oracle)}: selection can gain up to "
+        f"Mean {metric_name(report.metric)} (×100) is {_format_label(total.random)} for a random response and "
+        f"{_format_label(total.oracle)} for the best response of each instance, so selection can gain up to "
         f"{_format_label(total.oracle - total.random)}."
     )
 
@@ -89,16 +89,16 @@ def _signal_sentences(report: DataReport) -> Iterator[str]:
     total = report.total
     if not total.pools:
         return
-    pools = "instances" if total.pools == total.instances else "instances with a selectable response"
+    subject = "instances" if total.pools == total.instances else "instances with a selectable response"
     if total.no_signal:
         share = _format_share(total.no_signal)
-        yield f"{share} of the {pools} have no signal: all their selectable responses have equal labels."
+        yield f"{share} of the {subject} have no signal: all their selectable responses have equal labels."
     else:
-        yield f"All {pools} have a signal: their selectable responses have different labels."
-    if total.comparable:
+        yield f"All {subject} have a signal: their selectable responses have different labels."
+    if total.num_multi_response_pools:
         yield (
-            f"Distinct responses of an instance have equal labels in {_format_share(total.ties)} of the pairs; in "
-            f"{_format_share(total.best_shared)} of the instances, several distinct responses share the best label."
+            f"{_format_share(total.ties)} of the pairs of distinct responses to the same instance have equal labels; "
+            f"in {_format_share(total.best_shared)} of the instances several distinct responses share the best label."
         )
 
 
@@ -117,8 +117,8 @@ def _cautions(report: DataReport) -> Iterator[str]:
     if total.pools and total.pools < total.instances:
         without_pool = _format_subject(total.instances - total.pools, total.instances, "instance", "has", "have")
         yield f"Caution: {without_pool} no selectable response."
-    if report.empty:
-        yield f"Caution: {_format_subject(report.empty, report.responses, 'response', 'is', 'are')} blank."
+    if report.num_blank:
+        yield f"Caution: {_format_subject(report.num_blank, report.responses, 'response', 'is', 'are')} blank."
     for status, count in report.statuses.items():
         # Responses with the status empty are blank and counted above.
         if status not in ("ok", "empty"):
@@ -134,10 +134,10 @@ def _cautions(report: DataReport) -> Iterator[str]:
         shared = _format_subject(groups.in_several_splits, groups.distinct, "group", "is", "are")
         yield f"Caution: {shared} in more than one split: a group must not be split."
     remedy = "annotate with --metric rougeL_unicode or chrf"
-    if report.invisible_to_rouge_l and report.by_rouge_l:
+    if report.invisible_to_rouge_l and report.uses_rouge_l:
         invisible = _format_subject(report.invisible_to_rouge_l, total.instances, "instance", "has", "have")
         yield f"Caution: {invisible} no reference with a character that Rouge-L compares ([a-z0-9]); {remedy}."
-    if report.partly_invisible_to_rouge_l and report.by_rouge_l:
+    if report.partly_invisible_to_rouge_l and report.uses_rouge_l:
         partly = _format_subject(report.partly_invisible_to_rouge_l, total.instances, "instance", "has", "have")
         yield f"Caution: {partly} a reference or response that Rouge-L compares only in part; {remedy}."
 
@@ -217,9 +217,10 @@ def _source_table(report: DataReport) -> Rows:
 
 def _generator_table(report: DataReport) -> Rows:
     """By LLM and decoding: counts, labels and blank responses."""
+    generators = report.generators
     return [
         ("generator and decoding", "responses", "mean", "exactly\n0", "exactly\n1", "blank"),
-        *((g.name, *_label_cells(g.labels), _format_percentage(g.empty, g.labels.count)) for g in report.generators),
+        *((g.name, *_label_cells(g.labels), _format_percentage(g.num_blank, g.labels.count)) for g in generators),
     ]
 
 
@@ -229,7 +230,7 @@ def _length_table(report: DataReport) -> Rows:
     def row(name: str, lengths: LengthSummary) -> Row:
         return (
             name,
-            _format_count(lengths.texts),
+            _format_count(lengths.num_texts),
             *(_format_count(lengths.quantiles.get(key)) for key in (*map(str, QUANTILES), "max")),
         )
 
@@ -242,14 +243,15 @@ def _length_table(report: DataReport) -> Rows:
 
 def _repetition_table(report: DataReport) -> Rows:
     """Repeated responses and instructions."""
-    pools, instructions = report.total, report.instructions
+    instructions, num_responses = report.instructions, report.total.selectable
+    num_duplicates = num_responses - report.total.distinct
 
     def row(name: str, count: int, total: int) -> Row:
         return (name, _format_count(count), _format_percentage(count, total))
 
     return [
         ("repetition", "count", "share"),
-        row("responses that repeat another one of their instance", pools.selectable - pools.distinct, pools.selectable),
+        row("responses that duplicate another response to the same instance", num_duplicates, num_responses),
         row("instructions that repeat another one", instructions.repeats, instructions.values),
         row("instructions in more than one split", instructions.in_several_splits, instructions.distinct),
     ]

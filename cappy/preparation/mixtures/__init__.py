@@ -54,7 +54,8 @@ class Subset:
     `dataset` is its folder in PromptSource. `configuration` is None if the repository has only one. `rows` maps the
     splits that the mixture uses to their sizes, None if unpublished. `manual` says how to get data that cannot be
     loaded, and is empty otherwise. `verified` is true once it has been loaded from the hub; until then `evidence` is
-    the source of its facts. `commit_seen` is a commit that public code pins.
+    the source of its facts. `choices_source` says where the numbers of choices of its templates come from.
+    `commit_seen` is a commit that public code pins.
     """
 
     name: str

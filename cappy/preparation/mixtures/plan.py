@@ -17,8 +17,11 @@ Kind = Literal["choices", "open-ended"]
 T0_ROW_LIMIT = 500_000
 """T0 caps a training split with more rows than this (t-zero, t0/seqio_tasks/tasks.py)."""
 
-REFERENCE_AND_MISMATCH = 2
-"""The reference and the mismatch of an open-ended training example, in addition to its sampled responses."""
+NUM_EXTRA_TRAINING_PAIRS = 2
+"""An open-ended training example makes a pair with its reference and one with a mismatch, besides sampled responses.
+
+A mismatch is the reference of another instance.
+"""
 
 WIDTH = 100
 """Maximum line width of the text."""
@@ -73,7 +76,8 @@ def plan_mixture(mixture: Mixture) -> MixturePlan:
     """Counts the examples and pairs of a mixture.
 
     With choices, an example makes one pair for each choice. An open-ended example makes one pair for each sampled
-    response and, on a training split, one with its reference and one with a mismatch. A held-out mixture samples no
+    response and, on a training split, one with its reference and one with a mismatch (the reference of another
+    instance). A held-out mixture samples no
     responses, so its open-ended templates make no pairs.
     """
     rows = (row for subset in mixture.subsets for row in _make_plan_rows(subset, mixture.samples))
@@ -105,7 +109,7 @@ def _count_responses(template: TemplateFacts | None, split: str, samples: int) -
     """The number of responses paired with one example."""
     if template and template.num_choices is not None:
         return template.num_choices
-    return samples + REFERENCE_AND_MISMATCH if split == "train" else samples
+    return samples + NUM_EXTRA_TRAINING_PAIRS if split == "train" else samples
 
 
 def _sum_rows(rows: Sequence[PlanRow], kind: Kind | None, count: Callable[[PlanRow], int | None]) -> int:
@@ -211,7 +215,7 @@ def _describe(mixture: Mixture, plan: MixturePlan) -> Iterator[str]:
     else:
         yield (
             f"Each prompt makes {mixture.samples} pairs with responses sampled by an LLM; a training prompt makes "
-            f"{REFERENCE_AND_MISMATCH} more, with its reference and with a mismatch."
+            f"{NUM_EXTRA_TRAINING_PAIRS} more, with its reference and with a mismatch (another prompt's reference)."
         )
     if plan.unknown:
         yield f"Size unknown, so not counted: {', '.join(plan.unknown)}."
@@ -229,7 +233,7 @@ def _describe_t0(mixture: Mixture, plan: MixturePlan) -> Iterator[str]:
     yield (
         f"{_millions(plan.examples('choices'), 2)} million examples with choices make one pair for each choice, "
         f"{_millions(plan.pairs('choices'))} million pairs. {_millions(plan.examples('open-ended'), 2)} million "
-        f"open-ended examples make {REFERENCE_AND_MISMATCH + mixture.samples} pairs each (the reference, a mismatch "
+        f"open-ended examples make {NUM_EXTRA_TRAINING_PAIRS + mixture.samples} pairs each (the reference, a mismatch "
         f"and {mixture.samples} sampled responses), {_millions(plan.pairs('open-ended'))} million pairs."
     )
     wiki_hop = next((subset for subset in mixture.subsets if subset.name == "wiki_hop/original"), None)

@@ -196,7 +196,7 @@ def _parse_outcome(template: Template, row: Row, outcome: object) -> Result:
         raise _config_error(template, outcome)
     names = quote(", ".join(map(str, row)) or "none", limit=120)
     remedy = f"fields of the row: {names}; fix the row or leave the template out"
-    error = LimitError if outcome.limited else RecordError
+    error = LimitError if outcome.exceeded_limit else RecordError
     return error(f"{_where(template)} fails on the row ({outcome.reason}); {remedy}")
 
 

@@ -24,7 +24,7 @@ from cappy.training.finetuning import FinetuningConfig
 from cappy.training.losses import Pairs, instance_losses
 from cappy.training.tpu.encoder import parse_architecture, unstack
 from cappy.training.tpu.strategy import JaxModel, JaxStrategy, Shapes, find_devices
-from cappy.training.update import _is_out_of_memory, update
+from cappy.training.update import _is_out_of_memory, run_update
 
 Load = Callable[..., Scorer]
 Plan = Callable[..., FinetuningConfig]
@@ -72,7 +72,7 @@ def updated(
 ) -> float:
     state = TrainingState(budget=settings.batch_tokens, update=number, running_loss=1.0)
     drawn = drawn_of(corpus, settings, number)
-    return update(scorer, strategy, corpus, drawn, settings, state, rate=rate, ranks=SINGLE_RANK)
+    return run_update(scorer, strategy, corpus, drawn, settings, state, rate=rate, ranks=SINGLE_RANK)
 
 
 def apart(result: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]) -> float:
@@ -137,7 +137,7 @@ def _by_hand(scorer: Scorer, corpus: Corpus, drawn: Draw, settings: FinetuningCo
     assert not all(compared), "or nothing would be left out"
     scorer.model.eval()
     pairs = Pairs(
-        logits=scorer.logits(corpus.pairs(drawn.index, drawn.responses)),
+        logits=scorer.training_logits(corpus.pairs(drawn.index, drawn.responses)),
         labels=labels,
         groups=torch.zeros(len(labels), dtype=torch.long),
         count=1,
@@ -201,13 +201,13 @@ def test_dropout_does_not_depend_on_padding_or_on_how_a_pass_is_cut(bert: Load, 
         encoded = scorer.encoder.encode([PAIRS[0], ("cat dog " * 15, "red"), *PAIRS[4:6]])
         scorer.model.train()
         torch.manual_seed(3)
-        result.append(scorer.logits(encoded).detach().numpy())
+        result.append(scorer.training_logits(encoded).detach().numpy())
     np.testing.assert_allclose(result[0], result[1], atol=1e-4)
     # Alone, the first pair is padded to its own length and not to the longest's.
     torch.manual_seed(3)
-    assert scorer.logits(encoded[:1]).detach().numpy()[0] == pytest.approx(result[1][0], abs=1e-4)
+    assert scorer.training_logits(encoded[:1]).detach().numpy()[0] == pytest.approx(result[1][0], abs=1e-4)
     scorer.model.eval()
-    assert np.abs(result[1] - scorer.logits(encoded).numpy()).min() > 1e-4, "or there was no dropout"
+    assert np.abs(result[1] - scorer.training_logits(encoded).numpy()).min() > 1e-4, "or there was no dropout"
 
 
 def test_the_padding_tokens_vectors_are_not_trained(bert: Load, plan: Plan, tmp_path: Path) -> None:

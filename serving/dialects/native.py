@@ -1,4 +1,4 @@
-"""Our own dialect: POST /score scores pairs, POST /select selects the best of several responses."""
+"""The native dialect: POST /score scores pairs, POST /select selects the best of several responses."""
 
 from collections.abc import Mapping
 from typing import Annotated

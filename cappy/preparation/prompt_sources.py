@@ -163,13 +163,17 @@ def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *
     template.
     """
     required_fields = [find_fields(template) for template in templates]
-    share = cap_rows(num_rows, len(templates)) if num_rows else 0
+    rows_per_template = cap_rows(num_rows, len(templates)) if num_rows else 0
 
     def select_templates(row_index: int) -> list[int]:
+        num_templates = len(templates)
+        if not num_rows:
+            return list(range(num_templates))
+        offsets = [index * num_rows // (rows_per_template * num_templates) for index in range(num_templates)]
         return [
             index
-            for index in range(len(templates))
-            if not num_rows or _is_sampled(row_index + index * num_rows // (share * len(templates)), num_rows, share)
+            for index, offset in enumerate(offsets)
+            if _is_sampled(row_index + offset, num_rows, rows_per_template)
         ]
 
     def render(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[PromptRow]]]:
@@ -178,7 +182,7 @@ def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *
         def make_jobs() -> Iterator[tuple[Values, list[Template]]]:
             for row in rows:
                 row_index, _, values = row
-                names = {name.replace("-", "_") for name in values} if tally.missing == "fail" else None
+                names = {name.replace("-", "_") for name in values} if tally.on_missing_field == "fail" else None
                 indexes = select_templates(row_index)
                 pending.append((row, indexes))
                 yield values, [templates[i] for i in indexes if names is None or required_fields[i] <= names]
@@ -195,9 +199,9 @@ def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *
     return render
 
 
-def _is_sampled(index: int, num_rows: int, share: int) -> bool:
-    """Whether a row is among `share` evenly spaced rows of `num_rows`."""
-    return index * share // num_rows != (index - 1) * share // num_rows
+def _is_sampled(index: int, num_rows: int, rows_per_template: int) -> bool:
+    """Whether a row is among `rows_per_template` evenly spaced rows of `num_rows`."""
+    return index * rows_per_template // num_rows != (index - 1) * rows_per_template // num_rows
 
 
 def _make_prompt(
@@ -211,11 +215,11 @@ def _make_prompt(
     tally.attempts[name] += 1
     _, where, values = row
     missing = _describe_missing_fields(template, required_fields, values)
-    rendered = RecordError(missing) if missing and tally.missing == "fail" else next(results)
+    rendered = RecordError(missing) if missing and tally.on_missing_field == "fail" else next(results)
     if isinstance(rendered, RenderedRow):
         rendered = _check_text(f"{template.dataset}: template {quote(template.name)}", rendered) or rendered
     if isinstance(rendered, RecordError):
-        tally.fail(name, f"{where}: {rendered}", limited=isinstance(rendered, LimitError))
+        tally.fail(name, f"{where}: {rendered}", exceeded_limit=isinstance(rendered, LimitError))
         return None
     tally.succeed(name)
     if missing:
