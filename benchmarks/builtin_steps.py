@@ -113,5 +113,5 @@ def builtin_volumes(per_family: int, throughput: Throughput) -> Volumes:
         pair=pair,
         evaluated_pairs=round((choices + samples) * VALIDATION),
         evaluated_pair=pair,
-        known=1.0,
+        measured_share=1.0,
     )

@@ -152,7 +152,7 @@ def simulate_evaluation(groups: int, trials: int) -> dict[str, Any]:
     promoted = 0
     for _ in range(trials):
         instances = [instance(rng, index) for index in range(groups)]
-        report = evaluate(instances, score=random_scorer(rng), champion=random_scorer(rng), probe=False)
+        report = evaluate(instances, score=random_scorer(rng), champion=random_scorer(rng), with_probes=False)
         promoted += decide(report.to_dict(), has_champion=True).decision == "promote"
     return {"groups": groups, "trials": trials, "promoted": promoted / trials}
 

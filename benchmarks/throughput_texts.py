@@ -188,10 +188,10 @@ def measure_lengths(
     The pairs of an open-ended prompt are its sampled responses, truncated to the maximum of a generator, and two full
     ones: the reference and a mismatch.
     """
-    prompts = [len(ids) for ids in encoder.tokens([prompt for prompt, _ in texts_of_prompts])]
+    prompts = [len(ids) for ids in encoder.tokenize([prompt for prompt, _ in texts_of_prompts])]
     responses, pairs = [], []
     for prompt, (_, texts) in zip(prompts, texts_of_prompts, strict=True):
-        full_lengths = [len(ids) for ids in encoder.tokens(list(texts))]
+        full_lengths = [len(ids) for ids in encoder.tokenize(list(texts))]
         cut_lengths = [min(length, MAX_NEW_TOKENS) for length in full_lengths]
         responses.append(fmean(cut_lengths))
         for short, long in zip(cut_lengths, full_lengths, strict=True):

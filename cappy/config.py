@@ -136,8 +136,8 @@ def to_values(config: Any) -> dict[str, Any]:
     return values
 
 
-def identity(config: Any) -> dict[str, Any]:
-    """The settings that change what is computed: `to_values` without locations."""
+def result_settings(config: Any) -> dict[str, Any]:
+    """The settings that determine the result: `to_values` without those that are marked as `LOCATION`."""
     hints = get_type_hints(type(config), include_extras=True)
     location_names = {name for name, hint in hints.items() if LOCATION in getattr(hint, "__metadata__", ())}
     return {name: value for name, value in to_values(config).items() if name not in location_names}

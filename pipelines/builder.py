@@ -22,9 +22,8 @@ from pipelines.customize import TaskCustomizer, customizer_for
 from pipelines.definitions import PIPELINES, TRACKING_TASK, Artifacts, Definition, shards_of
 from pipelines.recipe import Platform, Recipe
 
-RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-JOB_ID = "{{$.pipeline_job_uuid}}"
-"""The placeholder that `compile_pipeline` replaces for Vertex AI."""
+RUN_ID_PLACEHOLDER = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+"""kfp's placeholder for the id of the run; for Vertex AI, `compile_pipeline` puts that for the job's name instead."""
 _MAX_CHARACTERS = 2**23
 _OLD_IMPORT = "from cappy.steps import launch"
 """This line is in every component that was compiled before `launch` moved to `cappy.worker`."""
@@ -61,7 +60,10 @@ def build_pipeline(definition: Definition, shards: Sequence[str], customize: Tas
     def pipeline(*values: object) -> None:
         arguments = dict(zip(signature.parameters, values, strict=True))
         exit_task = _add_task(
-            TRACKING_TASK, fingerprints=arguments["fingerprints"], settings=arguments["tracking_settings"], run=RUN_ID
+            TRACKING_TASK,
+            fingerprints=arguments["fingerprints"],
+            settings=arguments["tracking_settings"],
+            run=RUN_ID_PLACEHOLDER,
         )
         exit_task.set_caching_options(False)
         customize(TRACKING_TASK, exit_task)
@@ -85,7 +87,7 @@ def compile_pipeline(recipe: Recipe, platform: Platform = "local") -> str:
         text = path.read_text(encoding="utf-8")
     if platform == "vertex":
         # The submitter chooses the job's name, which names the MLflow run; only a task knows the job's id.
-        text = text.replace(dsl.PIPELINE_JOB_ID_PLACEHOLDER, dsl.PIPELINE_JOB_NAME_PLACEHOLDER)
+        text = text.replace(RUN_ID_PLACEHOLDER, dsl.PIPELINE_JOB_NAME_PLACEHOLDER)
     return text
 
 
@@ -110,7 +112,7 @@ class _TaskGraph:
             **(self._shard_argument if spec.sharded else {}),
             settings=self._arguments[f"{step}_settings"],
             fingerprint=self._arguments[f"{step}_fingerprint"],
-            run=RUN_ID,
+            run=RUN_ID_PLACEHOLDER,
         )
         if not spec.cached:
             task.set_caching_options(False)
@@ -181,7 +183,7 @@ def load_package(recipe: Recipe, platform: Platform, arguments: Mapping[str, obj
     if "sdkVersion" not in spec or not isinstance(pipeline_info, dict) or not isinstance(root, dict):
         raise ConfigError(f"{path}: is not a compiled pipeline; write one with cappy pipeline compile --on {platform}")
     _refuse_newer_sdk(path, str(spec["sdkVersion"]))
-    if len(documents) != (2 if platform == "kubeflow" else 1) or (platform == "vertex" and JOB_ID in text):
+    if len(documents) != (2 if platform == "kubeflow" else 1) or (platform == "vertex" and RUN_ID_PLACEHOLDER in text):
         raise ConfigError(f"{path}: was compiled for another platform; compile it with --on {platform}")
     expected = PIPELINES[recipe.pipeline].kfp_name
     if (name := pipeline_info.get("name")) != expected:

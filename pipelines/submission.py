@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cappy.config import build, encode, fingerprint, identity
+from cappy.config import build, encode, fingerprint, result_settings
 from cappy.errors import ConfigError, quote
 from cappy.keys import work_key
 from cappy.records.folder import MANIFEST, describe_files, sha256_of, verify
@@ -162,7 +162,7 @@ def fingerprints(
         image = (images or {}).get(step, "")
         # A fresh run has its own records, so that a cache entry of another run does not match.
         fresh = [config.fresh] if config.fresh else []
-        upstream = digests[step] = work_key(step, identity(config), [image, external, upstream, *fresh]).digest
+        upstream = digests[step] = work_key(step, result_settings(config), [image, external, upstream, *fresh]).digest
     return digests
 
 

@@ -32,7 +32,10 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-"""Defaults, for responses that do not set these headers; the page sets its own content policy."""
+"""Defaults, for responses that do not set these headers.
+
+The HTML page (`serving.page`) sets its own Content-Security-Policy.
+"""
 COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 """Address of the collector; OpenTelemetry's library reads the other variables of its specification."""
 SHUTDOWN_SECONDS = 3.0
@@ -210,7 +213,10 @@ def start_tracing(variables: Mapping[str, str] = os.environ) -> Tracing | None:
 
 
 def _make_clean_exporter(exporter: "SpanExporter") -> "SpanExporter":
-    """Wraps an exporter to export only spans with our attributes, without events or attributes of clients' texts."""
+    """Wraps an exporter so that it exports only spans that have our attributes.
+
+    The wrapper drops their events, and any attribute that may contain text from clients.
+    """
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
     from opentelemetry.trace import Status

@@ -21,7 +21,7 @@ from pydantic_core import from_json
 from cappy.errors import ConfigError
 from cappy.specs import parse_spec
 from serving.bodies import Bounds, Refusal, receive_body
-from serving.dialects.native import Problem, refuse
+from serving.dialects.native import NativeErrorResponse, refuse
 from serving.engine import Model, Models
 from serving.following import Follower
 from serving.guards import MIN_SECRET_CHARACTERS, Keys, unknown_key_refusal
@@ -34,7 +34,7 @@ ALIAS_ENTITY = "model_version_alias"
 MAX_DELIVERY_AGE_SECONDS = 300
 """Maximum difference between a delivery's timestamp and our clock; protects against replays."""
 MAX_WEBHOOK_BYTES = 65_536
-_UNAUTHORIZED: dict[int | str, dict[str, object]] = {401: {"model": Problem}}
+_UNAUTHORIZED: dict[int | str, dict[str, object]] = {401: {"model": NativeErrorResponse}}
 
 
 class LoadedModel(BaseModel):
@@ -96,7 +96,7 @@ def _add_model_changes(app: FastAPI, models: Models, follower: Follower, keys: K
     @app.post(
         "/admin/rollback",
         tags=["model"],
-        responses={**_UNAUTHORIZED, 409: {"model": Problem}},
+        responses={**_UNAUTHORIZED, 409: {"model": NativeErrorResponse}},
         response_model=ModelState,
     )
     async def rollback(request: Request) -> Response | ModelState:
@@ -136,7 +136,7 @@ def _state(models: Models, follower: Follower | None) -> ModelState:
         current=_describe(models.current),
         former=_describe(models.former) if models.former else None,
         follows=follower.alias if follower else "",
-        trouble=follower.trouble if follower else "",
+        trouble=follower.alias_error if follower else "",
         refused=dict(models.refused),
     )
 

@@ -203,7 +203,7 @@ def _add_route(app: FastAPI, service: Service, path: str, dialects: Sequence[Dia
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)}", path)
     ]
-    problems = {"model": _union([dialect.problem for dialect in dialects])}
+    error_response = {"model": _union([dialect.error_response for dialect in dialects])}
     app.add_api_route(
         path,
         answer,
@@ -211,7 +211,7 @@ def _add_route(app: FastAPI, service: Service, path: str, dialects: Sequence[Dia
         response_model=None,
         responses={
             200: {"model": _union([dialect.response for dialect in dialects])},
-            **dict.fromkeys((*ERROR_STATUSES, *(dialect.invalid_status for dialect in dialects)), problems),
+            **dict.fromkeys((*ERROR_STATUSES, *(dialect.invalid_status for dialect in dialects)), error_response),
         },
         openapi_extra={"requestBody": body, "parameters": parameters},
         operation_id="_".join([*(dialect.name for dialect in dialects), *re.findall(r"\w+", path)]),
@@ -236,7 +236,7 @@ def _find_dialect(name: str) -> Dialect:
 async def _follow_after_probe(first_probe: Awaitable[None], models: Models, follower: Follower | None) -> None:
     """Runs the follower once the first model has passed its probe."""
     await first_probe
-    if follower is not None and not models.reason:
+    if follower is not None and not models.not_loaded_reason:
         await follower.run()
 
 
@@ -249,9 +249,9 @@ async def _probe(models: Models, batcher: Batcher, options: Options, on_failure:
         await batcher.run_between_batches(lambda: probe(models.current, models.current.probes or options.probes))
         # Reference cycles left by loading would keep the first model in memory after a swap.
         await batcher.run_between_batches(_collect_garbage)
-        models.reason = ""
+        models.not_loaded_reason = ""
     except CappyError as error:
-        models.reason = str(error)
+        models.not_loaded_reason = str(error)
         LOGGER.error("not ready: %s", error)
         on_failure(error)
 
@@ -287,7 +287,9 @@ class _Metrics:
         Gauge("cappy_queue_tokens", "Tokens that are queued or being computed", registry=registry).set_function(
             lambda: batcher.queued_tokens
         )
-        Gauge("cappy_ready", "Whether the service is ready", registry=registry).set_function(lambda: not models.unready)
+        Gauge("cappy_ready", "Whether the service is ready", registry=registry).set_function(
+            lambda: not models.unready_reason
+        )
 
     def count_batch(self, tokens: int, pairs: int, seconds: float, num_truncated: int = 0) -> None:
         """Counts a batch, its pairs and those that were truncated."""
@@ -341,8 +343,8 @@ def _add_probes(app: FastAPI, models: Models, metrics: _Metrics, ready_path: str
 
     async def ready(response: Response) -> Readiness:
         """Readiness: false until the scorer has passed its probe, and after SIGTERM."""
-        response.status_code = 503 if models.unready else 200
-        return Readiness(ready=not models.unready, version=models.current.version, reason=models.unready)
+        response.status_code = 503 if models.unready_reason else 200
+        return Readiness(ready=not models.unready_reason, version=models.current.version, reason=models.unready_reason)
 
     for path in {"/ready", "/startup", ready_path} - {"", "/health"}:
         app.get(path, responses={503: {"model": Readiness}}, tags=["probes"], name=path.strip("/"))(ready)

@@ -106,7 +106,10 @@ class BodyLimits:
 
     @property
     def max_text_bytes(self) -> int:
-        """Maximum size of all texts of a request in UTF-8; equal texts count once, as they are tokenized."""
+        """Maximum size of all texts of a request in UTF-8.
+
+        Each distinct text counts once, because it is tokenized once.
+        """
         return round(self.max_text_mb * 1e6)
 
 
@@ -153,7 +156,8 @@ class ServedScorer:
         ADVANCED,
         Field(
             ge=0,
-            description="Tokens in a batch: fewer lower latency, more raise throughput; 0: chosen for the device",
+            description="Tokens in a batch; smaller batches reduce latency, larger ones increase throughput; "
+            "0: chosen for the device",
         ),
     ] = 0
     max_queued_tokens: Annotated[

@@ -73,14 +73,14 @@ class Model:
     calibration: Calibration | None = None
     """Maps scores to expected labels; None if the scorer has no calibration."""
     probes: ProbePairs = ()
-    """Pairs with their scores at evaluation, if they are stored with the scorer."""
+    """Verification pairs with their scores at evaluation, if they are stored with the scorer."""
     registered: "Version | None" = None
     """The version in the registry, if an alias is followed."""
 
     @property
-    def content(self) -> str:
-        """The id of the version's content in the registry; empty if no alias is followed."""
-        return self.registered.content if self.registered else ""
+    def content_hash(self) -> str:
+        """The content hash of the version in the registry; empty if no alias is followed."""
+        return self.registered.content_hash if self.registered else ""
 
     def headers(self) -> Mapping[str, str]:
         """Headers of every response."""
@@ -163,7 +163,7 @@ class Models:
 
     current: Model
     former: Model | None = None
-    reason: str = "the probe is running; try again"
+    not_loaded_reason: str = "the probe is running; try again"
     """Why requests cannot be scored; empty once the first model has passed its probe."""
     shutting_down: bool = False
     """Whether the service is shutting down."""
@@ -171,12 +171,12 @@ class Models:
     """Version in the registry -> why it was refused."""
 
     @property
-    def unready(self) -> str:
+    def unready_reason(self) -> str:
         """Why the service is not ready; empty if it is.
 
-        Unlike `reason` it includes shutting down, during which requests are still answered.
+        Unlike `not_loaded_reason` it includes shutting down, during which requests are still answered.
         """
-        return self.reason or (SHUTTING_DOWN if self.shutting_down else "")
+        return self.not_loaded_reason or (SHUTTING_DOWN if self.shutting_down else "")
 
     def find(self, *names: str | None) -> Model | None:
         """The current or the former model, if all non-empty `names` are its name, version or spec; None otherwise."""

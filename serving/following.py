@@ -33,7 +33,7 @@ class Follower:
     """Keeps `models` at the version that an alias names.
 
     `on_change` is called after each swap and each refusal. While the registry cannot be read, the current model keeps
-    serving, and `trouble` holds the error.
+    serving, and `alias_error` holds the error.
     """
 
     models: Models
@@ -42,11 +42,14 @@ class Follower:
     load: Callable[[Version], Model]
     seconds: float = FOLLOW_SECONDS
     on_change: Callable[[Change], None] = lambda change: None
-    trouble: str = ""
-    _rolled_back_content: str = ""
-    """Content that a manual rollback replaced; it is not served again until the alias has named another version."""
-    _refused_content: dict[str, str] = field(default_factory=dict)
-    """Refused version -> its content at that time."""
+    alias_error: str = ""
+    _rolled_back_hash: str = ""
+    """Content hash of the version that a manual rollback replaced.
+
+    It is not served again until the alias has named another version.
+    """
+    _refused_hashes: dict[str, str] = field(default_factory=dict)
+    """Refused version -> its content hash at that time."""
     _num_attempts: dict[str, int] = field(default_factory=dict)
     _check_requested: asyncio.Event = field(default_factory=asyncio.Event)
     _worker_done: "asyncio.Future[None] | None" = None
@@ -63,12 +66,12 @@ class Follower:
             except Exception as error:
                 # A bug: the current model keeps serving, and GET /model shows the error until a check succeeds.
                 LOGGER.exception("following %s failed", self.alias)
-                self.trouble = format_error(error)
+                self.alias_error = format_error(error)
 
     def request_check(self, *, retry_refused: bool = False) -> None:
         """Makes `run` check the alias now; with `retry_refused` it tries refused versions again."""
         if retry_refused:
-            for records in (self._refused_content, self._num_attempts, self.models.refused):
+            for records in (self._refused_hashes, self._num_attempts, self.models.refused):
                 records.clear()
         self._check_requested.set()
 
@@ -76,20 +79,23 @@ class Follower:
         """Returns to the former model until the alias moves; None if there is no former model."""
         model = self.models.roll_back()
         if model is not None and self.models.former is not None:
-            self._rolled_back_content = self.models.former.content
+            self._rolled_back_hash = self.models.former.content_hash
             self._report_swap("manual rollback")
         return model
 
     async def check(self) -> None:
         """Reads the alias once and serves its version if it is new."""
         version = await self._resolve_alias()
-        if version is None or version.content == self._rolled_back_content:
+        if version is None or version.content_hash == self._rolled_back_hash:
             return
-        self._rolled_back_content = ""
+        self._rolled_back_hash = ""
         current, former = self.models.current, self.models.former
-        if version.content == current.content or self._refused_content.get(version.uri) == version.content:
+        if (
+            version.content_hash == current.content_hash
+            or self._refused_hashes.get(version.uri) == version.content_hash
+        ):
             return
-        if former is not None and version.content == former.content:
+        if former is not None and version.content_hash == former.content_hash:
             self.models.roll_back()
             self._report_swap(f"{self.alias} points to it again")
             return
@@ -107,14 +113,14 @@ class Follower:
         try:
             version = await self._run_in_thread(self.read_alias)
         except Exception as error:  # noqa: BLE001 (the current model keeps serving on any error)
-            if not self.trouble:
+            if not self.alias_error:
                 text = "%s cannot be read, version %s keeps serving: %s"
                 LOGGER.warning(text, self.alias, self._version, format_error(error))
-            self.trouble = format_error(error)
+            self.alias_error = format_error(error)
             return None
-        if self.trouble:
+        if self.alias_error:
             LOGGER.info("%s can be read again", self.alias)
-        self.trouble = ""
+        self.alias_error = ""
         return version
 
     async def _prepare(self, version: Version) -> Model | None:
@@ -136,11 +142,11 @@ class Follower:
     async def _activate(self, version: Version, model: Model) -> None:
         """Makes the model the current one, unless the alias has moved while it was loaded."""
         now = await self._resolve_alias()
-        if now is not None and now.content != version.content:
+        if now is not None and now.content_hash != version.content_hash:
             self._check_requested.set()
             return
         self.models.swap(model)
-        for records in (self._refused_content, self._num_attempts, self.models.refused):
+        for records in (self._refused_hashes, self._num_attempts, self.models.refused):
             records.pop(version.uri, None)
         self._report_swap(f"{self.alias} points to it")
 
@@ -151,7 +157,7 @@ class Follower:
 
     def _refuse(self, version: Version, reason: str) -> None:
         self._num_attempts.pop(version.uri, None)
-        self._refused_content[version.uri] = version.content
+        self._refused_hashes[version.uri] = version.content_hash
         self.models.refused[version.uri] = reason
         LOGGER.error("%s is refused, version %s keeps serving: %s", version.uri, self._version, reason)
         self.on_change("refusal")
@@ -198,7 +204,7 @@ def _run_and_deliver(
 
 
 def prepare_model(version: Version, load: Callable[[Version], Model]) -> Model:
-    """Loads a version and probes it with the pairs that its evaluation stored."""
+    """Loads a version and probes it with the verification pairs of its evaluation."""
     model = load(version)
     probe(model, model.probes or PROBES)
     return model

@@ -154,8 +154,8 @@ class Service:
         text = request.headers.get(TIMEOUT_HEADER)
         if text is not None and not _is_positive(text):
             raise Refusal(400, "X-Timeout-Seconds: must be a number of seconds above 0")
-        if self.models.reason:
-            raise Refusal(503, f"not ready: {self.models.reason}", retry_after=1)
+        if self.models.not_loaded_reason:
+            raise Refusal(503, f"not ready: {self.models.not_loaded_reason}", retry_after=1)
         self.batcher.admit(1)
 
     async def _receive(self, request: Request, dialect: Dialect, reservation: Reservation) -> bytes:

@@ -19,7 +19,7 @@ from cappy.config import (
     decode,
     encode,
     fingerprint,
-    identity,
+    result_settings,
     settings,
     to_values,
 )
@@ -85,7 +85,7 @@ def test_settings_are_frozen_and_by_name_only() -> None:
 def test_identity_is_what_is_computed_and_not_where() -> None:
     here = build(TrialConfig, {**PLACES, "rate": 0.25})
     there = build(TrialConfig, {"source": "x", "target": "y", "work": "z", "rate": 0.25})
-    assert identity(here) == identity(there) == {"rate": 0.25, "kind": "bce", "names": []}
+    assert result_settings(here) == result_settings(there) == {"rate": 0.25, "kind": "bce", "names": []}
     assert set(to_values(here)) == {"source", "target", "rate", "kind", "names", "work"}
 
 

@@ -111,7 +111,10 @@ def last_number(text: str) -> Number | None:
 
 
 def read_numbers(text: str) -> tuple[Number | None, ...]:
-    """The possible readings of the last number, `last_number` first: 1,2 is 1.2, or a list of 1 and 2."""
+    """The possible values of the last number, the one that `last_number` returns first.
+
+    For example, 1,2 may be 1.2, or a list whose last number is 2.
+    """
     return _cached_numbers(text) if len(text) <= _MAX_CACHED_CHARACTERS else _read_numbers(text)
 
 
@@ -130,7 +133,8 @@ _cached_numbers = lru_cache(maxsize=8_192)(_read_numbers)
 
 def _read_line(line: str) -> tuple[Number | None, ...]:
     if len(line) > 2 * _TAIL and (gap := _BETWEEN_WORDS.search(line, len(line) - _TAIL)):
-        # No number spans the gap between two words, and most lines have one near their end.
+        # A number does not span two words, and most lines have two adjacent words near their end, so the text after
+        # them is parsed first, and the whole line only if no number is in that text.
         return _read_last(line[gap.end() - 1 :]) or _read_last(line)
     return _read_last(line)
 
@@ -154,14 +158,17 @@ def _interpret_match(match: re.Match[str]) -> Iterator[Number | None]:
         return
     start, end = match.span("digits")
     pair = match.string[start - 1 : start] in ("(", "[") and match.string[end : end + 1] in (")", "]")
-    plain, rest = _parse_decimal(match["digits"], pair=pair)
+    plain, last_item = _parse_decimal(match["digits"], pair=pair)
     yield _evaluate(plain, match)
-    if rest is not None:
-        yield rest
+    if last_item is not None:
+        yield last_item
 
 
 def _parse_decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
-    """The digits with a decimal point as the only separator, and the last item if they may be a list, else None."""
+    """Returns the digits with a decimal point as the only separator.
+
+    The second value is the last number if the commas may also separate a list (1,2), otherwise None.
+    """
     if _PLAIN.fullmatch(digits):
         return digits, None
     if _GROUPED.fullmatch(digits):
@@ -178,21 +185,21 @@ def _evaluate_root(match: re.Match[str]) -> Number | None:
     """The value of a root with its factors: exact if it is a fraction, else rounded (equal roots to equal values)."""
     if not match["radicand"] or len(match[0]) > MAX_DIGITS:
         return None
-    radicand, _, denominator = match["radicand"].strip("()").partition("/")
+    digits, _, denominator = match["radicand"].strip("()").partition("/")
     if denominator and not int(denominator):
         return None
-    square = Fraction(_parse_decimal(radicand)[0]) / int(denominator or 1)
+    radicand = Fraction(_parse_decimal(digits)[0]) / int(denominator or 1)
     multiplier = Fraction(_parse_decimal(match["multiplier"])[0]) if match["multiplier"] else Fraction(1)
     divisor = int(match["divisor"] or 1)
-    if not divisor or (match["operator"] == "/" and not square):
+    if not divisor or (match["operator"] == "/" and not radicand):
         return None
-    square = (multiplier / divisor) ** 2 * (1 / square if match["operator"] == "/" else square)
-    product = square.numerator * square.denominator
+    value_squared = (multiplier / divisor) ** 2 * (1 / radicand if match["operator"] == "/" else radicand)
+    product = value_squared.numerator * value_squared.denominator
     root = isqrt(product)
     if root * root == product:
-        value: Number = Fraction(root, square.denominator)
+        value: Number = Fraction(root, value_squared.denominator)
     else:
-        value = (Decimal(square.numerator) / Decimal(square.denominator)).sqrt()
+        value = (Decimal(value_squared.numerator) / Decimal(value_squared.denominator)).sqrt()
     return -value if match["rootsign"] == "-" else value
 
 

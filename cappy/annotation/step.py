@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cappy.annotation.metrics import METRICS, library_versions, load_metric, parse_metric
-from cappy.config import ADVANCED, DEFAULT_WORK, Fresh, Location, Renames, Work, Workers, identity, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, Fresh, Location, Renames, Work, Workers, result_settings, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
-from cappy.records.work import ShardOf, parse_shard, refuse_same_folder
+from cappy.records.work import ShardSetting, parse_shard, refuse_same_folder
 from cappy.steps import step_version
 
 
@@ -43,7 +43,7 @@ class AnnotationConfig:
         ADVANCED,
         Field(ge=1, description="Instances per part: runs resume at a part, mismatches are drawn within a part"),
     ] = 512
-    shard: ShardOf = ""
+    shard: ShardSetting = ""
     workers: Workers = 1
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
@@ -65,7 +65,7 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
     refuse_same_folder(config.source, config.target)
     parent = read_manifest(config.source)
     mismatches = config.mismatches if config.preset == "default" else 0
-    with claim(config.work, "annotation", identity(config), [parent.hash], fresh=config.fresh) as folder:
+    with claim(config.work, "annotation", result_settings(config), [parent.hash], fresh=config.fresh) as folder:
         parts = process_folder(
             config.source,
             folder,
@@ -81,7 +81,7 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
         manifest = Manifest(
             step="annotation",
             files=parts.files,
-            config=identity(config),
+            config=result_settings(config),
             step_version=step_version("annotation"),
             seed=config.seed,
             generators=parent.generators,

@@ -15,7 +15,7 @@ from cappy.errors import ConfigError, FolderError, suggest
 from cappy.steps import STEP_SPECS
 
 if TYPE_CHECKING:
-    from cappy.records.work import Piece
+    from cappy.records.work import WorkFolder
     from cappy.sampling.store import StoreEntry
 
 DAY_SECONDS = 86_400.0
@@ -43,21 +43,21 @@ def explain(
     work: WorkFlag = DEFAULT_WORK,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the work of a step, newest first, and how each piece differs from the previous one.
+    """List the work of a step, newest first, and how each differs from the previous one.
 
     A run continues or reuses work with the same version, settings and inputs; anything else is new work.
     """
-    from cappy.records.work import list_pieces
+    from cappy.records.work import list_work_folders
 
     if step not in STEP_SPECS:
         raise ConfigError(f"{step}: no such step{suggest(step, STEP_SPECS)}")
-    with_keys = [piece for piece in list_pieces(work, step) if piece.key is not None]
+    with_keys = [work_folder for work_folder in list_work_folders(work, step) if work_folder.key is not None]
     rows: list[WorkRow] = []
-    for index, piece in enumerate(with_keys):
+    for index, work_folder in enumerate(with_keys):
         previous = with_keys[index + 1].key if index + 1 < len(with_keys) else None
-        differs = piece.key.differences(previous) if piece.key and previous else []
-        settings = dict(piece.key.settings) if piece.key else {}
-        rows.append({**_row(piece, step), "settings": settings, "differs": differs})
+        differs = work_folder.key.differences(previous) if work_folder.key and previous else []
+        settings = dict(work_folder.key.settings) if work_folder.key else {}
+        rows.append({**_row(work_folder, step), "settings": settings, "differs": differs})
     if as_json:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
     elif not rows:
@@ -85,21 +85,21 @@ def clean(
 
     Published outputs, registered versions and the spending record are not touched.
     """
-    from cappy.records.work import list_pieces, remove_piece
+    from cappy.records.work import list_work_folders, remove_work_folder
     from cappy.sampling import store
 
     limit = None if older_than is None else time.time() - older_than * DAY_SECONDS
     rows: list[WorkRow] = []
     removals: list[Callable[[], None]] = []
     fresh_names: set[str] = set()
-    for piece in list_pieces(work):
-        if piece.key is not None:
-            fresh_names.add(piece.key.fresh)
-        if reason := piece.unreachable_reason or _idle_reason(piece.last_used, limit):
-            rows.append({**_row(piece, piece.step), "reason": reason, "removed": False})
-            removals.append(partial(remove_piece, piece))
+    for work_folder in list_work_folders(work):
+        if work_folder.key is not None:
+            fresh_names.add(work_folder.key.fresh)
+        if reason := work_folder.not_reusable_reason or _idle_reason(work_folder.last_used, limit):
+            rows.append({**_row(work_folder, work_folder.step), "reason": reason, "removed": False})
+            removals.append(partial(remove_work_folder, work_folder))
     for entry in store.list_entries(work):
-        if reason := store.unreachable_reason(entry, fresh_names) or _idle_reason(entry.last_used, limit):
+        if reason := store.not_reusable_reason(entry, fresh_names) or _idle_reason(entry.last_used, limit):
             rows.append({**_row(entry, entry.kind), "reason": reason, "removed": False})
             removals.append(partial(store.remove_entry, entry))
     errors = _remove(rows, removals) if remove else []
@@ -126,8 +126,8 @@ def _idle_reason(last_used: float, limit: float | None) -> str:
     return f"last used {_format_age(last_used)}" if limit is not None and last_used <= limit else ""
 
 
-def _row(piece: "Piece | StoreEntry", step: str) -> WorkRow:
-    return {"path": str(piece.path), "step": step, "size_bytes": piece.size_bytes, "last_used": piece.last_used}
+def _row(entry: "WorkFolder | StoreEntry", step: str) -> WorkRow:
+    return {"path": str(entry.path), "step": step, "size_bytes": entry.size_bytes, "last_used": entry.last_used}
 
 
 def _format_rows(work: Path, rows: Sequence[WorkRow], *, removed: bool) -> str:

@@ -15,7 +15,7 @@ from cappy.untrusted import JSON
 WIDTH = 110
 """Line width of the assumptions in characters."""
 
-_TERMS = ("scorer", "epochs", "validation", "workers", "mfu", "sampling_mfu", "scaling")
+_REPORTED_SETTINGS = ("scorer", "epochs", "validation", "workers", "mfu", "sampling_mfu", "scaling")
 """The settings in the object `terms` of the JSON values."""
 _PUBLISHED_SAMPLES = 5
 """Responses per generator and open-ended prompt in the paper (as described, not from published code)."""
@@ -79,11 +79,12 @@ def text(plan: PretrainingPlan) -> str:
 
 def to_values(plan: PretrainingPlan) -> dict[str, JSON]:
     """The plan as JSON values, in seconds, hours and bytes; each step says whether its speed was measured."""
-    volumes = {**asdict(plan.volumes), "candidates": plan.volumes.candidates}
+    volumes = asdict(plan.volumes)
+    volumes |= {"known": volumes.pop("measured_share"), "candidates": plan.volumes.candidates}
     return {
         "mixture": plan.config.mixture,
         "hardware": plan.config.hardware,
-        "terms": {name: getattr(plan.config, name) for name in _TERMS},
+        "terms": {name: getattr(plan.config, name) for name in _REPORTED_SETTINGS},
         "volumes": volumes,
         "steps": [asdict(work) for work in plan.steps],
         "by_devices": {
@@ -119,9 +120,9 @@ def assumptions(plan: PretrainingPlan) -> Iterator[str]:
             "include devices that wait for tokenization, but not devices that a step does not use."
         )
     yield (
-        f"Lengths were measured on prompts of {volumes.known:.0%} of the mixture (the first 200 rows of each dataset), "
-        "in the scorer's tokens; the rest is assumed to have the same means. Candidates are assumed to be as long as "
-        "the references, and all different: training drops duplicates."
+        f"Lengths were measured on prompts of {volumes.measured_share:.0%} of the mixture (the first 200 rows of each "
+        "dataset), in the scorer's tokens; the rest is assumed to have the same means. Candidates are assumed to be as "
+        "long as the references, and all different: training drops duplicates."
     )
     yield (
         f"Pretraining: {config.epochs:g} {'pass' if config.epochs == 1 else 'passes'} over the rows, "

@@ -25,8 +25,9 @@ class Volumes:
     """The amount of work of pretraining on a mixture and evaluating the scorer.
 
     `pairs` is the number of rows of the regression set, `selectable` the number of those that a selector may pick
-    (neither references nor mismatches), `samples` the candidates per open-ended prompt by generator. `known` is the
-    share of prompts, 0 to 1, whose lengths were measured; the others are assumed to have the same means.
+    (neither references nor mismatches), `samples` the candidates per open-ended prompt by generator.
+    `measured_share` is the share of prompts, 0 to 1, whose lengths were measured; the others are assumed to have the
+    same means.
     """
 
     prompts: int
@@ -39,7 +40,7 @@ class Volumes:
     pair: Lengths
     evaluated_pairs: int
     evaluated_pair: Lengths
-    known: float
+    measured_share: float
 
     @property
     def candidates(self) -> int:
@@ -82,7 +83,7 @@ def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughpu
         pair=_pair_lengths(training_rows, lengths),
         evaluated_pairs=_sum(evaluation_rows, _num_pairs),
         evaluated_pair=_pair_lengths(evaluation_rows, evaluation_lengths),
-        known=_sum(measured, _num_examples) / prompts,
+        measured_share=_sum(measured, _num_examples) / prompts,
     )
 
 

@@ -21,7 +21,7 @@ from cappy.config import (
     Renames,
     Work,
     changed_settings,
-    identity,
+    result_settings,
     settings,
 )
 from cappy.deployment import kserve
@@ -32,9 +32,9 @@ from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_bytes
 from cappy.records.work import claim, finish
 from cappy.registry.models import Version
-from cappy.registry.promotion import read_version
+from cappy.registry.promotion import read_version_uri
 from cappy.registry.registration import TrackingUri
-from cappy.scoring.calibration import PROBE, Triple, read_probe
+from cappy.scoring.calibration import PROBE, ScoredPair, read_probe
 from cappy.steps import step_version
 
 __all__ = ["DeploymentConfig", "run"]
@@ -97,7 +97,7 @@ class DeploymentConfig:
     }
 
     version: Annotated[Location, Field(description="Folder of the registration")]
-    report: Annotated[Location, Field(description="Folder of the evaluation, for its probe.json")]
+    report: Annotated[Location, Field(description="Folder of the evaluation, for its verification pairs (probe.json)")]
     target: Annotated[Location, Field(description="Folder to write endpoint.json to")]
     platform: Annotated[Platform, Field(description="Platform to deploy to")] = "local"
     port: Annotated[int, Field(ge=1, le=65535, description="Port in the serving command (local)")] = 8080
@@ -137,36 +137,36 @@ class DeploymentConfig:
 
 
 def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
-    """Downloads the version, scores the pairs of its evaluation again, and deploys it.
+    """Downloads the version, scores the verification pairs of its evaluation again, and deploys it.
 
     Raises FolderError if the scores differ by more than `TOLERANCES`, or the report is of another scorer.
     """
-    uri = read_version(config.version)
-    probes = _read_probes(config.report)
+    uri = read_version_uri(config.version)
+    verification_pairs = _read_verification_pairs(config.report)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
-    with claim(config.work, "deployment", identity(config), parents, fresh=config.fresh) as folder:
+    with claim(config.work, "deployment", result_settings(config), parents, fresh=config.fresh) as folder:
         version = registry.resolve(uri, tracking_uri=config.tracking_uri)
         _check_report_version(config.report, version)
         local = registry.download(uri, tracking_uri=config.tracking_uri, cache=config.models)
-        difference = largest_difference(local, probes, uri)
-        progress(len(probes), len(probes), unit="pairs")
+        difference = largest_difference(local, verification_pairs, uri)
+        progress(len(verification_pairs), len(verification_pairs), unit="pairs")
         values = {
             "platform": config.platform,
             "version": version.number,
             "uri": version.uri,
             "manifest_hash": version.manifest_hash,
             **deploy(config, version, local, folder),
-            "verified_pairs": len(probes),
+            "verified_pairs": len(verification_pairs),
             "max_difference": difference,
         }
         write_bytes(folder / "endpoint.json", json.dumps(values, indent=1).encode())
         manifest = Manifest(
             step="deployment",
             files=describe_files(folder),
-            config=identity(config),
+            config=result_settings(config),
             step_version=step_version("deployment"),
             parents=parents,
-            metrics={"verified_pairs": float(len(probes)), "max_difference": difference},
+            metrics={"verified_pairs": float(len(verification_pairs)), "max_difference": difference},
             facts=values,
         )
         return finish(folder, config.target, manifest)
@@ -195,22 +195,22 @@ def deploy(config: DeploymentConfig, version: Version, scorer: Path, folder: Pat
     return {"command": f"cappy serve --scorer {version.serving_spec} --port {config.port}"}
 
 
-def _read_probes(report: Path) -> list[Triple]:
-    """The (instruction, response, score) triples of an evaluation; raises FolderError if there are none."""
+def _read_verification_pairs(report: Path) -> list[ScoredPair]:
+    """The verification pairs of an evaluation; raises FolderError if there are none."""
     read_manifest(report)
-    triples = read_probe(report)
-    if not triples:
+    verification_pairs = read_probe(report)
+    if not verification_pairs:
         raise FolderError(f"{report / PROBE}: has no scored pairs to check the version with; evaluate again")
-    return triples
+    return verification_pairs
 
 
-def largest_difference(folder: Path, probes: list[Triple], uri: str) -> float:
+def largest_difference(folder: Path, verification_pairs: list[ScoredPair], uri: str) -> float:
     """The largest absolute difference from the stored scores; raises FolderError if it exceeds the tolerance."""
     from cappy.scoring import Scorer
 
     scorer = Scorer.load(str(folder))
-    scores = scorer.score([(instruction, response) for instruction, response, _ in probes])
-    difference = max(abs(score - stored) for score, (_, _, stored) in zip(scores, probes, strict=True))
+    scores = scorer.score([(instruction, response) for instruction, response, _ in verification_pairs])
+    difference = max(abs(score - stored) for score, (_, _, stored) in zip(scores, verification_pairs, strict=True))
     if difference > TOLERANCES[scorer.precision]:
         remedy = "evaluate on the serving machine with the same package versions, then run again"
         raise FolderError(f"{uri}: scores differ from its evaluation by up to {difference:.2g}; {remedy}")

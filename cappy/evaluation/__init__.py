@@ -26,13 +26,13 @@ def evaluate(
     metric: str = "rougeL",
     split: Split = "test",
     seed: int = 0,
-    probe: bool = True,
+    with_probes: bool = True,
     progress: Progress = silent,
 ) -> Report:
     """Evaluates every selector on the instances of `split` and returns the report.
 
     `score` scores (instruction, response) pairs, such as `Scorer.score`; with None, only selectors that need no scorer
-    are evaluated. `champion` is the same function of the scorer to compare with. With `probe`, the report also has
+    are evaluated. `champion` is the same function of the scorer to compare with. If `with_probes`, the report also has
     measures of known weaknesses of the scorer, for which some pairs are scored again.
 
     The weights of hybrids and the best single system are chosen on the validation split. Instances of both splits are
@@ -43,7 +43,7 @@ def evaluate(
 
     pools, held_out, skipped = split_pools(instances, metric=metric, split=split)
     evaluated = evaluate_split(
-        pools, held_out, score, champion, metric=metric, seed=seed, probe=probe, progress=progress
+        pools, held_out, score, champion, metric=metric, seed=seed, with_probes=with_probes, progress=progress
     )
     return build_report([evaluated], metric=metric, split=split, seed=seed, skipped=skipped)
 

@@ -16,13 +16,13 @@ MIN_GROUPS = 20
 MIN_LEVEL_GROUPS = 10
 """Minimum number of groups per level of a map: with fewer, isotonic regression fits noise, above all at the ends."""
 MAX_LEVELS = 20
-SHARES = tuple(round(0.1 * step, 1) for step in range(1, 11))
-"""Shares of answered instances at which coverage is measured."""
+COVERAGES = tuple(round(0.1 * step, 1) for step in range(1, 11))
+"""Coverages (shares of instances that are answered) at which quality is measured."""
 
 
 @dataclass(frozen=True)
 class Picks:
-    """The scorer's pick of every pool: score, label, and number of distinct candidates (the n of its map).
+    """The scorer's pick of every pool: score, label, and number of distinct candidates (the n of its calibration).
 
     The label is the mean over the candidates with the highest score. `spreads` are the differences between the highest
     and the lowest score of each pool.
@@ -53,9 +53,9 @@ def fit(pools: Sequence[Pool], scores: Sequence[Vector], metric: str) -> Calibra
     """Fits the maps from the scores of held-out picks to their labels; None with fewer than `MIN_GROUPS` groups.
 
     For every n of a grid, the picks are those of all subsets of n candidates of each pool, weighted by their exact
-    probabilities (`best_probabilities`), so that each pool has weight 1. A text that was sampled twice counts twice, as
-    it does among n samples. Each n has its own isotonic map (Zadrozny and Elkan, 2002) over levels of about equal
-    weight.
+    probabilities (`best_probabilities`), so that each pool has weight 1. Here n counts a response that was sampled
+    twice as two candidates; when a calibration is applied, n is the number of distinct candidates. Each n has its own
+    isotonic map (Zadrozny and Elkan, 2002) over levels of about equal weight.
     """
     ranked = [_sort_candidates(pool_scores, pool.labels) for pool, pool_scores in zip(pools, scores, strict=True)]
     groups = np.array([pool.instance.group_id for pool in pools])
@@ -127,19 +127,19 @@ def measure_reliability(scores: Vector, labels: Vector) -> Reliability:
 
 
 def measure_calibration(splits: Sequence[tuple[Picks, Calibration | None]]) -> CalibrationResult:
-    """Reliability of the raw scores of picks and, if every split has a map, of their calibrated scores."""
+    """Reliability of the raw scores of picks and, if every split has a calibration, of their calibrated scores."""
     raw, labels = (np.concatenate([getattr(picks, name) for picks, _ in splits]) for name in ("scores", "labels"))
     # A pool with a single distinct candidate has no spread.
     spreads = np.concatenate([picks.spreads[np.array(picks.sizes) > 1] for picks, _ in splits])
     spread = float(np.median(spreads)) if len(spreads) else None
-    maps = [fitted for _, fitted in splits if fitted is not None]
-    if len(maps) < len(splits):
+    calibrations = [fitted for _, fitted in splits if fitted is not None]
+    if len(calibrations) < len(splits):
         return CalibrationResult(raw=measure_reliability(raw, labels), spread=spread)
-    mapped = np.concatenate([picks.expected_labels(fitted) for picks, fitted in splits if fitted is not None])
+    calibrated = np.concatenate([picks.expected_labels(fitted) for picks, fitted in splits if fitted is not None])
     return CalibrationResult(
         raw=measure_reliability(raw, labels),
-        calibrated=measure_reliability(mapped, labels),
-        fitted_on=sum(fitted.fitted_on for fitted in maps),
+        calibrated=measure_reliability(calibrated, labels),
+        fitted_on=sum(fitted.fitted_on for fitted in calibrations),
         spread=spread,
     )
 
@@ -150,6 +150,6 @@ def measure_coverage(confidences: Sequence[float], labels: Vector) -> Coverage:
     `confidences` and `labels` have shape (pools,).
     """
     order = np.argsort(-np.asarray(confidences), kind="stable")
-    sizes = [max(1, round(share * len(order))) for share in SHARES]
+    sizes = [max(1, round(coverage * len(order))) for coverage in COVERAGES]
     quality = tuple(float(labels[order[:size]].mean()) for size in sizes)
-    return Coverage(coverage=SHARES, quality=quality, random=float(labels.mean()))
+    return Coverage(coverage=COVERAGES, quality=quality, random=float(labels.mean()))

@@ -46,12 +46,15 @@ Train = Callable[[str, Mapping[str, object], Progress], None]
 
 @dataclass(frozen=True, kw_only=True)
 class CrossFitting:
-    """The settings of a cross-fitting: folds and their seed, metric and probes, and where the folds are trained."""
+    """The settings of a cross-fitting: folds and their seed, the metric, and where the folds are trained.
+
+    `with_probes` says whether to run the probes of the report.
+    """
 
     folds: int
     seed: int
     metric: str
-    probe: bool
+    with_probes: bool
     work: Path
     fresh: str = ""
 
@@ -91,22 +94,23 @@ class OutOfFoldScores:
 
 
 def split_folds(instances: Sequence[Instance], count: int, seed: int) -> Iterator[list[Instance]]:
-    """Yields the instances `count` times with different splits: every instance is tested once and held out once.
+    """Yields the instances `count` times, with different splits.
 
-    The validation instances of a fold are the test instances of the next one; the others are for training. Groups stay
-    together, and every task is spread over the folds as evenly as its groups allow. Training and validation instances
-    that the leak check would report as near-duplicates of the fold's held-out instances are dropped. Raises ConfigError
-    if there are fewer groups than folds.
+    Every instance is in test once and in validation once. The validation instances of a fold are the test instances of
+    the next one; the others are for training. Groups stay together, and every task is spread over the folds as evenly
+    as its groups allow. Training and validation instances that the leak check would report as near-duplicates of the
+    fold's held-out instances are dropped. Raises ConfigError if there are fewer groups than folds.
     """
     fold_of = _assign_folds(instances, count, seed)
     for number in range(count):
         splits: dict[int, Split] = {number: "test", (number + 1) % count: "validation"}
-        yield _drop_near_held_out(
+        yield _drop_near_duplicates(
             [replace(instance, split=splits.get(fold_of[instance.group_id], "train")) for instance in instances]
         )
 
 
-def _drop_near_held_out(instances: Sequence[Instance]) -> list[Instance]:
+def _drop_near_duplicates(instances: Sequence[Instance]) -> list[Instance]:
+    """Drops training and validation instances that are near-duplicates of held-out ones."""
     rows = SplitRows()
     for instance in instances:
         rows.add(instance, instance.split)
@@ -158,16 +162,19 @@ def evaluate_folds(
             (train or _train_fold)(step, fold_settings, _prefix_progress(progress, fold.number, count))
         pools, held_out, num_empty = split_pools(read(fold.annotated), metric=metric, split="test")
         score = cached_scores(load(str(fold.scorer)).score, folder, f"fold-{fold.number}")
-        probe = cross_fitting.probe and fold.number == 1
-        evaluated_splits.append(evaluate_split(pools, held_out, score, metric=metric, seed=seed, probe=probe))
+        with_probes = cross_fitting.with_probes and fold.number == 1
+        split = evaluate_split(pools, held_out, score, metric=metric, seed=seed, with_probes=with_probes)
+        evaluated_splits.append(split)
         skipped += num_empty
     return evaluated_splits, skipped
 
 
-def count_leaks(evaluated_splits: Sequence[EvaluatedSplit], folder: Path, trained_on: ReadTrainingData) -> int:
+def count_leaks(evaluated_splits: Sequence[EvaluatedSplit], folder: Path, read_training_data: ReadTrainingData) -> int:
     """How many instances were tested by a scorer that was trained on their prompt."""
-    training_of_folds = [trained_on(_scorer_folder(folder, number)) for number in range(1, len(evaluated_splits) + 1)]
-    tested = ([pool.instance for pool in part.pools] for part in evaluated_splits)
+    training_of_folds = [
+        read_training_data(_scorer_folder(folder, number)) for number in range(1, len(evaluated_splits) + 1)
+    ]
+    tested = ([pool.instance for pool in evaluated.pools] for evaluated in evaluated_splits)
     return sum(count_seen(instances, training) for instances, training in zip(tested, training_of_folds, strict=True))
 
 
@@ -178,22 +185,24 @@ def add_champion_scores(
     stored = read_out_of_fold(champion)
     if stored is None:
         reason = "it has no out-of-fold picks; cross-fit it with --folds and register it again"
-        return [_mark_champion_unavailable(part, reason) for part in evaluated_splits], {}
-    scores = stored.look_up([pool for part in evaluated_splits for pool in part.pools], metric)
+        return [_mark_champion_unavailable(evaluated, reason) for evaluated in evaluated_splits], {}
+    scores = stored.look_up([pool for evaluated in evaluated_splits for pool in evaluated.pools], metric)
     if isinstance(scores, str):
-        return [_mark_champion_unavailable(part, scores) for part in evaluated_splits], {}
+        return [_mark_champion_unavailable(evaluated, scores) for evaluated in evaluated_splits], {}
     scores_left = iter(scores)
     joined = []
-    for part in evaluated_splits:
-        values = {**part.selection.values, "champion": [next(scores_left) for _ in part.pools]}
-        unavailable = {name: reason for name, reason in part.selection.unavailable.items() if name != "champion"}
-        joined.append(replace(part, selection=replace(part.selection, values=values, unavailable=unavailable)))
+    for evaluated in evaluated_splits:
+        values = {**evaluated.selection.values, "champion": [next(scores_left) for _ in evaluated.pools]}
+        unavailable = {name: reason for name, reason in evaluated.selection.unavailable.items() if name != "champion"}
+        joined.append(
+            replace(evaluated, selection=replace(evaluated.selection, values=values, unavailable=unavailable))
+        )
     return joined, {"champion": stored.leaks}
 
 
-def _mark_champion_unavailable(part: EvaluatedSplit, reason: str) -> EvaluatedSplit:
-    unavailable = {**part.selection.unavailable, "champion": reason}
-    return replace(part, selection=replace(part.selection, unavailable=unavailable))
+def _mark_champion_unavailable(evaluated: EvaluatedSplit, reason: str) -> EvaluatedSplit:
+    unavailable = {**evaluated.selection.unavailable, "champion": reason}
+    return replace(evaluated, selection=replace(evaluated.selection, unavailable=unavailable))
 
 
 def _train_fold(step: str, settings: Mapping[str, object], progress: Progress) -> None:
@@ -256,7 +265,7 @@ def pool_hash(pool: Pool) -> str:
 
 def out_of_fold_json(evaluated_splits: Sequence[EvaluatedSplit], *, metric: str, leaks: int) -> str:
     """The text of out_of_fold.json. Raises FolderError if two instances are the same."""
-    pools = [pool for part in evaluated_splits for pool in part.pools]
+    pools = [pool for evaluated in evaluated_splits for pool in evaluated.pools]
     rows = {pool_hash(pool): scores.tolist() for pool, scores in zip(pools, get_scorer_scores(pools), strict=True)}
     if len(rows) != len(pools):
         repeated, _ = Counter(pool_hash(pool) for pool in pools).most_common(1)[0]

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from cappy.pages import percent
 
@@ -33,8 +35,8 @@ class MeanEstimate:
 class Difference:
     """A paired difference of two means with its 95% interval, and the values that give its interval at another level.
 
-    `p_value` is two-sided, against a true difference of 0. `standard_error`, the `skewness` of the mean and the degrees
-    of `freedom` are those of `cappy.evaluation.statistics`; the standard error is None for a single group.
+    `p_value` is two-sided, against a true difference of 0. `standard_error`, the `skewness` of the mean and
+    `degrees_of_freedom` are those of `cappy.evaluation.statistics`; the standard error is None for a single group.
     """
 
     difference: float
@@ -43,13 +45,13 @@ class Difference:
     p_value: float
     standard_error: float | None
     skewness: float
-    freedom: float
+    degrees_of_freedom: Annotated[float, Field(alias="freedom")]
     groups: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Power:
-    """The statistical power of a comparison: what its groups can show, and how many groups its difference needs.
+    """The statistical power of a comparison: which difference its groups can detect, and how many groups its own needs.
 
     `smallest` is the difference whose 95% interval excludes 0 with a probability of 80%; `groups_needed` is None if the
     observed difference is 0.
@@ -223,13 +225,13 @@ class Findings:
     `facts` are counts of instances, groups and candidates. `unavailable` has the reason why a selector was not
     evaluated. `curve` has, by selector, the expected label of its pick among n candidates, for n from 1. `comparisons`
     has paired differences by the names of both selectors, such as "scorer-random". "scorer-likelihood"
-    compares with `better_likelihood`, the likelihood selector that is better on the reported split itself; that choice
-    favours the baseline. `adjusted` has the p-values of the comparisons after Holm's correction. `averages` are
-    unweighted means over tasks. `leaks` counts, by scorer, the reported instances that it saw in training or early
+    compares with `better_likelihood_selector`, the likelihood selector that is better on the reported split itself;
+    that choice favours the baseline. `adjusted` has the p-values of the comparisons after Holm's correction. `averages`
+    are unweighted means over tasks. `leaks` counts, by scorer, the reported instances that it saw in training or early
     stopping, directly or as another template of the same row. `pays_until` is the number of candidates beyond which one
     more adds less than 0.001; 0 without a scorer. `folds` is above 0 if the report was cross-fitted: it is then about
     the recipe, not about the scorer in `versions`. `tested_groups` is a sketch of the reported groups
-    (`cappy.records.overlap`), from which the gate counts how often they were used.
+    (`cappy.records.overlap`), from which the promotion check (`cappy.registry.gate`) counts how often they were used.
     """
 
     metric: str
@@ -252,7 +254,7 @@ class Findings:
     published: tuple[PublishedTask, ...] = ()
     cost: ScoringCost = field(default_factory=ScoringCost)
     pays_until: int = 0
-    better_likelihood: str = ""
+    better_likelihood_selector: Annotated[str, Field(alias="better_likelihood")] = ""
     leaks: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     folds: int = 0

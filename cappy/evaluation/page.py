@@ -54,7 +54,7 @@ def render(report: Report) -> str:
         comparisons=[
             (key, *map(title, key.split("-")), value, outcome(value)) for key, value in report.comparisons.items()
         ],
-        columns=selectors_shown_in(report.selectors, "tasks", report.better_likelihood),
+        columns=selectors_shown_in(report.selectors, "tasks", report.better_likelihood_selector),
         means=_mean_cells,
         weights=", ".join(f"{weight:g}" for weight in WEIGHTS),
         advice=advice(report),

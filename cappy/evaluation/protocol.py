@@ -90,7 +90,7 @@ def evaluate_split(
     *,
     metric: str,
     seed: int,
-    probe: bool = True,
+    with_probes: bool = True,
     progress: Progress = silent,
 ) -> EvaluatedSplit:
     """Scores the reported and the held-out pools, fits all selectors on the latter and applies them to the former.
@@ -115,7 +115,7 @@ def evaluate_split(
     for name in pools[0].scores:
         _check_not_constant(name, pools)
     probes: list[Probe] = []
-    if score is not None and probe:
+    if score is not None and with_probes:
         scores = get_scorer_scores(pools)
         picked = tables.compute_pick_labels(
             pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": scores}
@@ -172,7 +172,7 @@ def build_report(
         coverage=_measure_coverage(pools, selection),
         probes=tuple(evaluated_splits[0].probes),
         cost=ScoringCost(tokens=_mean_tokens(pools)),
-        better_likelihood=best_variants.get("likelihood", ""),
+        better_likelihood_selector=best_variants.get("likelihood", ""),
         folds=folds,
         tested_groups=sketch(pool.instance for pool in pools),
     )

@@ -14,11 +14,11 @@ from cappy.untrusted import JSON
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Findings):
-    """All results of an evaluation; the fields are those of `Findings`."""
+    """All results of an evaluation; the fields are those of `Findings`, some of which have another name in JSON."""
 
     def to_dict(self) -> dict[str, JSON]:
         """The report as JSON values: the numbers, with the verdict and the advice as text."""
-        values: dict[str, JSON] = TypeAdapter(Report).dump_python(self, mode="json")
+        values: dict[str, JSON] = TypeAdapter(Report).dump_python(self, mode="json", by_alias=True)
         return {"verdict": list(verdict(self)), "next": advice(self), **values}
 
     @staticmethod
@@ -38,7 +38,7 @@ class Report(Findings):
     def table(self) -> list[tuple[str, str, str, str]]:
         """Rows for a terminal, header first: selector, mean x 100, its interval, gain over random with its interval."""
         rows = [("selector", f"{metric_name(self.metric)} x100", "95% interval", "gain over random")]
-        for selector in selectors_shown_in(self.selectors, "table", self.better_likelihood):
+        for selector in selectors_shown_in(self.selectors, "table", self.better_likelihood_selector):
             row = self.selectors[selector.name]
             gain = (
                 "" if selector.name == "random" else f"{format_signed(row.gain.difference)} {format_interval(row.gain)}"

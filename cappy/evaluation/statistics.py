@@ -1,7 +1,7 @@
 """Confidence intervals, tests and power over groups.
 
-Instances of one group come from one row of the source and are dependent, so groups are the sample. At each end, the
-interval of a mean is the wider one of two:
+Instances of one group come from one row of the source and are dependent, so the sampling unit is the group, not
+the instance. At each end, the interval of a mean is the wider one of two:
 
 - Student's t with the standard error of the delete-one-group jackknife (Efron and Tibshirani, 1993, §11), whose
   degrees of freedom are Kish's effective number of groups minus one (Kish, 1965, §11.7), which accounts for groups of
@@ -10,8 +10,8 @@ interval of a mean is the wider one of two:
   of skewness by transformation").
 
 `benchmarks/intervals.py` compares this interval with the percentile bootstrap, the studentised bootstrap and BCa. With
-each of those, at 30 groups, the gate would too often promote a scorer that is not better, for symmetric or for skewed
-differences. The method is deterministic and needs no seed.
+each of those, at 30 groups, the promotion check (`cappy.registry.gate`) would too often promote a scorer that is not
+better, for symmetric or for skewed differences. The method is deterministic and needs no seed.
 """
 
 import math
@@ -32,7 +32,7 @@ _TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class MeanStatistics:
     """The values from which the interval of a mean is computed, besides the mean itself.
 
     `standard_error` is infinite for a single group. `skewness` is that of the mean: the skewness of the groups divided
@@ -44,13 +44,13 @@ class Spread:
     degrees_of_freedom: float
 
 
-def compute_spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
-    """The spread of the mean of each column of `values`, shape (instances, columns)."""
+def compute_mean_statistics(values: Matrix, groups: Sequence[str]) -> list[MeanStatistics]:
+    """The statistics of the mean of each column of `values`, shape (instances, columns)."""
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     sizes = np.bincount(index).astype(np.float64)
     count, total = len(sizes), float(len(index))
     if count < 2:
-        return [Spread(standard_error=math.inf, skewness=0.0, degrees_of_freedom=1.0)] * values.shape[1]
+        return [MeanStatistics(standard_error=math.inf, skewness=0.0, degrees_of_freedom=1.0)] * values.shape[1]
     sums = np.zeros((count, values.shape[1]))
     np.add.at(sums, index, values)
     total_sum = sums.sum(axis=0)
@@ -60,30 +60,34 @@ def compute_spreads(values: Matrix, groups: Sequence[str]) -> list[Spread]:
     errors = np.sqrt((influence**2).sum(axis=0) / (count * (count - 1)))
     errors[errors < _TOLERANCE] = 0.0
     deviations = influence - influence.mean(axis=0)
-    thirds = (deviations**3).mean(axis=0)
+    third_moments = (deviations**3).mean(axis=0)
     scale = np.where(errors > 0, errors * math.sqrt(count), 1.0)
-    skewness = np.where(errors > 0, thirds / scale**3 / math.sqrt(count), 0.0)
+    skewness = np.where(errors > 0, third_moments / scale**3 / math.sqrt(count), 0.0)
     degrees_of_freedom = max(1.0, total**2 / float((sizes**2).sum()) - 1)
     return [
-        Spread(standard_error=error, skewness=skew, degrees_of_freedom=degrees_of_freedom)
+        MeanStatistics(standard_error=error, skewness=skew, degrees_of_freedom=degrees_of_freedom)
         for error, skew in zip(errors.tolist(), skewness.tolist(), strict=True)
     ]
 
 
-def interval_bounds(mean: float, spread: Spread, level: float = LEVEL) -> tuple[float, float]:
+def interval_bounds(mean: float, mean_statistics: MeanStatistics, level: float = LEVEL) -> tuple[float, float]:
     """The ends of the interval of a mean; infinite for a single group."""
-    if math.isinf(spread.standard_error):
+    if math.isinf(mean_statistics.standard_error):
         return -math.inf, math.inf
-    quantile = float(stdtrit(spread.degrees_of_freedom, (1 + level) / 2))
-    low = mean - spread.standard_error * max(quantile, _invert_transform(quantile, spread.skewness))
-    high = mean + spread.standard_error * max(quantile, -_invert_transform(-quantile, spread.skewness))
+    quantile = float(stdtrit(mean_statistics.degrees_of_freedom, (1 + level) / 2))
+    standard_error, skewness = mean_statistics.standard_error, mean_statistics.skewness
+    low = mean - standard_error * max(quantile, _invert_transform(quantile, skewness))
+    high = mean + standard_error * max(quantile, -_invert_transform(-quantile, skewness))
     return low, high
 
 
 def estimate_means(values: Matrix, groups: Sequence[str]) -> list[MeanEstimate]:
     """The mean of each column of `values`, shape (instances, columns) of labels from 0 to 1, with its interval."""
     means = values.mean(axis=0).tolist()
-    return [_estimate(mean, spread) for mean, spread in zip(means, compute_spreads(values, groups), strict=True)]
+    return [
+        _estimate(mean, mean_statistics)
+        for mean, mean_statistics in zip(means, compute_mean_statistics(values, groups), strict=True)
+    ]
 
 
 def estimate_share(good: Matrix, groups: Sequence[str]) -> MeanEstimate:
@@ -94,10 +98,10 @@ def estimate_share(good: Matrix, groups: Sequence[str]) -> MeanEstimate:
     counts as one instance.
     """
     mean, count = float(good.mean()), float(len(set(groups)))
-    (spread,) = compute_spreads(good[:, None], groups)
-    if 0 < spread.standard_error < math.inf:
+    (mean_statistics,) = compute_mean_statistics(good[:, None], groups)
+    if 0 < mean_statistics.standard_error < math.inf:
         # Removes the jackknife's small-sample factor, which Clopper and Pearson's interval does not need.
-        variance = spread.standard_error**2 * (count - 1) / count
+        variance = mean_statistics.standard_error**2 * (count - 1) / count
         count = min(float(len(good)), mean * (1 - mean) / variance)
     ones, zeros, tail = mean * count, (1 - mean) * count, (1 - LEVEL) / 2
     low = float(betaincinv(ones, zeros + 1, tail)) if ones else 0.0
@@ -108,60 +112,63 @@ def estimate_share(good: Matrix, groups: Sequence[str]) -> MeanEstimate:
 def compare(values: Matrix, others: Matrix, groups: Sequence[str]) -> Difference:
     """The mean of the paired differences `values - others`, both of shape (instances,) with labels from 0 to 1."""
     differences = values - others
-    (spread,) = compute_spreads(differences[:, None], groups)
+    (mean_statistics,) = compute_mean_statistics(differences[:, None], groups)
     mean = float(differences.mean())
     if abs(mean) < _TOLERANCE:
         mean = 0.0
-    low, high = interval_bounds(mean, spread)
-    if spread.standard_error == 0 and mean:
-        low, high = _bounds_without_variance(mean, spread.degrees_of_freedom + 1)
+    low, high = interval_bounds(mean, mean_statistics)
+    if mean_statistics.standard_error == 0 and mean:
+        low, high = _bounds_without_variance(mean, mean_statistics.degrees_of_freedom + 1)
     return Difference(
         difference=mean,
         low=max(-1.0, low),
         high=min(1.0, high),
-        p_value=p_value(mean, spread),
-        standard_error=spread.standard_error if math.isfinite(spread.standard_error) else None,
-        skewness=spread.skewness,
-        freedom=spread.degrees_of_freedom,
+        p_value=p_value(mean, mean_statistics),
+        standard_error=mean_statistics.standard_error if math.isfinite(mean_statistics.standard_error) else None,
+        skewness=mean_statistics.skewness,
+        degrees_of_freedom=mean_statistics.degrees_of_freedom,
         groups=len(set(groups)),
     )
 
 
-def p_value(mean: float, spread: Spread) -> float:
-    """Two-sided p-value of a true mean of 0: 1 minus the highest level at which `interval_bounds` excludes 0.
+def p_value(mean: float, mean_statistics: MeanStatistics) -> float:
+    """Two-sided p-value for the null hypothesis that the true mean is 0.
 
-    It is 1 if the differences do not vary, or for a single group.
+    It is 1 minus the highest level at which `interval_bounds` excludes 0.
+
+    Returns 1 if the differences do not vary, or for a single group.
     """
-    if spread.standard_error == 0 or math.isinf(spread.standard_error):
+    if mean_statistics.standard_error == 0 or math.isinf(mean_statistics.standard_error):
         return 1.0
-    statistic = abs(mean) / spread.standard_error
-    skewness = math.copysign(spread.skewness, spread.skewness * mean)
+    statistic = abs(mean) / mean_statistics.standard_error
+    skewness = math.copysign(mean_statistics.skewness, mean_statistics.skewness * mean)
     smaller = min(statistic, _transform(statistic, skewness))
-    return min(1.0, 2 * float(stdtr(spread.degrees_of_freedom, -max(0.0, smaller))))
+    return min(1.0, 2 * float(stdtr(mean_statistics.degrees_of_freedom, -max(0.0, smaller))))
 
 
 def lower_bound(difference: Difference, level: float) -> float:
     """The lower end of the interval at another level; minus infinity for a single group or without variance."""
     if not difference.standard_error:
         return -math.inf
-    spread = Spread(
+    mean_statistics = MeanStatistics(
         standard_error=difference.standard_error,
         skewness=difference.skewness,
-        degrees_of_freedom=difference.freedom,
+        degrees_of_freedom=difference.degrees_of_freedom,
     )
-    return interval_bounds(difference.difference, spread, level)[0]
+    return interval_bounds(difference.difference, mean_statistics, level)[0]
 
 
 def compute_power(difference: Difference, level: float = LEVEL) -> Power:
-    """The smallest difference that the groups can show, and how many groups would show the observed difference.
+    """The smallest difference that is detectable with these groups, and how many groups the observed one needs.
 
-    Groups can show a difference if its interval excludes 0 with a probability of 80%. The standard error is assumed to
+    A difference is detectable if its interval excludes 0 with a probability of 80%. The standard error is assumed to
     fall with the square root of the number of groups; the quantiles are those of Student's t with the current degrees
     of freedom.
     """
     if difference.standard_error is None:
         return Power(groups=difference.groups, smallest=1.0, groups_needed=None)
-    quantiles = float(stdtrit(difference.freedom, (1 + level) / 2) + stdtrit(difference.freedom, POWER))
+    degrees_of_freedom = difference.degrees_of_freedom
+    quantiles = float(stdtrit(degrees_of_freedom, (1 + level) / 2) + stdtrit(degrees_of_freedom, POWER))
     smallest = quantiles * difference.standard_error
     size = abs(difference.difference)
     needed = math.ceil(difference.groups * (smallest / size) ** 2) if size > 1e-9 else None
@@ -178,17 +185,18 @@ def adjust_p_values(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def _estimate(mean: float, spread: Spread) -> MeanEstimate:
-    low, high = interval_bounds(mean, spread)
-    if spread.standard_error == 0:
-        low, high = _bounds_without_variance(mean, spread.degrees_of_freedom + 1, lowest=0.0)
+def _estimate(mean: float, mean_statistics: MeanStatistics) -> MeanEstimate:
+    low, high = interval_bounds(mean, mean_statistics)
+    if mean_statistics.standard_error == 0:
+        low, high = _bounds_without_variance(mean, mean_statistics.degrees_of_freedom + 1, lowest=0.0)
     return MeanEstimate(mean=mean, low=max(0.0, low), high=min(1.0, high))
 
 
 def _bounds_without_variance(mean: float, groups: float, lowest: float = -1.0) -> tuple[float, float]:
     """The interval if all groups have the same value; a small share of the population may still have other values.
 
-    With a probability of 2.5%, none of `groups` draws is from a share of 1 - 0.025^(1 / groups) (Clopper and Pearson).
+    If a share of 1 - 0.025^(1 / groups) of the population had other values, `groups` draws would miss all of them with
+    a probability of 2.5% (Clopper and Pearson).
     """
     missed_share = 1 - ((1 - LEVEL) / 2) ** (1 / groups)
     return mean - missed_share * (mean - lowest), mean + missed_share * (1 - mean)

@@ -2,8 +2,8 @@
 
 `cappy evaluation --source annotated --scorer folder --target report` writes report.json, report.html, report.md,
 table.txt, the plots curve.png, curve.svg, calibration.png and calibration.svg, calibration.json (maps from scores to
-expected labels), picks.json (read by `cappy threshold`), probe.json (scored pairs for verifying a deployment) and, if
-cross-fitted, out_of_fold.json.
+expected labels), picks.json (read by `cappy threshold`), probe.json (the verification pairs: scored pairs for verifying
+a deployment) and, if cross-fitted, out_of_fold.json.
 """
 
 import json
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from cappy.config import DEFAULT_WORK, Fresh, Location, Work, fingerprint, identity, settings
+from cappy.config import DEFAULT_WORK, Fresh, Location, Work, fingerprint, result_settings, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read, read_manifest
 from cappy.records.folder import MANIFEST, describe_files, write_bytes
 from cappy.records.work import claim, finish
-from cappy.scoring.calibration import CALIBRATION, PROBE, Triple
+from cappy.scoring.calibration import CALIBRATION, PROBE, ScoredPair
 from cappy.steps import step_version
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cappy.scoring.training_data import ReadTrainingData
     from cappy.selection.pools import ScoreFunction
 
-NUM_PROBE_PAIRS = 32
+NUM_VERIFICATION_PAIRS = 32
 
 
 def _check_folds(folds: int) -> int:
@@ -84,7 +84,7 @@ def evaluate_folder(
     if config.champion:
         folders["champion"] = scorer_folder(config.champion)
     parents = (parent.hash, *(_content_hash(folder) for folder in folders.values()))
-    with claim(config.work, "evaluation", identity(config), parents, fresh=config.fresh) as folder:
+    with claim(config.work, "evaluation", result_settings(config), parents, fresh=config.fresh) as folder:
         scorers = {name: load(str(path)) for name, path in folders.items()}
         if config.folds:
             evaluated_splits, skipped, leaks = _evaluate_folds(config, folders, folder, progress, load, trained_on)
@@ -110,11 +110,11 @@ def evaluate_folder(
         _write_calibration(folder, evaluated_splits, config)
         tested_instances = [pool.instance for part in evaluated_splits for pool in part.pools]
         score = cached_scores(scorers["challenger"].score, folder, "probe")
-        _write_probe(folder, score_probe_pairs(tested_instances, score, seed=config.seed))
+        _write_verification_pairs(folder, score_verification_pairs(tested_instances, score, seed=config.seed))
         manifest = Manifest(
             step="evaluation",
             files=describe_files(folder),
-            config=identity(config),
+            config=result_settings(config),
             step_version=step_version("evaluation"),
             seed=config.seed,
             generators=parent.generators,
@@ -145,7 +145,7 @@ def _evaluate_once(
         scores.get("champion"),
         metric=config.metric,
         seed=config.seed,
-        probe=config.probe,
+        with_probes=config.probe,
         progress=progress,
     )
     return [evaluated_split], skipped
@@ -167,7 +167,7 @@ def _evaluate_folds(
         folds=config.folds,
         seed=config.seed,
         metric=config.metric,
-        probe=config.probe,
+        with_probes=config.probe,
         work=config.work,
         fresh=config.fresh,
     )
@@ -255,9 +255,9 @@ def _write_calibration(folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]
         write_bytes(folder / CALIBRATION, calibration.to_json().encode())
 
 
-def score_probe_pairs(
-    instances: Sequence[Instance], score: "ScoreFunction", *, seed: int, count: int = NUM_PROBE_PAIRS
-) -> list[Triple]:
+def score_verification_pairs(
+    instances: Sequence[Instance], score: "ScoreFunction", *, seed: int, count: int = NUM_VERIFICATION_PAIRS
+) -> list[ScoredPair]:
     """Draws at most `count` pairs at random and scores them, for verifying a deployment later."""
     pairs = [
         (instance.instruction, response)
@@ -269,9 +269,9 @@ def score_probe_pairs(
     return [(*pair, float(value)) for pair, value in zip(sample, score(sample), strict=True)]
 
 
-def _write_probe(folder: Path, triples: Sequence[Triple]) -> None:
-    """Writes probe.json: the scored pairs for verifying a deployment."""
-    write_bytes(folder / PROBE, json.dumps(triples, ensure_ascii=False, indent=1).encode())
+def _write_verification_pairs(folder: Path, scored_pairs: Sequence[ScoredPair]) -> None:
+    """Writes probe.json, which `cappy.deployment` and `cappy serve` read."""
+    write_bytes(folder / PROBE, json.dumps(scored_pairs, ensure_ascii=False, indent=1).encode())
 
 
 def collect_metrics(report: "Report") -> dict[str, float]:

@@ -54,7 +54,7 @@ def _headline(subject: str, differences: dict[str, Difference]) -> str:
 
 def _comparison_sentence(report: Findings, subject: str, name: str, difference: Difference) -> str:
     selector = _RIVALS[name]
-    rival = report.better_likelihood if selector.variant_of else name
+    rival = report.better_likelihood_selector if selector.variant_of else name
     means = report.selectors[subject].estimate.mean, report.selectors[rival].estimate.mean
     numbers = f"{percent(means[0])} against {percent(means[1])}, {format_signed(difference.difference)}"
     interval = f"95% interval {format_interval(difference)}"
@@ -240,7 +240,7 @@ def _advise_below_rival(report: Findings, key: str, other: str) -> str:
 
 def _mbr_leads(report: Findings) -> bool:
     """Whether MBR is shown to beat random choice and is the best selector that needs no training."""
-    others = {"greedy", report.better_likelihood} & {*report.selectors}
+    others = {"greedy", report.better_likelihood_selector} & {*report.selectors}
     if not _is_better(report, "mbr-random"):
         return False
     best = max((report.selectors[name].estimate.mean for name in others), default=0.0)

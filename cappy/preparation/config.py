@@ -10,7 +10,7 @@ from pydantic import Field
 from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
 from cappy.errors import ConfigError
 from cappy.preparation.columns import parse_columns
-from cappy.records.work import ShardOf, parse_shard
+from cappy.records.work import ShardSetting, parse_shard
 
 BUILTIN = "builtin"
 
@@ -126,7 +126,7 @@ class PreparationConfig:
         ADVANCED,
         Field(ge=1, description="Instances per part; an interrupted run resumes after the last finished part"),
     ] = 512
-    shard: ShardOf = ""
+    shard: ShardSetting = ""
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
 

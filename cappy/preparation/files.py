@@ -270,7 +270,8 @@ def read_hub(dataset: HubDataset, commit: str, split: str) -> Rows:
         raise ConfigError(f"{dataset.name}: a local folder {dataset.repository} hides the repository; {remedy}")
     guard_client()
     where = f"{dataset.name} {split}"
-    # On the converted branch a configuration is a folder and has no name (tried with datasets 5.2).
+    # On refs/convert/parquet every configuration is a folder, not a named configuration, so it is passed as `data_dir`
+    # (as of datasets 5.2).
     key = "data_dir" if dataset.revision == CONVERTED_BRANCH else "name"
     arguments = {key: dataset.configuration} if dataset.configuration else {}
     with _translate_hub_errors(dataset):

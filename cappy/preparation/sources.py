@@ -1,4 +1,4 @@
-"""Opens the source of `--source` or `--mixture`, excludes candidates by system, and groups the rows of one prompt."""
+"""Opens the source of `--source` or `--mixture`, excludes candidates by generator, and groups rows of one prompt."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,9 +55,9 @@ class Source:
 
 def open_source(config: PreparationConfig) -> Source:
     """Opens the source; raises ConfigError or FolderError if it does not exist or a setting does not apply to it."""
-    kind, open_kind = _find_source(config)
+    kind, opener = _find_source(config)
     check_settings(config, kind)
-    return open_kind()
+    return opener()
 
 
 def _find_source(config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
@@ -129,7 +129,7 @@ def _open_records(shards: Sequence[Path], path: Path, config: PreparationConfig)
     return Source(
         name=str(path),
         format="records",
-        rows=lambda: _exclude_systems(rows(), config.exclude, warnings),
+        rows=lambda: _exclude_generators(rows(), config.exclude, warnings),
         task=config.task or "",
         warnings=warnings,
         parents=tuple(manifest.hash for manifest in manifests),
@@ -256,33 +256,33 @@ def _parse_rows(
             warnings.check_candidate_fields(where, values)
             yield read_row(where, values)
 
-    return _exclude_systems(read_rows(), config.exclude, warnings)
+    return _exclude_generators(read_rows(), config.exclude, warnings)
 
 
-def _exclude_systems(
+def _exclude_generators(
     rows: Iterator[SourceRow], patterns: Sequence[str], warnings: SourceWarnings
 ) -> Iterator[SourceRow]:
-    """The rows without the candidates of systems that match a pattern."""
+    """The rows without the candidates of generators that match a pattern."""
     if not patterns:
         yield from rows
         return
-    pattern_by_system: dict[str, str | None] = {}
+    pattern_by_generator: dict[str, str | None] = {}
     for row in rows:
         for candidate in row.instance.candidates:
             name = candidate.generator
-            if name not in pattern_by_system:
-                pattern_by_system[name] = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+            if name not in pattern_by_generator:
+                pattern_by_generator[name] = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
         candidates = tuple(
-            candidate for candidate in row.instance.candidates if pattern_by_system[candidate.generator] is None
+            candidate for candidate in row.instance.candidates if pattern_by_generator[candidate.generator] is None
         )
         if row.instance.candidates and not candidates and not row.instance.references:
             remedy = "correct --exclude, or delete the row"
             raise RecordError(f"{row.where}: --exclude leaves no candidate; {remedy}")
         yield replace(row, instance=replace(row.instance, candidates=candidates))
-    unmatched = sorted(set(patterns) - set(pattern_by_system.values()))
+    unmatched = sorted(set(patterns) - set(pattern_by_generator.values()))
     if unmatched:
-        systems = quote(", ".join(sorted(filter(None, pattern_by_system))) or "none", 120)
-        warnings.add("exclude", f"--exclude {unmatched[0]} matches no system; systems found: {systems}")
+        generators = quote(", ".join(sorted(filter(None, pattern_by_generator))) or "none", 120)
+        warnings.add("exclude", f"--exclude {unmatched[0]} matches no generator; generators found: {generators}")
 
 
 def _make_row(name: str, instance: Instance, task: str | None) -> SourceRow:

@@ -93,8 +93,8 @@ def _draw_without_leaks(
         merge_groups(groups, prompts), config, source.name, unread_columns=source.warnings.names("columns")
     )
     dropped = _find_near_duplicates(source, codes, prompts)
-    num_training = np.count_nonzero(codes != TEST)
-    if dropped.sum() <= MAX_DROPPED_SHARE * num_training and not _empties_split(codes, dropped):
+    num_train_and_validation = np.count_nonzero(codes != TEST)
+    if dropped.sum() <= MAX_DROPPED_SHARE * num_train_and_validation and not _empties_split(codes, dropped):
         return codes, dropped
     keys = merge_groups(groups, merge_near_duplicates(prompts, lambda: (row.instance for row in source.rows())))
     if len(np.unique(keys)) < _num_splits(config):
@@ -103,7 +103,8 @@ def _draw_without_leaks(
     dropped_again = _find_near_duplicates(source, codes_again, prompts)
     if dropped_again.sum() >= dropped.sum() or _empties_split(codes_again, dropped_again):
         return codes, dropped
-    leaks = f"{dropped.sum():,} of {num_training:,} training rows were near-duplicates of held-out rows"
+    rows = f"{num_train_and_validation:,} train and validation rows"
+    leaks = f"{dropped.sum():,} of {rows} were near-duplicates of held-out rows"
     source.warnings.add("near_duplicates", f"{leaks}; drew the splits again with near-duplicates merged into groups")
     return codes_again, dropped_again
 

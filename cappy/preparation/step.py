@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 
-from cappy.config import identity
+from cappy.config import result_settings
 from cappy.errors import RecordError
 from cappy.preparation import prompted
 from cappy.preparation.config import PreparationConfig
@@ -37,7 +37,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     tally = Tally(max_failed=config.max_failed, on_missing_field=config.missing)
     instances, total, metrics = _make_instances(source, config, tally, progress)
     evaluation_sets = [read_manifest(folder).hash for folder in config.against]
-    config_values = {**identity(config), "task": source.task}
+    config_values = {**result_settings(config), "task": source.task}
     settings = {**config_values, "format": source.format, "apart": evaluation_sets}
     with claim(config.work, "preparation", settings, source.parents, fresh=config.fresh) as folder:
         parts = process(

@@ -3,8 +3,8 @@
 An orchestrator gives every attempt a new output path, so unfinished work is kept in a separate folder that is named
 after what is computed (`cappy.keys`). `cappy.records.parts` processes the parts in such a folder.
 
-Several machines can share work by shards: shard i of N processes its own rows. `list_pieces` lists the work folder and
-says which pieces later runs can still reuse.
+Several machines can share work by shards: shard i of N processes its own rows. `list_work_folders` lists the folders of
+all work and says which ones later runs can still reuse.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ def claim(
     """Yields the folder of this work in `work`, locked by this process until the block ends or the process exits.
 
     The key is written to key.json. If the folder is new and there is other work of the step, the log says what differs.
-    With `fresh`, the name of a run, earlier work is removed first, except unfinished work of a fresh run, which is
-    continued. Raises FolderError if another process holds the lock for more than `WAIT_SECONDS`; a killed process
-    releases it.
+    `fresh` is the name of a run that must not reuse earlier work (--fresh), empty for any other run. Earlier work is
+    removed first; only unfinished work of an earlier fresh run is continued. Raises FolderError if another process
+    holds the lock for more than `WAIT_SECONDS`; a killed process releases it.
     """
     key = work_key(step, settings, inputs, fresh=fresh)
     with lock_folder(work / step / key.name) as folder:
@@ -73,9 +73,10 @@ def must_start_over(folder: Path, key: Key) -> bool:
 
 
 def fresh_name(work: Path, step: str, settings: Mapping[str, object], inputs: Sequence[str], fresh: str) -> str:
-    """The name of the fresh run that work with these settings and first inputs belongs to; empty if there is none.
+    """The name of the fresh run that has work with these settings and whose inputs start with `inputs`; else `fresh`.
 
-    A run with --fresh continues the work of an unfinished fresh run, under the name of that run.
+    `fresh` is the name of this run if it has --fresh, otherwise empty. A run with --fresh continues the work of an
+    unfinished fresh run under the name of that run, and does not continue finished work.
     """
     expected = Key.from_json(work_key(step, settings, inputs).to_json())
     for key in _read_keys(work / step):
@@ -158,7 +159,7 @@ def mark_finished(folder: Path) -> None:
 
 
 MAX_SHARDS = 4_096
-ShardOf = Annotated[
+ShardSetting = Annotated[
     str, Field(description="Shard of the work as i/N, counted from 0: 0/4 to 3/4 on four machines; default: all")
 ]
 
@@ -197,7 +198,7 @@ def parse_shard(text: str) -> Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class WorkFolder:
     """The folder of a piece of work, or of its job on a platform; `last_used` in seconds of `time.time`."""
 
     step: str
@@ -207,7 +208,7 @@ class Piece:
     last_used: float
 
     @property
-    def unreachable_reason(self) -> str:
+    def not_reusable_reason(self) -> str:
         """Why no run of this version can reuse it; empty if one can."""
         if self.key is None:
             return "without a key: written by an earlier release, or left by an interrupted removal"
@@ -219,13 +220,13 @@ class Piece:
         )
 
 
-def list_pieces(work: Path, step: str = "") -> Iterator[Piece]:
-    """Yields the pieces of work of all steps, or of one step; within a step, the most recently used first."""
+def list_work_folders(work: Path, step: str = "") -> Iterator[WorkFolder]:
+    """Yields the work folders of all steps, or of one step; within a step, the most recently used first."""
     for name in STEP_SPECS:
         if step in ("", name):
             paths = [*(work / name).glob("*"), *(work / JOBS).glob(f"{job_name(name, '')}*")]
-            work_pieces = [_describe_piece(name, path) for path in paths if path.is_dir()]
-            yield from sorted(work_pieces, key=lambda piece: -piece.last_used)
+            folders = [_describe_work_folder(name, path) for path in paths if path.is_dir()]
+            yield from sorted(folders, key=lambda folder: -folder.last_used)
 
 
 def job_name(step: str, key: str) -> str:
@@ -233,17 +234,17 @@ def job_name(step: str, key: str) -> str:
     return f"cappy-{step}-{key}"
 
 
-def remove_piece(piece: Piece) -> None:
-    """Deletes a piece of work; published folders are kept. Raises FolderError if a process has locked it.
+def remove_work_folder(work_folder: WorkFolder) -> None:
+    """Deletes a work folder; published folders are kept. Raises FolderError if a process has locked it.
 
     The key is removed first, so that an interrupted removal leaves no valid work.
     """
-    with lock_folder(piece.path, timeout=0), disk_errors(piece.path):
-        (piece.path / KEY).unlink(missing_ok=True)
-        remove_folder(piece.path)
+    with lock_folder(work_folder.path, timeout=0), disk_errors(work_folder.path):
+        (work_folder.path / KEY).unlink(missing_ok=True)
+        remove_folder(work_folder.path)
 
 
-def _describe_piece(step: str, path: Path) -> Piece:
+def _describe_work_folder(step: str, path: Path) -> WorkFolder:
     """Describes a folder of work; its run may be changing it at the same time."""
     sizes, times = [0], [0.0]
     for folder, _, names in os.walk(path):
@@ -252,4 +253,4 @@ def _describe_piece(step: str, path: Path) -> Piece:
                 stat = Path(folder, name).stat()
                 sizes.append(stat.st_size)
                 times.append(stat.st_mtime)
-    return Piece(step=step, path=path, key=read_key(path), size_bytes=sum(sizes), last_used=max(times))
+    return WorkFolder(step=step, path=path, key=read_key(path), size_bytes=sum(sizes), last_used=max(times))

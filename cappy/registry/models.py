@@ -60,7 +60,7 @@ class Version:
         return self.tags.get(MANIFEST_TAG, "")
 
     @property
-    def content(self) -> str:
+    def content_hash(self) -> str:
         """The hashes of the scorer and of its evaluation files, joined by `-`."""
         evaluation_hashes = (self.tags.get(tag, "")[:12] for tag in EVALUATION_TAGS.values())
         return "-".join(filter(None, (self.manifest_hash, *evaluation_hashes)))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, Fresh, Location, Work, build, identity, settings
+from cappy.config import DEFAULT_WORK, Fresh, Location, Work, build, result_settings, settings
 from cappy.errors import FolderError, RecordError, quote
 from cappy.evaluation import read_values
 from cappy.evaluation.findings import ReportValues
@@ -55,9 +55,9 @@ class PromotionConfig:
 
 def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
     """Decides, moves the aliases if the decision is promote, and writes decision.json; a hold is not an error."""
-    spec, report = read_version(config.version), read_values(config.report, check_hashes=True)
+    spec, report = read_version_uri(config.version), read_values(config.report, check_hashes=True)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
-    with claim(config.work, "promotion", identity(config), parents, fresh=config.fresh) as folder:
+    with claim(config.work, "promotion", result_settings(config), parents, fresh=config.fresh) as folder:
         decision, version, attempt = _decide(config, spec, report)
         values = {
             "decision": decision.decision,
@@ -72,7 +72,7 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
         manifest = Manifest(
             step="promotion",
             files=describe_files(folder),
-            config=identity(config),
+            config=result_settings(config),
             step_version=step_version("promotion"),
             parents=parents,
             facts=values,
@@ -95,7 +95,7 @@ def basis(config: PromotionConfig, report: ReportValues) -> dict[str, object]:
     }
 
 
-def read_version(folder: Path) -> str:
+def read_version_uri(folder: Path) -> str:
     """The spec (models:/name/number) that a registration wrote. Raises FolderError for any other folder."""
     uri = _read_object(folder, "version.json").get("uri")
     if not isinstance(uri, str):
@@ -107,7 +107,7 @@ def dry_run(version: Path, report: Path, **settings: object) -> Decision:
     """The decision that the gate would make now; nothing is moved or written."""
     # A config needs a target, but nothing is written to it.
     config = build(PromotionConfig, {**settings, "version": version, "report": report, "target": "nowhere"})
-    decision, _, _ = _decide(config, read_version(version), read_values(report, check_hashes=True), apply=False)
+    decision, _, _ = _decide(config, read_version_uri(version), read_values(report, check_hashes=True), apply=False)
     return decision
 
 

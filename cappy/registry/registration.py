@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, result_settings, settings
 from cappy.errors import FolderError
 from cappy.evaluation import read_values
 from cappy.evaluation.findings import ReportValues
@@ -51,7 +51,7 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
     report = read_report(config, scorer)
     parents = (scorer.hash, read_manifest(config.report).hash)
     # The claim prevents two simultaneous registrations of one scorer from creating two versions.
-    with claim(config.work, "registration", identity(config), [scorer.hash], fresh=config.fresh) as folder:
+    with claim(config.work, "registration", result_settings(config), [scorer.hash], fresh=config.fresh) as folder:
         from cappy.registry.recording import Registration, register
 
         version = register(
@@ -79,7 +79,7 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
         manifest = Manifest(
             step="registration",
             files=describe_files(folder),
-            config=identity(config),
+            config=result_settings(config),
             step_version=step_version("registration"),
             parents=parents,
             facts=values,

@@ -92,10 +92,10 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
     if not version.manifest_hash:
         raise RegistryError(f"{version.uri}: was not registered by cappy (no tag {MANIFEST_TAG}); register it again")
     # The name comes from tags, and a folder of that name may be deleted below, so it must be a hash.
-    if not _CONTENT.fullmatch(version.content):
-        problem = f"its tags have {quote(version.content, 60)} instead of sha256 hashes"
+    if not _CONTENT.fullmatch(version.content_hash):
+        problem = f"its tags have {quote(version.content_hash, 60)} instead of sha256 hashes"
         raise RegistryError(f"{version.uri}: was not registered by cappy ({problem}); register it again")
-    folder = cache / version.content
+    folder = cache / version.content_hash
     if folder.is_dir():
         try:
             verify_exactly(folder)

@@ -82,7 +82,10 @@ class Process:
             self._write()
 
     def receive(self, seconds: float) -> bytes:
-        """The next line from the child, without its end; raises ChildExitError if there is none within `seconds`."""
+        """The next line from the child, without the newline.
+
+        Raises ChildExitError if there is none within `seconds`.
+        """
         if not self.is_usable:
             raise ChildExitError("is closed, or belongs to another process")
         deadline = monotonic() + seconds
@@ -155,7 +158,9 @@ class Process:
             return ChildExitError("memory")
         if code == -signal.SIGXCPU:
             return ChildExitError("time")
-        return ChildExitError(f"ended its process ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})")
+        if code < 0:
+            return ChildExitError(f"exited ({signal.Signals(-code).name})")
+        return ChildExitError(f"exited with code {code}")
 
 
 def close_all() -> None:

@@ -254,7 +254,7 @@ def _truncation_cautions(metrics: Mapping[str, float], limit: int, context_token
     # Leave room for the instruction.
     suggested = min(suggested, context_tokens // 2) if context_tokens else suggested
     percentage = f"{100 * truncated / sampled:.1f} %"
-    message = f"{truncated:,.0f} of {sampled:,.0f} responses ({percentage}) were cut at {limit} new tokens"
+    message = f"{truncated:,.0f} of {sampled:,.0f} responses ({percentage}) were truncated at {limit} new tokens"
     if suggested <= limit:
         yield f"{message}; {_limit_remedy(context_tokens)}"
         return

@@ -172,7 +172,7 @@ class LocalGenerator(ABC):
         self._store = CandidateStore(work, Origin(generator=self.name, revision=self.revision, version=DRAWING_VERSION))
 
     def take_counts(self) -> Mapping[str, int]:
-        """`cut` is the number of truncated instructions since the last call."""
+        """The number of truncated instructions since the last call, as `cut`."""
         num_truncated, self._num_truncated = self._num_truncated, 0
         return {"cut": num_truncated}
 

@@ -19,14 +19,14 @@ from cappy.config import (
     Renames,
     Work,
     fingerprint,
-    identity,
+    result_settings,
     settings,
 )
 from cappy.errors import ConfigError, quote
 from cappy.progress import Progress, silent
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records import Candidate, Instance, Manifest, read_manifest
-from cappy.records.work import ShardOf, parse_shard, refuse_same_folder
+from cappy.records.work import ShardSetting, parse_shard, refuse_same_folder
 from cappy.sampling import load_generator
 from cappy.sampling.accounts import (
     SamplingProgress,
@@ -103,7 +103,7 @@ class SamplingConfig:
     part_rows: Annotated[
         int, ADVANCED, Field(ge=1, description="Instances per part; a killed run resumes at the first unfinished part")
     ] = 64
-    shard: ShardOf = ""
+    shard: ShardSetting = ""
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
     api: Annotated[Api, ADVANCED, Field(description="API of the endpoint: chat, or completions for a base model")] = (
@@ -194,7 +194,7 @@ def with_fresh_name(config: SamplingConfig, parent: Manifest) -> SamplingConfig:
 
 def _key_settings(config: SamplingConfig) -> dict[str, Any]:
     """The settings in the work's key, with the decodings: a file of decodings may change while its path stays."""
-    return identity(config) | {"decodings": [asdict(decoding) for decoding in config.decodings]}
+    return result_settings(config) | {"decodings": [asdict(decoding) for decoding in config.decodings]}
 
 
 def _store_folder(config: SamplingConfig) -> Path:
@@ -207,7 +207,7 @@ def endpoint_config(config: SamplingConfig, parent: str = "") -> EndpointConfig:
 
     The budget belongs to a run over that folder: it is shared by all shards and independent of the size of parts.
     """
-    run_settings = {name: value for name, value in identity(config).items() if name not in ("shard", "part_rows")}
+    run_settings = {key: value for key, value in result_settings(config).items() if key not in ("shard", "part_rows")}
     return EndpointConfig(
         api=config.api,
         extra=config.extra,

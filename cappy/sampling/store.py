@@ -236,7 +236,7 @@ def _list_folder(work: Path) -> list[StoreEntry]:
     return entries
 
 
-def unreachable_reason(entry: StoreEntry, fresh: Collection[str] = ()) -> str:
+def not_reusable_reason(entry: StoreEntry, fresh: Collection[str] = ()) -> str:
     """Why no run of this version can use an entry; empty if one can. `fresh` names the `--fresh` runs with work."""
     if entry.path.name.startswith(REMOVED_PREFIX):
         return "left by a removal that was killed"

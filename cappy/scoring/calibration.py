@@ -1,9 +1,11 @@
-"""Two files that an evaluation writes for a scorer: its calibration, and a probe of scored pairs.
+"""Two files that an evaluation writes for a scorer: its calibration, and scored pairs for verifying a deployment.
 
 The calibration (calibration.json) maps the score of the best of n candidates to its expected label. The map depends on
-n, the number of distinct candidates that were scored, because the highest of several scores is biased upwards. It never
-changes a pick: for every n it is monotone in the score, and where it is flat, the scores decide. The probe (probe.json)
-has pairs with their scores, for verifying a deployment.
+n, because the highest of several scores is biased upwards. It is fitted on all subsets of n candidates of a pool, where
+equal responses count separately, and applied with n = the number of distinct candidates that were scored. It never
+changes a pick: for every n it is monotone in the score, and where it is flat, the scores decide.
+
+The verification pairs (probe.json) are pairs with their scores. A deployment scores them again and compares the scores.
 """
 
 import json
@@ -44,7 +46,7 @@ class Calibration:
     fitted_on: int
 
     def apply(self, scores: Sequence[float], *, n: int) -> list[float]:
-        """The expected label, 0 to 1, for each score if it is the best of `n` candidates.
+        """The expected label, 0 to 1, for each score if it is the best of `n` distinct candidates.
 
         A pair that is scored alone is the best of 1. Interpolation is linear in log(n); above the largest fitted n, the
         map of that n is used. Raises ValueError if n is below 1.
@@ -125,20 +127,21 @@ def _interpolate(pick_map: PickMap, scores: Sequence[float]) -> NDArray[np.float
 
 
 PROBE = "probe.json"
-Triple = tuple[str, str, float]
+"""File of the verification pairs."""
+ScoredPair = tuple[str, str, float]
 """(instruction, response, score)."""
 
 
-def read_probe(folder: str | Path) -> list[Triple]:
-    """Reads the scored pairs of a folder; [] if it has none. Raises FolderError if they are damaged."""
+def read_probe(folder: str | Path) -> list[ScoredPair]:
+    """Reads the verification pairs of a folder; [] if it has none. Raises FolderError if they are damaged."""
     path = Path(folder) / PROBE
     if not path.is_file():
         return []
     try:
-        triples = json.loads(path.read_text(encoding="utf-8"))
-        stored = [(instruction, response, float(score)) for instruction, response, score in triples]
-        if not all(isinstance(text, str) for triple in stored for text in triple[:2]):
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        scored_pairs = [(instruction, response, float(score)) for instruction, response, score in rows]
+        if not all(isinstance(text, str) for scored_pair in scored_pairs for text in scored_pair[:2]):
             raise ValueError("instruction and response must be texts")
     except (ValueError, TypeError) as error:
         raise FolderError(f"{path}: is not a list of scored pairs ({error}); evaluate again, or delete it") from error
-    return stored
+    return scored_pairs

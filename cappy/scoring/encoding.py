@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Pair = tuple[str, str]
-_REMEDY = "save the tokenizer of its training in the scorer's folder"
+_REMEDY = "save the tokenizer that the scorer was trained with in its folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +30,17 @@ class EncodedPair:
 
 @dataclass(frozen=True, slots=True)
 class _PairFormat:
-    """The tokens that a tokenizer puts before, between and after the two texts of a pair, with their type ids."""
+    """The tokens that a tokenizer puts before, between and after the two texts of a pair, with their type ids.
+
+    `text_types` are the types of the tokens of the first and of the second text, `special_token_types` those of the
+    tokens before, between and after them.
+    """
 
     before: tuple[int, ...]
     between: tuple[int, ...]
     after: tuple[int, ...]
-    types: tuple[int, int]
-    around_types: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    text_types: tuple[int, int]
+    special_token_types: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     typed: bool
 
     @property
@@ -92,12 +96,12 @@ class PairEncoder:
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
         """Encodes pairs, in order; every distinct text is tokenized once."""
-        tokens = self._tokens(pairs)
+        tokens = self._tokenize_pairs(pairs)
         return [self.join(tokens[instruction], tokens[response]) for instruction, response in pairs]
 
     def fits(self, pairs: Sequence[Pair]) -> list[bool]:
         """Whether each pair fits without truncation."""
-        tokens, available = self._tokens(pairs), self.max_length - self._format.length
+        tokens, available = self._tokenize_pairs(pairs), self.max_length - self._format.length
         return [len(tokens[instruction]) + len(tokens[response]) <= available for instruction, response in pairs]
 
     @property
@@ -105,7 +109,7 @@ class PairEncoder:
         """Number of tokens of a pair besides those of its two texts."""
         return self._format.length
 
-    def tokens(self, texts: list[str]) -> list[list[int]]:
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
         """The token ids of each text, without special tokens. Raises FolderError if the tokenizer fails on a text."""
         if not texts:
             return []
@@ -120,9 +124,10 @@ class PairEncoder:
             raise FolderError(f"the scorer's tokenizer failed on a text ({quote(str(error), 80)}); {_REMEDY}") from None
         return ids
 
-    def _tokens(self, pairs: Sequence[Pair]) -> dict[str, list[int]]:
+    def _tokenize_pairs(self, pairs: Sequence[Pair]) -> dict[str, list[int]]:
+        """The token ids of every distinct text of the pairs."""
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        return dict(zip(texts, self.tokens(texts), strict=True))
+        return dict(zip(texts, self.tokenize(texts), strict=True))
 
     def join(self, instruction: list[int], response: list[int]) -> EncodedPair:
         """The encoded pair of two tokenized texts."""
@@ -134,8 +139,8 @@ class PairEncoder:
         else:
             response = response[:available]
             instruction = _truncate_middle(instruction, available - len(response))
-        first, second = pair_format.types
-        before, between, after = pair_format.around_types
+        first, second = pair_format.text_types
+        before, between, after = pair_format.special_token_types
         return EncodedPair(
             ids=(*pair_format.before, *instruction, *pair_format.between, *response, *pair_format.after),
             types=(*before, *(first,) * len(instruction), *between, *(second,) * len(response), *after),
@@ -195,8 +200,8 @@ def _find_pair_format(tokenizer: "PreTrainedTokenizerBase") -> _PairFormat:
         before=tuple(ids[:start]),
         between=tuple(ids[middle:end]),
         after=tuple(ids[after:]),
-        types=(types[start], types[end]),
-        around_types=(tuple(types[:start]), tuple(types[middle:end]), tuple(types[after:])),
+        text_types=(types[start], types[end]),
+        special_token_types=(tuple(types[:start]), tuple(types[middle:end]), tuple(types[after:])),
         typed="token_type_ids" in probe,
     )
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, result_settings, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
-from cappy.records.work import ShardOf, parse_shard, refuse_same_folder
+from cappy.records.work import ShardSetting, parse_shard, refuse_same_folder
 from cappy.scoring.config import Precision
 from cappy.steps import step_version
 
@@ -43,7 +43,7 @@ class ScoringConfig:
         Field(description="Precision of the encoder; auto is bf16 if the device supports it, else fp32"),
     ] = "auto"
     part_rows: Annotated[int, ADVANCED, Field(ge=1, description="Instances per part; runs resume at a part")] = 512
-    shard: ShardOf = ""
+    shard: ShardSetting = ""
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
 
@@ -67,7 +67,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
     scorer = Scorer.load(str(scorer_folder(config.scorer)), precision=config.precision)
     scorer.truncation_counts.log_first = False
     # The chosen precision is recorded instead of `auto`, because scores depend on it.
-    work_config = identity(config) | {"precision": scorer.precision, "version": scorer.version}
+    work_config = result_settings(config) | {"precision": scorer.precision, "version": scorer.version}
 
     def transform(part: list[Instance]) -> Iterator[Instance]:
         return _score_part(part, scorer)

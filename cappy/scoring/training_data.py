@@ -24,7 +24,11 @@ from cappy.records.overlap import (
 from cappy.scoring import training_prompts
 
 GROUPS, ROWS = "trained_on_groups.u64", "trained_on_rows.u64"
-"""Files of the sorted hashes of groups, and of `Rows`: the number of rows they were sampled from, then their table."""
+"""Files of unsigned 64-bit integers (little-endian).
+
+`GROUPS` contains the sorted hashes of the groups. `ROWS` contains a `Rows`: first the number of rows before sampling,
+then the table.
+"""
 _COLUMNS = ["instruction", "task", "group_id", "split"]
 
 

@@ -19,7 +19,7 @@ from cappy.scoring.forward import batch_by_length
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus
-from cappy.training.distributed import Ranks
+from cappy.training.distributed import World
 from cappy.training.feed import Draw, draw_validation
 from cappy.training.losses import LISTWISE_TEMPERATURE
 from cappy.training.settings import TrainingSettings
@@ -38,7 +38,7 @@ MIN_DIFFERENCE = 0.001
 class Check:
     """For each validation instance, the label of the picked response and the expected label, both 0 to 1."""
 
-    picks: tuple[float, ...]
+    pick_labels: tuple[float, ...]
     expected: tuple[float, ...]
 
 
@@ -47,7 +47,7 @@ def check_scorer(
     validation: Corpus,
     config: TrainingSettings,
     *,
-    ranks: Ranks,
+    world: World,
     lockstep: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Check | None:
@@ -58,7 +58,7 @@ def check_scorer(
     """
     scorer.model.eval()
     count = len(validation)
-    own_indices = range(count) if lockstep else range(ranks.rank, count, ranks.count)
+    own_indices = range(count) if lockstep else range(world.rank, count, world.size)
     values = [0.0] * (2 * count)
     stop = False
     for start in range(0, len(own_indices), CHUNK):
@@ -67,9 +67,9 @@ def check_scorer(
             break
         indices = own_indices[start : start + CHUNK]
         pools = [draw_validation(validation, index, CHECK_CANDIDATES, seed=config.seed) for index in indices]
-        for index, (pick, expected) in zip(indices, _score_pools(scorer, validation, pools), strict=True):
-            values[index], values[count + index] = pick, expected
-    *values, stops = (ranks.all_reduce if not lockstep else list)([*values, float(stop)])
+        for index, (pick_label, expected) in zip(indices, _score_pools(scorer, validation, pools), strict=True):
+            values[index], values[count + index] = pick_label, expected
+    *values, stops = (world.all_reduce if not lockstep else list)([*values, float(stop)])
     return None if stops else Check(tuple(values[:count]), tuple(values[count:]))
 
 
@@ -91,14 +91,14 @@ def record_check(check: Check | None, state: TrainingState, *, early_stopping: b
             behind, error = _paired_difference(state.best_values, check.expected)
         if not state.best_values or behind < 0:
             state.best_values = list(check.expected)
-        entry |= {"pick": round(_mean(check.picks), 6), "expected": round(_mean(check.expected), 6)}
+        entry |= {"pick": round(_mean(check.pick_labels), 6), "expected": round(_mean(check.expected), 6)}
         if early_stopping:
             entry |= {"behind": round(behind, 6), "error": round(error, 6)}
     state.log.append(entry)
     if early_stopping and behind > max(error, MIN_DIFFERENCE):
         state.checks_since_best += rate_falling
         return False
-    state.best_pick = _mean(check.picks) if check is not None else state.best_pick
+    state.best_pick = _mean(check.pick_labels) if check is not None else state.best_pick
     state.best_update, state.checks_since_best = state.update, 0
     return True
 

@@ -47,7 +47,7 @@ _HAS_TRAIN = "has_train"
 _PROMPTS = "prompts"
 """File with the hash of each prompt. It is written last, so a folder that contains it is complete."""
 COUNT_CHUNK = 2**16
-"""Instances per chunk when cut pairs are counted; this bounds memory."""
+"""Instances per chunk when truncated pairs are counted; this bounds memory."""
 CHUNK = 512
 """Instances tokenized at a time; this bounds memory."""
 
@@ -170,14 +170,15 @@ class Corpus:
         return min(self._encoder.max_length, pair_tokens)
 
     @property
-    def cut_pairs(self) -> int:
-        """The number of pairs that are longer than the scorer's maximum and are cut."""
+    def num_truncated_pairs(self) -> int:
+        """The number of pairs that are longer than the scorer's maximum and are truncated."""
         return sum(
-            self._count_cut(start, min(start + COUNT_CHUNK, len(self))) for start in range(0, len(self), COUNT_CHUNK)
+            self._count_truncated(start, min(start + COUNT_CHUNK, len(self)))
+            for start in range(0, len(self), COUNT_CHUNK)
         )
 
-    def _count_cut(self, start: int, stop: int) -> int:
-        """The number of cut pairs of the instances in range(start, stop)."""
+    def _count_truncated(self, start: int, stop: int) -> int:
+        """The number of truncated pairs of the instances in range(start, stop)."""
         ends = self._pair_ends[start:stop].astype(np.int64)
         sizes = np.diff(ends, prepend=_start(self._pair_ends, start))
         first, last = _start(self._pair_ends, start) + start, int(ends[-1]) + stop
@@ -276,7 +277,7 @@ class CorpusWriter:
         instances = [instance for _, instance in batch]
         texts = [text for instance in instances for text in (instance.instruction, *instance.responses)]
         distinct = list(dict.fromkeys(texts))
-        ids = dict(zip(distinct, self._encoder.tokens(distinct), strict=True))
+        ids = dict(zip(distinct, self._encoder.tokenize(distinct), strict=True))
         names = [name.encode() for name, _ in batch]
         labels = [label for instance in instances for label in instance.labels]
         self._write("tokens", list(itertools.chain.from_iterable(ids[text] for text in texts)))

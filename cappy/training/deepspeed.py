@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cappy.errors import ConfigError
 from cappy.training.checkpoint import Tensors, copy_tensors
-from cappy.training.distributed import MOMENTS, Ranks, adamw, moments_of, restore_moments
+from cappy.training.distributed import MOMENTS, World, adamw, moments_of, restore_moments
 from cappy.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ class DeepSpeedStrategy:
     lockstep = True
     """All ranks must run the same number of passes, because each pass is a collective call."""
 
-    def __init__(self, model: "PreTrainedModel", config: TrainingSettings, ranks: Ranks) -> None:
+    def __init__(self, model: "PreTrainedModel", config: TrainingSettings, world: World) -> None:
         deepspeed = _import_deepspeed()
         self._utils = deepspeed.utils
         self._gather_parameters = deepspeed.zero.GatheredParameters
-        self._model, self._stage, self._ranks = model, config.zero_stage, ranks
+        self._model, self._stage, self._world = model, config.zero_stage, world
         self.engine, *_ = deepspeed.initialize(
             model=_EngineModule(model),
             optimizer=adamw(model, config),
@@ -69,7 +69,7 @@ class DeepSpeedStrategy:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Like `ReplicatedStrategy.backward`; the factor undoes DeepSpeed's mean over the ranks."""
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self._ranks.count)
+        self.engine.backward(loss * self._world.size)
 
     def step(self, rate: float) -> float:
         """Like `ReplicatedStrategy.step`, except that the weights are unusable afterwards if the norm is not finite."""
@@ -151,8 +151,8 @@ class DeepSpeedStrategy:
         if self._stage == WEIGHT_SHARDING_STAGE:
             # DeepSpeed's own function for full tensors fails if their size is not a multiple of the number of ranks.
             shard_size = parameter.ds_tensor.numel()
-            flat = nn.functional.pad(value.reshape(-1), (0, shard_size * self._ranks.count - value.numel()))
-            shard = flat.narrow(0, shard_size * self._ranks.rank, shard_size)
+            flat = nn.functional.pad(value.reshape(-1), (0, shard_size * self._world.size - value.numel()))
+            shard = flat.narrow(0, shard_size * self._world.rank, shard_size)
             if moment:
                 utils.safe_set_local_optimizer_state(parameter, shard, moment)
             else:

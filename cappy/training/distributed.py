@@ -18,18 +18,24 @@ from cappy.training.settings import TrainingSettings
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Keys of the moments in torch's AdamW state of a parameter, which also has "step"."""
 BUCKET_SIZE = 16 * 2**20
-"""Gradient elements per all-reduce, enough to saturate a link. All are in flight at once: a copy of the gradients."""
+"""Gradient elements per all-reduce, enough to saturate a link.
+
+All buckets are in flight at once, so they take as much memory as the gradients.
+"""
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """How long a rank waits for another. If a rank dies, the launcher ends the others much earlier."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
-    """The position of this process: `rank` among all `count` processes, `local` on its machine, both 0-based."""
+class World:
+    """The processes that train together: `rank` is the index of this process among all `size` processes.
+
+    `local_rank` is its index among the processes of its machine. Both start at 0.
+    """
 
     rank: int = 0
-    count: int = 1
-    local: int = 0
+    size: int = 1
+    local_rank: int = 0
 
     @property
     def first(self) -> bool:
@@ -39,11 +45,11 @@ class Ranks:
     @property
     def device(self) -> torch.device:
         """The device that tensors must be on for collective operations."""
-        return torch.device("cuda", self.local) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def all_reduce(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over the ranks, on all ranks."""
-        if self.count == 1:
+        if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         distributed.all_reduce(tensor)
@@ -56,7 +62,7 @@ class Ranks:
         DistributedDataParallel is not used because it rebuilds its buckets after the first update, so a resumed run
         would add in a different order than an uninterrupted one.
         """
-        if self.count == 1:
+        if self.size == 1:
             return
         buckets = list(_split_buckets(gradients))
         flat_buckets = [torch.cat([gradient.reshape(-1) for gradient in bucket]) for bucket in buckets]
@@ -68,7 +74,7 @@ class Ranks:
 
     def broadcast_object(self, value: object) -> Any:
         """The first rank's `value`, sent as JSON, because torch's own broadcast of objects uses pickle."""
-        if self.count == 1:
+        if self.size == 1:
             return value
         encoded = json.dumps(value).encode() if self.first else b""
         size = torch.tensor([len(encoded)], device=self.device)
@@ -80,7 +86,7 @@ class Ranks:
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The first rank's tensors by name, on the CPU; the other ranks may pass an empty mapping."""
-        if self.count == 1:
+        if self.size == 1:
             return dict(tensors)
         specs = self.broadcast_object(
             {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
@@ -94,7 +100,7 @@ class Ranks:
         return received
 
 
-SINGLE_RANK = Ranks()
+SINGLE_RANK = World()
 
 
 def is_launched() -> bool:
@@ -103,21 +109,21 @@ def is_launched() -> bool:
 
 
 @contextlib.contextmanager
-def join_ranks() -> Iterator[Ranks]:
+def join_ranks() -> Iterator[World]:
     """Joins the ranks that a launcher started (nccl with a GPU, else gloo); yields a single rank without a launcher."""
     if not is_launched():
         yield SINGLE_RANK
         return
-    ranks = Ranks(
+    world = World(
         rank=int(os.environ["RANK"]),
-        count=int(os.environ["WORLD_SIZE"]),
-        local=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ.get("LOCAL_RANK", os.environ["RANK"])),
     )
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(ranks.local)
+        torch.cuda.set_device(world.local_rank)
     distributed.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    yield ranks
+    yield world
     # Only after success: after an error this would wait for ranks that are blocked in another operation.
     distributed.destroy_process_group()
 
@@ -142,8 +148,8 @@ class ReplicatedStrategy:
     lockstep = False
     """Whether all ranks must do the same number of passes."""
 
-    def __init__(self, model: nn.Module, config: TrainingSettings, ranks: Ranks) -> None:
-        self._model, self._clip, self._ranks = model, config.clip, ranks
+    def __init__(self, model: nn.Module, config: TrainingSettings, world: World) -> None:
+        self._model, self._clip, self._world = model, config.clip, world
         self._optimizer = adamw(model, config)
 
     def zero_grad(self) -> None:
@@ -184,16 +190,16 @@ class ReplicatedStrategy:
 
     def _sum_gradients(self) -> None:
         """Sums the gradients over the ranks; a parameter that no rank used has no gradient, as with one rank."""
-        if self._ranks.count == 1:
+        if self._world.size == 1:
             return
         parameters = list(self._model.parameters())
-        ranks_using = self._ranks.all_reduce([float(parameter.grad is not None) for parameter in parameters])
+        ranks_using = self._world.all_reduce([float(parameter.grad is not None) for parameter in parameters])
         gradients = []
         for parameter, count in zip(parameters, ranks_using, strict=True):
             if count:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 gradients.append(parameter.grad)
-        self._ranks.sum_gradients(gradients)
+        self._world.sum_gradients(gradients)
 
 
 def adamw(model: nn.Module, config: TrainingSettings) -> torch.optim.AdamW:

@@ -97,11 +97,11 @@ def must_launch(config: TrainingSettings) -> bool:
     return count > 1 or config.parallelism == "deepspeed"
 
 
-def check_batch(config: TrainingSettings, ranks: int) -> None:
+def check_batch(config: TrainingSettings, num_ranks: int) -> None:
     """Raises ConfigError if an update has fewer instances than there are ranks."""
-    if config.batch_instances < ranks:
-        remedy = f"give --batch-instances {ranks} or more, or fewer --devices"
-        raise ConfigError(f"--batch-instances {config.batch_instances}: fewer than the {ranks} ranks; {remedy}")
+    if config.batch_instances < num_ranks:
+        remedy = f"give --batch-instances {num_ranks} or more, or fewer --devices"
+        raise ConfigError(f"--batch-instances {config.batch_instances}: fewer than the {num_ranks} ranks; {remedy}")
 
 
 def _refuse_several_processes(config: TrainingSettings) -> None:

@@ -22,7 +22,7 @@ from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUE_REMEDY, Checkpoint, CheckpointClock, Shutdown, TrainingState
 from cappy.training.checks import CHECK_CANDIDATES, check_scorer, explain_kept_weights, record_check, stops_early
 from cappy.training.corpus import Corpora, Corpus
-from cappy.training.distributed import Ranks, ReplicatedStrategy, Strategy
+from cappy.training.distributed import ReplicatedStrategy, Strategy, World
 from cappy.training.feed import Draw, count_updates, draw_batch, padded_tokens, split_batch
 from cappy.training.launch import check_batch
 from cappy.training.meter import Meter, count_layer_weights, describe_progress, pair_flops, peak_flops
@@ -45,14 +45,14 @@ class TrainingOutcome:
     """The result of a training run.
 
     The weights that were kept are those after `best_update` updates; `reason` says why they are not the last ones, ""
-    if they are. `best_pick` is the mean label, 0 to 1, of the responses that they pick on the validation instances, -1
-    without such instances. `log` has an entry per check, `curve` about `CURVE_POINTS` points; `events` lists deviations
-    such as a smaller token budget.
+    if they are. `best_pick_label` is the mean label, 0 to 1, of the responses that they pick on the validation
+    instances, -1 without such instances. `log` has an entry per check, `curve` about `CURVE_POINTS` points; `events`
+    lists deviations such as a smaller token budget.
     """
 
     updates: int
     best_update: int
-    best_pick: float
+    best_pick_label: float
     reason: str
     log: tuple[dict[str, float], ...]
     curve: tuple[dict[str, float], ...] = ()
@@ -60,7 +60,7 @@ class TrainingOutcome:
 
 
 def fit(
-    scorer: Scorer, corpora: Corpora, config: TrainingSettings, checkpoints: Path, ranks: Ranks, progress: Progress
+    scorer: Scorer, corpora: Corpora, config: TrainingSettings, checkpoints: Path, world: World, progress: Progress
 ) -> TrainingOutcome:
     """Trains the scorer in place, from the last checkpoint if there is one, and leaves the best weights in it.
 
@@ -70,8 +70,8 @@ def fit(
     Raises ConfigError if the settings cannot train on these instances, and TrainingError if the loss diverges, memory
     runs out, or SIGTERM stops the run.
     """
-    check_trainable(corpora.train, config, ranks)
-    run = TrainingRun(scorer, corpora, config, checkpoints, ranks)
+    check_trainable(corpora.train, config, world)
+    run = TrainingRun(scorer, corpora, config, checkpoints, world)
     state, resumed_at = run.state, run.state.update
     with Shutdown() as shutdown:
         while True:
@@ -84,13 +84,13 @@ def fit(
             progress(state.update, run.updates, unit="updates", resumed=resumed_at, note=run.summary)
     reason = explain_kept_weights(state, run.updates, len(run.validation))
     progress(state.update, state.update, unit="updates", resumed=resumed_at, note=reason or run.summary)
-    if ranks.first:
+    if world.first:
         scorer.model, scorer.forward_wrapper = run.strategy.best_model(run.best).eval(), None
         scorer.autocast = False
     return TrainingOutcome(
         updates=state.update,
         best_update=state.best_update,
-        best_pick=state.best_pick,
+        best_pick_label=state.best_pick,
         reason=reason,
         log=tuple(state.log),
         curve=tuple(state.curve),
@@ -102,10 +102,10 @@ class TrainingRun:
     """One training run: its inputs, its state, and the best weights so far (on the first rank only)."""
 
     def __init__(
-        self, scorer: Scorer, corpora: Corpora, config: TrainingSettings, checkpoints: Path, ranks: Ranks
+        self, scorer: Scorer, corpora: Corpora, config: TrainingSettings, checkpoints: Path, world: World
     ) -> None:
         self.scorer, self.train, self.validation = scorer, corpora.train, corpora.validation
-        self.config, self.checkpoints, self.ranks = config, checkpoints, ranks
+        self.config, self.checkpoints, self.world = config, checkpoints, world
         self.updates = count_updates(self.train, config)
         self.check_interval = max(1, self.updates // config.checks)
         self.peak_rate = config.learning_rate or default_learning_rate(scorer.model.config.hidden_size)
@@ -113,22 +113,22 @@ class TrainingRun:
         scorer.autocast = _uses_bf16(config, scorer.device)
         if scorer.autocast:
             keep_heads_in_fp32(scorer.model)
-        self.meter = Meter(peak_flops(scorer.device, ranks.count, bf16=scorer.autocast))
-        self.strategy = _start_strategy(scorer, config, ranks)
+        self.meter = Meter(peak_flops(scorer.device, world.size, bf16=scorer.autocast))
+        self.strategy = _start_strategy(scorer, config, world)
         self.clock = CheckpointClock(config.checkpoint_seconds, config.checkpoint_updates)
         self.state, self.best, self.note = TrainingState(budget=config.batch_tokens), dict[str, Tensor](), ""
         self._resume()
 
     def _resume(self) -> None:
         """Restores the first rank's checkpoint on all ranks, or copies the first rank's weights if it has none."""
-        saved, note = checkpoint.load(self.checkpoints) if self.ranks.first else (None, "")
-        state, self.note = self.ranks.broadcast_object((saved and asdict(saved.state), note))
+        saved, note = checkpoint.load(self.checkpoints) if self.world.first else (None, "")
+        state, self.note = self.world.broadcast_object((saved and asdict(saved.state), note))
         if state is not None:
-            weights = self.ranks.broadcast_tensors(saved.weights if saved else {})
-            self.strategy.restore(weights, self.ranks.broadcast_tensors(saved.moments if saved else {}))
+            weights = self.world.broadcast_tensors(saved.weights if saved else {})
+            self.strategy.restore(weights, self.world.broadcast_tensors(saved.moments if saved else {}))
             self.state, self.best = TrainingState(**state), saved.best if saved else {}
-        elif self.ranks.count > 1:
-            self.strategy.restore(self.ranks.broadcast_tensors(self.strategy.weights()), {})
+        elif self.world.size > 1:
+            self.strategy.restore(self.world.broadcast_tensors(self.strategy.weights()), {})
 
     @property
     def summary(self) -> str:
@@ -158,7 +158,7 @@ class TrainingRun:
                 self.scorer,
                 self.validation,
                 config,
-                ranks=self.ranks,
+                world=self.world,
                 lockstep=self.strategy.lockstep,
                 stop_requested=shutdown.requested,
             )
@@ -168,7 +168,7 @@ class TrainingRun:
         early_stopping = stops_early(config, self.validation)
         if record_check(check, state, early_stopping=early_stopping, rate_falling=rate_falling):
             weights = self.strategy.weights()
-            self.best = weights if self.ranks.first else {}
+            self.best = weights if self.world.first else {}
         state.stopped = state.checks_since_best >= config.patience
 
     def run_update(self) -> None:
@@ -179,13 +179,13 @@ class TrainingRun:
         try:
             with self.meter.time_update():
                 loss = run_update(
-                    self.scorer, self.strategy, self.train, draws, config, state, rate=rate, ranks=self.ranks
+                    self.scorer, self.strategy, self.train, draws, config, state, rate=rate, world=self.world
                 )
         except DivergedError as error:
             names = ", ".join(self.train.name(draw.index) for draw in draws[:MAX_NAMED_INSTANCES])
             names += f" and {len(draws) - MAX_NAMED_INSTANCES} more" if len(draws) > MAX_NAMED_INSTANCES else ""
             last_checkpoint = (
-                f"last good checkpoint: {self.ranks.broadcast_object(checkpoint.describe_newest(self.checkpoints))}"
+                f"last good checkpoint: {self.world.broadcast_object(checkpoint.describe_newest(self.checkpoints))}"
             )
             remedy = "give a smaller --learning-rate, or check these instances"
             raise TrainingError(
@@ -199,7 +199,7 @@ class TrainingRun:
         """Records the cost of the update and, at intervals, a point of the curve."""
         lengths = [length for draw in draws for length in self.train.token_counts(draw.index, draw.responses)]
         encoder, state = self.scorer.model.config, self.state
-        passes = split_batch(draws, state.budget, self.ranks.count)
+        passes = split_batch(draws, state.budget, self.world.size)
         self.meter.add(
             pairs=len(lengths),
             tokens=sum(lengths),
@@ -212,8 +212,8 @@ class TrainingRun:
 
     def save_if_due(self, shutdown: Shutdown) -> None:
         """Writes a checkpoint if one is due; after SIGTERM, writes a last one and raises TrainingError."""
-        flags = self.ranks.first and self.clock.due(self.state.update), shutdown.requested()
-        due, stop = self.ranks.all_reduce([float(flag) for flag in flags])
+        flags = self.world.first and self.clock.due(self.state.update), shutdown.requested()
+        due, stop = self.world.all_reduce([float(flag) for flag in flags])
         if stop:
             self._save_and_stop()
         if due:
@@ -221,29 +221,29 @@ class TrainingRun:
 
     def _save(self) -> None:
         weights, moments = self.strategy.weights(), self.strategy.moments()
-        if self.ranks.first:
+        if self.world.first:
             saved = Checkpoint(state=self.state, weights=weights, moments=moments, best=self.best)
             checkpoint.save(self.checkpoints, saved)
 
     def _save_and_stop(self) -> NoReturn:
         self._save()
         # When a rank exits, the launcher ends the others: wait until the first rank has written the checkpoint.
-        self.ranks.broadcast_object(None)
+        self.world.broadcast_object(None)
         message = f"stopped by SIGTERM after update {self.state.update} of {self.updates}"
         raise TrainingError(f"{message}; the checkpoint is written, {CONTINUE_REMEDY}")
 
 
 def run_trial(
-    scorer: Scorer, corpora: Corpora, config: TrainingSettings, ranks: Ranks, progress: Progress
+    scorer: Scorer, corpora: Corpora, config: TrainingSettings, world: World, progress: Progress
 ) -> dict[str, float]:
     """Runs `TRIAL_UPDATES` updates, discards them, and returns their figures for this rank, in seconds and bytes.
 
     `projected_seconds` is the time of the whole run on these ranks without early stopping: all epochs and the checks,
     which are assumed to cost `FORWARD_COST_SHARE` of training per pair.
     """
-    check_trainable(corpora.train, config, ranks)
+    check_trainable(corpora.train, config, world)
     with tempfile.TemporaryDirectory() as folder:
-        run = TrainingRun(scorer, corpora, config, Path(folder), ranks)
+        run = TrainingRun(scorer, corpora, config, Path(folder), world)
         count = min(TRIAL_UPDATES, run.updates)
         ends = [time.perf_counter()]
         for done in range(1, count + 1):
@@ -271,16 +271,16 @@ def run_trial(
     }
 
 
-def _start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> Strategy:
+def _start_strategy(scorer: Scorer, config: TrainingSettings, world: World) -> Strategy:
     """Creates the strategy `config.parallelism` for the scorer; ConfigError if its packages cannot be imported."""
     if config.parallelism == "deepspeed":
         from cappy.training.deepspeed import DeepSpeedStrategy
 
-        strategy = DeepSpeedStrategy(scorer.model, config, ranks)
+        strategy = DeepSpeedStrategy(scorer.model, config, world)
         scorer.forward_wrapper = strategy.engine  # The engine gathers sharded weights for a pass.
         return strategy
     if config.parallelism != "jax":
-        return ReplicatedStrategy(scorer.model, config, ranks)
+        return ReplicatedStrategy(scorer.model, config, world)
     if config.precision == "bf16":
         raise ConfigError("--precision bf16: --parallelism jax computes in fp32; give --precision auto or fp32")
     try:
@@ -291,7 +291,7 @@ def _start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> S
     return JaxStrategy(scorer, config)
 
 
-def check_trainable(train: Corpus, config: TrainingSettings, ranks: Ranks) -> None:
+def check_trainable(train: Corpus, config: TrainingSettings, world: World) -> None:
     """Raises ConfigError if the settings cannot train on these instances."""
     if not len(train):
         raise ConfigError("training: no training instance has two different responses; sample more candidates")
@@ -301,9 +301,9 @@ def check_trainable(train: Corpus, config: TrainingSettings, ranks: Ranks) -> No
         raise ConfigError(f"training: every label {config.metric!r} is {facts.lowest:g}; {remedy}")
     if config.schedule == "published" and count_updates(train, config) < 2:
         raise ConfigError("--schedule published: starts at rate 0, and there is one update; give more --train-rows")
-    if len(train) < ranks.count:
-        raise ConfigError(f"training: {len(train)} instances for {ranks.count} ranks; give fewer --devices or --nodes")
-    check_batch(config, ranks.count)
+    if len(train) < world.size:
+        raise ConfigError(f"training: {len(train)} instances for {world.size} ranks; give fewer --devices or --nodes")
+    check_batch(config, world.size)
     if config.batch_tokens < train.longest_pair:
         remedy = f"give --batch-tokens {train.longest_pair} or more"
         raise ConfigError(

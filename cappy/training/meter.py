@@ -99,23 +99,27 @@ class Meter:
         return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
 
-def peak_flops(device: "torch.device", ranks: int, *, bf16: bool) -> float | None:
-    """The peak bf16 FLOP/s of `ranks` devices of this kind; None for a CPU, an unknown GPU or another precision."""
+def peak_flops(device: "torch.device", num_ranks: int, *, bf16: bool) -> float | None:
+    """The peak bf16 FLOP/s of `num_ranks` devices of this kind; None for a CPU, an unknown GPU or another precision."""
     if device.type != "cuda" or not bf16:
         return None
     import torch
 
     name = torch.cuda.get_device_name(device)
-    return next((ranks * peak for name_part, peak in PEAK_FLOPS.items() if re.search(rf"\b{name_part}\b", name)), None)
+    return next(
+        (num_ranks * peak for name_part, peak in PEAK_FLOPS.items() if re.search(rf"\b{name_part}\b", name)), None
+    )
 
 
-def pair_flops(config: "PretrainedConfig", weights: int, tokens: int) -> float:
-    """FLOPs of a pair of `tokens` tokens, forward and backward, without padding; `weights` are the layers' weights.
+def pair_flops(config: "PretrainedConfig", num_layer_weights: int, tokens: int) -> float:
+    """FLOPs of a pair of `tokens` tokens, forward and backward, without padding.
+
+    `num_layer_weights` is the number of weights in the layers' matrices (`count_layer_weights`).
 
     6 per layer weight and token (Kaplan et al. 2020, section 2.1), plus 12 x layers x width x tokens² for attention
     (PaLM, Chowdhery et al. 2022, appendix B).
     """
-    flops: float = 6.0 * weights * tokens + 12.0 * config.num_hidden_layers * config.hidden_size * tokens**2
+    flops: float = 6.0 * num_layer_weights * tokens + 12.0 * config.num_hidden_layers * config.hidden_size * tokens**2
     return flops
 
 
@@ -159,9 +163,10 @@ def describe_trial(metrics: Mapping[str, float]) -> str:
 
 
 def write_log(folder: Path, checks: Sequence[Point], curve: Sequence[Point], events: Sequence[str]) -> None:
-    """Writes checks (loss and pick), curve (loss and rate) and events to `TRAINING_LOG` in the scorer's folder.
+    """Writes checks, curve and events to `TRAINING_LOG` in the scorer's folder.
 
-    Speed is left out, so that the same run writes the same file.
+    A check has the loss and the mean label of the picks, a point of the curve the loss and the learning rate. Speed is
+    left out, so that the same run writes the same file.
     """
     loss_points = [{name: point[name] for name in _LOSS_COLUMNS} for point in curve]
     log = {"checks": list(checks), "curve": loss_points, "events": list(events)}
@@ -183,8 +188,10 @@ def read_curves(folder: Path, work: Path, manifest_hash: str) -> list[dict[str, 
     log = json.loads((folder / TRAINING_LOG).read_text())
     speed = _speed_path(work, manifest_hash)
     columns = ("update", "pick", "expected")
-    picks = [{name: check[name] for name in columns if name in check} for check in log["checks"] if "pick" in check]
-    return [*log["curve"], *picks, *(json.loads(speed.read_text()) if speed.is_file() else ())]
+    pick_labels = [
+        {name: check[name] for name in columns if name in check} for check in log["checks"] if "pick" in check
+    ]
+    return [*log["curve"], *pick_labels, *(json.loads(speed.read_text()) if speed.is_file() else ())]
 
 
 def _speed_path(work: Path, manifest_hash: str) -> Path:

@@ -38,7 +38,7 @@ class PretrainingConfig(TrainingSettings):
         Field(description="bce: sigmoid with soft labels, scores 0 to 1; mse: the published regression"),
     ] = "bce"
     max_length: Annotated[
-        int, Field(ge=16, description="Maximum tokens of a pair; a longer instruction is cut in the middle")
+        int, Field(ge=16, description="Maximum tokens of a pair; a longer instruction is truncated in the middle")
     ] = 512
     layers: Annotated[int, ADVANCED, Field(ge=1, description="Layers of the built-in encoder")] = 4
     hidden_size: Annotated[
@@ -105,7 +105,8 @@ def _make_scorer(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
     max_length = min(config.max_length, max_positions(model) or config.max_length)
     if max_length < config.max_length:
         warn_once(
-            folder.path, f"has {max_length} positions, so pairs are cut to {max_length} tokens, not {config.max_length}"
+            folder.path,
+            f"has {max_length} positions, so pairs are truncated to {max_length} tokens, not {config.max_length}",
         )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     truncation = PAPER_TRUNCATION if config.preset == "paper" else "middle"

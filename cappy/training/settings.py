@@ -34,9 +34,9 @@ Unit = Literal["instance", "row"]
 Launcher = Literal["here", "trainjob", "customjob"]
 
 PAPER_TRUNCATION: "Truncation" = "longest_first"
-"""How the preset `paper` cuts a pair: the published code's `truncation=True` (cappy_bigbench.py, lines 73 to 79).
+"""How the preset `paper` truncates a pair: the published code's `truncation=True` (cappy_bigbench.py, lines 73 to 79).
 
-The scorer's folder records it, so that scoring cuts pairs as training did.
+The scorer's folder records it, so that scoring truncates pairs as training did.
 """
 PAPER_PRESET: Mapping[str, object] = {
     "unit": "row",
@@ -60,6 +60,7 @@ without weight decay or gradient clipping; the published learning rate schedule;
 in between. The random draws differ. The settings of the published pretraining are not fully known: for pretraining the
 preset sets the same values, and `recipes/pretrain-360m.yaml` contains what else is known.
 """
+_NO_VOLUME = "default: none, --work must already be on a shared volume"
 _SOURCE_WEIGHT = re.compile(rf"({'|'.join(SOURCES)})=(\d+(?:\.\d+)?)")
 
 
@@ -126,14 +127,18 @@ class LoopSettings:
     patience: Annotated[
         int,
         ADVANCED,
-        Field(ge=1, description="Stop after this many checks in a row clearly below the best, once the rate decays"),
+        Field(
+            ge=1,
+            description="Stop after this many consecutive checks that are below the best by more than the standard "
+            "error; counted from the start of learning rate decay",
+        ),
     ] = 4
     keep: Annotated[
         Literal["best", "last"],
         ADVANCED,
         Field(
-            description="best: stop early, keep the weights of the latest check not clearly below the best; "
-            "last: keep the final weights"
+            description="best: stop early and keep the weights of the latest check whose result is within the standard "
+            "error of the best; last: keep the final weights"
         ),
     ] = "best"
     checkpoint_seconds: Annotated[float, LOCATION, ADVANCED, Field(ge=0, description="Seconds between checkpoints")] = (
@@ -187,9 +192,7 @@ class LoopSettings:
 class TrainJobSettings:
     """Settings of a Kubeflow TrainJob, in addition to those of every job."""
 
-    volume: Annotated[
-        str, Field(description="Shared volume to mount, CLAIM:/path; default: --work is shared already")
-    ] = ""
+    volume: Annotated[str, Field(description=f"Shared volume to mount, CLAIM:/path; {_NO_VOLUME}")] = ""
     accelerator: Annotated[str, Field(description="Accelerator per device: gpu or a resource name; default: CPU")] = ""
     cpu: Annotated[str, Field(description="Cores per node, such as 8; default: the runtime's")] = ""
     memory: Annotated[str, Field(description="Memory per node, such as 64Gi; default: the runtime's")] = ""
@@ -206,10 +209,9 @@ class TrainJobSettings:
 class CustomJobSettings:
     """Settings of a Vertex AI CustomJob, in addition to those of every job."""
 
-    volume: Annotated[
-        str,
-        Field(description="Shared volume to mount, SERVER:/export:/mnt/nfs/name; default: --work is shared already"),
-    ] = ""
+    volume: Annotated[str, Field(description=f"Shared volume to mount, SERVER:/export:/mnt/nfs/name; {_NO_VOLUME}")] = (
+        ""
+    )
     accelerator: Annotated[str, Field(description="Accelerator per device, such as NVIDIA_L4; default: CPU")] = ""
     project: Annotated[str, Field(description="Google Cloud project")] = ""
     region: Annotated[str, Field(description="Region of the job")] = "us-central1"
@@ -316,11 +318,9 @@ def _refuse_bad_weights(config: LoopSettings) -> None:
             remedy = f"SOURCE is one of {', '.join(SOURCES)}, as in mismatch=0.2"
             raise ConfigError(f"--weights: {quote(weight)} is not SOURCE=NUMBER; {remedy}")
     weighted = [weight.split("=")[0] for weight in config.weights]
-    duplicate = next((source for source in weighted if weighted.count(source) > 1), None)
-    if duplicate:
+    if duplicate := next((source for source in weighted if weighted.count(source) > 1), None):
         raise ConfigError(f"--weights: gives {duplicate} twice; give it once")
-    excluded = next((source for source in weighted if config.sources and source not in config.sources), None)
-    if excluded:
+    if excluded := next((source for source in weighted if config.sources and source not in config.sources), None):
         raise ConfigError(f"--weights: has a weight for {excluded}, which --sources excludes; leave one of them out")
 
 
@@ -330,9 +330,7 @@ def _refuse_unused(config: TrainingSettings) -> None:
     for name, reason in _unused_settings(config):
         if name not in defaults or (value := getattr(config, name)) == defaults[name]:
             continue
-        path = name
-        if dataclasses.is_dataclass(value):
-            path = f"{name}.{changed_settings(value)[0]}"
+        path = f"{name}.{changed_settings(value)[0]}" if dataclasses.is_dataclass(value) else name
         raise ConfigError(f"{flag(path)}: has no effect {reason}; leave it out")
 
 
@@ -368,11 +366,12 @@ def _refuse_unlaunchable(config: TrainingSettings) -> None:
         return
     launcher = f"--launcher {config.launcher}"
     if config.dry_run:
-        raise ConfigError(f"{launcher}: cannot be a dry run; run it on such a machine with --launcher here")
-    if config.parallelism == "jax" and config.nodes > 1:
-        remedy = "give --nodes 1"
         raise ConfigError(
-            f"{launcher}: --parallelism jax runs on one machine, but {config.nodes} were requested; {remedy}"
+            f"{launcher}: does not support --dry-run; run it with --launcher here on a machine of the same type"
+        )
+    if config.parallelism == "jax" and config.nodes > 1:
+        raise ConfigError(
+            f"{launcher}: --parallelism jax runs on one machine, but {config.nodes} were requested; give --nodes 1"
         )
     job = config.customjob
     if config.launcher == "customjob" and not (config.image and job.project and job.bucket.startswith("gs://")):

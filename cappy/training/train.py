@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cappy.config import fingerprint, identity
+from cappy.config import fingerprint, result_settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
@@ -21,7 +21,7 @@ from cappy.steps import step_version
 from cappy.training.checks import stops_early
 from cappy.training.corpus import Corpora, open_corpora
 from cappy.training.deepspeed import set_accelerator
-from cappy.training.distributed import Ranks, join_ranks
+from cappy.training.distributed import World, join_ranks
 from cappy.training.launch import launch_ranks, must_launch
 from cappy.training.loop import TrainingOutcome, fit, run_trial
 from cappy.training.meter import write_log, write_speed
@@ -56,32 +56,32 @@ def train(
     """
     if config.launcher != "here":
         return train_remotely(
-            step, config, _result_settings(config), (read_manifest(config.source).hash, *parents), progress
+            step, config, _key_settings(config), (read_manifest(config.source).hash, *parents), progress
         )
     if must_launch(config):
         return launch_ranks(step, config, progress)
     set_accelerator()
     hashes = (read_manifest(config.source).hash, *parents)
-    with join_ranks() as ranks:
+    with join_ranks() as world:
         if config.dry_run:
             scorer, corpora = _open_inputs(config, make_scorer, progress)
-            rank_progress = progress if ranks.first else silent
-            metrics = run_trial(scorer, corpora, config, ranks, rank_progress)
+            rank_progress = progress if world.first else silent
+            metrics = run_trial(scorer, corpora, config, world, rank_progress)
             version = step_version(step)
-            return Manifest(step=step, files=(), config=identity(config), step_version=version, metrics=metrics)
-        if not ranks.first:
-            _fit(config, make_scorer, Path(), silent, ranks)
-            return Manifest.from_json(ranks.broadcast_object(None))
-        result_settings = _result_settings(config)
-        with claim(config.work, step, result_settings, hashes, fresh=config.fresh) as folder:
-            scorer, corpora, outcome = _fit(config, make_scorer, folder / ".checkpoints", progress, ranks)
+            return Manifest(step=step, files=(), config=result_settings(config), step_version=version, metrics=metrics)
+        if not world.first:
+            _fit(config, make_scorer, Path(), silent, world)
+            return Manifest.from_json(world.broadcast_object(None))
+        key_settings = _key_settings(config)
+        with claim(config.work, step, key_settings, hashes, fresh=config.fresh) as folder:
+            scorer, corpora, outcome = _fit(config, make_scorer, folder / ".checkpoints", progress, world)
             scorer.write(folder)
             _write_records(folder, corpora, seen_prompts, outcome)
             write_training_data(folder, config.source, start_folder)
             manifest = Manifest(
                 step=step,
                 files=describe_files(folder),
-                config=result_settings,
+                config=key_settings,
                 step_version=step_version(step),
                 seed=config.seed,
                 generators=read_manifest(config.source).generators,
@@ -91,23 +91,24 @@ def train(
             )
             finish(folder, config.target, manifest)
             write_speed(config.work, manifest.hash, outcome.curve)
-            ranks.broadcast_object(manifest.to_json())
+            world.broadcast_object(manifest.to_json())
             return manifest
 
 
-def _result_settings(config: TrainingSettings) -> dict[str, object]:
-    """The settings that change the result. They include `jax`, because it rounds floats differently from torch."""
-    return identity(config) | ({"parallelism": "jax"} if config.parallelism == "jax" else {})
+def _key_settings(config: TrainingSettings) -> dict[str, object]:
+    """The settings in the key of the work: those that determine the result, and `jax`, which rounds differently."""
+    return result_settings(config) | ({"parallelism": "jax"} if config.parallelism == "jax" else {})
 
 
 def _fit(
-    config: TrainingSettings, make_scorer: MakeScorer, checkpoints: Path, progress: Progress, ranks: Ranks
+    config: TrainingSettings, make_scorer: MakeScorer, checkpoints: Path, progress: Progress, world: World
 ) -> tuple[Scorer, Corpora, TrainingOutcome]:
     scorer, corpora = _open_inputs(config, make_scorer, progress)
-    if ranks.first and (count := _count_cut_pairs(corpora)):
+    if world.first and (count := _count_truncated_pairs(corpora)):
         pairs = corpora.train.facts.pairs + corpora.validation.facts.pairs
-        LOGGER.warning("%s of %s pairs are longer than %d tokens and were cut", count, pairs, scorer.encoder.max_length)
-    return scorer, corpora, fit(scorer, corpora, config, checkpoints, ranks, progress)
+        text = "%s of %s pairs are longer than %d tokens and were truncated"
+        LOGGER.warning(text, count, pairs, scorer.encoder.max_length)
+    return scorer, corpora, fit(scorer, corpora, config, checkpoints, world, progress)
 
 
 def _open_inputs(config: TrainingSettings, make_scorer: MakeScorer, progress: Progress) -> tuple[Scorer, Corpora]:
@@ -163,12 +164,12 @@ def _build_metrics(outcome: TrainingOutcome, corpora: Corpora) -> dict[str, floa
         "updates": outcome.updates,
         "best_update": outcome.best_update,
         "instances": corpora.instances,
-        "cut_pairs": _count_cut_pairs(corpora),
+        "cut_pairs": _count_truncated_pairs(corpora),
     }
     if len(corpora.validation):
-        metrics["validation_pick"] = outcome.best_pick
+        metrics["validation_pick"] = outcome.best_pick_label
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _count_cut_pairs(corpora: Corpora) -> int:
-    return corpora.train.cut_pairs + corpora.validation.cut_pairs
+def _count_truncated_pairs(corpora: Corpora) -> int:
+    return corpora.train.num_truncated_pairs + corpora.validation.num_truncated_pairs

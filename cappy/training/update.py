@@ -11,7 +11,7 @@ from cappy.errors import TrainingError
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus
-from cappy.training.distributed import Ranks, Strategy
+from cappy.training.distributed import Strategy, World
 from cappy.training.feed import Draw, assign_passes, comparison_mask, padded_tokens, split_batch
 from cappy.training.losses import Pairs, instance_losses
 from cappy.training.settings import Schedule, TrainingSettings
@@ -70,7 +70,7 @@ def run_update(
     state: TrainingState,
     *,
     rate: float,
-    ranks: Ranks,
+    world: World,
 ) -> float:
     """Runs one optimizer step and returns the mean loss over the instances of the whole batch.
 
@@ -81,7 +81,7 @@ def run_update(
     scorer.model.train()
     while True:
         try:
-            loss = _compute_gradients(scorer, strategy, corpus, batch, config, state, ranks)
+            loss = _compute_gradients(scorer, strategy, corpus, batch, config, state, world)
             break
         except PassMemoryError:
             _halve_budget(state, batch)
@@ -100,20 +100,20 @@ def _compute_gradients(
     batch: Sequence[Draw],
     config: TrainingSettings,
     state: TrainingState,
-    ranks: Ranks,
+    world: World,
 ) -> float:
     """Accumulates this rank's gradients; returns the loss of the whole batch, or raises PassMemoryError on all ranks.
 
     The batch is split into passes, which are seeded by their index and then assigned to ranks. So any number of ranks
     computes the same passes with the same dropout, as long as there are at least as many passes as ranks.
     """
-    passes = split_batch(batch, state.budget, ranks.count)
-    own_passes = assign_passes([padded_tokens(draws) for draws in passes], ranks.rank, ranks.count)
+    passes = split_batch(batch, state.budget, world.size)
+    own_passes = assign_passes([padded_tokens(draws) for draws in passes], world.rank, world.size)
     weights = [1.0] * len(own_passes)
     if strategy.lockstep:
         max_passes = max(
-            len(assign_passes([padded_tokens(draws) for draws in passes], rank, ranks.count))
-            for rank in range(ranks.count)
+            len(assign_passes([padded_tokens(draws) for draws in passes], rank, world.size))
+            for rank in range(world.size)
         )
         # A rank with fewer passes repeats one with weight 0, because all ranks must run the same number.
         weights += [0.0] * (max_passes - len(own_passes))
@@ -133,7 +133,7 @@ def _compute_gradients(
             remedy = "give a smaller --batch-tokens and run the same command again"
             raise TrainingError(f"memory ran out at {state.budget} tokens per pass; {remedy}") from error
         out_of_memory = 1.0
-    total_loss, out_of_memory = ranks.all_reduce([total_loss, out_of_memory])
+    total_loss, out_of_memory = world.all_reduce([total_loss, out_of_memory])
     if out_of_memory:
         strategy.zero_grad()
         raise PassMemoryError

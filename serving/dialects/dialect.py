@@ -27,8 +27,8 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class RefusalResponse(BaseModel):
-    """A refusal; it may also have the fields of other dialects that share the path."""
+class ErrorResponse(BaseModel):
+    """The response to a refused request; it may also have the fields of other dialects that share the path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +61,15 @@ class Dialect:
 
     `paths` may contain `{model}` and `{version}`. If several dialects share a path, a body belongs to the first dialect
     with a marker field in it. `pairs` reads the pairs of a request, and `answer` writes the response. `refuse` writes
-    an error from (status, message); its shape is `problem`. `requested_model` returns the model that a request names,
-    or None.
+    an error from (status, message); its shape is `error_response`. `requested_model` returns the model that a request
+    names, or None.
     """
 
     name: str
     paths: Sequence[str]
     request: type[BaseModel]
     response: type[BaseModel]
-    problem: type[BaseModel]
+    error_response: type[BaseModel]
     pairs: Callable[[Any], Sequence[Pair]]
     answer: Callable[[Any, ScoredPairs], BaseModel]
     refuse: Callable[[int, str], Mapping[str, object]]

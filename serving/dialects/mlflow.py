@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 import cappy
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, NonEmptyText, RefusalResponse, ServedModels
+from serving.dialects.dialect import Body, Dialect, ErrorResponse, NonEmptyText, ServedModels
 from serving.dialects.vertex import UNREADY_RESPONSES, NoParameters
 
 COLUMNS = ("instruction", "response")
@@ -101,7 +101,7 @@ class InvocationsResponse(Body):
     predictions: Sequence[float]
 
 
-class MlflowProblem(RefusalResponse):
+class MlflowErrorResponse(ErrorResponse):
     """An error."""
 
     error_code: str
@@ -125,7 +125,7 @@ def _add_routes(app: FastAPI, served_models: ServedModels) -> None:
     @app.get("/ping", tags=["served"], response_class=PlainTextResponse, responses=UNREADY_RESPONSES)
     async def ping() -> Response:
         """Readiness of the service."""
-        return PlainTextResponse("\n", status_code=503 if served_models.models.unready else 200)
+        return PlainTextResponse("\n", status_code=503 if served_models.models.unready_reason else 200)
 
     @app.get("/version", tags=["served"], response_class=PlainTextResponse)
     async def version() -> Response:
@@ -138,7 +138,7 @@ MLFLOW = Dialect(
     paths=("/invocations",),
     request=InvocationsRequest,
     response=InvocationsResponse,
-    problem=MlflowProblem,
+    error_response=MlflowErrorResponse,
     pairs=_pairs,
     answer=lambda request, result: InvocationsResponse(predictions=result.scores),
     refuse=_refuse,

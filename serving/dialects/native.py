@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, RefusalResponse, ScoredPairs, Texts, rank_pairs
+from serving.dialects.dialect import Body, Dialect, ErrorResponse, ScoredPairs, Texts, rank_pairs
 
 Version = Annotated[str, Field(description="Version of the scorer: first 12 hexadecimal digits of its manifest's hash")]
 ExpectedLabels = Annotated[
@@ -75,7 +75,7 @@ class SelectResponse(Body):
     version: Version
 
 
-class Problem(RefusalResponse):
+class NativeErrorResponse(ErrorResponse):
     """An error."""
 
     detail: Annotated[str, Field(description="Problem and remedy, in one line")]
@@ -109,7 +109,7 @@ SCORE = Dialect(
     marker_fields=frozenset({"pairs"}),
     request=ScoreRequest,
     response=ScoreResponse,
-    problem=Problem,
+    error_response=NativeErrorResponse,
     pairs=lambda request: request.pairs,
     requested_model=lambda request: request.version,
     answer=_scores,
@@ -121,7 +121,7 @@ SELECT = Dialect(
     paths=("/select",),
     request=SelectRequest,
     response=SelectResponse,
-    problem=Problem,
+    error_response=NativeErrorResponse,
     pairs=_pairs,
     one_pool=True,
     answer=_pick,

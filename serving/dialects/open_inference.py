@@ -18,7 +18,7 @@ from serving.dialects.dialect import Body, Dialect, Flag, ScoredPairs, ServedMod
 from serving.dialects.vertex import (
     UNKNOWN_MODEL_RESPONSES,
     UNREADY_RESPONSES,
-    PlatformProblem,
+    PlatformErrorResponse,
     model_state,
     refuse,
     unknown_model,
@@ -196,7 +196,7 @@ def _add_routes(app: FastAPI, served_models: ServedModels) -> None:
     @app.get("/v2/health/ready", tags=["served"], responses=UNREADY_RESPONSES)
     async def server_ready() -> Response:
         """Readiness of the service."""
-        return JSONResponse({"ready": not models.unready}, status_code=503 if models.unready else 200)
+        return JSONResponse({"ready": not models.unready_reason}, status_code=503 if models.unready_reason else 200)
 
     async def model_metadata(model: str, version: str = "") -> Response:
         """Names and types of the tensors."""
@@ -226,7 +226,7 @@ OPEN_INFERENCE = Dialect(
     paths=("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"),
     request=InferRequest,
     response=InferResponse,
-    problem=PlatformProblem,
+    error_response=PlatformErrorResponse,
     pairs=_pairs,
     answer=_answer,
     refuse=refuse,

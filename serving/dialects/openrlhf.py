@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from cappy.scoring.encoding import Pair
 from serving.dialects.dialect import Body, Dialect, NonEmptyText, ScoredPairs, Texts
-from serving.dialects.native import Problem, refuse
+from serving.dialects.native import NativeErrorResponse, refuse
 
 EXAMPLE: dict[str, JsonValue] = {"query": ["What is 1 + 1? 2"], "prompts": ["What is 1 + 1? "], "labels": ["2"]}
 
@@ -54,7 +54,7 @@ OPENRLHF = Dialect(
     paths=("/get_reward",),
     request=RewardRequest,
     response=RewardResponse,
-    problem=Problem,
+    error_response=NativeErrorResponse,
     pairs=_pairs,
     answer=_answer,
     refuse=refuse,

@@ -14,10 +14,10 @@ from serving.dialects.dialect import (
     Body,
     Count,
     Dialect,
+    ErrorResponse,
     Flag,
     ModelName,
     NonEmptyText,
-    RefusalResponse,
     ScoredPairs,
     Texts,
     rank_pairs,
@@ -78,7 +78,7 @@ class CohereResponse(Body):
     meta: Meta
 
 
-class CohereProblem(RefusalResponse):
+class CohereErrorResponse(ErrorResponse):
     """An error."""
 
     message: str
@@ -111,7 +111,7 @@ COHERE = Dialect(
     paths=("/v2/rerank",),
     request=CohereRequest,
     response=CohereResponse,
-    problem=CohereProblem,
+    error_response=CohereErrorResponse,
     pairs=_pairs_cohere,
     answer=_answer_cohere,
     refuse=_refuse_cohere,
@@ -184,7 +184,7 @@ class RerankResponse(Body):
     meta: Meta
 
 
-class RerankProblem(RefusalResponse):
+class RerankErrorResponse(ErrorResponse):
     """An error, for clients of Cohere and Jina."""
 
     message: str
@@ -228,7 +228,7 @@ RERANK = Dialect(
     paths=("/v1/rerank", "/rerank"),
     request=RerankRequest,
     response=RerankResponse,
-    problem=RerankProblem,
+    error_response=RerankErrorResponse,
     pairs=_pairs,
     answer=_answer,
     refuse=_refuse,

@@ -11,9 +11,9 @@ from cappy.scoring.encoding import Pair
 from serving.dialects.dialect import (
     Body,
     Dialect,
+    ErrorResponse,
     Flag,
     NonEmptyText,
-    RefusalResponse,
     ScoredPairs,
     ServedModels,
     Texts,
@@ -91,7 +91,7 @@ class TeiPredictResponse(RootModel[Sequence[TeiPrediction] | Sequence[Sequence[T
     """A list per pair; a single list if the request is one pair instead of a list of pairs."""
 
 
-class TeiProblem(RefusalResponse):
+class TeiErrorResponse(ErrorResponse):
     """An error."""
 
     error: str
@@ -150,7 +150,7 @@ RERANK = Dialect(
     paths=("/rerank",),
     request=TeiRerankRequest,
     response=TeiRerankResponse,
-    problem=TeiProblem,
+    error_response=TeiErrorResponse,
     pairs=_rerank_pairs,
     answer=_ranks,
     refuse=_refuse,
@@ -165,7 +165,7 @@ PREDICT = Dialect(
     paths=("/predict",),
     request=TeiPredictRequest,
     response=TeiPredictResponse,
-    problem=TeiProblem,
+    error_response=TeiErrorResponse,
     pairs=_predict_pairs,
     answer=_predictions,
     refuse=_refuse,

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field, JsonValue
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, NonEmptyText, RefusalResponse, ScoredPairs, ServedModels
+from serving.dialects.dialect import Body, Dialect, ErrorResponse, NonEmptyText, ScoredPairs, ServedModels
 from serving.engine import Models
 
 EXAMPLE: dict[str, JsonValue] = {"instances": [{"instruction": "What is 1 + 1?", "response": "2"}]}
@@ -48,13 +48,13 @@ class PredictionsResponse(Body):
     predictions: Sequence[Prediction]
 
 
-class PlatformProblem(RefusalResponse):
+class PlatformErrorResponse(ErrorResponse):
     """An error."""
 
     error: str
 
 
-UNKNOWN_MODEL_RESPONSES: dict[int | str, dict[str, object]] = {404: {"model": PlatformProblem}}
+UNKNOWN_MODEL_RESPONSES: dict[int | str, dict[str, object]] = {404: {"model": PlatformErrorResponse}}
 UNREADY_RESPONSES: dict[int | str, dict[str, object]] = {503: {"description": "The service is not ready"}}
 
 
@@ -84,7 +84,7 @@ VERTEX = Dialect(
     paths=("/predict",),
     request=InstancesRequest,
     response=PredictionsResponse,
-    problem=PlatformProblem,
+    error_response=PlatformErrorResponse,
     pairs=_pairs,
     answer=_answer,
     refuse=refuse,
@@ -106,8 +106,8 @@ def unknown_model(models: Models, model: str, version: str = "") -> Response | N
 
 def model_state(models: Models, model: str, version: str = "") -> Response:
     """Readiness of a model."""
-    content = {"name": model, "ready": not models.unready}
-    status = 503 if models.unready else 200
+    content = {"name": model, "ready": not models.unready_reason}
+    status = 503 if models.unready_reason else 200
     return unknown_model(models, model, version) or JSONResponse(content, status_code=status)
 
 

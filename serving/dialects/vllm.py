@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Flag, ModelName, NonEmptyText, RefusalResponse, ScoredPairs, Texts
+from serving.dialects.dialect import Body, Dialect, ErrorResponse, Flag, ModelName, NonEmptyText, ScoredPairs, Texts
 
 Instructions = NonEmptyText | Annotated[list[NonEmptyText], Field(min_length=1, fail_fast=True)]
 ERROR_TYPES: Mapping[int, str] = {
@@ -92,7 +92,7 @@ class VllmError(Body):
     code: int
 
 
-class VllmProblem(RefusalResponse):
+class VllmErrorResponse(ErrorResponse):
     """An error."""
 
     error: VllmError
@@ -131,7 +131,7 @@ VLLM = Dialect(
     paths=("/score", "/v1/score"),
     request=VllmRequest,
     response=VllmResponse,
-    problem=VllmProblem,
+    error_response=VllmErrorResponse,
     pairs=_pairs,
     answer=_answer,
     refuse=_refuse,

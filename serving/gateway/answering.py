@@ -180,7 +180,7 @@ class _Run:
             async with asyncio.timeout(seconds_left):
                 instruction = self._request.instruction
                 pairs = [(instruction, candidate.text[:MAX_SCORED_CHARACTERS]) for candidate in scorable]
-                ratings = await self._gateway.scoring.rate(pairs)
+                scores_and_logits = await self._gateway.scoring.score_with_logits(pairs)
         except TimeoutError:
             self._limit = "seconds"
             if self._best() is not None:
@@ -191,7 +191,7 @@ class _Run:
             raise GatewayError(503, f"the scorer failed: {error}", kind="scorer_error", code="scorer_failed") from error
         scored_by_id = {
             id(candidate): replace(candidate, score=score, logit=logit)
-            for candidate, (score, logit) in zip(scorable, ratings, strict=True)
+            for candidate, (score, logit) in zip(scorable, scores_and_logits, strict=True)
         }
         return [scored_by_id.get(id(candidate), candidate) for candidate in candidates]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import httpx2
 
 from cappy.redaction import one_line, redact
-from cappy.sampling.endpoint.answers import BadAnswerError
-from cappy.sampling.endpoint.client import RefusedAnswerError
+from cappy.sampling.endpoint.answers import NotACompletionError
+from cappy.sampling.endpoint.client import UnreadableResponseError
 from cappy.sampling.endpoint.faults import embedded_status, read_embedded_error, read_error_body
 
 INVALID_REQUEST = "invalid_request_error"
@@ -72,7 +72,7 @@ def refusal_error(name: str, response: httpx2.Response, keys: Sequence[str]) -> 
     )
 
 
-def answer_error(name: str, error: BadAnswerError, keys: Sequence[str]) -> GatewayError:
+def answer_error(name: str, error: NotACompletionError, keys: Sequence[str]) -> GatewayError:
     """The error for a response with status 200 and no candidate: the error in its body, otherwise 502."""
     status = embedded_status(error)
     if status:
@@ -100,7 +100,7 @@ def network_error(name: str, error: httpx2.HTTPError, seconds: float, keys: Sequ
         return GatewayError(503, text, kind="overloaded", code="overloaded", headers={"retry-after": "1"})
     if isinstance(error, httpx2.LocalProtocolError):
         return GatewayError(400, "the Authorization header has invalid characters; send only the key")
-    if isinstance(error, RefusedAnswerError):
+    if isinstance(error, UnreadableResponseError):
         return GatewayError(
             502, f"{name}: {error}", kind="upstream_error", code="upstream_bad_answer", may_be_billed=True
         )

@@ -106,11 +106,11 @@ def read_object(data: bytes, bounds: Bounds) -> dict[str, object]:
         raise GatewayError(400, "a text of the body has a lone surrogate; send valid Unicode") from None
     except UnicodeDecodeError:
         raise GatewayError(400, "the body is not UTF-8") from None
-    except ValueError as error:
-        reason = (
-            f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "its numbers"
-        )
-        raise GatewayError(400, f"the body is not valid JSON ({reason}); NaN and Infinity are not allowed") from None
+    except json.JSONDecodeError as error:
+        raise GatewayError(400, f"the body is not valid JSON (line {error.lineno}, column {error.colno})") from None
+    except ValueError:
+        reason = f"a number is not finite or has more than {_MAX_DIGITS} digits"
+        raise GatewayError(400, f"the body is not valid JSON ({reason})") from None
     return values
 
 

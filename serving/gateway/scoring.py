@@ -26,9 +26,9 @@ from cappy.untrusted import read_json
 from serving.gateway.errors import GatewayError
 
 Pair = tuple[str, str]
-Rating = tuple[float, float]
+ScoreAndLogit = tuple[float, float]
 """(score, logit); candidates are ranked by logits, since large logits that differ may round to equal scores."""
-ScoreFunction = Callable[[Sequence[Pair]], Awaitable[Sequence[float | Rating]]]
+ScoreFunction = Callable[[Sequence[Pair]], Awaitable[Sequence[float | ScoreAndLogit]]]
 """Returns the score of each (instruction, response) pair, or (score, logit) if the scorer has logits."""
 
 PAIRS_PER_REQUEST = 1024
@@ -63,16 +63,16 @@ class Scoring:
 
     async def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         """Scores pairs; raises GatewayError 500 unless the scorer returns one finite score per pair."""
-        return [score for score, _ in await self.rate(pairs)]
+        return [score for score, _ in await self.score_with_logits(pairs)]
 
-    async def rate(self, pairs: Sequence[Pair]) -> list[Rating]:
+    async def score_with_logits(self, pairs: Sequence[Pair]) -> list[ScoreAndLogit]:
         """Scores pairs with their logits; a score without a logit is used as its logit."""
         values = await self.score(pairs)
-        ratings = [value if isinstance(value, tuple) else (value, value) for value in values]
-        if len(ratings) != len(pairs) or not all(_is_finite(value) for rating in ratings for value in rating):
+        results = [value if isinstance(value, tuple) else (value, value) for value in values]
+        if len(results) != len(pairs) or not all(_is_finite(number) for result in results for number in result):
             text = "the scorer did not return finite numbers, one per candidate; download or train it again"
             raise GatewayError(500, text, kind="scorer_error", code="scorer_bad_answer")
-        return [(float(score), float(logit)) for score, logit in ratings]
+        return [(float(score), float(logit)) for score, logit in results]
 
 
 def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
@@ -98,12 +98,12 @@ def _load_scorer(spec: str) -> Scoring:
     probe(Model(engine=ScorerEngine(scorer), name=spec, version=scorer.version, precision=scorer.precision))
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
 
-    def rate(pairs: Sequence[Pair]) -> list[Rating]:
+    def score_with_logits(pairs: Sequence[Pair]) -> list[ScoreAndLogit]:
         logits = scorer.logits_of(pairs)
         return list(zip(scorer.scores_of(logits), logits, strict=True))
 
-    async def score(pairs: Sequence[Pair]) -> Sequence[Rating]:
-        return await asyncio.get_running_loop().run_in_executor(worker, rate, pairs)
+    async def score(pairs: Sequence[Pair]) -> Sequence[ScoreAndLogit]:
+        return await asyncio.get_running_loop().run_in_executor(worker, score_with_logits, pairs)
 
     async def close() -> None:
         worker.shutdown(wait=False, cancel_futures=True)
@@ -136,15 +136,15 @@ def _connect(url: str, key: str = "") -> Scoring:
     limits = httpx2.Limits(max_connections=max_connections(), max_keepalive_connections=20)
     client = httpx2.AsyncClient(timeout=REQUEST_SECONDS, limits=limits, **_add_headers(async_settings(), headers))
 
-    async def request_scores(chunk: Sequence[Pair]) -> list[Rating]:
+    async def request_scores(chunk: Sequence[Pair]) -> list[ScoreAndLogit]:
         async with asyncio.timeout(REQUEST_SECONDS):
             answer = await client.post(address, json={"pairs": chunk}, extensions={MAX_BYTES: MAX_SCORES_BYTES})
         answer.raise_for_status()
         scores, latest_version[0] = _parse_scores(answer.content)
         return scores
 
-    async def score(pairs: Sequence[Pair]) -> Sequence[Rating]:
-        scores: list[Rating] = []
+    async def score(pairs: Sequence[Pair]) -> Sequence[ScoreAndLogit]:
+        scores: list[ScoreAndLogit] = []
         try:
             for start in range(0, len(pairs), PAIRS_PER_REQUEST):
                 scores += await request_scores(pairs[start : start + PAIRS_PER_REQUEST])
@@ -180,7 +180,7 @@ def _add_headers(client_settings: ClientSettings, headers: Mapping[str, str]) ->
     return {**client_settings, "headers": {**client_settings["headers"], **headers}}
 
 
-def _parse_scores(body: bytes) -> tuple[list[Rating], str]:
+def _parse_scores(body: bytes) -> tuple[list[ScoreAndLogit], str]:
     """Parses scores, logits and the scorer's version; raises ValueError for an invalid response.
 
     Services of earlier releases return no logits; then the scores are used.

@@ -19,7 +19,13 @@ from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records.instance import SELECTABLE, Status
 from cappy.redaction import MIN_SECRET_LENGTH
 from cappy.sampling.endpoint.address import NO_KEY, api_key, base_address, join_path, key_headers, refuse_secrets
-from cappy.sampling.endpoint.answers import BadAnswerError, IncompleteChoiceError, model_name, read_choice, read_choices
+from cappy.sampling.endpoint.answers import (
+    IncompleteChoiceError,
+    NotACompletionError,
+    model_name,
+    read_choice,
+    read_choices,
+)
 from cappy.sampling.endpoint.client import MAX_BYTES, async_settings, max_connections
 from cappy.sampling.endpoint.faults import MAX_COMPLETION_TOKENS, MAX_TOKENS, Capabilities, refused_parameter
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
@@ -261,7 +267,7 @@ class Upstream:
             values, choices = read_choices(body)
             choices = choices[:count]
             responses = _read_choices(choices)
-        except BadAnswerError as error:
+        except NotACompletionError as error:
             parameters.ledger.fail(self._max_cost(parameters, count), may_be_billed=True)
             keys = _secrets(self.llm.authorization(parameters.authorization))
             raise answer_error(self._name, error, keys) from None

@@ -72,7 +72,7 @@ def test_subsets_of_unknown_length_are_as_the_others_of_their_kind(measured: Thr
     assert (volumes.prompt.tokens, volumes.prompt.squared) == pytest.approx((30, 900))
     share = 12 * volumes.open_prompts / volumes.pairs
     assert volumes.pair.tokens == pytest.approx(share * 30 + (1 - share) * 70)
-    assert volumes.known < 0.01
+    assert volumes.measured_share < 0.01
     two = (*one, alike("cnn_dailymail/3.0.0", "open-ended", 130.0))
     volumes = mixture_volumes("t0", PAPER, replace(measured, texts={**measured.texts, "t0": two}))
     mrpc = 2 * 3_668

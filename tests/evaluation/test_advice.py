@@ -21,7 +21,7 @@ Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 @pytest.fixture
 def report(instances: list[Instance], score: Score) -> Report:
     """A scorer that was compared with everything but a champion."""
-    return evaluate(instances, score=score, probe=False)
+    return evaluate(instances, score=score, with_probes=False)
 
 
 def change(
@@ -40,7 +40,7 @@ def change(
             p_value=0.5,
             standard_error=(ends[1] - ends[0]) / 4,
             skewness=0.0,
-            freedom=39.0,
+            degrees_of_freedom=39.0,
             groups=40,
         )
         for name, ends in bounds.items()
@@ -101,7 +101,7 @@ def test_an_open_gain_says_how_many_groups_would_show_it(report: Report) -> None
 
 
 def test_the_same_picks_as_the_champion_are_no_reason_to_promote(instances: list[Instance], score: Score) -> None:
-    both = evaluate(instances, score=score, champion=score, probe=False)
+    both = evaluate(instances, score=score, champion=score, with_probes=False)
     assert advice(both).startswith("Hold")
     assert_names(advice(both), "exactly as well", "champion")
 
@@ -131,13 +131,13 @@ def test_a_scorer_worse_than_chance_is_held(report: Report) -> None:
 def test_beside_a_champion_the_champion_decides(
     instances: list[Instance], score: Score, bounds: tuple[float, float], start: str
 ) -> None:
-    both = evaluate(instances, score=score, champion=score, probe=False)
+    both = evaluate(instances, score=score, champion=score, with_probes=False)
     assert advice(change(both, random=WON, mbr=LOST, champion=bounds)).startswith(start)
 
 
 def test_a_pool_without_headroom_is_promoted_and_asks_for_other_candidates(instances: list[Instance]) -> None:
     labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
-    report = evaluate(instances, score=lambda p: [labels[x] for x in p], probe=False)
+    report = evaluate(instances, score=lambda p: [labels[x] for x in p], with_probes=False)
     assert_names(advice(report), "Promote", "other candidates", "oracle", "0.0 above")
 
 
@@ -235,7 +235,7 @@ def test_how_far_an_instances_scores_are_apart_is_in_the_report(instances: list[
         return [0.5 + 1e-6 * len(response) for _, response in pairs]
 
     flat, wide = (
-        evaluate(instances, score=score, probe=False)
+        evaluate(instances, score=score, with_probes=False)
         for score in (level, lambda pairs: [len(response) / 100 for _, response in pairs])
     )
     assert flat.calibration is not None

@@ -124,7 +124,7 @@ class Fold:
 def test_no_instance_is_tested_or_held_out_by_a_scorer_that_saw_it(
     tmp_path: Path, grouped: list[Instance], score: Score
 ) -> None:
-    four = crossfit.CrossFitting(folds=4, seed=0, metric="rougeL", probe=True, work=tmp_path)
+    four = crossfit.CrossFitting(folds=4, seed=0, metric="rougeL", with_probes=True, work=tmp_path)
     asked: list[Mapping[str, Any]] = []
 
     def train(step: str, settings: Mapping[str, Any], progress: object) -> None:

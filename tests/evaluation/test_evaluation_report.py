@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from differences import difference
+from pydantic import TypeAdapter
 from wording import assert_names
 
 from cappy.errors import RecordError
@@ -27,7 +28,8 @@ def report(instances: list[Instance], score: Score) -> Report:
 
 def judged(report: Report, **bounds: tuple[float, float]) -> Report:
     """The report with these intervals of the scorer's difference to others."""
-    made = {f"scorer-{other}": Difference(**difference(ends[0], sum(ends) / 2)) for other, ends in bounds.items()}
+    values = {f"scorer-{other}": difference(ends[0], sum(ends) / 2) for other, ends in bounds.items()}
+    made = TypeAdapter(dict[str, Difference]).validate_python(values)
     return replace(report, comparisons=made)
 
 

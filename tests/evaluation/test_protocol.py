@@ -125,7 +125,7 @@ def test_a_missing_likelihood_makes_the_selector_unavailable_and_says_why(
     report = evaluate([replace(instances[0], candidates=candidates), *instances[1:]], score=score)
     assert_names(report.unavailable["likelihood_mean"], "1 of 40", "log-likelihood")
     assert "likelihood_mean" in report.unavailable["hybrid_likelihood"]
-    assert report.better_likelihood == "likelihood_sum"
+    assert report.better_likelihood_selector == "likelihood_sum"
 
 
 def test_ties_with_another_label_are_counted_and_worth_their_mean(instances: list[Instance]) -> None:
@@ -140,14 +140,14 @@ def test_the_gate_finds_its_comparisons(instances: list[Instance], score: Score)
     result = means(report)
     for key, other in {
         "scorer-random": "random",
-        "scorer-likelihood": report.better_likelihood,
+        "scorer-likelihood": report.better_likelihood_selector,
         "scorer-mbr": "mbr",
         "scorer-champion": "champion",
     }.items():
         difference = report.comparisons[key]
         assert difference.difference == pytest.approx(result["scorer"] - result[other])
         assert difference.low <= difference.difference <= difference.high
-    assert result[report.better_likelihood] == max(result["likelihood_sum"], result["likelihood_mean"])
+    assert result[report.better_likelihood_selector] == max(result["likelihood_sum"], result["likelihood_mean"])
     assert report.comparisons["scorer-champion"].low > 0
 
 
@@ -279,7 +279,7 @@ def test_the_worst_instances_come_first_with_their_candidates_by_score(instances
 
 def test_a_long_pool_is_cut_but_its_picks_stay(make_instance: Callable[..., Instance]) -> None:
     made = [make_instance(index, size=40) for index in range(5)]
-    report = evaluate(made, score=lambda pairs: [-len(response) / 100 for _, response in pairs], probe=False)
+    report = evaluate(made, score=lambda pairs: [-len(response) / 100 for _, response in pairs], with_probes=False)
     for example in report.worst:
         assert len(example.candidates) == 12
         assert example.left_out == 28

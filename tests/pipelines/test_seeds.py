@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from wording import raises_naming
 
-from cappy.config import build, identity
+from cappy.config import build, result_settings
 from cappy.errors import ConfigError
 from cappy.keys import work_key
 from cappy.steps import STEP_SPECS
@@ -72,7 +72,7 @@ def keys(name: str, **parameters: Any) -> dict[str, str]:
         config = build(
             config_class(step), {**values, **{artifact: Path("x") for artifact in STEP_SPECS[step].artifacts}}
         )
-        result[step] = work_key(step, identity(config)).name
+        result[step] = work_key(step, result_settings(config)).name
     return result
 
 

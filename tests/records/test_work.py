@@ -25,12 +25,12 @@ from cappy.records import work as work_module
 from cappy.records.folder import describe_files
 from cappy.records.parts import process
 from cappy.records.work import (
-    Piece,
+    WorkFolder,
     begin,
     claim,
     finish,
     fresh_name,
-    list_pieces,
+    list_work_folders,
     lock_folder,
     mark_finished,
     read_key,
@@ -310,7 +310,7 @@ def test_a_key_that_cannot_be_read_vouches_for_nothing_and_is_written_anew(tmp_p
 
 def test_whoever_waits_for_work_that_is_removed_gets_a_folder_of_their_own(tmp_path: Path) -> None:
     """Four thousand files take a while to remove; none of what the waiting one writes may go with them."""
-    (piece,) = make_pieces(tmp_path, 4000)
+    (work_folder,) = make_work_folders(tmp_path, 4000)
     seen: list[list[str]] = []
 
     def wait() -> None:
@@ -318,22 +318,22 @@ def test_whoever_waits_for_work_that_is_removed_gets_a_folder_of_their_own(tmp_p
             (folder / "mine").touch()
             seen.append(sorted(path.name for path in folder.iterdir()))
 
-    with lock_folder(piece.path):
+    with lock_folder(work_folder.path):
         threads = [threading.Thread(target=wait) for _ in range(3)]
         for thread in threads:
             thread.start()
         time.sleep(0.3)
-        remove_folder(piece.path)
+        remove_folder(work_folder.path)
     for thread in threads:
         thread.join()
     assert seen == [sorted([KEY, ".lock", "mine"])] * 3
 
 
-def make_pieces(work: Path, files: int) -> list[Piece]:
+def make_work_folders(work: Path, files: int) -> list[WorkFolder]:
     with claim(work, "annotation", {"a": 1}) as folder:
         for number in range(files):
             (folder / f"f{number}").touch()
-    return list(list_pieces(work, "annotation"))
+    return list(list_work_folders(work, "annotation"))
 
 
 def test_work_of_before_there_were_keys_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -526,11 +526,11 @@ def test_a_lock_that_is_gone_when_the_move_is_done_is_no_error(env: Any, registe
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"uri": 5}', "[" * 100_000])
 def test_a_registration_that_names_no_version_is_one_line(env: Any, text: str) -> None:
     from cappy.errors import FolderError
-    from cappy.registry.promotion import read_version
+    from cappy.registry.promotion import read_version_uri
 
     folder = env.folder / "version"
     folder.mkdir()
     (folder / "version.json").write_text(text)
     write_manifest(folder, Manifest(step="registration", files=describe_files(folder)))
     with pytest.raises(FolderError, match=r"version.json: "):
-        read_version(folder)
+        read_version_uri(folder)

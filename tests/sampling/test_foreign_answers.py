@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from cappy.errors import GeneratorError
 from cappy.records import Candidate
 from cappy.sampling.endpoint import Endpoint
-from cappy.sampling.endpoint.answers import Answer, AnswerCache, BadAnswerError, read_answers
+from cappy.sampling.endpoint.answers import Answer, AnswerCache, NotACompletionError, read_answers
 from cappy.sampling.endpoint.client import Connection, Deadlines
 from cappy.sampling.endpoint.faults import read_error_body, retry_after
 from cappy.sampling.generators import EndpointConfig, estimate_tokens
@@ -263,7 +263,7 @@ def test_a_likelihood_with_a_gap_is_none(logprobs: object) -> None:
     ],
 )
 def test_what_is_no_completion_is_a_fault_in_one_line(text: str) -> None:
-    with pytest.raises(BadAnswerError) as error:
+    with pytest.raises(NotACompletionError) as error:
         answers(text)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 120

@@ -143,7 +143,7 @@ def test_a_pair_fits_exactly_where_none_of_its_tokens_is_cut(scorer: Scorer) -> 
     pairs = [("cat " * count, "red bird") for count in range(80)] + [("one", "red " * 200)]
     whole = []
     for pair, encoded in zip(pairs, encoder.encode(pairs), strict=True):
-        asked = sum(map(len, encoder.tokens(list(pair)))) + encoder.num_special_tokens
+        asked = sum(map(len, encoder.tokenize(list(pair)))) + encoder.num_special_tokens
         whole.append(asked == len(encoded.ids))
     assert encoder.fits(pairs) == whole
     assert set(whole) == {True, False}

@@ -145,7 +145,7 @@ def test_a_folder_is_tokenized_once_and_anew_for_another_folder(
     folders = set((tmp_path / "cache").glob("[!.]*"))
 
     class Never(PairEncoder):
-        def tokens(self, texts: list[str]) -> list[list[int]]:
+        def tokenize(self, texts: list[str]) -> list[list[int]]:
             raise AssertionError
 
     assert opened("a", Never(tokenizer, LENGTH)) == (trainable, 10, 20)
@@ -158,7 +158,7 @@ def test_a_build_that_was_killed_is_done_again(encoder: PairEncoder, scorer_fold
     write(tmp_path / "in", [labelled(n, "train") for n in range(4)])
 
     class Dies(PairEncoder):
-        def tokens(self, texts: list[str]) -> list[list[int]]:
+        def tokenize(self, texts: list[str]) -> list[list[int]]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

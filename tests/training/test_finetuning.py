@@ -80,12 +80,12 @@ def test_nothing_to_learn_from_is_said(plan: Plan, tmp_path: Path, instances: li
 
 
 def test_how_ranks_are_spread_and_checkpointed_does_not_name_the_work(plan: Plan) -> None:
-    from cappy.config import identity
+    from cappy.config import result_settings
 
     spread = plan(
         parallelism="deepspeed", devices=4, nodes=2, zero_stage=3, checkpoint_updates=7, checkpoint_seconds=1.0
     )
-    assert identity(spread) == identity(plan())
+    assert result_settings(spread) == result_settings(plan())
 
 
 def test_the_rate_rises_falls_and_is_counted_in_updates() -> None:

@@ -24,7 +24,7 @@ def trained(
     instances: list[Instance], folder: Path, *, training: int, folds: int = 0
 ) -> tuple[list[str], list[Mapping[str, Any]]]:
     """The manifest hashes of the folds that were trained on, and the settings that training was given."""
-    four = crossfit.CrossFitting(folds=4, seed=folds, metric="rougeL", probe=True, work=folder)
+    four = crossfit.CrossFitting(folds=4, seed=folds, metric="rougeL", with_probes=True, work=folder)
     asked: list[Mapping[str, Any]] = []
 
     def train(step: str, settings: Mapping[str, Any], progress: object) -> None:

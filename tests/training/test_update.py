@@ -13,7 +13,7 @@ from cappy.records import Candidate, Instance, write
 from cappy.scoring import Scorer
 from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus, open_corpora
-from cappy.training.distributed import SINGLE_RANK, Ranks, ReplicatedStrategy
+from cappy.training.distributed import SINGLE_RANK, ReplicatedStrategy, World
 from cappy.training.feed import Draw, assign_passes, draw_batch, padded_tokens, split_batch
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.loop import check_trainable
@@ -51,7 +51,7 @@ def corpus(scorer: Scorer, source: Path, tmp_path_factory: pytest.TempPathFactor
 def gradients(scorer: Scorer, corpus: Corpus, plan: FinetuningConfig, budget: int, size: int = 13) -> torch.Tensor:
     strategy = Still(scorer.model, plan, SINGLE_RANK)
     drawn = draw_batch(corpus, 2, size, plan.max_candidates, seed=0)
-    run_update(scorer, strategy, corpus, drawn, plan, TrainingState(budget=budget), rate=0.0, ranks=SINGLE_RANK)
+    run_update(scorer, strategy, corpus, drawn, plan, TrainingState(budget=budget), rate=0.0, world=SINGLE_RANK)
     return torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
 
 
@@ -118,10 +118,10 @@ def test_a_source_that_is_weighed_twice_is_refused_instead_of_the_last_weight_wi
 
 def test_fewer_instances_than_ranks_are_refused_in_one_line(corpus: Corpus, plan: Plan) -> None:
     with raises_naming(ConfigError, f"{len(corpus)} instances", "100 ranks", "--devices", "--nodes"):
-        check_trainable(corpus, plan(batch_instances=100), Ranks(count=100))
-    check_trainable(corpus, plan(batch_instances=100), Ranks(count=len(corpus)))
+        check_trainable(corpus, plan(batch_instances=100), World(size=100))
+    check_trainable(corpus, plan(batch_instances=100), World(size=len(corpus)))
     with raises_naming(ConfigError, "--batch-instances 2:", "3 ranks", "--batch-instances 3"):
-        check_trainable(corpus, plan(batch_instances=2), Ranks(count=3))
+        check_trainable(corpus, plan(batch_instances=2), World(size=3))
 
 
 def test_a_mismatch_takes_no_part_in_the_comparisons_of_an_update(

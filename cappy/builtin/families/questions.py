@@ -102,8 +102,8 @@ _ASPECTS = words("""
 def draw_sentiment(rng: Random) -> Content:
     """A review of three aspects: all good, all bad, or mixed; "not" with a bad word may replace a good word."""
     answer = rng.choice(("positive", "negative", "mixed"))
-    good = rng.sample((True, True, False) if rng.random() < 0.5 else (True, False, False), 3)
-    verdicts = good if answer == "mixed" else [answer == "positive"] * 3
+    mixed_verdicts = rng.sample((True, True, False) if rng.random() < 0.5 else (True, False, False), 3)
+    verdicts = mixed_verdicts if answer == "mixed" else [answer == "positive"] * 3
     clauses = [
         f"the {aspect} was {_opinion(rng, verdict)}"
         for aspect, verdict in zip(rng.sample(_ASPECTS, 3), verdicts, strict=True)
@@ -112,10 +112,10 @@ def draw_sentiment(rng: Random) -> Content:
     return Content(slots={"review": review}, references=(answer,), choices=("positive", "negative", "mixed"))
 
 
-def _opinion(rng: Random, good: bool) -> str:
+def _opinion(rng: Random, is_good: bool) -> str:
     if rng.random() < 0.25:
-        return f"not {rng.choice(_BAD if good else _GOOD)}"
-    return rng.choice(_GOOD if good else _BAD)
+        return f"not {rng.choice(_BAD if is_good else _GOOD)}"
+    return rng.choice(_GOOD if is_good else _BAD)
 
 
 def draw_odd_one_out(rng: Random) -> Content:

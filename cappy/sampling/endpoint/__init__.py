@@ -19,8 +19,8 @@ from cappy.sampling.endpoint.address import NO_KEY, base_address, refuse_secrets
 from cappy.sampling.endpoint.answers import (
     Answer,
     AnswerCache,
-    BadAnswerError,
     GenerationRequest,
+    NotACompletionError,
     answer_key,
     extra_parameters,
     failed_answers,
@@ -147,7 +147,7 @@ class RequestSender:
                 answers, choices = read_answers(body, request.instruction, count=count, seed=seed, left_out=left_out)
                 for answer in answers:
                     spent.add(Spending(answer.requests, answer.input_tokens, answer.output_tokens))
-            except BadAnswerError as error:
+            except NotACompletionError as error:
                 fault = classify_error(error, sent, headers)
                 if error.usage is not None:
                     # The server generated tokens, so they may be billed.

@@ -100,7 +100,7 @@ _REASONING_PARTS = ("thinking", "reasoning", "redacted_thinking")
 """Types of content parts that are not the answer."""
 
 
-class BadAnswerError(Exception):
+class NotACompletionError(Exception):
     """The body is not a completion; a retry may succeed. `evidence` is what the server sent.
 
     `error_object` is the error object in the body, or None. `usage` is the number of input and output tokens of
@@ -124,13 +124,13 @@ class BadAnswerError(Exception):
         return f"{self.problem}: {quote(self.evidence, keys=keys)}"
 
 
-class NotUtf8Error(BadAnswerError):
+class NotUtf8Error(NotACompletionError):
     """The body is neither UTF-8 nor in the charset of its header."""
 
     remedy = "the server must send UTF-8, or name its charset in the header"
 
 
-class IncompleteChoiceError(BadAnswerError):
+class IncompleteChoiceError(NotACompletionError):
     """A choice that the server did not complete; other choices of the body may be usable."""
 
     remedy = SERVER_LOG_REMEDY
@@ -184,8 +184,8 @@ def read_answers(
 ) -> tuple[list[Answer], int]:
     """The answers in the body of a completion, from 1 to `count`, and the number of choices that they came from.
 
-    Raises BadAnswerError if the body is not a completion or no choice is complete; incomplete choices are left out if
-    others are complete. Choices that repeat an index are copies from a server without `n`, and count once. Without a
+    Raises NotACompletionError if the body is not a completion or no choice is complete; incomplete choices are left out
+    if others are complete. Choices that repeat an index are copies from a server without `n`, and count once. Without a
     usage in the body, tokens are estimated. Only the sum of output tokens is known, so it is divided evenly.
     """
     values, choices = read_choices(body)
@@ -220,8 +220,11 @@ def read_answers(
 
 def _complete_choices(
     choices: Sequence[Mapping[str, object]],
-) -> tuple[list[tuple[str, Status, list[float]]], BadAnswerError | None]:
-    """The complete choices, and the error of the first incomplete one. Raises BadAnswerError if one is not a choice."""
+) -> tuple[list[tuple[str, Status, list[float]]], NotACompletionError | None]:
+    """The complete choices, and the error of the first incomplete one.
+
+    Raises NotACompletionError if one is not a choice.
+    """
     complete, first_error = [], None
     for choice in choices:
         try:
@@ -232,17 +235,20 @@ def _complete_choices(
 
 
 def read_choices(body: bytes) -> tuple[dict[str, object], list[dict[str, object]]]:
-    """The body of a completion and its choices by index, without duplicates. Raises BadAnswerError if it is not one."""
+    """The body of a completion and its choices by index, without duplicates.
+
+    Raises NotACompletionError if it is not a completion.
+    """
     values = _parse_body(body)
     choice_list = values.get("choices")
     if error_object := _error_object(values):
-        raise BadAnswerError("the body holds an error", error_object, error_object)
+        raise NotACompletionError("the body holds an error", error_object, error_object)
     if (
         not isinstance(choice_list, list)
         or not choice_list
         or not all(isinstance(choice, dict) for choice in choice_list)
     ):
-        raise BadAnswerError("the body has no choices", _decode(body))
+        raise NotACompletionError("the body has no choices", _decode(body))
     by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(choice_list)))}
     return values, [by_index[index] for index in sorted(by_index)]
 
@@ -264,11 +270,11 @@ def _parse_body(body: bytes) -> dict[str, object]:
     except UnicodeDecodeError:
         raise NotUtf8Error("the answer is not UTF-8", _decode(body)) from None
     except json.JSONDecodeError:
-        raise BadAnswerError("the body is not JSON", _decode(body)) from None
+        raise NotACompletionError("the body is not JSON", _decode(body)) from None
     except ValueError as error:
-        raise BadAnswerError(f"the body is not JSON ({error})", _decode(body)) from None
+        raise NotACompletionError(f"the body is not JSON ({error})", _decode(body)) from None
     if not isinstance(values, dict):
-        raise BadAnswerError("the body is not a JSON object", _decode(body))
+        raise NotACompletionError("the body is not a JSON object", _decode(body))
     return values
 
 
@@ -279,7 +285,7 @@ def _decode(body: bytes) -> str:
 def read_choice(choice: Mapping[str, object]) -> tuple[str, Status, list[float]]:
     """Text, status and token log-probabilities of a choice of chat or completions.
 
-    Raises BadAnswerError if it is not a choice, and IncompleteChoiceError if the server did not complete it.
+    Raises NotACompletionError if it is not a choice, and IncompleteChoiceError if the server did not complete it.
     """
     if error_object := _error_object(choice):
         raise IncompleteChoiceError("a choice holds an error", error_object, error_object)
@@ -289,17 +295,17 @@ def read_choice(choice: Mapping[str, object]) -> tuple[str, Status, list[float]]
     elif "text" in choice:
         text, refusal = choice["text"], None
     else:
-        raise BadAnswerError("a choice has neither message nor text", dict(choice))
+        raise NotACompletionError("a choice has neither message nor text", dict(choice))
     if isinstance(text, list):
         parts = [part for part in text if isinstance(part, dict) and part.get("type") not in _REASONING_PARTS]
         text = "".join(str(part.get("text", "")) for part in parts)
     if not isinstance(text, str | None):
-        raise BadAnswerError("the content of a choice is not a string", text)
+        raise NotACompletionError("the content of a choice is not a string", text)
     stripped = replace_surrogates(text or "").strip()
     if refusal and not stripped:
         text = replace_surrogates(str(refusal)).strip()
     if len(text or "") > MAX_CHARACTERS:
-        raise BadAnswerError(f"a response has more than {MAX_CHARACTERS:,} characters", text)
+        raise NotACompletionError(f"a response has more than {MAX_CHARACTERS:,} characters", text)
     if refusal:
         return stripped or text or "", "refused", []
     return stripped, _status(choice.get("finish_reason"), stripped), _logprobs(choice.get("logprobs"))

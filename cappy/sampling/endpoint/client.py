@@ -30,8 +30,8 @@ _DECODE_CHUNK = 65_536
 _ZLIB_AUTO_WBITS = 47
 
 
-class RefusedAnswerError(httpx2.DecodingError):
-    """The answer is too large, or in an encoding that was not requested."""
+class UnreadableResponseError(httpx2.DecodingError):
+    """The response is too large, cannot be decoded, or has an encoding that was not requested."""
 
 
 class _NetworkStream(Protocol):
@@ -176,7 +176,7 @@ class _BodyDecoder:
         self._inflate = None if encoding in ("", "identity") else zlib.decompressobj(_ZLIB_AUTO_WBITS)
 
     def decode(self, chunk: bytes) -> Iterator[bytes]:
-        """Yields the decoded chunk in pieces. Raises RefusedAnswerError if the body is too large or not decodable."""
+        """Yields the decoded chunk in pieces; raises UnreadableResponseError if the body is too large or invalid."""
         # Compressed bytes count too, because an endless stream may decode to nothing.
         self._received += len(chunk)
         self._check_size(self._received)
@@ -187,7 +187,7 @@ class _BodyDecoder:
             try:
                 part = self._inflate.decompress(chunk, _DECODE_CHUNK)
             except zlib.error as error:
-                raise RefusedAnswerError(f"the answer cannot be decoded: {error}") from error
+                raise UnreadableResponseError(f"the answer cannot be decoded: {error}") from error
             chunk = self._inflate.unconsumed_tail
             self._decoded += len(part)
             self._check_size(self._decoded)
@@ -195,18 +195,18 @@ class _BodyDecoder:
 
     def _check_size(self, count: int) -> None:
         if count > self._max_bytes:
-            raise RefusedAnswerError(f"the answer has more than {self._max_bytes:,} bytes")
+            raise UnreadableResponseError(f"the answer has more than {self._max_bytes:,} bytes")
 
 
 def _body_decoder(response: httpx2.Response, max_bytes: int) -> _BodyDecoder:
-    """The decoder for a response's body. Raises RefusedAnswerError if the headers show that it is not acceptable."""
+    """The decoder for a response's body; raises UnreadableResponseError if its headers show that it is unreadable."""
     max_bytes = max_bytes if response.status_code == 200 else min(max_bytes, MAX_ERROR_BYTES)
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        raise RefusedAnswerError("the answer has a content encoding that was not requested")
+        raise UnreadableResponseError("the answer has a content encoding that was not requested")
     content_length = response.headers.get("content-length", "")
     if re.fullmatch(r"[0-9]{1,15}", content_length) and int(content_length) > max_bytes:
-        raise RefusedAnswerError(f"the answer has more than {max_bytes:,} bytes")
+        raise UnreadableResponseError(f"the answer has more than {max_bytes:,} bytes")
     response.headers.pop("content-encoding", None)
     # The server could name any of Python's codecs as charset, including zlib.
     response.encoding = "utf-8"

@@ -29,7 +29,7 @@ import openai
 from cappy.records.instance import Status
 from cappy.redaction import one_line
 from cappy.sampling.endpoint.address import KEY_FILE_VARIABLE, KEY_VARIABLE
-from cappy.sampling.endpoint.answers import SERVER_LOG_REMEDY, BadAnswerError
+from cappy.sampling.endpoint.answers import SERVER_LOG_REMEDY, NotACompletionError
 from cappy.untrusted import read_json
 
 SAMPLING_PARAMETERS: Mapping[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0, "min_tokens": 0}
@@ -289,7 +289,7 @@ def _parse_error_object(error_object: object, keys: Sequence[str] = ()) -> Error
 
 
 def classify_error(error: Exception, sent: Mapping[str, object], headers: Mapping[str, str] | None = None) -> Fault:
-    """Classifies an error of the client, or a BadAnswerError of an answer with these headers."""
+    """Classifies an error of the client, or a NotACompletionError of an answer with these headers."""
     if isinstance(error, openai.APIStatusError):
         error_body = read_error_body(error.response.content)
         message = error_body.message or error.response.reason_phrase or "without a message"
@@ -298,24 +298,24 @@ def classify_error(error: Exception, sent: Mapping[str, object], headers: Mappin
         # The message is only "Connection error."; the cause has the reason.
         reason = str(error.__cause__ or error) or type(error.__cause__ or error).__name__
         return Fault(kind="retry", reason=one_line(f"no answer ({reason})", _MAX_ERROR_CHARACTERS))
-    if isinstance(error, BadAnswerError) and (status := embedded_status(error)):
+    if isinstance(error, NotACompletionError) and (status := embedded_status(error)):
         error_body = _parse_error_object(error.error_object)
         return _classify_status(status, error_body, error_body.message or "without a message", sent, headers or {})
     wait = retry_after(headers or {})
     fault = _transient_fault(one_line(str(error), _MAX_ERROR_CHARACTERS), wait)
-    if not isinstance(error, BadAnswerError) or fault.remedy:
+    if not isinstance(error, NotACompletionError) or fault.remedy:
         return fault
     return replace(fault, remedy=SERVER_LOG_REMEDY if error.error_object is not None else error.remedy)
 
 
-def embedded_status(error: BadAnswerError) -> int:
+def embedded_status(error: NotACompletionError) -> int:
     """The status in the `code` of the error object of a body with status 200; 0 if there is none."""
     error_body = _parse_error_object(error.error_object) if error.error_object is not None else ErrorBody()
     code = error_body.code if re.fullmatch("[45][0-9]{2}", error_body.code) else ""
     return int(code) if code else 0
 
 
-def read_embedded_error(error: BadAnswerError, keys: Sequence[str] = ()) -> ErrorBody:
+def read_embedded_error(error: NotACompletionError, keys: Sequence[str] = ()) -> ErrorBody:
     """The error object in a body with status 200, as `read_error_body` reads one."""
     return _parse_error_object(error.error_object, keys)
 

@@ -62,7 +62,7 @@ class Jobs(Protocol):
     def cancel(self, name: str) -> None:
         """Cancels the job, if there is one: its processes get SIGTERM and the platform's grace period."""
 
-    def address(self, name: str) -> str:
+    def url_or_command(self, name: str) -> str:
         """The URL or the command that shows the job."""
 
 
@@ -178,11 +178,11 @@ class _Follower:
             # Platforms may keep a job longer than its output exists.
             self.hooks.log(f"{self.name}: succeeded already, but its output no longer exists")
         elif status is not None and status.phase not in (Phase.FAILED, Phase.CANCELLED):
-            self.hooks.log(f"{self.name}: {status.phase.value} already; {self.jobs.address(self.name)}")
+            self.hooks.log(f"{self.name}: {status.phase.value} already; {self.jobs.url_or_command(self.name)}")
             return
         self._raise_if_must_end()
         self.jobs.submit(self.name)
-        self.hooks.log(f"{self.name}: submitted; {self.jobs.address(self.name)}")
+        self.hooks.log(f"{self.name}: submitted; {self.jobs.url_or_command(self.name)}")
 
     def poll(self) -> bool:
         """Polls the job once; returns whether it has succeeded."""
@@ -245,9 +245,9 @@ class _Follower:
             while self._is_active() and self.hooks.clock() < end:
                 self.hooks.sleep(CANCEL_POLL_SECONDS)
         except CappyError as error:
-            address = self.jobs.address(self.name)
+            url_or_command = self.jobs.url_or_command(self.name)
             raise TrainingError(
-                f"{self.name}: could not be cancelled ({error}); cancel it by hand: {address}"
+                f"{self.name}: could not be cancelled ({error}); cancel it by hand: {url_or_command}"
             ) from error
         self._log_lines()
 
@@ -270,7 +270,7 @@ class _Follower:
             max_restarts=self.limits.max_restarts,
         )
         if refusal:
-            remedy = f"check its log ({self.jobs.address(self.name)}), then run the same command again"
+            remedy = f"check its log ({self.jobs.url_or_command(self.name)}), then run the same command again"
             raise TrainingError(f"{self.name}: {event}{reason} {refusal}; {remedy}")
         self.failed_update, self.resubmissions, self.error = update, self.resubmissions + 1, ""
         position = f"the checkpoint of update {update}" if update >= 0 else "the start"

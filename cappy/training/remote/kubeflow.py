@@ -30,7 +30,7 @@ PHASES = {"Created": Phase.PENDING, "Running": Phase.RUNNING, "Complete": Phase.
 STEP_VARIABLE = "CAPPY_TRAINING_STEP"
 SETTINGS_VARIABLE = "CAPPY_TRAINING_SETTINGS"
 NODE = "node"
-"""The SDK's name for the replicated job that trains in a runtime, and for the container of that job."""
+"""Name of the ReplicatedJob that runs the trainer in a TrainingRuntime, and of its container."""
 DELETION_SECONDS = 300.0
 """How long to wait until the pods of a deleted job are gone, before another job of the same name is submitted."""
 INITIAL_LINES = 1000
@@ -40,7 +40,7 @@ OVERLAP_SECONDS = 5
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 ROLE_LABEL = "jobset.sigs.k8s.io/replicatedjob-name"
 _FATAL_WAIT_REASONS = ("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError")
-"""Reasons of a waiting container that time does not resolve: an image or a secret that does not exist."""
+"""Waiting reasons that do not go away by themselves, such as a missing image or secret."""
 _PREEMPTION_REASONS = (
     "Evicted",
     "Preempting",
@@ -158,7 +158,7 @@ class TrainJobs:
                 if _status_code(error) != 404:
                     raise
 
-    def address(self, name: str) -> str:
+    def url_or_command(self, name: str) -> str:
         """The command that shows the TrainJob."""
         return f"kubectl -n {self.namespace} describe trainjob {name}"
 
@@ -179,7 +179,9 @@ class TrainJobs:
         deadline = time.monotonic() + DELETION_SECONDS
         while self.status(name) is not None or self._pods(name):
             if time.monotonic() > deadline:
-                raise ConfigError(f"TrainJob {name}: its pods are not deleted; check them with {self.address(name)}")
+                raise ConfigError(
+                    f"TrainJob {name}: its pods are not deleted; check them with {self.url_or_command(name)}"
+                )
             time.sleep(1)
 
     def _new_lines(self, pod: str) -> list[str]:

@@ -168,7 +168,7 @@ class CustomJobs:
                 raise UnansweredError(f"Cloud Logging: gave no answer ({quote(str(error), 200)})") from error
             if response.status_code in (401, 403):
                 self._log_readable = False
-                remedy = f"grant the step roles/logging.viewer, or read the log at {self.address('')}"
+                remedy = f"grant the step roles/logging.viewer, or read the log at {self.url_or_command('')}"
                 yield _log_entry(f"no permission to read the job's log ({response.status_code}); {remedy}")
                 return
             if response.status_code != 200:
@@ -186,7 +186,7 @@ class CustomJobs:
             if job is not None and PHASES.get(job.state) not in FINAL_PHASES:
                 job.cancel()
 
-    def address(self, name: str) -> str:
+    def url_or_command(self, name: str) -> str:
         """The URL of the job's page, which links to its log, and the command that streams the log."""
         job_id, region, project = self.resource_name.rpartition("/")[2], self.settings.region, self.settings.project
         if not job_id:

@@ -192,7 +192,7 @@ def test_scores_of_a_running_service_are_asked_over_http(scorer: str) -> None:
 def test_a5_logits_of_a_running_service_come_with_its_scores(scorer: str) -> None:
     with asyncio.Runner() as loop:
         result = load(scorer)
-        assert loop.run(result.rate([("a", "xy"), ("a", "x")])) == [(2.0, 20.0), (1.0, 10.0)]
+        assert loop.run(result.score_with_logits([("a", "xy"), ("a", "x")])) == [(2.0, 20.0), (1.0, 10.0)]
         loop.run(close(result))
 
 

@@ -54,7 +54,7 @@ class Played:
         self.did.append("cancel")
         self.looks = [None]
 
-    def address(self, name: str) -> str:
+    def url_or_command(self, name: str) -> str:
         return "there"
 
     def pause(self, seconds: float) -> None:

@@ -51,7 +51,7 @@ class Platform:
         assert self.going, "nothing is to be cancelled"
         self.going, self.cancelled = False, self.cancelled + 1
 
-    def address(self, name: str) -> str:
+    def url_or_command(self, name: str) -> str:
         return "there"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from wording import raises_naming
 
-from cappy.config import build, identity, rename_settings
+from cappy.config import build, rename_settings, result_settings
 from cappy.errors import ConfigError
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.pretraining import PretrainingConfig
@@ -20,9 +20,9 @@ VERTEX = {"launcher": "customjob", "image": "registry.example/cappy@sha256:0", "
 def test_where_a_step_trains_does_not_name_the_work(plan: Plan) -> None:
     own = {"namespace": "n", "accelerator": "gpu"}
     elsewhere = plan(launcher="trainjob", image="i", max_restarts=1, timeout_hours=2.0, trainjob=own)
-    assert identity(elsewhere) == identity(plan())
+    assert result_settings(elsewhere) == result_settings(plan())
     other = {**OWN, "spot": True, "machine": "a2", "region": "europe-west4"}
-    assert identity(plan(**{**VERTEX, "customjob": other})) == identity(plan())
+    assert result_settings(plan(**{**VERTEX, "customjob": other})) == result_settings(plan())
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_where_a_step_trains_does_not_name_the_work(plan: Plan) -> None:
         ({"launcher": "trainjob", "customjob": {"spot": True}}, ("--customjob.spot", "--launcher customjob")),
         ({"launcher": "here", "trainjob": {"cpu": "8"}}, ("--trainjob.cpu", "--launcher trainjob")),
         ({"launcher": "trainjob", "trainjob": {"cpus": "8"}}, ("--trainjob.cpus", "trainjob.cpu")),
-        ({"launcher": "trainjob", "dry_run": True}, ("dry run", "--launcher here")),
+        ({"launcher": "trainjob", "dry_run": True}, ("--dry-run", "--launcher here")),
         (
             {"launcher": "trainjob", "parallelism": "jax", "nodes": 2},
             ("--parallelism jax", "2 were requested", "--nodes 1"),

@@ -184,11 +184,11 @@ def test_of_jobs_of_one_name_the_newest_counts_and_another_name_is_another_job(
 
 def test_where_the_log_lies_is_reported(server: Vertex, jobs: Callable[..., Any]) -> None:
     result = jobs()
-    assert result.address(NAME) == (
+    assert result.url_or_command(NAME) == (
         f"gcloud ai custom-jobs list --region=us-central1 --project=my-project --filter=displayName={NAME}"
     )
     result.submit(NAME)
-    page, _, command = result.address(NAME).partition(" or ")
+    page, _, command = result.url_or_command(NAME).partition(" or ")
     assert page.startswith("https://console.cloud.google.com/")
     assert "4000" in page
     assert command == "gcloud ai custom-jobs stream-logs 4000 --region=us-central1 --project=my-project"

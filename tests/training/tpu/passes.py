@@ -72,7 +72,7 @@ def updated(
 ) -> float:
     state = TrainingState(budget=settings.batch_tokens, update=number, running_loss=1.0)
     drawn = drawn_of(corpus, settings, number)
-    return run_update(scorer, strategy, corpus, drawn, settings, state, rate=rate, ranks=SINGLE_RANK)
+    return run_update(scorer, strategy, corpus, drawn, settings, state, rate=rate, world=SINGLE_RANK)
 
 
 def apart(result: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]) -> float:
