@@ -63,7 +63,7 @@ def run_recipe(
 ) -> RunOutcome:
     """Runs a recipe's pipeline on this machine and waits for it.
 
-    Artifacts go to `root`/pipeline and logs to `root`/runs/RUN_ID; `images` are the image ids by step, for platform
+    Artifacts go to `root`/pipeline and logs to `root`/runs/RUN; `images` are the image ids by step, for platform
     docker. Raises CappyError with the step's own message if a step fails. Ctrl-C and SIGTERM stop every process of the
     run and raise KeyboardInterrupt.
     """
