@@ -56,7 +56,6 @@ WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three i
 
 SLOWEST_FIRST = (
     "training/test_ranks.py",
-    "test_canaries.py",
     "training/remote/test_local_trainjobs.py",
     "training/test_tpu.py",
     "pipelines/test_local.py",

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked_commands import run_cappy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Gemma3TextConfig, M2M100Config
 from wording import raises_naming
 
@@ -22,6 +23,7 @@ import cappy
 from cappy.errors import CappyError, ConfigError, FolderError
 from cappy.hub_client import hub_folder
 from cappy.model_folder import check_size, open_model_folder
+from cappy.records import Instance, write
 from cappy.records.folder import Manifest, describe_files, write_manifest
 from cappy.sampling import load_generator
 from cappy.scoring import Scorer
@@ -59,7 +61,7 @@ def evil(foreign: Path, tmp_path: Path) -> Path:
         ("select", "--scorer", "{}"),
         ("pretraining", "--encoder", "{}", "--source", "builtin", "--target", "out"),
         ("finetuning", "--scorer", "{}", "--source", "builtin", "--target", "out"),
-        ("sampling", "--generator", "{}", "--source", "builtin", "--target", "out"),
+        ("sampling", "--generator", "{}", "--source", "instances", "--target", "out"),
         ("serve", "--scorer", "{}", "--port", "0"),
     ],
     ids=lambda words: words[0],
@@ -67,11 +69,12 @@ def evil(foreign: Path, tmp_path: Path) -> Path:
 def test_no_verb_runs_a_folders_python_whatever_stands_on_its_input(
     words: tuple[str, ...], evil: Path, tmp_path: Path
 ) -> None:
+    write(tmp_path / "instances", [Instance(instance_id="1", instruction="Say a word.", references=("a",))])
     answer = b'y\n{"instruction": "a", "response": "b", "responses": ["b"]}\n'
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    command = [*COMMAND, *(word.format(evil) for word in words)]
-    done = subprocess.run(command, input=answer, env=environment, cwd=tmp_path, capture_output=True, timeout=120)
+    done = run_cappy([word.format(evil) for word in words], tmp_path, environment, answer, seconds=120)
     assert done.returncode == 1
+    assert b"evil" in done.stderr
     assert not (tmp_path / "mark").exists()
     assert b"Traceback" not in done.stderr
     assert done.stdout == b""
