@@ -141,7 +141,10 @@ def main() -> None:
 
     set_accelerator()
     if importlib.util.find_spec("deepspeed"):
-        import deepspeed  # type: ignore[import-untyped] # noqa: F401
+        import deepspeed  # type: ignore[import-untyped]
+
+        # Imported by every engine at its start; it loads torch's compiler.
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     groups: list[tuple[dict[int, int | None], Path, list[float]]] = []
     while True:
