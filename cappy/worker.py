@@ -28,6 +28,7 @@ from cappy.runs import (
     StepRecord,
     progress_path,
     record_path,
+    tune_garbage_collector,
 )
 from cappy.secrets import fill_environment
 from cappy.steps import STEP_SPECS
@@ -87,6 +88,7 @@ def launch(
     """
     ORCHESTRATOR.set(os.getppid())
     redact_output()
+    tune_garbage_collector()
     die_with_parent()
     _start_timeout(step)
     fingerprint = f"{fingerprint}-{part}" if part else fingerprint

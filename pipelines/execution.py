@@ -13,7 +13,7 @@ from kfp import local
 from kfp.compiler import Compiler
 from kfp.local import placeholder_utils
 
-from cappy.runs import PACKAGE, PROGRESS_VARIABLE
+from cappy.runs import PACKAGE, PROGRESS_VARIABLE, tune_garbage_collector
 from cappy.worker import die_with_parent
 from pipelines.clients.local import Request
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def main(path: Path) -> int:
     """Runs the requested pipeline on kfp's local runner; returns 1 if a step failed."""
     request: Request = json.loads(path.read_text())
+    tune_garbage_collector()
     die_with_parent()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s - %(levelname)s - %(message)s")
     # kfp would choose eight random digits as the run's id, which may repeat and which the parent does not know.

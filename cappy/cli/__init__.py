@@ -12,6 +12,7 @@ from cappy.cli import doctor, pipeline, remote, scoring, tools, work
 from cappy.cli.scoring import reserve_stdin
 from cappy.errors import CappyError
 from cappy.redaction import redact_output
+from cappy.runs import tune_garbage_collector
 from cappy.steps import STEP_SPECS
 
 __all__ = ["main"]
@@ -111,5 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line, by default that of this process; raises SystemExit."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # They would overwrite our progress line.
     redact_output()
+    tune_garbage_collector()
     with reserve_stdin():
         app(arguments, prog_name="cappy")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cappy.registry.models import Version
+from cappy.runs import tune_garbage_collector
 
 if TYPE_CHECKING:
     from cappy.registry.aliases import Move
@@ -67,6 +68,7 @@ def track_run(fingerprints: Mapping[str, str], settings: str = "", *, run: str, 
     `fingerprints` maps each step to the fingerprint of its work. `settings` is a text of `cappy.config.encode`. `run`
     is the id of the pipeline run, `state` its final state.
     """
+    tune_garbage_collector()
     from cappy.registry import tracking
 
     tracking.track_run(fingerprints, settings, run=run, state=state)

@@ -22,7 +22,7 @@ from cappy.config import build, decode
 from cappy.errors import CappyError, ConfigError, quote
 from cappy.progress import FileProgress, LogProgress, Progress, silent
 from cappy.redaction import redact
-from cappy.runs import PROGRESS_VARIABLE
+from cappy.runs import PROGRESS_VARIABLE, tune_garbage_collector
 from cappy.steps import TRAINING_STEPS, step_version
 from cappy.training import finetuning, pretraining
 from cappy.training.launch import REPORT_VARIABLE, VERSION_VARIABLE, RankReport
@@ -34,6 +34,7 @@ Send = Callable[[RankReport], None]
 
 def main(arguments: Sequence[str]) -> NoReturn:
     """Runs the step and exits: status 1 after a CappyError, which is printed as one line."""
+    tune_garbage_collector()
     try:
         status = _run_process(arguments)
     except BaseException:  # noqa: BLE001 (prints the traceback, like the interpreter)

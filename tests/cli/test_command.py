@@ -197,3 +197,15 @@ def test_a_report_lies_beside_the_labels_and_its_tables_are_printed(here: Cappy,
     assert done.stdout.rstrip().endswith("labels/report/report.html")
     again = here("annotation", "--source", "instances", "--target", "labels", "--data-report", "--json")
     assert json.loads(again.stdout)["step"] == "annotation"
+
+
+def test_a_process_that_ends_does_not_search_what_it_loaded_for_garbage() -> None:
+    """Functions that are registered first run last."""
+    program = (
+        "import atexit, gc\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 1000, gc.get_threshold()[0] > 1000))\n"
+        "from cappy.cli import main\n"
+        "main(['--version'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["True", "True"]

@@ -141,10 +141,8 @@ def main() -> None:
 
     set_accelerator()
     if importlib.util.find_spec("deepspeed"):
-        import deepspeed  # type: ignore[import-untyped]
-
-        # Imported by every engine at its start; it loads torch's compiler.
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        # Every engine imports it at its start; it loads torch's compiler.
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
     groups: list[tuple[dict[int, int | None], Path, list[float]]] = []
     while True:
