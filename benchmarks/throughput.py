@@ -21,13 +21,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from builtin_steps import HIDDEN, LAYERS, LENGTH, POOL, builtin_volumes, run_steps, size_of
+from pydantic import TypeAdapter
 from scoring_data import roberta_tokenizer
 from throughput_bench import Bench
 from throughput_models import measure_sampling, measure_scoring, measure_training
@@ -98,12 +99,13 @@ def save(bench: Bench) -> None:
     old = read_throughput(DEFAULT_THROUGHPUT_PATH) if DEFAULT_THROUGHPUT_PATH.is_file() else None
 
     def key(measurement: Measurement) -> tuple[str, ...]:
-        return (measurement.step, measurement.hardware, measurement.of, measurement.unit)
+        return (measurement.step, measurement.hardware, measurement.subject, measurement.unit)
 
     new = {key(m): m for m in (*(old.measurements if old else ()), *bench.measurements)}
     texts = {**(old.texts if old else {}), **bench.texts}
     throughput = Throughput(benchmark="throughput", texts=texts, measurements=tuple(new[name] for name in sorted(new)))
-    DEFAULT_THROUGHPUT_PATH.write_text(json.dumps(asdict(throughput), indent=1) + "\n")
+    values = TypeAdapter(Throughput).dump_python(throughput, mode="json", by_alias=True)
+    DEFAULT_THROUGHPUT_PATH.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def measure_texts(bench: Bench, prompts: Any) -> None:

@@ -26,16 +26,16 @@ class Bench:
         self.texts: dict[str, tuple[TextLengths, ...]] = {}
 
     def record(
-        self, step: Any, of: str, unit: Any, value: float, *, hardware: str | None = None, **details: float
+        self, step: Any, subject: str, unit: Any, value: float, *, hardware: str | None = None, **details: float
     ) -> None:
         """Adds a measurement with today's date, this machine and its load."""
         entry = Measurement(
-            step=step, hardware=hardware or self.hardware, of=of, unit=unit, value=round_digits(value),
+            step=step, hardware=hardware or self.hardware, subject=subject, unit=unit, value=round_digits(value),
             date=date.today().isoformat(), machine=machine(), load=round_digits(os.getloadavg()[0]),
             details={name: round_digits(number) for name, number in details.items()},
         )  # fmt: skip
         self.measurements.append(entry)
-        print(f"{step} of {of}: {entry.value:g} {unit} {entry.details}", flush=True)
+        print(f"{step} of {subject}: {entry.value:g} {unit} {entry.details}", flush=True)
 
     def time_call(self, work: Callable[[], T]) -> tuple[float, T]:
         """Seconds of a call, and its result; on a CPU these are CPU seconds, which depend less on other work."""

@@ -19,19 +19,19 @@ from cappy.errors import ConfigError, quote, suggest
 
 T = TypeVar("T")
 
-LOCATION = "location"
-"""Marks a setting that does not change what is computed, such as a path, a timeout or the number of workers."""
-Location = Annotated[Path, LOCATION]
+RESULT_NEUTRAL = "result_neutral"
+"""Marks a setting that does not change the result: a path, a timeout, a number of workers, a price."""
+Location = Annotated[Path, RESULT_NEUTRAL]
 """A path that says where something is stored, not what is computed: it is left out of manifests and work keys."""
 
 ADVANCED = "advanced"
 """Marks a setting that few people need: `--help-all` shows its flag, `--help` does not."""
 
 DEFAULT_WORK = Path(".cappy/work")
-Work = Annotated[Path, LOCATION, Field(description="Folder of unfinished and finished work, to resume from")]
+Work = Annotated[Path, RESULT_NEUTRAL, Field(description="Folder of unfinished and finished work, to resume from")]
 Workers = Annotated[
     int,
-    LOCATION,
+    RESULT_NEUTRAL,
     Field(ge=1, le=256, description="Number of worker processes; the result does not depend on it"),
 ]
 
@@ -41,14 +41,15 @@ Renames = Mapping[str, str | tuple[str, ...]]
 FRESH = "fresh"
 Fresh = Annotated[
     str,
-    LOCATION,
+    RESULT_NEUTRAL,
     FRESH,
     Field(
         pattern=r"^[A-Za-z0-9-]*$",
         description="Redo the work even if a run with the same settings finished it; a killed --fresh run is resumed",
     ),
 ]
-"""On the command line a flag without a value; the config gets a name for the run, so that retries continue that run."""
+"""On the command line this is a flag without a value. The config stores a generated run name instead, so that a retry
+continues the same run."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))
@@ -137,10 +138,10 @@ def to_values(config: Any) -> dict[str, Any]:
 
 
 def result_settings(config: Any) -> dict[str, Any]:
-    """The settings that determine the result: `to_values` without those that are marked as `LOCATION`."""
+    """The settings that determine the result: `to_values` without those that are marked as `RESULT_NEUTRAL`."""
     hints = get_type_hints(type(config), include_extras=True)
-    location_names = {name for name, hint in hints.items() if LOCATION in getattr(hint, "__metadata__", ())}
-    return {name: value for name, value in to_values(config).items() if name not in location_names}
+    result_neutral_names = {name for name, hint in hints.items() if RESULT_NEUTRAL in getattr(hint, "__metadata__", ())}
+    return {name: value for name, value in to_values(config).items() if name not in result_neutral_names}
 
 
 def encode(values: Mapping[str, Any]) -> str:

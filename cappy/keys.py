@@ -21,8 +21,8 @@ MAX_VALUE_CHARACTERS = 60
 class Key:
     """Identifies a piece of work; `inputs` are hashes of what it reads, in an order that the step defines.
 
-    `fresh` is the name of the run that asked to redo the work, `finished` whether it was published; neither is part of
-    the digest.
+    `fresh` is the name of the run that asked to redo the work (`--fresh`), empty if none did. `finished` is whether the
+    work was published. Neither is part of the digest.
     """
 
     step: str
@@ -68,7 +68,10 @@ class Key:
 
 
 def work_key(step: str, settings: Mapping[str, object], inputs: Sequence[object] = (), *, fresh: str = "") -> Key:
-    """The key of a piece of work with the current version of the step."""
+    """The key of a piece of work with the current version of the step.
+
+    `fresh` is the name of the run that asks to redo the work (`--fresh`), empty if it may be reused.
+    """
     return Key(step=step, version=step_version(step), settings=dict(settings), inputs=list(inputs), fresh=fresh)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cappy.errors import FolderError, quote
 from cappy.records.folder import MANIFEST, Manifest, describe_files, verify
-from cappy.tokenizer_bounds import refuse_growth
+from cappy.tokenizer_bounds import check_text_growth
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_COUNT = 100_000
 """Limit of layers, heads, experts and labels in config.json: transformers, on reading it, builds lists that long."""
 SPARE_ELEMENTS = 2**26
-"""Elements that a model may have in addition to twice those of its weights, for a new head or position tables."""
+"""A model may have up to twice the elements of its weights plus this number: room for a new head or position tables."""
 SPARE_MODULES = 10_000
 
 _TABLES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "*.model", "*.tiktoken")
@@ -117,7 +117,7 @@ class ModelFolder:
             f"{self.path}: its tokenizer cannot be read", "save the tokenizer again, next to the weights"
         ):
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
-            refuse_growth(tokenizer)
+            check_text_growth(tokenizer)
             return tokenizer
 
     def model(self, auto_class: AutoModel[Model_co], config: "PreTrainedConfig") -> tuple[Model_co, list[str]]:
@@ -224,7 +224,7 @@ def _refuse_code(folder: Path) -> None:
         if not _matches(path, (*_TABLES, _INDEX)) and not (path.parent == folder and path.name in UNLISTED_FILES):
             _refuse_named_code(path, _read_json(path, MAX_CONFIG_BYTES))
     for path in _match_files(folder, (_INDEX,)):
-        _refuse_outside(path, _read_json(path, MAX_HEADER_BYTES))
+        _check_weight_paths(path, _read_json(path, MAX_HEADER_BYTES))
 
 
 def _refuse_named_code(path: Path, values: "JSON") -> None:
@@ -263,7 +263,7 @@ def _is_known_class(name: str) -> bool:
         return True
 
 
-def _refuse_outside(path: Path, values: "JSON") -> None:
+def _check_weight_paths(path: Path, values: "JSON") -> None:
     names = values.get("weight_map", {}) if isinstance(values, Mapping) else None
     if not isinstance(names, Mapping):
         raise FolderError(f"{path}: is not an index of weights; save the model again")

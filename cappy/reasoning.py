@@ -12,6 +12,9 @@ Tags in backticks or in a fenced code block belong to an answer about such tags 
 """
 
 import re
+from dataclasses import replace
+
+from cappy.records import Candidate
 
 _NAMES = r"(?:\w+:|ant)?(?:think|thinking|thoughts?|reasoning|reflection)"
 _PAIRS = (
@@ -57,6 +60,32 @@ def strip_reasoning(text: str) -> str:
 def has_reasoning(text: str) -> bool:
     """Whether `strip_reasoning` would remove anything but white space."""
     return _may_contain_reasoning(text) and strip_reasoning(text) != text.strip()
+
+
+class ReasoningFilter:
+    """Counts the candidates that contain reasoning, and removes it if `strip` is set."""
+
+    def __init__(self, *, strip: bool) -> None:
+        self._strip = strip
+        self._count = 0
+
+    def __call__(self, candidate: Candidate) -> Candidate:
+        """The candidate; with `strip` without its reasoning and likelihood (status `empty` if nothing is left)."""
+        if not has_reasoning(candidate.response):
+            return candidate
+        self._count += 1
+        if not self._strip:
+            return candidate
+        response = strip_reasoning(candidate.response)
+        status = candidate.status if response or not candidate.selectable else "empty"
+        return replace(
+            candidate, response=response, status=status, logprob_sum=None, logprob_mean=None, num_tokens=None
+        )
+
+    def take_count(self) -> int:
+        """Returns the number of candidates with reasoning since the last call, and resets it."""
+        count, self._count = self._count, 0
+        return count
 
 
 def _may_contain_reasoning(text: str) -> bool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PROGRESS_VARIABLE = "CAPPY_PROGRESS"
 """Environment variable: folder that the steps of a local run write their progress to."""
-PACKAGE = "pipeline.yaml"
+RUN_PACKAGE_FILE = "pipeline.yaml"
 """File name of the compiled pipeline of a local run, in the same folder."""
 PARENT_VARIABLE = "CAPPY_PARENT"
 """Environment variable: lock file that the parent process of a local run holds while it runs."""

@@ -78,5 +78,5 @@ def _session() -> "Session":
     except GoogleAuthError as error:
         remedy = "run the step with a service account"
         raise ConfigError(f"secrets: no Google credentials found ({error}); {remedy}") from error
-    session: Callable[..., Session] = AuthorizedSession  # AuthorizedSession has no annotations.
-    return session(credentials)
+    session_class: Callable[..., Session] = AuthorizedSession  # AuthorizedSession has no annotations.
+    return session_class(credentials)

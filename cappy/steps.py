@@ -17,10 +17,10 @@ class StepSpec:
     fails if results change under the same version.
 
     A pipeline sets the settings in `artifacts` to folders. Settings in `parameters` are parameters of the component,
-    each with its name in a pipeline; all others are passed in one text (`cappy.config.encode`). Settings in `outside`
-    name something whose content may change while its name stays the same: a file, a folder, built-in weights, a
-    registered version. A `sharded` step can be split over several tasks. A `cached` step may be taken from the
-    orchestrator's cache. A step that `trains` writes a scorer.
+    each with its name in a pipeline; all others are passed in one text (`cappy.config.encode`). Settings in
+    `external_settings` name something whose content may change while its name stays the same: a file, a folder,
+    built-in weights, a registered version. A `sharded` step can be split over several tasks. A `cached` step may be
+    taken from the orchestrator's cache. A step that `trains` writes a scorer.
     """
 
     name: str
@@ -29,7 +29,7 @@ class StepSpec:
     version: int
     artifacts: tuple[str, ...]
     parameters: Mapping[str, str] = field(default_factory=dict)
-    outside: tuple[str, ...] = ()
+    external_settings: tuple[str, ...] = ()
     sharded: bool = False
     cached: bool = True
     trains: bool = False
@@ -45,7 +45,7 @@ STEP_SPECS: Mapping[str, StepSpec] = {
             version=1,
             artifacts=("target",),
             parameters={"source": "source", "seed": "split_seed"},
-            outside=("source", "templates", "local", "against"),
+            external_settings=("source", "templates", "local", "against"),
         ),
         StepSpec(
             name="sampling",
@@ -54,7 +54,7 @@ STEP_SPECS: Mapping[str, StepSpec] = {
             version=1,
             artifacts=("source", "target"),
             parameters={"generator": "generator", "strategy": "strategy", "seed": "sampling_seed"},
-            outside=("generator",),
+            external_settings=("generator",),
             sharded=True,
         ),
         StepSpec(
@@ -73,7 +73,7 @@ STEP_SPECS: Mapping[str, StepSpec] = {
             version=1,
             artifacts=("source", "target"),
             parameters={"scorer": "scorer"},
-            outside=("scorer",),
+            external_settings=("scorer",),
             sharded=True,
         ),
         StepSpec(
@@ -90,7 +90,7 @@ STEP_SPECS: Mapping[str, StepSpec] = {
             version=1,
             artifacts=("source", "target"),
             parameters={"seed": "training_seed"},
-            outside=("encoder",),
+            external_settings=("encoder",),
             trains=True,
         ),
         StepSpec(
@@ -100,7 +100,7 @@ STEP_SPECS: Mapping[str, StepSpec] = {
             version=1,
             artifacts=("source", "target"),
             parameters={"scorer": "scorer", "seed": "training_seed"},
-            outside=("scorer",),
+            external_settings=("scorer",),
             trains=True,
         ),
         StepSpec(
@@ -110,7 +110,7 @@ STEP_SPECS: Mapping[str, StepSpec] = {
             version=2,
             artifacts=("source", "scorer", "target"),
             parameters={"champion": "champion", "metric": "metric"},
-            outside=("champion", "scorer"),
+            external_settings=("champion", "scorer"),
         ),
         StepSpec(
             name="registration",

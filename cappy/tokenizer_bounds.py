@@ -27,7 +27,7 @@ _SEQUENCE_KEYS = ("normalizers", "pretokenizers", "processors", "decoders")
 _TOKEN_KEYS = ("single", "pair", "special_tokens", "ids", "tokens")
 
 
-def refuse_growth(tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_text_growth(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises ValueError if a component lengthens texts too much; a pure Python tokenizer has no components."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for name in _PARTS if backend is not None else ():
@@ -84,7 +84,7 @@ def _check_text(name: str, text: str) -> None:
 
 
 def _check_charsmap(name: str, text: str) -> None:
-    """Checks a charsmap: the size of a trie, the trie, and the replacement texts, each terminated by NUL."""
+    """Checks the replacement texts of a charsmap. Its layout is: size of the trie, trie, NUL-terminated texts."""
     data = base64.b64decode(text)
     texts = data[4 + int.from_bytes(data[:4], "little") :]
     if (longest := max(map(len, texts.split(b"\0")))) > MAX_INSERTED_CHARACTERS:

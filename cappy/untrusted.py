@@ -147,7 +147,11 @@ def _as_yaml_errors() -> Iterator[None]:
 
 
 def _check_limits(text: str | bytes, max_characters: int) -> None:
-    """Checks the length of a text and the number of its expanded values; it has hardly more events than characters."""
+    """Checks the length of a text and the number of its expanded values.
+
+    Counting is cheap, because a text has hardly more parser events than characters, even if aliases expand to many
+    values.
+    """
     if len(text) > max_characters:
         raise yaml.MarkedYAMLError(problem=f"is longer than {max_characters:,} characters")
     counter = _EventCounter()

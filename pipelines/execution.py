@@ -13,7 +13,7 @@ from kfp import local
 from kfp.compiler import Compiler
 from kfp.local import placeholder_utils
 
-from cappy.runs import PACKAGE, PROGRESS_VARIABLE, tune_garbage_collector
+from cappy.runs import PROGRESS_VARIABLE, RUN_PACKAGE_FILE, tune_garbage_collector
 from cappy.worker import die_with_parent
 from pipelines.clients.local import Request
 
@@ -40,7 +40,7 @@ def main(path: Path) -> int:
     )
     pipeline = _load_pipeline(request)
     # The exit step logs this file to MLflow.
-    Compiler().compile(pipeline, str(path.parent / PACKAGE))
+    Compiler().compile(pipeline, str(path.parent / RUN_PACKAGE_FILE))
     try:
         pipeline(**request["arguments"])
     except RuntimeError as error:

@@ -58,9 +58,9 @@ def plan_settings(
     plan = PIPELINES[pipeline].settings
     complete = plan(parameters, settings, tracking_uri)
 
-    def attempt(choices: Mapping[str, object], overrides: Mapping[str, StepSettings]) -> Settings | None:
+    def attempt(parameter_values: Mapping[str, object], overrides: Mapping[str, StepSettings]) -> Settings | None:
         try:
-            return plan(choices, overrides, tracking_uri)
+            return plan(parameter_values, overrides, tracking_uri)
         except ConfigError:  # A required parameter is missing.
             return None
 
@@ -182,7 +182,8 @@ def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, StepSettings])
 def _launchers(recipe: Recipe, platform: Platform) -> Settings:
     """Step -> launcher settings of each training step with several nodes; others train in their own pod.
 
-    The recipe's `retries` apply to both the job and the step that follows it; so do `hours`, of which the job gets 95%.
+    The recipe's `retries` apply to both the job and the step that monitors it, as do `hours`, of which the job gets
+    95%.
     """
     multi_node_steps = [step for step in recipe.steps if step in TRAINING_STEPS and recipe.resources_of(step).nodes > 1]
     if platform == "kubeflow":
@@ -199,7 +200,7 @@ def _job_settings(recipe: Recipe, step: str) -> dict[str, object]:
         "devices": resources.count if resources.accelerator != "none" else 1,
         "image": image(recipe, step),
         "max_restarts": resources.retries,
-        # The job must end before the step that follows it, so that the step can report why.
+        # The job must time out before the step that monitors it does, so that the step can report why.
         "timeout_hours": 0.95 * resources.hours,
     }
 

@@ -197,7 +197,7 @@ def external_references(step: str, values: StepSettings) -> Iterator[tuple[str, 
     """Yields (setting, text) of every external path or spec in the settings of a step."""
     from cappy.sampling.strategies import FILES
 
-    for name in STEP_SPECS[step].outside if step in STEP_SPECS else ():
+    for name in STEP_SPECS[step].external_settings if step in STEP_SPECS else ():
         value = values.get(name) or ()
         for text in value if isinstance(value, Iterable) and not isinstance(value, str) else (value,):
             yield name, str(text).removeprefix("vllm:")  # vLLM only runs the model.
@@ -255,7 +255,7 @@ def _pin_versions(step: str, values: StepSettings, tracking_uri: str) -> dict[st
 
     return {
         name: resolve(spec, tracking_uri=tracking_uri).uri
-        for name in STEP_SPECS[step].outside
+        for name in STEP_SPECS[step].external_settings
         if isinstance(spec := values.get(name), str) and spec.startswith("models:/")
     }
 

@@ -21,7 +21,7 @@ from pydantic_core import from_json
 from cappy.errors import ConfigError
 from cappy.specs import parse_spec
 from serving.bodies import Bounds, Refusal, receive_body
-from serving.dialects.native import NativeErrorResponse, refuse
+from serving.dialects.native import NativeErrorResponse, error_body
 from serving.engine import Model, Models
 from serving.following import Follower
 from serving.guards import MIN_SECRET_CHARACTERS, Keys, unknown_key_refusal
@@ -55,14 +55,17 @@ class ModelState(BaseModel):
         LoadedModel | None, Field(description="The previous model, which stays loaded for a rollback")
     ] = None
     follows: Annotated[str, Field(description="The followed alias; empty if none is followed")] = ""
-    trouble: Annotated[str, Field(description="Why the alias could not be read at the last check")] = ""
+    trouble: Annotated[str, Field(description="Why the last check could not read the alias; empty if it could")] = ""
     refused: Annotated[dict[str, str], Field(description="Version in the registry -> why it was refused")]
 
 
 class RefreshResponse(BaseModel):
     """Response to a request to check the alias."""
 
-    looks: Annotated[bool, Field(description="Whether the alias is checked now; GET /model shows the result")]
+    looks: Annotated[
+        bool,
+        Field(description="Whether the alias is checked now (not if an event is about another); see GET /model"),
+    ]
 
 
 def add_admin(app: FastAPI, models: Models, follower: Follower | None, keys: Keys, secret: str) -> None:
@@ -153,7 +156,7 @@ def _describe(model: Model) -> LoadedModel:
 
 def _refusal_response(refusal: Refusal) -> Response:
     headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
-    return JSONResponse(refuse(refusal.status, refusal.message), status_code=refusal.status, headers=headers)
+    return JSONResponse(error_body(refusal.status, refusal.message), status_code=refusal.status, headers=headers)
 
 
 def read_secret() -> str:

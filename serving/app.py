@@ -29,10 +29,10 @@ from serving.admin import add_admin
 from serving.bodies import Refusal
 from serving.config import RequestLimits
 from serving.dialects import DIALECTS, Dialect, ServedModels
-from serving.dialects.native import SCORE, refuse
+from serving.dialects.native import SCORE, error_body
 from serving.engine import PROBES, Batcher, Models, ProbePairs, probe
 from serving.following import Follower
-from serving.guards import ANY_HOST, BrowserGuard, Hosts, Keys, Refuse
+from serving.guards import ANY_HOST, BrowserGuard, Hosts, Keys, WriteRefusal
 from serving.page import About, add_page
 from serving.service import Service, write_refusal
 
@@ -125,7 +125,9 @@ def create_app(
     paths = [(path, dialect) for dialect in DIALECTS for path in dialect.paths]
     extra_paths = ((path, _find_dialect(name)) for path, name in options.routes.items())
     paths += [entry for entry in extra_paths if entry not in paths]
-    app.add_middleware(BrowserGuard, hosts=options.hosts, origins=options.origins, refuse=_make_refuse(paths))
+    app.add_middleware(
+        BrowserGuard, hosts=options.hosts, origins=options.origins, write_refusal=_make_refusal_writer(paths)
+    )
     app.add_middleware(
         AccessLog,
         default_headers=lambda: models.current.headers(),
@@ -153,18 +155,18 @@ async def _not_found(request: Request, error: Exception) -> Response:
     text = f"{path}: no such path; GET /openapi.json lists them"
     if allowed:
         text = f"{request.method} {path}: this path only accepts {allowed}; see GET /openapi.json"
-    return JSONResponse(refuse(error.status_code, text), status_code=error.status_code, headers=error.headers)
+    return JSONResponse(error_body(error.status_code, text), status_code=error.status_code, headers=error.headers)
 
 
-def _make_refuse(paths: Sequence[tuple[str, Dialect]]) -> Refuse:
+def _make_refusal_writer(paths: Sequence[tuple[str, Dialect]]) -> WriteRefusal:
     """Returns a function that writes a refusal in the shape of a path's dialects; for other paths, in our own."""
     patterns = [(compile_path(path)[0], dialect) for path, dialect in paths]
 
-    def refuse_in_shape(path: str, refusal: Refusal) -> Response:
+    def write_in_dialect(path: str, refusal: Refusal) -> Response:
         dialects = [dialect for pattern, dialect in patterns if pattern.match(path)]
         return write_refusal(dialects or [SCORE], refusal)
 
-    return refuse_in_shape
+    return write_in_dialect
 
 
 def _describe_service(models: Models) -> About:

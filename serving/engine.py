@@ -122,7 +122,7 @@ def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
     """Loads the scorer that a spec names and checks the sha256 of every file; raises ConfigError or FolderError."""
     from cappy.scorers import open_scorer
     from cappy.scoring import Scorer
-    from cappy.scoring.calibration import read_probe
+    from cappy.scoring.calibration import read_verification_pairs
     from cappy.specs import parse_spec
 
     folder = open_scorer(spec)
@@ -136,7 +136,9 @@ def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
         spec=spec,
         precision=scorer.precision,
         calibration=read_calibration(folder.path),
-        probes=[((instruction, response), score) for instruction, response, score in read_probe(folder.path)],
+        probes=[
+            ((instruction, response), score) for instruction, response, score in read_verification_pairs(folder.path)
+        ],
     )
 
 

@@ -31,7 +31,7 @@ _NAME = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?"
 _HOST = re.compile(_NAME)
 _ORIGIN = re.compile(f"(https?)://{_NAME}")
 _PORTS = {"http": "80", "https": "443"}
-Refuse = Callable[[str, Refusal], Response]
+WriteRefusal = Callable[[str, Refusal], Response]
 """(path, refusal) -> the response, in the shape that the path's clients expect."""
 
 
@@ -77,11 +77,11 @@ class BrowserGuard:
     Status 421: RFC 9110, section 15.5.20.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Hosts, origins: Sequence[str], refuse: Refuse) -> None:
+    def __init__(self, app: ASGIApp, hosts: Hosts, origins: Sequence[str], write_refusal: WriteRefusal) -> None:
         self._app = app
         self._hosts = hosts
         self._origins = frozenset(origins)
-        self._refuse = refuse
+        self._write_refusal = write_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,7 +90,7 @@ class BrowserGuard:
         try:
             self._check(scope, Headers(scope=scope))
         except Refusal as refusal:
-            await self._refuse(scope["path"], refusal)(scope, receive, send)
+            await self._write_refusal(scope["path"], refusal)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -212,17 +212,17 @@ def _digest(key: str) -> bytes:
 class KeyGuard:
     """ASGI middleware: if there are keys, every path except `open_paths` needs one."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, open_paths: Collection[str], refuse: Refuse) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, open_paths: Collection[str], write_refusal: WriteRefusal) -> None:
         self._app = app
         self._keys = keys
         self._open_paths = frozenset(open_paths)
-        self._refuse = refuse
+        self._write_refusal = write_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in self._open_paths or self._keys.allow(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
-        await self._refuse(scope["path"], unknown_key_refusal())(scope, receive, send)
+        await self._write_refusal(scope["path"], unknown_key_refusal())(scope, receive, send)
 
 
 def unknown_key_refusal() -> Refusal:

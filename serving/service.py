@@ -112,7 +112,10 @@ class Service:
         return payload, pairs
 
     async def _score(self, request: Request, model: Model, pairs: Sequence[tuple[str, str]], *, n: int) -> ScoredPairs:
-        """Scores pairs, unless the client disconnects; expected labels are those of the best of `n` candidates."""
+        """Scores pairs, unless the client disconnects.
+
+        `expected` is each score's calibrated label, assuming the pair was picked as the best of `n` candidates.
+        """
         score_task = asyncio.ensure_future(self.batcher.score(model.engine, pairs))
         disconnect_task = asyncio.ensure_future(wait_for_disconnect(request))
         try:
@@ -168,7 +171,7 @@ class Service:
         try:
             return dialect.parse(body, headers, self.bounds)
         except ValueError as error:
-            raise Refusal(400, f"the body is not JSON ({error}); send {dialect.shape}") from error
+            raise Refusal(400, f"the body is not JSON ({error}); send {dialect.example_body}") from error
 
     def _find_model(self, *names: str | None) -> Model:
         """Finds the current or the former model by name or version; raises Refusal 404 if neither matches."""
@@ -191,7 +194,7 @@ def parse_request(dialect: Dialect, value: object) -> BaseModel:
     try:
         return dialect.request.model_validate(value)
     except ValidationError as error:
-        raise Refusal(dialect.invalid_status, f"{describe_error(error, value)}; send {dialect.shape}") from error
+        raise Refusal(dialect.invalid_status, f"{describe_error(error, value)}; send {dialect.example_body}") from error
 
 
 def write_response(dialect: Dialect, payload: BaseModel, result: ScoredPairs) -> Response:
@@ -203,7 +206,7 @@ def write_refusal(dialects: Sequence[Dialect], refusal: Refusal) -> Response:
     """Writes a refusal with the fields of all these dialects; the first dialect's value wins."""
     fields: dict[str, object] = {}
     for dialect in reversed(dialects):
-        fields |= dialect.refuse(refusal.status, refusal.message)
+        fields |= dialect.error_body(refusal.status, refusal.message)
     headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -14,7 +14,7 @@ from cappy.annotation.rouge import is_partly_visible, is_visible, rouge_l_pools
 from cappy.errors import RecordError, quote
 from cappy.reasoning import has_reasoning
 from cappy.records import Candidate, Instance
-from cappy.records.instance import GIVEN, Source
+from cappy.records.instance import GIVEN_METRIC, Source
 
 Preset = Literal["default", "paper"]
 
@@ -39,21 +39,25 @@ def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[In
     """Yields the instances with references and mismatches as further candidates, and `labels[name]` on each candidate.
 
     The label of a reference is 1, of a mismatch 0, of a choice 1 if it is a reference and else 0, and of an LLM's
-    response the value of the metric (Cappy, §3.1). If a text occurs twice, training uses the first candidate (see
-    `regression_rows`):
-    references, then sampled responses, then mismatches; with the `paper` preset, mismatches before sampled responses.
-    Raises RecordError if an instance has neither references nor given labels.
+    response the value of the metric (Cappy, §3.1). Candidates are ordered: references, sampled responses, mismatches
+    (with the `paper` preset: references, mismatches, sampled responses). If a text occurs twice, training uses the
+    first (see `regression_rows`). Raises RecordError if an instance has neither references nor given labels.
     """
     _check_can_be_labelled(instances)
-    proposals = [[each for each in instance.candidates if each.source in ("llm", "choice")] for instance in instances]
-    sampled = [[each for each in candidates if each.source == "llm"] for candidates in proposals]
-    metric = iter(labelling.metric([CandidatePool(*pool) for pool in zip(instances, sampled, strict=True)]).tolist())
-    mismatch_texts = _draw_mismatches(instances, proposals, labelling)
-    for instance, candidates, texts in zip(instances, proposals, mismatch_texts, strict=True):
+    own_candidates = [
+        [each for each in instance.candidates if each.source in ("llm", "choice")] for instance in instances
+    ]
+    sampled = [[each for each in candidates if each.source == "llm"] for candidates in own_candidates]
+    pools = [CandidatePool(*pool) for pool in zip(instances, sampled, strict=True)]
+    metric_values = iter(labelling.metric(pools).tolist())
+    mismatch_texts = _draw_mismatches(instances, own_candidates, labelling)
+    for instance, candidates, texts in zip(instances, own_candidates, mismatch_texts, strict=True):
         mismatches = [Candidate(response=text, source="mismatch") for text in texts]
         references = _references(instance, candidates, repeated=labelling.preset == "paper")
         others = [*mismatches, *candidates] if labelling.preset == "paper" else [*candidates, *mismatches]
-        labelled = (each.with_label(labelling.name, _label(each, instance, metric)) for each in (*references, *others))
+        labelled = (
+            each.with_label(labelling.name, _label(each, instance, metric_values)) for each in (*references, *others)
+        )
         yield replace(instance, candidates=tuple(labelled))
 
 
@@ -100,17 +104,18 @@ class RegressionRow:
     decoding: str = ""
 
 
-def regression_rows(instance: Instance, metric: str) -> Iterator[RegressionRow]:
+def regression_rows(instance: Instance, label_name: str) -> Iterator[RegressionRow]:
     """Yields the instance's rows; of candidates with the same response, only the first one is used.
 
-    References are never dropped: the `paper` preset repeats them. Raises RecordError if a candidate has no label of
-    this metric.
+    References are never dropped: the `paper` preset repeats them. Raises RecordError if a candidate has no label with
+    this name, which is that of a metric.
     """
     seen: set[str] = set()
     for candidate in instance.candidates:
-        if metric not in candidate.labels:
+        if label_name not in candidate.labels:
             remedy = "run cappy annotation on this folder first"
-            raise RecordError(f"instance {quote(instance.instance_id)}: a candidate has no label {metric!r}; {remedy}")
+            where = f"instance {quote(instance.instance_id)}"
+            raise RecordError(f"{where}: a candidate has no label {label_name!r}; {remedy}")
         if candidate.response in seen and candidate.source != "reference":
             continue
         seen.add(candidate.response)
@@ -118,7 +123,7 @@ def regression_rows(instance: Instance, metric: str) -> Iterator[RegressionRow]:
             instance_id=instance.instance_id,
             instruction=instance.instruction,
             response=candidate.response,
-            label=candidate.labels[metric],
+            label=candidate.labels[label_name],
             source=candidate.source,
             generator=candidate.generator,
             decoding=candidate.decoding,
@@ -128,13 +133,13 @@ def regression_rows(instance: Instance, metric: str) -> Iterator[RegressionRow]:
 def _check_can_be_labelled(instances: Sequence[Instance]) -> None:
     """Raises RecordError if an instance has neither references nor given labels."""
     for instance in instances:
-        if not instance.references and not any(GIVEN in candidate.labels for candidate in instance.candidates):
+        if not instance.references and not any(GIVEN_METRIC in candidate.labels for candidate in instance.candidates):
             remedy = "prepare it with references and without --unlabelled"
             raise RecordError(f"instance {quote(instance.instance_id)}: has no reference to compare with; {remedy}")
 
 
-def _label(candidate: Candidate, instance: Instance, metric: Iterator[float]) -> float:
-    """The correctness of one candidate, 0 to 1, by its source; for an LLM's response the next value of the metric."""
+def _label(candidate: Candidate, instance: Instance, metric_values: Iterator[float]) -> float:
+    """The correctness of one candidate, 0 to 1, by its source; for an LLM's response the next metric value."""
     match candidate.source:
         case "reference":
             return 1.0
@@ -143,24 +148,24 @@ def _label(candidate: Candidate, instance: Instance, metric: Iterator[float]) ->
         case "choice":
             return float(candidate.response in instance.references)
         case _:
-            return next(metric)
+            return next(metric_values)
 
 
-def _references(instance: Instance, proposals: Sequence[Candidate], *, repeated: bool) -> list[Candidate]:
+def _references(instance: Instance, own_candidates: Sequence[Candidate], *, repeated: bool) -> list[Candidate]:
     """The references as candidates, except those that are among the choices already."""
-    choices = {candidate.response for candidate in proposals if candidate.source == "choice"}
+    choices = {candidate.response for candidate in own_candidates if candidate.source == "choice"}
     texts = [reference for reference in instance.references if reference.strip() and reference not in choices]
     return [Candidate(response=text, source="reference") for text in (texts if repeated else dict.fromkeys(texts))]
 
 
 def _draw_mismatches(
-    instances: Sequence[Instance], proposals: Sequence[Sequence[Candidate]], labelling: Labelling
+    instances: Sequence[Instance], own_candidates: Sequence[Sequence[Candidate]], labelling: Labelling
 ) -> list[list[str]]:
     if labelling.preset == "paper":
         return _draw_as_published(instances, seed=labelling.seed)
     own_texts = [
         {*instance.references, *(candidate.response for candidate in candidates)}
-        for instance, candidates in zip(instances, proposals, strict=True)
+        for instance, candidates in zip(instances, own_candidates, strict=True)
     ]
     return _draw_dissimilar(instances, own_texts, count=labelling.mismatches, seed=labelling.seed)
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from cappy.annotation.numbers import last_number, read_numbers
+from cappy.annotation.numbers import last_number, last_number_readings
 from cappy.errors import ConfigError, RecordError, quote
 from cappy.records import Candidate, Instance
-from cappy.records.instance import GIVEN
+from cappy.records.instance import GIVEN_METRIC
 
 if TYPE_CHECKING:
     from sacrebleu.metrics import BLEU, CHRF
@@ -95,11 +95,11 @@ def _given_labels(pools: Sequence[CandidatePool]) -> Floats:
 
 
 def _given_label(instance: Instance, candidate: Candidate) -> float:
-    if GIVEN not in candidate.labels:
+    if GIVEN_METRIC not in candidate.labels:
         problem = f"response {quote(candidate.response)} has no given label"
         remedy = "give every response a label from 0 to 1, or choose another --metric"
         raise RecordError(f"instance {quote(instance.instance_id)}: {problem}; {remedy}")
-    return candidate.labels[GIVEN]
+    return candidate.labels[GIVEN_METRIC]
 
 
 def exact_match(references: Sequence[str], response: str) -> float:
@@ -118,7 +118,7 @@ def numeric_match(references: Sequence[str], response: str) -> float:
     Hendrycks et al. 2021). Signs and decimals matter, formatting does not: 5 and -5 differ; 1,000.0, 1 000 and 1000 do
     not. If a comma of the response may be a decimal comma or a list separator, either reading may match.
     """
-    numbers = read_numbers(response)
+    numbers = last_number_readings(response)
     return float(numbers[0] is not None and any(last_number(reference) in numbers for reference in references))
 
 
@@ -210,6 +210,6 @@ METRICS: Mapping[str, Metric] = {
     "token_f1": _apply_per_response(token_f1),
     "chrf": _apply_per_response(chrf),
     "bleu": _apply_per_response(bleu),
-    GIVEN: _given_labels,
+    GIVEN_METRIC: _given_labels,
 }
 """Metric -> its function; libraries other than numpy are imported when the function is called."""

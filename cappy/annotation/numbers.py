@@ -36,7 +36,8 @@ _TOKEN = re.compile(
     # An exponent of something other than a number: m^2, (a+b)^2, s**2; but **2** is bold.
     | \^\s?(?:\{{[^{{}}]{{0,40}}\}}|[\s({{]{{0,4}}[-+]?[0-9][0-9.,/]*[)}}]?) | (?<=[\w)])\*\*\(?[-+]?[0-9]++(?!\*\*)\)?
     | (?P<date>[0-9]++(?:/[0-9]++){{2,}}+)
-    # A square root, its multiplier (3√2) or dividend (3/√2), and its divisor (√2/2). No radicand if it is not a number.
+    # A square root, its multiplier (3√2) or dividend (3/√2), and its divisor (√2/2).
+    # The group `radicand` is empty if the root is of something other than a number.
     | {_SIGN.replace("NAME", "rootsign")}(?:(?P<multiplier>{_DIGITS})\s?(?P<operator>[*·⋅×/]?)\s?)?√\s?
       (?P<radicand>{_DIGITS}|\({_DIGITS}/[0-9]++\))?(?:\s?/\s?(?P<divisor>[0-9]++))?
     | {_SIGN.replace("NAME", "sign")}(?P<currency>[{_CURRENCY}])?
@@ -95,7 +96,7 @@ def last_number(text: str) -> Number | None:
 
     - Thousands may be grouped by commas (1,000; Indian 1,00,000), spaces of any width and ties (1 000; 1~000),
       apostrophes, underscores and, if unambiguous, points (1.000.000; 1.000,50). A single 1.000 is 1.
-    - A single comma that does not group thousands (not before three digits, or after 0) is a decimal comma (3,5;
+    - A single comma is a decimal comma if it is not followed by exactly three digits, or if it follows a lone 0 (3,5;
       0,125), except in brackets: (3,5) is a pair. In 1,2,3 and 1, 2, 3 each is a separate number, as are the parts of a
       date, a time, a range and a version.
     - 3/4, \\frac{3}{4}, ¾ and 1 3/4 are one number; so are 1.5e6, 1.5 × 10^6, 10^6, 2 million and $2M.
@@ -107,18 +108,18 @@ def last_number(text: str) -> Number | None:
     - Units and signs next to a number (%, $, kg, th) are ignored.
     - Digits of every script are read; number words and Roman numerals are not.
     """
-    return read_numbers(text)[0]
+    return last_number_readings(text)[0]
 
 
-def read_numbers(text: str) -> tuple[Number | None, ...]:
-    """The possible values of the last number, the one that `last_number` returns first.
+def last_number_readings(text: str) -> tuple[Number | None, ...]:
+    """The possible values of the last number; the first is what `last_number` returns.
 
     For example, 1,2 may be 1.2, or a list whose last number is 2.
     """
-    return _cached_numbers(text) if len(text) <= _MAX_CACHED_CHARACTERS else _read_numbers(text)
+    return _cached_readings(text) if len(text) <= _MAX_CACHED_CHARACTERS else _last_number_readings(text)
 
 
-def _read_numbers(text: str) -> tuple[Number | None, ...]:
+def _last_number_readings(text: str) -> tuple[Number | None, ...]:
     boxed = _find_last_box(text)
     for part in (boxed, text):
         # A number does not span lines, so reading stops at the last line with a number.
@@ -128,7 +129,7 @@ def _read_numbers(text: str) -> tuple[Number | None, ...]:
     return (None,)
 
 
-_cached_numbers = lru_cache(maxsize=8_192)(_read_numbers)
+_cached_readings = lru_cache(maxsize=8_192)(_last_number_readings)
 
 
 def _read_line(line: str) -> tuple[Number | None, ...]:
@@ -182,7 +183,10 @@ def _parse_decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | N
 
 
 def _evaluate_root(match: re.Match[str]) -> Number | None:
-    """The value of a root with its factors: exact if it is a fraction, else rounded (equal roots to equal values)."""
+    """The value of a root with its factors.
+
+    It is exact if it is rational, else rounded, so that equal roots give equal values.
+    """
     if not match["radicand"] or len(match[0]) > MAX_DIGITS:
         return None
     digits, _, denominator = match["radicand"].strip("()").partition("/")

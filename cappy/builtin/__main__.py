@@ -37,13 +37,13 @@ def main() -> None:
     scorer.add_argument("--seed", type=int, default=0)
     scorer.add_argument("--work", type=Path, default=Path(".cappy/builtin"), help="folder to resume from")
     arguments = parser.parse_args()
-    (_make_llm if arguments.command == "llm" else _make_scorer)(arguments)
+    (_train_llm if arguments.command == "llm" else _pretrain_scorer)(arguments)
 
 
-def _make_llm(arguments: argparse.Namespace) -> None:
-    from cappy.builtin.llm import TrainingJob, make
+def _train_llm(arguments: argparse.Namespace) -> None:
+    from cappy.builtin.llm import TrainingJob, train_llm
 
-    make(
+    train_llm(
         TrainingJob(
             target=arguments.target,
             steps=arguments.steps,
@@ -61,7 +61,7 @@ class _CommonSettings(TypedDict):
     work: Path
 
 
-def _make_scorer(arguments: argparse.Namespace) -> None:
+def _pretrain_scorer(arguments: argparse.Namespace) -> None:
     """Samples responses of the built-in LLM on the pretraining pool, labels them and pretrains; steps can resume."""
     from cappy.annotation.step import AnnotationConfig
     from cappy.annotation.step import run as annotation
@@ -94,6 +94,7 @@ def _make_scorer(arguments: argparse.Namespace) -> None:
         batch_tokens=_BATCH_TOKENS,
         batch_instances=16,
         max_candidates=16,
+        # The weights of the relative and of the listwise loss.
         relative=4.0,
         listwise=0.0,
         patience=100,

@@ -94,7 +94,7 @@ class Quality:
     num_samples: int
 
 
-def make(job: TrainingJob) -> None:
+def train_llm(job: TrainingJob) -> None:
     """Trains tokenizer and LLM on the `llm` subset of the tasks; writes them and each file's sha256 to `job.target`.
 
     Two processes with one thread each are faster here than one with two threads, because the matrices are small. The
@@ -256,7 +256,7 @@ def _initialize_for_copying(model: T5ForConditionalGeneration) -> None:
 
 
 def _span_batches(vocab_size: int, *, size: int, seed: int, pad: int, end: int) -> Iterator[Batch]:
-    """Yields batches without end, of random tokens whose answer is a span of them, to train copying."""
+    """Yields endless batches that train copying: each input is random tokens, and its target is a span of them."""
     rng = Random(f"{seed} spans")
     while True:
         pairs = []
@@ -275,7 +275,7 @@ def _interleave(batches: Iterator[Batch], replacements: Iterator[Batch], every: 
 
 
 def _batches(pairs: Sequence[Pair], *, size: int, seed: int, pad: int) -> Iterator[Batch]:
-    """Yields batches without end; each pass shuffles, then groups pairs of similar length to reduce padding."""
+    """Yields endless batches; each pass shuffles, then groups pairs of similar length to reduce padding."""
     rng = Random(seed)
     while True:
         order = rng.sample(range(len(pairs)), len(pairs))

@@ -102,7 +102,7 @@ app.command("plan", help="Estimate the time and resources of a pretraining run."
 app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(tools.convert)
 app.command("templates", short_help="Download PromptSource's templates and verify them.")(tools.templates)
 app.command("doctor", short_help="Check what this machine has and what is missing.")(doctor.doctor)
-app.command("explain", short_help="List a step's work and why it was redone.")(work.explain)
+app.command("explain", short_help="List the cached results of a step and why each was recomputed.")(work.explain)
 app.command("clean", short_help="List or remove work that no run can reuse.")(work.clean)
 remote.add_commands(pipeline.app)
 app.add_typer(pipeline.app, name="pipeline")

@@ -112,7 +112,7 @@ def cautions(manifest: Manifest | None) -> list[str]:
     if manifest is None:
         return []
     if manifest.step == "sampling":
-        from cappy.sampling.accounts import cautions as sampling_cautions
+        from cappy.sampling.statistics import cautions as sampling_cautions
 
         return sampling_cautions(manifest.metrics, manifest.config, manifest.facts)
     if manifest.step == "annotation":

@@ -90,7 +90,7 @@ def reserve_stdin() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_source(source: str) -> Iterator[IO[bytes]]:
-    """Opens a file, or standard input for `-` and its device files. Raises ConfigError if it cannot be read."""
+    """Opens a file; `-`, /dev/stdin and the like open standard input. Raises ConfigError if it cannot be read."""
     if source == STDIN or source in _STDIN_PATHS:
         file = _reserved_stdin or getattr(sys.stdin, "buffer", None)
         if file is None:
@@ -99,8 +99,9 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
             sys.stderr.write("reading JSON Lines from the keyboard; end with Ctrl-D\n")
         yield file
         return
+    # Inside this `try`, a `with` would also catch OSErrors raised in the caller's block.
     try:
-        file = Path(source).open("rb")  # noqa: SIM115 (a `with` here would catch errors of the reader)
+        file = Path(source).open("rb")  # noqa: SIM115 (see below)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"{source}: {reason}; --source must be a JSON Lines file, or - for standard input") from error

@@ -19,11 +19,11 @@ GET /ready.
 Loads and verifies the scorer, then listens until SIGTERM (status 0) or Ctrl-C (status 130). On Vertex AI,
 AIP_STORAGE_URI and AIP_HTTP_PORT apply if no flag is given; AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE set the paths.
 """
-GATEWAY_HELP = """Serve best-of-n for an LLM: change one base URL, and POST /v1/chat/completions returns the best
-response.
+GATEWAY_HELP = """OpenAI-compatible proxy that samples several responses from an LLM and returns the best. Point your
+client's base URL at it; POST /v1/chat/completions works as before.
 
-Samples several candidates from the LLM, scores them and returns the best. Listens until SIGTERM (status 0) or Ctrl-C
-(status 130). docs/guides/gateway.md describes how it handles each parameter.
+Listens until SIGTERM (status 0) or Ctrl-C (status 130). docs/guides/gateway.md describes how it handles each
+parameter.
 """
 PACKAGES = ("fastapi", "uvicorn", "starlette", "prometheus_client")
 

@@ -150,7 +150,7 @@ def _plan(*, as_json: bool, mixture: str, subsets: Sequence[str], **_: object) -
 
 
 def _estimate(*, as_json: bool, target: Path | None, **values: object) -> bool:
-    from cappy.sampling.estimate import describe, estimate
+    from cappy.sampling.estimate import describe, estimate, to_values
     from cappy.sampling.step import SamplingConfig, endpoint_config
 
     # Nothing is written, so any target works.
@@ -159,7 +159,7 @@ def _estimate(*, as_json: bool, target: Path | None, **values: object) -> bool:
     estimates = estimate(config)
     if not estimates:
         raise ConfigError("sampling: --estimate needs an LLM; give it with --generator")
-    text = json.dumps([asdict(item) for item in estimates]) if as_json else describe(estimates, endpoint_config(config))
+    text = json.dumps(to_values(estimates)) if as_json else describe(estimates, endpoint_config(config))
     typer.echo(text)
     return True
 

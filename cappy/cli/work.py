@@ -43,9 +43,9 @@ def explain(
     work: WorkFlag = DEFAULT_WORK,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the work of a step, newest first, and how each differs from the previous one.
+    """List the cached results of a step, newest first, and how the key of each differs from the previous one.
 
-    A run continues or reuses work with the same version, settings and inputs; anything else is new work.
+    A run continues or reuses work with the same version, settings and inputs; anything else is computed.
     """
     from cappy.records.work import list_work_folders
 

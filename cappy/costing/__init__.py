@@ -27,7 +27,10 @@ class PlanConfig:
         tuple[str, ...],
         Field(description="LLM and number of responses per prompt, such as bart0:5; default: those of the paper"),
     ] = ("bart0:5", "t0-3b:5")
-    gpus: Annotated[tuple[int, ...], Field(description=f"Number of devices, 1 to {MAX_DEVICES}; one column each")] = (
+    gpus: Annotated[
+        tuple[int, ...],
+        Field(description=f"Numbers of devices to compare, 1 to {MAX_DEVICES}; the plan has one column per number"),
+    ] = (
         1,
         8,
         64,
@@ -82,10 +85,10 @@ Unit = Literal["prompts/s", "pairs/s", "FLOP/s", "seconds to start", "bytes/prom
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextLengths:
-    """Mean lengths, in tokens of the scorer, of one kind of prompts of a subset; `prompts` is the number measured.
+    """Mean lengths, in scorer tokens, of the prompts of one `kind` in one `subset` of a mixture.
 
-    Prompts and responses are truncated to the limits of a generator, pairs to that of the scorer. Fields that end in
-    `_squared` are means of squares.
+    `prompts` is the number of prompts measured. Prompts and responses are truncated to the limits of a generator, pairs
+    to that of the scorer. Fields that end in `_squared` are means of squares.
     """
 
     subset: str
@@ -102,14 +105,14 @@ class TextLengths:
 class Measurement:
     """One measured value of a `step` on one device or core of `hardware`.
 
-    `of` names the model shape or the mixture that was measured. `details` has related values (tokens and pairs per
+    `subject` names the model shape or the mixture that was measured. `details` has related values (tokens and pairs per
     second, mean lengths, the share of the data sheet's peak), `load` is the load average of the machine before the
     measurement.
     """
 
     step: Step
     hardware: str
-    of: str
+    subject: Annotated[str, Field(alias="of")]  # "of" in the file.
     unit: Unit
     value: float
     date: str
@@ -135,19 +138,19 @@ class Throughput:
             raise ConfigError(f"plan: the measured speeds have no text lengths of {mixture}; {REMEDY}")
         return self.texts[mixture]
 
-    def find(self, step: Step, unit: Unit, *, hardware: str, of: str) -> Measurement | None:
+    def find(self, step: Step, unit: Unit, *, hardware: str, subject: str) -> Measurement | None:
         """The measurement, or None if there is none."""
-        key = (step, unit, hardware, of)
-        return next((m for m in self.measurements if (m.step, m.unit, m.hardware, m.of) == key), None)
+        key = (step, unit, hardware, subject)
+        return next((m for m in self.measurements if (m.step, m.unit, m.hardware, m.subject) == key), None)
 
-    def need(self, step: Step, unit: Unit, *, hardware: str, of: str) -> Measurement:
+    def need(self, step: Step, unit: Unit, *, hardware: str, subject: str) -> Measurement:
         """The measurement; if there is none, raises ConfigError with what is missing and what was measured."""
-        measurement = self.find(step, unit, hardware=hardware, of=of)
+        measurement = self.find(step, unit, hardware=hardware, subject=subject)
         if measurement is None:
-            others = [m.of for m in self.measurements if (m.step, m.unit, m.hardware) == (step, unit, hardware)]
+            others = [m.subject for m in self.measurements if (m.step, m.unit, m.hardware) == (step, unit, hardware)]
             available = f"measured on {hardware}: {', '.join(others) or 'nothing'}"
             raise ConfigError(
-                f"plan: {step} of {of}, in {unit}, was not measured on {hardware} ({available}); {REMEDY}"
+                f"plan: {step} of {subject}, in {unit}, was not measured on {hardware} ({available}); {REMEDY}"
             )
         return measurement
 
@@ -166,6 +169,6 @@ def read_throughput(path: Path) -> Throughput:
         ) from error
     invalid = next((m for m in throughput.measurements if not 0 < m.value < float("inf")), None)
     if invalid:
-        value = f"{invalid.step} of {invalid.of} is {invalid.value} {invalid.unit}, not a positive number"
+        value = f"{invalid.step} of {invalid.subject} is {invalid.value} {invalid.unit}, not a positive number"
         raise ConfigError(f"plan: {path}: {value}; {REMEDY}")
     return throughput

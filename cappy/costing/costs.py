@@ -239,24 +239,24 @@ class _Rates:
 
     def startup_seconds(self, step: Step) -> float:
         """Startup seconds of a step, measured with the built-in models; 0 if it is part of another step."""
-        speed = self.throughput.find(step, "seconds to start", hardware=CPU, of="builtin")
+        speed = self.throughput.find(step, "seconds to start", hardware=CPU, subject="builtin")
         return speed.value if speed else 0.0
 
     def cpu_work(self, step: Step, unit: Literal["prompts/s", "pairs/s"], amount: float, *, bytes: float) -> Work:
         """The work of a step that runs on CPU cores."""
-        speed = self.throughput.need(step, unit, hardware=CPU, of=self.config.mixture)
+        speed = self.throughput.need(step, unit, hardware=CPU, subject=self.config.mixture)
         return Work(
             step=step, name=step, amount=amount, unit=unit.removesuffix("/s"), rate=speed.value, processors="cores",
             start=self.startup_seconds(step), basis=f"measured {speed.date}: {speed.value:,.0f} {unit} a core",
             measured=True, bytes=bytes,
         )  # fmt: skip
 
-    def flops_per_second(self, step: Step, of: str) -> tuple[float, str, bool]:
+    def flops_per_second(self, step: Step, subject: str) -> tuple[float, str, bool]:
         """FLOP/s of one device in a step, the origin of that number, and whether it was measured."""
         hardware = self.config.hardware
         peak = peak_of(hardware)
         lookup = self.throughput.need if peak is None else self.throughput.find
-        speed = lookup(step, "FLOP/s", hardware=hardware, of=of)
+        speed = lookup(step, "FLOP/s", hardware=hardware, subject=subject)
         if speed is not None:
             return (
                 speed.value,
@@ -267,7 +267,7 @@ class _Rates:
         flag, share = ("--sampling-mfu", self.config.sampling_mfu) if step == "sampling" else ("--mfu", self.config.mfu)
         if share is None:
             raise ConfigError(
-                f"plan: {step} of {of} was not measured on {hardware}; give {flag}, the assumed share of the "
+                f"plan: {step} of {subject} was not measured on {hardware}; give {flag}, the assumed share of the "
                 f"{peak / 1e12:,.0f} TFLOP/s in its data sheet, above 0 and at most 1"
             )
         return peak * share, f"not measured: assumes {share:g} of the data-sheet peak ({flag})", False
@@ -276,10 +276,10 @@ class _Rates:
 def _bytes_written(volumes: Volumes, rates: _Rates) -> dict[str, float]:
     """The number of bytes that each step writes; every folder of records contains the prompts again."""
     need, mixture = rates.throughput.need, rates.config.mixture
-    prompts = volumes.prompts * need("preparation", "bytes/prompt", hardware=CPU, of=mixture).value
-    candidates = volumes.candidates * need("sampling", "bytes/pair", hardware=CPU, of=mixture).value
-    labelled = volumes.pairs * need("annotation", "bytes/pair", hardware=CPU, of=mixture).value
-    tokens = volumes.pairs * need("tokenization", "bytes/pair", hardware=CPU, of=mixture).value
+    prompts = volumes.prompts * need("preparation", "bytes/prompt", hardware=CPU, subject=mixture).value
+    candidates = volumes.candidates * need("sampling", "bytes/pair", hardware=CPU, subject=mixture).value
+    labelled = volumes.pairs * need("annotation", "bytes/pair", hardware=CPU, subject=mixture).value
+    tokens = volumes.pairs * need("tokenization", "bytes/pair", hardware=CPU, subject=mixture).value
     return {
         "preparation": prompts,
         "sampling": prompts + candidates,
@@ -306,7 +306,7 @@ def _sampling_work(volumes: Volumes, rates: _Rates, stored_bytes: float) -> Iter
 
 def _tokenization_work(volumes: Volumes, rates: _Rates, stored_bytes: float) -> Work:
     """The work of tokenization at the start of pretraining, in one process while the devices wait."""
-    rate = rates.throughput.need("tokenization", "pairs/s", hardware=CPU, of=rates.config.mixture)
+    rate = rates.throughput.need("tokenization", "pairs/s", hardware=CPU, subject=rates.config.mixture)
     return Work(
         step="tokenization", name="pretraining: tokens", amount=volumes.pairs, unit="pairs", rate=rate.value,
         start=0.0, basis=f"measured {rate.date}: {rate.value:,.0f} pairs/s, on one core", measured=True,
@@ -324,7 +324,7 @@ def _pretraining_work(volumes: Volumes, rates: _Rates, scorer: ScorerShape) -> W
     tokens, squared = volumes.pair.tokens, volumes.pair.squared
     training_flops = trained_pairs * scorer.training_flops(tokens, squared)
     checking_flops = checked_pairs * scorer.scoring_flops(tokens, squared)
-    checkpoint = rates.throughput.need("pretraining", "bytes/weight", hardware=CPU, of="builtin")
+    checkpoint = rates.throughput.need("pretraining", "bytes/weight", hardware=CPU, subject="builtin")
     return Work(
         step="pretraining", name="pretraining", unit="FLOP", rate=rate, start=rates.startup_seconds("pretraining"),
         amount=training_flops + checking_flops, basis=basis, measured=measured, linear=False,

@@ -15,7 +15,7 @@ from cappy import registry
 from cappy.config import (
     ADVANCED,
     DEFAULT_WORK,
-    LOCATION,
+    RESULT_NEUTRAL,
     Fresh,
     Location,
     Renames,
@@ -34,7 +34,7 @@ from cappy.records.work import claim, finish
 from cappy.registry.models import Version
 from cappy.registry.promotion import read_version_uri
 from cappy.registry.registration import TrackingUri
-from cappy.scoring.calibration import PROBE, ScoredPair, read_probe
+from cappy.scoring.calibration import VERIFICATION_PAIRS, ScoredPair, read_verification_pairs
 from cappy.steps import step_version
 
 __all__ = ["DeploymentConfig", "run"]
@@ -113,7 +113,7 @@ class DeploymentConfig:
     kserve: Annotated[KServeSettings, ADVANCED] = KServeSettings()
     vertex: Annotated[VertexSettings, ADVANCED] = VertexSettings()
     tracking_uri: TrackingUri = ""
-    models: Annotated[Path, LOCATION, Field(description="Folder that keeps downloaded versions")] = Path(
+    models: Annotated[Path, RESULT_NEUTRAL, Field(description="Folder that keeps downloaded versions")] = Path(
         ".cappy/models"
     )
     work: Work = DEFAULT_WORK
@@ -141,7 +141,7 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
 
     Raises FolderError if the scores differ by more than `TOLERANCES`, or the report is of another scorer.
     """
-    uri = read_version_uri(config.version)
+    uri = read_version_uri(config.version)  # `config.version` is the folder of the registration.
     verification_pairs = _read_verification_pairs(config.report)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "deployment", result_settings(config), parents, fresh=config.fresh) as folder:
@@ -176,7 +176,7 @@ def _check_report_version(report: Path, version: Version) -> None:
     """Raises FolderError if the report is about another scorer than this version."""
     scorer_hash = read_values(report).get("versions", {}).get("challenger", "")
     if scorer_hash and not version.manifest_hash.startswith(scorer_hash):
-        hashes = f"report on {scorer_hash}, version of {version.manifest_hash[:12]}"
+        hashes = f"scorer in the report: {scorer_hash}, registered scorer: {version.manifest_hash[:12]}"
         raise FolderError(
             f"{report}: is about another scorer than {version.uri} ({hashes}); give the report of that version"
         )
@@ -198,9 +198,10 @@ def deploy(config: DeploymentConfig, version: Version, scorer: Path, folder: Pat
 def _read_verification_pairs(report: Path) -> list[ScoredPair]:
     """The verification pairs of an evaluation; raises FolderError if there are none."""
     read_manifest(report)
-    verification_pairs = read_probe(report)
+    verification_pairs = read_verification_pairs(report)
     if not verification_pairs:
-        raise FolderError(f"{report / PROBE}: has no scored pairs to check the version with; evaluate again")
+        path = report / VERIFICATION_PAIRS
+        raise FolderError(f"{path}: has no scored pairs to check the version with; evaluate again")
     return verification_pairs
 
 

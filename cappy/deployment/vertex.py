@@ -57,7 +57,7 @@ def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[s
             }
             if shares != {name: percent for name, percent in current.items() if percent}:
                 endpoint.update(traffic_split=shares)
-        undeployed = _undeploy(endpoint, model) if config.traffic == 100 else []
+        undeployed = _undeploy_others(endpoint, model) if config.traffic == 100 else []
         return {
             "endpoint": endpoint.resource_name,
             "model": model.versioned_resource_name,
@@ -144,7 +144,7 @@ def _is_deployed(deployed: _DeployedModel, model: aiplatform.Model) -> bool:
     return bool(deployed.model == model.resource_name and deployed.model_version_id == model.version_id)
 
 
-def _undeploy(endpoint: aiplatform.Endpoint, model: aiplatform.Model) -> list[str]:
+def _undeploy_others(endpoint: aiplatform.Endpoint, model: aiplatform.Model) -> list[str]:
     """Undeploys all models except this one; returns their names."""
     others = [deployed for deployed in endpoint.list_models() if not _is_deployed(deployed, model)]
     for deployed in others:

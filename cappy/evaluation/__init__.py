@@ -32,8 +32,8 @@ def evaluate(
     """Evaluates every selector on the instances of `split` and returns the report.
 
     `score` scores (instruction, response) pairs, such as `Scorer.score`; with None, only selectors that need no scorer
-    are evaluated. `champion` is the same function of the scorer to compare with. If `with_probes`, the report also has
-    measures of known weaknesses of the scorer, for which some pairs are scored again.
+    are evaluated. `champion` is the scoring function of the current champion, for comparison. If `with_probes`, the
+    report also has measures of known weaknesses of the scorer, for which some pairs are scored again.
 
     The weights of hybrids and the best single system are chosen on the validation split. Instances of both splits are
     kept in memory, others are ignored. Raises RecordError if there is nothing to report on or a candidate has no label,

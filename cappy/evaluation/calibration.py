@@ -76,7 +76,11 @@ def _sort_candidates(scores: Vector, labels: Vector) -> tuple[Vector, Vector]:
 
 
 def _choose_sizes(sizes: Sequence[int], groups: "np.ndarray[tuple[int], np.dtype[np.str_]]") -> Iterator[int]:
-    """Yields 1, 2, 4, ... and the largest n for which `MIN_GROUPS` groups have a pool; nothing with fewer groups."""
+    """Yields 1, 2, 4, ... up to a largest n, which is yielded last.
+
+    That is the largest n for which at least `MIN_GROUPS` groups have a pool of n or more candidates. Yields nothing if
+    there are fewer than `MIN_GROUPS` groups.
+    """
     largest: dict[str, int] = {}
     for size, group in zip(sizes, groups.tolist(), strict=True):
         largest[group] = max(size, largest.get(group, 0))

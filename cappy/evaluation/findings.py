@@ -228,9 +228,9 @@ class Findings:
     compares with `better_likelihood_selector`, the likelihood selector that is better on the reported split itself;
     that choice favours the baseline. `adjusted` has the p-values of the comparisons after Holm's correction. `averages`
     are unweighted means over tasks. `leaks` counts, by scorer, the reported instances that it saw in training or early
-    stopping, directly or as another template of the same row. `pays_until` is the number of candidates beyond which one
-    more adds less than 0.001; 0 without a scorer. `folds` is above 0 if the report was cross-fitted: it is then about
-    the recipe, not about the scorer in `versions`. `tested_groups` is a sketch of the reported groups
+    stopping, directly or as another template of the same row. `num_worthwhile_candidates` is the number of candidates
+    beyond which one more adds less than 0.001; 0 without a scorer. `folds` is above 0 if the report was cross-fitted:
+    it is then about the recipe, not about the scorer in `versions`. `tested_groups` is a sketch of the reported groups
     (`cappy.records.overlap`), from which the promotion check (`cappy.registry.gate`) counts how often they were used.
     """
 
@@ -253,7 +253,7 @@ class Findings:
     probes: tuple[Probe, ...] = ()
     published: tuple[PublishedTask, ...] = ()
     cost: ScoringCost = field(default_factory=ScoringCost)
-    pays_until: int = 0
+    num_worthwhile_candidates: Annotated[int, Field(alias="pays_until")] = 0
     better_likelihood_selector: Annotated[str, Field(alias="better_likelihood")] = ""
     leaks: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

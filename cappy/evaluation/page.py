@@ -100,12 +100,15 @@ def _mean_cells(row: TaskRow, columns: list[Selector]) -> list[dict[str, float |
 
 
 def _curve_steps(report: Report) -> list[dict[str, float | None]]:
-    """Mean label and cost of the scorer's pick from n candidates; n is a power of two, `pays_until`, or all."""
+    """Mean label and cost of the scorer's pick from n candidates.
+
+    n is a power of two, `num_worthwhile_candidates`, or all.
+    """
     points = [point.mean for point in report.curve.get("scorer", ())]
     if not points:
         return []
     size = len(points)
-    chosen = sorted({n for n in (1, 2, 4, 8, 16, 32, 64, report.pays_until, size) if n <= size})
+    chosen = sorted({n for n in (1, 2, 4, 8, 16, 32, 64, report.num_worthwhile_candidates, size) if n <= size})
     return [_curve_step(report, points, n) for n in chosen]
 
 

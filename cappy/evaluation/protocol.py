@@ -145,6 +145,7 @@ def build_report(
     best_variants = tables.choose_best_variants(picked)
     comparisons = tables.compare_selectors(picked, best_variants)
     curves = tables.build_curves(pools, selection, best_variants, seed=seed)
+    num_worthwhile = num_worthwhile_candidates([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0
     tasks = tables.build_task_rows(pools, picked)
     return Report(
         metric=metric,
@@ -157,7 +158,7 @@ def build_report(
         adjusted=statistics.adjust_p_values({key: value.p_value for key, value in comparisons.items()}),
         power={key: statistics.compute_power(value) for key, value in comparisons.items()},
         curve=curves,
-        pays_until=num_worthwhile_candidates([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0,
+        num_worthwhile_candidates=num_worthwhile,
         tasks=tasks,
         averages=tables.average_tasks(tasks),
         published=tables.compare_with_published(

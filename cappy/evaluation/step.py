@@ -20,7 +20,7 @@ from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read, read_manifest
 from cappy.records.folder import MANIFEST, describe_files, write_bytes
 from cappy.records.work import claim, finish
-from cappy.scoring.calibration import CALIBRATION, PROBE, ScoredPair
+from cappy.scoring.calibration import CALIBRATION, VERIFICATION_PAIRS, ScoredPair
 from cappy.steps import step_version
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def score_verification_pairs(
 
 def _write_verification_pairs(folder: Path, scored_pairs: Sequence[ScoredPair]) -> None:
     """Writes probe.json, which `cappy.deployment` and `cappy serve` read."""
-    write_bytes(folder / PROBE, json.dumps(scored_pairs, ensure_ascii=False, indent=1).encode())
+    write_bytes(folder / VERIFICATION_PAIRS, json.dumps(scored_pairs, ensure_ascii=False, indent=1).encode())
 
 
 def collect_metrics(report: "Report") -> dict[str, float]:

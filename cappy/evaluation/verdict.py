@@ -74,11 +74,11 @@ def _remedy(report: Findings, key: str) -> str:
     """How many groups would decide an open difference, as text."""
     power = report.power.get(key)
     if power is None or power.groups_needed is None:
-        return "; more instances would decide"
-    smallest = percent(power.smallest)
+        return "; more instances are needed to decide this"
+    detectable = f"with {power.groups:,} groups, differences of {percent(power.smallest)} or more are detectable"
     if not power.within_reach:
-        return f"; {power.groups:,} groups can show {smallest} or more, and this difference is far smaller"
-    return f"; {power.groups:,} groups can show {smallest} or more, this difference needs about {power.groups_needed:,}"
+        return f"; {detectable}, and this one is far smaller"
+    return f"; {detectable}; this one would need about {power.groups_needed:,} groups"
 
 
 def _hybrid_sentence(report: Findings) -> Iterator[str]:
@@ -158,9 +158,9 @@ def advice(report: Findings) -> str:
 def first_version_rivals(comparisons: Collection[str], requested: str = "") -> list[Selector]:
     """The selectors that a first version must be shown to beat, by the comparisons of its report.
 
-    `requested` is the key of a selector that is required only on request. Of the single decodings, only the last one in
-    `SELECTORS` that the report compares with is required: the greedy response, which needs no samples, or the best
-    system if the report does not compare with the greedy response.
+    `requested` is the key of a selector that is required only on request. Only one selector that uses a single
+    decoding is required: the greedy response or, if the report has no comparison with it, the best single system (the
+    order of `SELECTORS` decides).
     """
     required = {
         selector.key: selector
@@ -267,15 +267,16 @@ def _is_flat(report: Findings) -> bool:
 
 def _advise_against_mbr(report: Findings) -> str:
     """Advice if the gate would let the scorer pass."""
-    against, hybrid = report.comparisons.get("scorer-mbr"), report.comparisons.get("hybrid_mbr-mbr")
-    if hybrid is not None and hybrid.low > 0 and against is not None and against.low <= 0:
-        detail = report.selectors["hybrid_mbr"].detail
-        return f"Promote, and pick by scorer + MBR ({detail}): together they beat MBR by {_format_gain(hybrid)}."
-    if against is not None and against.high < 0:
-        return (
-            f"Use MBR: the scorer does worse by {_format_gain(against)}; {_scorer_remedy(report)} before you promote."
-        )
-    if against is not None and against.low <= 0:
+    mbr_difference = report.comparisons.get("scorer-mbr")
+    hybrid_difference = report.comparisons.get("hybrid_mbr-mbr")
+    may_not_beat_mbr = mbr_difference is not None and mbr_difference.low <= 0
+    if hybrid_difference is not None and hybrid_difference.low > 0 and may_not_beat_mbr:
+        detail, gain = report.selectors["hybrid_mbr"].detail, _format_gain(hybrid_difference)
+        return f"Promote, and pick by scorer + MBR ({detail}): together they beat MBR by {gain}."
+    if mbr_difference is not None and mbr_difference.high < 0:
+        loss = _format_gain(mbr_difference)
+        return f"Use MBR: the scorer does worse by {loss}; {_scorer_remedy(report)} before you promote."
+    if may_not_beat_mbr:
         return f"Promote if you cannot use MBR; {_lowercase_first(_advise_unproven(report, 'scorer-mbr', 'MBR'))}"
     if all(task.kind == "choice" for task in report.tasks):
         return "Promote: the scorer beats random choice and the selectors that need no training on these choices."
@@ -308,7 +309,7 @@ def _advise_unproven(report: Findings, key: str, other: str) -> str:
 
 
 def _is_curve_rising(report: Findings) -> bool:
-    return report.pays_until == len(report.curve["scorer"]) > 1
+    return report.num_worthwhile_candidates == len(report.curve["scorer"]) > 1
 
 
 def _last_gain(report: Findings) -> float:

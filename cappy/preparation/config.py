@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, RESULT_NEUTRAL, Fresh, Location, Work, settings
 from cappy.errors import ConfigError
 from cappy.preparation.columns import parse_columns
 from cappy.records.work import ShardSetting, parse_shard
@@ -21,7 +21,7 @@ class PreparationConfig:
 
     source: Annotated[
         str,
-        LOCATION,
+        RESULT_NEUTRAL,
         Field(
             min_length=1,
             description="builtin, a JSON Lines, JSON, CSV, TSV, Parquet or Arrow file (text files may be compressed), "
@@ -81,7 +81,7 @@ class PreparationConfig:
     split: Annotated[str, Field(min_length=1, description="Split of a hub dataset or folder to read")] = "train"
     templates: Annotated[
         Path | None,
-        LOCATION,
+        RESULT_NEUTRAL,
         Field(description="Folder of PromptSource templates for rendering the rows of a dataset"),
     ] = None
     dataset: Annotated[
@@ -109,12 +109,12 @@ class PreparationConfig:
     local: Annotated[
         Path | None,
         ADVANCED,
-        LOCATION,
+        RESULT_NEUTRAL,
         Field(description="Folder with local files of the mixture's datasets, NAME.SPLIT.jsonl"),
     ] = None
     against: Annotated[
         tuple[Path, ...],
-        LOCATION,
+        RESULT_NEUTRAL,
         Field(description="Folder of an evaluation set; no training instance may share a prompt, group or row with it"),
     ] = ()
     leaked: Annotated[

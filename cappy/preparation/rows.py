@@ -8,7 +8,7 @@ from typing import TypedDict, TypeGuard
 
 from cappy.errors import RecordError, quote
 from cappy.records import Candidate, Instance, prompt_hash
-from cappy.records.instance import GIVEN, SPLITS, Status
+from cappy.records.instance import GIVEN_METRIC, SPLITS, Status
 
 Values = Mapping[str, object]
 Rows = Iterator[tuple[str, Values]]
@@ -61,7 +61,7 @@ def parse_row(where: str, values: Values, *, task: str, max_characters: int, unl
     if unlabelled and not candidates:
         remedy = "give the responses to score in the field responses, or leave --unlabelled out"
         raise RecordError(f"{where}: has no responses, fields found: {fields.names()}; {remedy}")
-    all_labelled = bool(candidates) and all(GIVEN in candidate.labels for candidate in candidates)
+    all_labelled = bool(candidates) and all(GIVEN_METRIC in candidate.labels for candidate in candidates)
     references = _read_references(fields, required=not all_labelled and not unlabelled)
     choices = _read_choices(fields, references)
     instance_id = fields.optional_text("instance_id", "id")
@@ -229,7 +229,10 @@ def _read_responses(fields: _Fields) -> Iterator[Candidate]:
 
 
 def _read_candidates(fields: _Fields) -> Iterator[Candidate]:
-    """Candidates in the exchange format: `system` or `generator`, `text` or `response`, and further fields."""
+    """Candidates given as objects (see docs/preparation.md).
+
+    Their fields are `system` or `generator`, `text` or `response`, and those of `_CandidateDetails`.
+    """
     items = fields.values.get("candidates")
     if items is None:
         return
@@ -262,7 +265,7 @@ def _read_candidates(fields: _Fields) -> Iterator[Candidate]:
 
 
 class _CandidateDetails(TypedDict, total=False):
-    """Fields of a candidate in the exchange format, except its text and label."""
+    """Fields of a candidate given as an object (see docs/preparation.md), except its text and label."""
 
     generator: str
     decoding: str
@@ -276,7 +279,7 @@ def _import_candidate(
     response: str, *, label: float | None = None, details: _CandidateDetails | None = None
 ) -> Candidate:
     status: Status = "ok" if response.strip() else "empty"
-    labels = {} if label is None else {GIVEN: label}
+    labels = {} if label is None else {GIVEN_METRIC: label}
     return Candidate(response=response, revision=_IMPORTED_REVISION, status=status, labels=labels, **(details or {}))
 
 

@@ -21,7 +21,8 @@ from cappy.steps import step_version
 
 __all__ = ["PreparationConfig", "run"]
 
-_DROPPED_AS_HELD_OUT = ("dropped_shared_with_held_out", "dropped_near_held_out", "dropped_leaked")
+_LEAKAGE_DROP_COUNTS = ("dropped_shared_with_held_out", "dropped_near_held_out", "dropped_leaked")
+"""Names of the counts of training instances that were dropped because held-out ones are equal or similar."""
 
 
 def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
@@ -36,9 +37,10 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     source = group_rows(open_source(config), config)
     tally = Tally(max_failed=config.max_failed, on_missing_field=config.missing)
     instances, total, metrics = _make_instances(source, config, tally, progress)
-    evaluation_sets = [read_manifest(folder).hash for folder in config.against]
+    evaluation_hashes = [read_manifest(folder).hash for folder in config.against]
     config_values = {**result_settings(config), "task": source.task}
-    settings = {**config_values, "format": source.format, "apart": evaluation_sets}
+    # "apart" has the hashes of the evaluation folders (--against) that the instances must not overlap with.
+    settings = {**config_values, "format": source.format, "apart": evaluation_hashes}
     with claim(config.work, "preparation", settings, source.parents, fresh=config.fresh) as folder:
         parts = process(
             filter_leaked(instances, config.against, tally.counts, drop=config.leaked == "drop"),
@@ -54,7 +56,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         if not parts.rows:
             raise RecordError(f"{source.name}: no instances to write; give more rows, or fewer shards")
         _warn_dropped(source, tally, parts.counts)
-        num_dropped = sum(count for name, count in tally.counts.items() if name in _DROPPED_AS_HELD_OUT)
+        num_dropped = sum(count for name, count in tally.counts.items() if name in _LEAKAGE_DROP_COUNTS)
         if num_dropped and not config.shard and not parts.counts.get("train"):
             problem = (
                 f"no training instances: {num_dropped:,} were dropped as duplicates or near-duplicates of held-out rows"
@@ -102,7 +104,7 @@ def _make_instances(
 
 
 def _warn_dropped(source: Source, tally: Tally, counts: Mapping[str, int]) -> None:
-    """Warns about near-duplicates dropped from datasets of prompts, which are counted while writing."""
+    """Warns about near-duplicates dropped from prompt datasets. Their number is only known after writing."""
     if source.datasets and (count := tally.counts["dropped_near_held_out"]):
         total = count + sum(number for split, number in counts.items() if split != "test")
         dropped = f"dropped {count:,} of {total:,} prompts of train and validation"
@@ -118,7 +120,7 @@ def _facts(source: Source, tally: Tally) -> dict[str, object]:
     """The facts for the manifest, without empty ones."""
     failed = {name: {"rows": count, "first": tally.errors[name]} for name, count in sorted(tally.failures.items())}
     facts = {
-        "made_of": dict(source.commits),
+        "made_of": dict(source.commits),  # Name of each input -> its commit or hash.
         "failed_templates": failed,
         "missing_fields": dict(tally.missing_fields),
         **source.warnings.facts(),

@@ -100,7 +100,7 @@ class Manifest:
 def _check_fields(manifest: Manifest) -> None:
     """Raises ValueError if a field has the wrong type, or if the manifest cannot be encoded."""
     for file in manifest.files:
-        _refuse_outside(file.name)
+        _check_file_name(file.name)
         if not isinstance(file.sha256, str) or not all(map(_is_count, (file.rows, file.candidates))):
             raise ValueError(f"the file {file.name!r} has no sha256, or an invalid number of rows")
     if len({file.name for file in manifest.files}) < len(manifest.files):
@@ -121,7 +121,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _refuse_outside(name: str) -> None:
+def _check_file_name(name: str) -> None:
     """Raises ValueError if the name leads out of the folder.
 
     Manifests may come from a registry that others write to.

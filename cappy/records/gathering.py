@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
+from cappy.config import DEFAULT_WORK, RESULT_NEUTRAL, Fresh, Location, Work, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records.folder import File, Manifest, link_or_copy, read_manifest, verify_file
@@ -21,7 +21,9 @@ class GatheringConfig:
     """Join the folders that the shards of a step wrote."""
 
     source: Annotated[
-        tuple[Path, ...], LOCATION, Field(min_length=1, description="Folder of a shard, in the order of the shards")
+        tuple[Path, ...],
+        RESULT_NEUTRAL,
+        Field(min_length=1, description="Folder of a shard, in the order of the shards"),
     ]
     target: Annotated[Location, Field(description="Folder to write")]
     work: Work = DEFAULT_WORK

@@ -13,7 +13,7 @@ Source = Literal["reference", "choice", "mismatch", "llm"]
 Status = Literal["ok", "empty", "refused", "failed", "truncated", "filtered"]
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-GIVEN = "given"
+GIVEN_METRIC = "given"
 """Metric name of labels that came with the candidates."""
 SOURCES: tuple[Source, ...] = get_args(Source)
 STATUSES: tuple[Status, ...] = get_args(Status)

@@ -65,8 +65,8 @@ def history(name: str, *, tracking_uri: str = "") -> list["Move"]:
 def track_run(fingerprints: Mapping[str, str], settings: str = "", *, run: str, state: str = "SUCCEEDED") -> None:
     """Logs every step of a pipeline run to MLflow; a CappyError ends the process with one line on stderr.
 
-    `fingerprints` maps each step to the fingerprint of its work. `settings` is a text of `cappy.config.encode`. `run`
-    is the id of the pipeline run, `state` its final state.
+    `fingerprints` maps each step to the fingerprint of its work. `settings` is a string returned by
+    `cappy.config.encode`. `run` is the id of the pipeline run, `state` its final state.
     """
     tune_garbage_collector()
     from cappy.registry import tracking

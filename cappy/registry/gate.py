@@ -193,9 +193,9 @@ def _check_guards(report: ReportValues, guards: Mapping[str, float], has_champio
         values, reference = (champion, "the champion") if champion else (tasks[name]["gain"], "random choice")
         comparison = TypeAdapter(Difference).validate_python(values)
         passed = comparison.low > -margin
-        verb = "is less than" if passed else "may be at least"
+        verb = "is not worse" if passed else "may be worse"
         difference = format_interval(comparison)
         yield (
             passed,
-            f"On {name} the scorer {verb} {100 * margin:.1f} below {reference}: difference {difference}.",
+            f"On {name} the scorer {verb} than {reference} by {100 * margin:.1f} or more: difference {difference}.",
         )

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from cappy.errors import UnreachableError
 from cappy.evaluation.findings import OUT_OF_FOLD, ReportValues
 from cappy.redaction import redact_address, register_address
-from cappy.scoring.calibration import CALIBRATION, PROBE
+from cappy.scoring.calibration import CALIBRATION, VERIFICATION_PAIRS
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
@@ -25,9 +25,13 @@ TESTED_TAG = "cappy.tested_groups"
 """Sketch of the groups that the version was tested on; see `cappy.records.overlap`."""
 ATTEMPT_TAG = "cappy.attempt"
 """Number of the promotion attempt on the same test groups."""
-EVIDENCE_TAG = "cappy.evidence"
+REPORT_SUBJECT_TAG = "cappy.evidence"
 """Subject of the report of the version; see `report_subject`."""
-EVALUATION_TAGS = {CALIBRATION: "cappy.calibration", PROBE: "cappy.probe", OUT_OF_FOLD: "cappy.out_of_fold"}
+EVALUATION_TAGS = {
+    CALIBRATION: "cappy.calibration",
+    VERIFICATION_PAIRS: "cappy.probe",
+    OUT_OF_FOLD: "cappy.out_of_fold",
+}
 """Files of the evaluation that are registered with the scorer -> tag of the version with their sha256.
 
 The manifest of the scorer does not list them, because it is written before the evaluation.

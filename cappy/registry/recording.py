@@ -24,8 +24,8 @@ from cappy.registry.models import (
     CHALLENGER,
     CHAMPION,
     EVALUATION_TAGS,
-    EVIDENCE_TAG,
     MANIFEST_TAG,
+    REPORT_SUBJECT_TAG,
     RUN_TAG,
     TESTED_TAG,
     Version,
@@ -49,7 +49,7 @@ class Registration:
     scorer: Path
     manifest: Manifest
     report: Path
-    findings: ReportValues
+    report_values: ReportValues
     name: str
     licence: str
     experiment: str
@@ -60,7 +60,7 @@ class Registration:
     @cached_property
     def card(self) -> str:
         """The text of MODEL_CARD.md."""
-        return model_card(self.name, self.manifest, self.findings, licence=self.licence)
+        return model_card(self.name, self.manifest, self.report_values, licence=self.licence)
 
     @cached_property
     def evaluation_hashes(self) -> dict[str, str]:
@@ -84,7 +84,8 @@ def register(registration: Registration) -> Version:
     """
     with connect(registration.tracking_uri) as client:
         version = find_content(client, registration.name, registration.manifest.hash)
-        # Another tool may have copied the content tag; only versions of cappy name the run that has the files.
+        # Another tool may have copied the content tag; only model versions created by cappy have MLFLOW_RUN_TAG, the
+        # run that holds the files.
         if version is None or not version.tags.get(MLFLOW_RUN_TAG):
             version = _create(client, registration)
         elif not (
@@ -117,10 +118,10 @@ def _create(client: MlflowClient, registration: Registration) -> Version:
             RUN_TAG: registration.pipeline_run,
             MLFLOW_RUN_TAG: run_id,
             "cappy.step": _describe_producer(registration.manifest),
-            TESTED_TAG: registration.findings.get("tested_groups", ""),
-            EVIDENCE_TAG: report_subject(registration.findings),
+            TESTED_TAG: registration.report_values.get("tested_groups", ""),
+            REPORT_SUBJECT_TAG: report_subject(registration.report_values),
             **registration.evaluation_hashes,
-            **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _mean_labels(registration.findings).items()},
+            **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _mean_labels(registration.report_values).items()},
         },
         description=registration.card.partition("# ")[2],
     )
@@ -214,7 +215,8 @@ def _stored_sha256(client: MlflowClient, run_id: str, path: str, sizes: Mapping[
 
 def _update_tags(client: MlflowClient, version: Version, registration: Registration) -> None:
     """Sets the tags of a version to those of this report, after its files were uploaded again."""
-    client.set_model_version_tag(version.name, str(version.number), EVIDENCE_TAG, report_subject(registration.findings))
+    subject = report_subject(registration.report_values)
+    client.set_model_version_tag(version.name, str(version.number), REPORT_SUBJECT_TAG, subject)
     for tag in EVALUATION_TAGS.values():
         if tag in registration.evaluation_hashes:
             client.set_model_version_tag(version.name, str(version.number), tag, registration.evaluation_hashes[tag])

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, result_settings, settings
+from cappy.config import DEFAULT_WORK, RESULT_NEUTRAL, Fresh, Location, Work, result_settings, settings
 from cappy.errors import FolderError
 from cappy.evaluation import read_values
 from cappy.evaluation.findings import ReportValues
@@ -17,7 +17,7 @@ from cappy.records.work import claim, finish
 from cappy.steps import step_version
 
 TrackingUri = Annotated[
-    str, LOCATION, Field(description="MLflow's address; empty for MLFLOW_TRACKING_URI, else .cappy/mlflow.db")
+    str, RESULT_NEUTRAL, Field(description="MLflow's address; empty for MLFLOW_TRACKING_URI, else .cappy/mlflow.db")
 ]
 
 
@@ -39,7 +39,7 @@ class RegistrationConfig:
     ] = ""
     experiment: Annotated[str, Field(min_length=1, description="MLflow experiment to log to")] = "cappy"
     tracking_uri: TrackingUri = ""
-    pipeline_run: Annotated[str, LOCATION, Field(description="Id of the pipeline run that this belongs to")] = ""
+    pipeline_run: Annotated[str, RESULT_NEUTRAL, Field(description="Id of the pipeline run that this belongs to")] = ""
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
 
@@ -59,7 +59,7 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
                 scorer=config.scorer,
                 manifest=scorer,
                 report=config.report,
-                findings=report,
+                report_values=report,
                 name=config.name,
                 licence=config.licence,
                 experiment=config.experiment,

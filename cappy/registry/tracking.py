@@ -12,7 +12,7 @@ from cappy.errors import CappyError
 from cappy.records.folder import MANIFEST
 from cappy.registry.client import MlflowClient, connect, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
-from cappy.runs import PACKAGE, PROGRESS_VARIABLE, StepRecord, read_record
+from cappy.runs import PROGRESS_VARIABLE, RUN_PACKAGE_FILE, StepRecord, read_record
 from cappy.secrets import fill_environment
 from cappy.steps import TRAINING_STEPS
 from cappy.training.meter import TRAINING_LOG, read_curves
@@ -61,14 +61,16 @@ def track(
         parent = pipeline_run(client, experiment_key, run)
         for step, fingerprint in fingerprints.items():
             record = read_record(work, fingerprint)
-            if record is not None and _counts_for_run(record, run):
+            if record is not None and _belongs_to_run(record, run):
                 nested = step_run(client, experiment_key, run, step)
                 _log_step(client, nested, record, cached=record.run != run)
                 if step == "evaluation":
                     client.log_batch(parent, metrics=_metrics(record.metrics, record.started))
-        package = Path(os.environ.get(PROGRESS_VARIABLE, "nowhere")) / PACKAGE
-        if package.is_file():
-            client.log_artifact(parent, str(package))
+        run_folder = os.environ.get(PROGRESS_VARIABLE)
+        if run_folder is not None:
+            package_path = Path(run_folder) / RUN_PACKAGE_FILE
+            if package_path.is_file():
+                client.log_artifact(parent, str(package_path))
         if os.environ.get("MLFLOW_RUN_ID") != parent:
             client.set_terminated(parent, "FINISHED" if succeeded else "FAILED")
 
@@ -115,8 +117,8 @@ def _find_run(client: MlflowClient, experiment: str, run: str, step: str) -> str
     return str(runs[0].info.run_id) if runs else None
 
 
-def _counts_for_run(record: StepRecord, run: str) -> bool:
-    """Whether the record counts for this run: a success of another run does, a failure does not."""
+def _belongs_to_run(record: StepRecord, run: str) -> bool:
+    """Whether the record is of this run, or of a success of an earlier run, which this run took from the cache."""
     return record.run == run or record.status == "done"
 
 

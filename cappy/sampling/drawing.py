@@ -317,7 +317,8 @@ def chat_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str) -> str:
     if not isinstance(outcome, str):
         raise TypeError(f"expected a text from the child process, got {quote(outcome)}")
     if len(outcome) > MAX_CHARACTERS + len(instruction) * _MAX_REPEATS:
-        raise _template_error(tokenizer, f"makes {len(outcome):,} characters of {len(instruction):,}")
+        reason = f"it expands an instruction of {len(instruction):,} characters to {len(outcome):,}"
+        raise _template_error(tokenizer, reason)
     return outcome
 
 

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, TypeAdapter
 
 from cappy.records import Instance, read, read_manifest
 from cappy.records.work import parse_shard
 from cappy.sampling.generators import CHARACTERS_PER_TOKEN, EndpointConfig, estimate_tokens
 from cappy.sampling.strategies import Decoding, decodings_of
 from cappy.specs import parse_spec
+from cappy.untrusted import JSON
 
 if TYPE_CHECKING:
     from cappy.sampling.step import SamplingConfig
@@ -26,11 +29,11 @@ class Estimate:
     The `fewest_*` values apply to an endpoint that supports `n`. `answered` candidates are cached from an earlier run
     or equal to others, and need no request. `minutes` is the longest of the times at the assumed speed and at each
     limit per minute.
-    A generator on this machine (`paid` false) has no requests, minutes or cost.
+    A generator on this machine (`is_endpoint` is false) has no requests, minutes or cost.
     """
 
     generator: str
-    paid: bool
+    is_endpoint: Annotated[bool, Field(serialization_alias="paid")]
     instances: int
     candidates: int
     answered: int = 0
@@ -62,7 +65,7 @@ def estimate_requests(
     rates = ((len(samples), config.requests_per_minute), (input_tokens + output_tokens, config.tokens_per_minute))
     return Estimate(
         generator=generator,
-        paid=True,
+        is_endpoint=True,
         instances=instances,
         candidates=candidates,
         answered=candidates - len(samples),
@@ -106,13 +109,21 @@ def estimate(config: "SamplingConfig") -> list[Estimate]:
                 estimate_requests(text, samples, endpoint_settings, instances=len(instructions), candidates=candidates)
             )
         else:
-            estimates.append(Estimate(generator=text, paid=False, instances=len(instructions), candidates=candidates))
+            estimates.append(
+                Estimate(generator=text, is_endpoint=False, instances=len(instructions), candidates=candidates)
+            )
     return estimates
 
 
 def _sampled_instructions(instances: Iterator[Instance]) -> Iterator[str]:
     """The instructions of instances without choices, the only ones that are sampled for."""
     return (instance.instruction for instance in instances if not instance.choices)
+
+
+def to_values(estimates: list[Estimate]) -> list[dict[str, JSON]]:
+    """The estimates as JSON values."""
+    values: list[dict[str, JSON]] = TypeAdapter(list[Estimate]).dump_python(estimates, mode="json", by_alias=True)
+    return values
 
 
 def describe(estimates: list[Estimate], config: EndpointConfig) -> str:
@@ -122,7 +133,7 @@ def describe(estimates: list[Estimate], config: EndpointConfig) -> str:
 
 def _describe_estimate(estimate: Estimate, config: EndpointConfig) -> Iterator[str]:
     yield f"{estimate.generator}: {estimate.candidates:,} candidates for {estimate.instances:,} instances"
-    if not estimate.paid:
+    if not estimate.is_endpoint:
         yield "  runs here: no requests, no cost"
         return
     if estimate.answered:

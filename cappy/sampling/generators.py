@@ -61,8 +61,8 @@ class EndpointConfig:
 class Usage:
     """Usage of a generator since it was loaded.
 
-    `requests`, the tokens and `cost` cover paid requests; `cached` candidates came from stored answers. `errors` counts
-    failed attempts.
+    `requests`, the tokens and `cost` cover requests to a server; `cached` candidates came from stored answers.
+    `errors` counts failed attempts.
     """
 
     candidates: int = 0
@@ -75,7 +75,7 @@ class Usage:
 
 
 @runtime_checkable
-class PaidGenerator(Protocol):
+class EndpointGenerator(Protocol):
     """A generator that sends requests to a server and counts their usage."""
 
     @property
@@ -92,7 +92,10 @@ class OnCandidates(Protocol):
     """A progress callback that a generator calls as candidates are completed."""
 
     def __call__(self, candidates: int, /, *, in_progress: float = 0.0) -> None:
-        """Adds completed candidates; `in_progress` is the work done on unfinished ones, in candidates."""
+        """Adds completed candidates.
+
+        `in_progress` is the progress on unfinished candidates, as a fractional number of candidates.
+        """
 
 
 def ignore_progress(candidates: int, /, *, in_progress: float = 0.0) -> None:

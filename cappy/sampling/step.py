@@ -13,7 +13,7 @@ from pydantic import Field
 from cappy.config import (
     ADVANCED,
     DEFAULT_WORK,
-    LOCATION,
+    RESULT_NEUTRAL,
     Fresh,
     Location,
     Renames,
@@ -24,18 +24,10 @@ from cappy.config import (
 )
 from cappy.errors import ConfigError, quote
 from cappy.progress import Progress, silent
-from cappy.reasoning import has_reasoning, strip_reasoning
+from cappy.reasoning import ReasoningFilter
 from cappy.records import Candidate, Instance, Manifest, read_manifest
 from cappy.records.work import ShardSetting, parse_shard, refuse_same_folder
 from cappy.sampling import load_generator
-from cappy.sampling.accounts import (
-    SamplingProgress,
-    cautions,
-    check_failures,
-    count_failures,
-    count_part,
-    manifest_entries,
-)
 from cappy.sampling.generators import (
     Api,
     EndpointConfig,
@@ -44,6 +36,14 @@ from cappy.sampling.generators import (
     check_strategy,
     generator_seed,
     ignore_progress,
+)
+from cappy.sampling.statistics import (
+    SamplingProgress,
+    cautions,
+    check_failures,
+    count_failures,
+    count_part,
+    manifest_entries,
 )
 from cappy.sampling.store import FRESH_FOLDER
 from cappy.sampling.strategies import (
@@ -121,33 +121,45 @@ class SamplingConfig:
     ] = True
     max_failed: Annotated[
         float,
-        LOCATION,
+        RESULT_NEUTRAL,
         ADVANCED,
         Field(
             ge=0,
             le=1,
-            description="Maximum share of a generator's candidates that may fail before the run ends; above 0, as many "
-            "as one instance has may always fail; 1: no limit",
+            description="Maximum share of a generator's candidates that may fail before the run ends; if above 0, the "
+            "candidates of one instance are always allowed to fail; 1: no limit",
         ),
     ] = 0.1
-    concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Concurrent requests to an endpoint")] = 8
+    concurrency: Annotated[
+        int, RESULT_NEUTRAL, Field(ge=1, le=1024, description="Concurrent requests to an endpoint")
+    ] = 8
     requests_per_minute: Annotated[
-        int, LOCATION, ADVANCED, Field(ge=0, description="Maximum requests per minute; 0: no limit")
+        int, RESULT_NEUTRAL, ADVANCED, Field(ge=0, description="Maximum requests per minute; 0: no limit")
     ] = 0
     tokens_per_minute: Annotated[
-        int, LOCATION, ADVANCED, Field(ge=0, description="Maximum tokens per minute, input and output; 0: no limit")
+        int,
+        RESULT_NEUTRAL,
+        ADVANCED,
+        Field(ge=0, description="Maximum tokens per minute, input and output; 0: no limit"),
     ] = 0
     max_total_requests: Annotated[
-        int, LOCATION, ADVANCED, Field(ge=0, description="Maximum requests of this run; 0: no limit")
+        int, RESULT_NEUTRAL, ADVANCED, Field(ge=0, description="Maximum requests of this run; 0: no limit")
     ] = 0
     max_total_tokens: Annotated[
-        int, LOCATION, ADVANCED, Field(ge=0, description="Maximum tokens of this run, input and output; 0: no limit")
+        int,
+        RESULT_NEUTRAL,
+        ADVANCED,
+        Field(ge=0, description="Maximum tokens of this run, input and output; 0: no limit"),
     ] = 0
-    max_total_cost: Annotated[float, LOCATION, Field(ge=0, description="Maximum cost of this run; 0: no limit")] = 0.0
-    price_input: Annotated[float, LOCATION, Field(ge=0, description="Price of a million input tokens")] = 0.0
-    price_output: Annotated[float, LOCATION, Field(ge=0, description="Price of a million output tokens")] = 0.0
-    timeout: Annotated[float, LOCATION, ADVANCED, Field(gt=0, description="Maximum seconds per request")] = 120.0
-    max_retries: Annotated[int, LOCATION, ADVANCED, Field(ge=0, le=100, description="Retries of a failed request")] = 8
+    max_total_cost: Annotated[
+        float, RESULT_NEUTRAL, Field(ge=0, description="Maximum cost of this run; 0: no limit")
+    ] = 0.0
+    price_input: Annotated[float, RESULT_NEUTRAL, Field(ge=0, description="Price of a million input tokens")] = 0.0
+    price_output: Annotated[float, RESULT_NEUTRAL, Field(ge=0, description="Price of a million output tokens")] = 0.0
+    timeout: Annotated[float, RESULT_NEUTRAL, ADVANCED, Field(gt=0, description="Maximum seconds per request")] = 120.0
+    max_retries: Annotated[
+        int, RESULT_NEUTRAL, ADVANCED, Field(ge=0, le=100, description="Retries of a failed request")
+    ] = 8
 
     def __post_init__(self) -> None:
         check_strategy(self.generator, self.decodings)
@@ -184,7 +196,10 @@ class SamplingConfig:
 
 
 def with_fresh_name(config: SamplingConfig, parent: Manifest) -> SamplingConfig:
-    """The config with `fresh` set to the name of the `--fresh` run that it continues, to reuse its candidates."""
+    """Returns the config with `fresh` replaced by the name of the `--fresh` run that it continues, if there is one.
+
+    So the candidates of that run are reused.
+    """
     from cappy.records.work import fresh_name
 
     return replace(
@@ -257,21 +272,21 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
     decodings = config.decodings
     sampling_progress = SamplingProgress(progress, generators, decodings)
 
-    reasoning = ReasoningReader(strip=config.strip_reasoning)
+    reasoning = ReasoningFilter(strip=config.strip_reasoning)
     samples_per_instance = {
         generator.name: sum(decoding.num_samples for decoding in decodings_of(decodings, position))
         for position, generator in enumerate(generators)
     }
     counts_so_far: Counter[str] = Counter()
 
-    def transform(part: list[Instance]) -> Iterator[Instance]:
+    def sample_part(part: list[Instance]) -> Iterator[Instance]:
         return sample(
             part,
             generators,
             decodings,
             seed=config.seed,
             on_candidates=sampling_progress.add_candidates,
-            read=reasoning,
+            transform=reasoning,
         )
 
     def count(part: Sequence[Instance]) -> dict[str, int]:
@@ -289,7 +304,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
         parts = process_folder(
             config.source,
             folder,
-            transform,
+            sample_part,
             rows=parse_shard(config.shard).rows(parent.rows),
             part_rows=config.part_rows,
             progress=sampling_progress,
@@ -323,13 +338,13 @@ def sample(
     *,
     seed: int,
     on_candidates: OnCandidates = ignore_progress,
-    read: Callable[[Candidate], Candidate] = lambda candidate: candidate,
+    transform: Callable[[Candidate], Candidate] = lambda candidate: candidate,
 ) -> Iterator[Instance]:
     """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
 
     The candidates of an instance do not depend on other instances. Instances with choices keep these as candidates,
-    with likelihoods from the first generator that can compute them. `read` is applied to each new candidate. Raises
-    ConfigError for an instance that would have no candidate.
+    with likelihoods from the first generator that can compute them. `transform` is applied to each new candidate.
+    Raises ConfigError for an instance that would have no candidate.
     """
     open_ended = [instance for instance in part if not instance.choices]
     without_candidate = next((instance for instance in open_ended if not instance.candidates), None)
@@ -346,39 +361,13 @@ def sample(
             prompts, own_decodings, seed=generator_seed(seed, generator.name), on_candidates=on_candidates
         )
         for instance, candidates in zip(open_ended, sampled, strict=True):
-            added[instance.instance_id] += map(read, candidates)
+            added[instance.instance_id] += map(transform, candidates)
     with_choices = _with_likelihoods([instance for instance in part if instance.choices], generators)
     for instance in part:
         if instance.choices:
             yield next(with_choices)
         else:
             yield replace(instance, candidates=(*instance.candidates, *added[instance.instance_id]))
-
-
-class ReasoningReader:
-    """Counts the candidates that contain reasoning, and removes it if `strip` is set."""
-
-    def __init__(self, *, strip: bool) -> None:
-        self._strip = strip
-        self._count = 0
-
-    def __call__(self, candidate: Candidate) -> Candidate:
-        """The candidate; with `strip` without its reasoning and likelihood (status `empty` if nothing is left)."""
-        if not has_reasoning(candidate.response):
-            return candidate
-        self._count += 1
-        if not self._strip:
-            return candidate
-        response = strip_reasoning(candidate.response)
-        status = candidate.status if response or not candidate.selectable else "empty"
-        return replace(
-            candidate, response=response, status=status, logprob_sum=None, logprob_mean=None, num_tokens=None
-        )
-
-    def take_count(self) -> int:
-        """Returns the number of candidates with reasoning since the last call, and resets it."""
-        count, self._count = self._count, 0
-        return count
 
 
 def _with_likelihoods(instances: Sequence[Instance], generators: Sequence[Generator]) -> Iterator[Instance]:

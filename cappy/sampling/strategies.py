@@ -62,9 +62,9 @@ BEAM4 = Decoding(name="beam4", do_sample=False, num_beams=4)
 
 
 def _paper17_leaky() -> tuple[Decoding, ...]:
-    """The 17 candidates as the reference code drew them (method, section 4); for comparison, not as baselines.
+    """The 17 candidates as the published code drew them (docs/guides/paper.md); for comparison, not as baselines.
 
-    The library of the reference code applied top-k 50 to every call that set no other value, so `sampling`,
+    The library of the published code applied top-k 50 to every call that set no other value, so `sampling`,
     `temperature0.9` and `topp0.95` had it too. The lengths are also those of its calls, which count the start token:
     at most 63 new tokens, and no end token among the first three.
     """
@@ -85,7 +85,7 @@ def _paper17_leaky() -> tuple[Decoding, ...]:
 
 
 def _paper_pretrain() -> tuple[Decoding, ...]:
-    """Five samples from each of two generators (method, section 1.4): a reconstruction, not a published setting.
+    """Five samples from each of two generators (docs/guides/paper.md): a reconstruction, not a published setting.
 
     The number of samples and the filter of each generator (top-k for the first, BART0; top-p for the second, T0-3B)
     are from memory, not looked up; the values 40 and 0.95 are those of the finetuning code. As in the sampling step,

@@ -38,7 +38,7 @@ class PickMap:
 class Calibration:
     """Monotone maps for several n, ascending from 1; values for other n are interpolated.
 
-    `metric` names the label, `fitted_on` is the number of held-out groups that the maps were fitted on.
+    `metric` names the label. `fitted_on` is a number: that of the held-out groups that the maps were fitted on.
     """
 
     maps: tuple[PickMap, ...]
@@ -107,7 +107,7 @@ class _MapValues(TypedDict):
 def _parse_map(values: _MapValues) -> PickMap:
     """Converts the values of a map.
 
-    Raises ValueError, TypeError or KeyError if they are not a monotone map to 0 to 1.
+    Raises ValueError, TypeError or KeyError if they are not a monotone map into [0, 1].
     """
     scores, expected = tuple(map(float, values["scores"])), tuple(map(float, values["expected"]))
     if not scores or len(scores) != len(expected):
@@ -126,15 +126,15 @@ def _interpolate(pick_map: PickMap, scores: Sequence[float]) -> NDArray[np.float
     return np.interp(scores, pick_map.scores, pick_map.expected)
 
 
-PROBE = "probe.json"
+VERIFICATION_PAIRS = "probe.json"
 """File of the verification pairs."""
 ScoredPair = tuple[str, str, float]
 """(instruction, response, score)."""
 
 
-def read_probe(folder: str | Path) -> list[ScoredPair]:
+def read_verification_pairs(folder: str | Path) -> list[ScoredPair]:
     """Reads the verification pairs of a folder; [] if it has none. Raises FolderError if they are damaged."""
-    path = Path(folder) / PROBE
+    path = Path(folder) / VERIFICATION_PAIRS
     if not path.is_file():
         return []
     try:

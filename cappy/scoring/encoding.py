@@ -41,7 +41,7 @@ class _PairFormat:
     after: tuple[int, ...]
     text_types: tuple[int, int]
     special_token_types: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-    typed: bool
+    has_token_types: bool
 
     @property
     def length(self) -> int:
@@ -79,8 +79,8 @@ class PairEncoder:
     If they do not fit, the instruction is truncated in the middle (the task often comes first, the question last); a
     response that is too long alone is truncated at its end. The truncation `longest_first` is instead that of
     transformers' `truncation=True`, as used by CrossEncoder and the published run: the longer text is truncated at its
-    end until both are equally long, then both are. Token types are those that the tokenizer returns by default; if it
-    returns none (`has_token_types` is false), they are zeros.
+    end until both are equally long; after that, both are truncated. Token types are those that the tokenizer returns by
+    default; if it returns none (`has_token_types` is false), they are zeros.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class PairEncoder:
         self.max_length = max_length
         self.truncation = truncation
         self._from_left = getattr(tokenizer, "truncation_side", "right") == "left"
-        self.has_token_types = self._format.typed
+        self.has_token_types = self._format.has_token_types
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
         """Encodes pairs, in order; every distinct text is tokenized once."""
@@ -202,7 +202,7 @@ def _find_pair_format(tokenizer: "PreTrainedTokenizerBase") -> _PairFormat:
         after=tuple(ids[after:]),
         text_types=(types[start], types[end]),
         special_token_types=(tuple(types[:start]), tuple(types[middle:end]), tuple(types[after:])),
-        typed="token_type_ids" in probe,
+        has_token_types="token_type_ids" in probe,
     )
 
 

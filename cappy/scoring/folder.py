@@ -163,9 +163,7 @@ def _transformer_length(path: Path, values: Mapping[str, JSON]) -> int | None:
                 f"{path}: {name} {_UNSUPPORTED[name]}, which is not supported here; save the scorer without it"
             )
     length = values.get("max_seq_length")
-    if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
-        raise FolderError(f"{path}: max_seq_length must be a number of tokens, got {quote(json.dumps(length))}")
-    return length
+    return None if length is None else _check_length(length, f"{path}: max_seq_length")
 
 
 def _read_object(path: Path) -> Mapping[str, JSON]:
@@ -309,19 +307,22 @@ def _find_max_length(
     model: "PreTrainedModel",
     settings: FolderSettings,
 ) -> int:
-    """Maximum tokens of a pair: the recorded one, else that of CrossEncoder; at most the model's positions."""
+    """The minimum of the recorded length, CrossEncoder's length and the model's positions.
+
+    With a manifest, CrossEncoder's length is ignored if a length is recorded. If there is none of these, the length is
+    `DEFAULT_MAX_LENGTH`.
+    """
     recorded_length = _read_recorded(config).get("max_length")
     recorded = None if recorded_length is None else _check_length(recorded_length, "config.json: cappy.max_length")
-    tokenizer_length = settings.max_length
-    if tokenizer_length is None:
+    cross_encoder_length = settings.max_length
+    if cross_encoder_length is None:
         limit = getattr(tokenizer, "model_max_length", None)
-        tokenizer_length = int(limit) if isinstance(limit, int | float) and limit < UNLIMITED else None
-    if tokenizer_length is not None:
-        _check_length(tokenizer_length, f"{TOKENIZER_CONFIG}: model_max_length")
+        if isinstance(limit, int | float) and limit < UNLIMITED:
+            cross_encoder_length = _check_length(int(limit), f"{TOKENIZER_CONFIG}: model_max_length")
     if recorded is not None and folder.has_manifest:
         # Earlier releases did not write the length into the tokenizer's file.
-        tokenizer_length = None
-    limits = [limit for limit in (recorded, tokenizer_length, max_positions(model)) if limit is not None]
+        cross_encoder_length = None
+    limits = [limit for limit in (recorded, cross_encoder_length, max_positions(model)) if limit is not None]
     return min(limits, default=DEFAULT_MAX_LENGTH)
 
 

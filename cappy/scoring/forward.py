@@ -176,8 +176,11 @@ def _embed(body: _Body, config: "PreTrainedConfig", batch: Sequence[EncodedPair]
     """The input of the encoder's first layer, (tokens, hidden)."""
     device = layout.starts.device
     ids = torch.tensor([token for pair in batch for token in pair.ids], device=device)
-    typed = (config.type_vocab_size or 0) > 1
-    types = torch.tensor([t for pair in batch for t in pair.types], device=device) if typed else torch.zeros_like(ids)
+    has_token_types = (config.type_vocab_size or 0) > 1
+    if has_token_types:
+        types = torch.tensor([token_type for pair in batch for token_type in pair.types], device=device)
+    else:
+        types = torch.zeros_like(ids)
     start = layout.starts.repeat_interleave(layout.ends.diff())
     if config.model_type in _OFFSET_POSITIONS:
         mask = (ids != config.pad_token_id).long()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, result_settings, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, RESULT_NEUTRAL, Fresh, Location, Work, result_settings, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.work import ShardSetting, parse_shard, refuse_same_folder
@@ -32,7 +32,7 @@ class ScoringConfig:
     target: Annotated[Location, Field(description="Folder to write")]
     scorer: Annotated[
         str,
-        LOCATION,
+        RESULT_NEUTRAL,
         Field(
             min_length=1,
             description="Scorer: builtin, a folder, hub:org/name@revision, models:/name@alias or models:/name/version",

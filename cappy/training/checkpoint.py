@@ -38,9 +38,10 @@ class TrainingState:
     """The state of the loop; `log` has an entry per check on the validation instances, `curve` has points in between.
 
     The position in the data and the state of all random draws follow from the seed and `update`. `best_update` and
-    `best_pick` belong to the check whose weights are kept; `best_values` are the expected labels of the best check, by
-    validation instance. `budget` is the current number of padded tokens per pass, smaller than the setting after memory
-    has run out; `events` records that.
+    `best_pick` belong to the check whose weights are kept: its update, and the mean label, 0 to 1, of the responses
+    that the scorer picked on the validation instances (-1.0 before the first). `best_values` belong to the check with
+    the highest mean expected label, which may be an earlier one: that label by validation instance. `budget` is the
+    current number of padded tokens per pass, smaller than the setting after memory has run out; `events` records that.
     """
 
     update: int = 0
@@ -88,7 +89,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(folder: Path) -> tuple[Checkpoint | None, str]:
-    """Returns the newest undamaged checkpoint, None if none was written, and a note about damaged ones, "" if none are.
+    """Returns the newest undamaged checkpoint (None if none was written) and a note about damaged ones (empty if none).
 
     Damaged generations that are newer are deleted, so that the next one written is the newest. Raises FolderError if
     all are damaged, rather than silently starting over.

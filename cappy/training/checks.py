@@ -20,7 +20,7 @@ from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus
 from cappy.training.distributed import World
-from cappy.training.feed import Draw, draw_validation
+from cappy.training.feed import DrawnInstance, draw_validation
 from cappy.training.losses import LISTWISE_TEMPERATURE
 from cappy.training.settings import TrainingSettings
 
@@ -124,7 +124,7 @@ def explain_kept_weights(state: TrainingState, updates: int, count: int) -> str:
 
 
 @torch.no_grad()
-def _score_pools(scorer: Scorer, validation: Corpus, pools: Sequence[Draw]) -> list[tuple[float, float]]:
+def _score_pools(scorer: Scorer, validation: Corpus, pools: Sequence[DrawnInstance]) -> list[tuple[float, float]]:
     """Scores the drawn responses of each instance; returns the label of the pick and the expected label of each."""
     encoded = [pair for draw in pools for pair in validation.pairs(draw.index, draw.responses)]
     scores = [0.0] * len(encoded)

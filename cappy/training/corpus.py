@@ -183,8 +183,8 @@ class Corpus:
         sizes = np.diff(ends, prepend=_start(self._pair_ends, start))
         first, last = _start(self._pair_ends, start) + start, int(ends[-1]) + stop
         lengths = np.diff(self._text_ends[first:last].astype(np.int64), prepend=_start(self._text_ends, first))
-        instructions = np.cumsum(sizes + 1) - (sizes + 1)
-        pair_lengths = np.delete(lengths, instructions) + np.repeat(lengths[instructions], sizes)
+        instruction_indices = np.cumsum(sizes + 1) - (sizes + 1)
+        pair_lengths = np.delete(lengths, instruction_indices) + np.repeat(lengths[instruction_indices], sizes)
         return int((pair_lengths + self._encoder.num_special_tokens > self._encoder.max_length).sum())
 
     def _text(self, index: int) -> list[int]:

@@ -18,7 +18,7 @@ _HALF_WORD = np.uint64(32)
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class DrawnInstance:
     """The indices of an instance and of its drawn responses; `width` is the longest of their pairs in tokens."""
 
     index: int
@@ -31,7 +31,7 @@ class Draw:
         return self.width * len(self.responses)
 
 
-def draw_batch(corpus: Corpus, update_index: int, size: int, max_candidates: int, *, seed: int) -> list[Draw]:
+def draw_batch(corpus: Corpus, update_index: int, size: int, max_candidates: int, *, seed: int) -> list[DrawnInstance]:
     """The `size` instances of an update (counted from 0), with up to `max_candidates` responses drawn from each.
 
     Every epoch contains each instance once, in its own random order; an update may span the end of one epoch and the
@@ -55,18 +55,18 @@ def count_updates(corpus: Corpus, config: TrainingSettings) -> int:
     return max(1, math.ceil(rows / (config.batch_instances * draws_per_instance) - 1e-9))
 
 
-def draw_validation(corpus: Corpus, index: int, count: int, *, seed: int) -> Draw:
+def draw_validation(corpus: Corpus, index: int, count: int, *, seed: int) -> DrawnInstance:
     """At most `count` selectable responses of a validation instance; the same draw at every check."""
     return _draw(corpus, index, corpus.selectable(index), count, random.Random(f"{seed} check {index}"))
 
 
-def split_batch(batch: Sequence[Draw], budget: int, min_passes: int = 1) -> list[list[Draw]]:
+def split_batch(batch: Sequence[DrawnInstance], budget: int, min_passes: int = 1) -> list[list[DrawnInstance]]:
     """Splits a batch into passes of at most `budget` padded tokens, each with whole instances of similar length.
 
     An instance with more tokens is a pass by itself. There are at least `min_passes` passes, so that every rank has
     work, unless there are fewer instances.
     """
-    passes: list[list[Draw]] = []
+    passes: list[list[DrawnInstance]] = []
     pairs = 0
     for draw in sorted(batch, key=lambda draw: draw.width, reverse=True):
         if not passes or (pairs + len(draw.responses)) * passes[-1][0].width > budget:
@@ -83,7 +83,9 @@ def split_batch(batch: Sequence[Draw], budget: int, min_passes: int = 1) -> list
 
 
 def comparison_mask(responses: Sequence[int], selectable: Sequence[int]) -> list[bool]:
-    """Whether the comparing losses use each drawn response: only selectable ones, or all if fewer than two are.
+    """For each drawn response, whether the losses that compare responses use it.
+
+    These use only selectable responses, or all if fewer than two are selectable.
 
     The published data has only references and wrong choices, so all of them are compared. Mismatches (references of
     other instances) are left out because they are easy to recognise and have the lowest label, so they would dominate
@@ -94,7 +96,7 @@ def comparison_mask(responses: Sequence[int], selectable: Sequence[int]) -> list
     return flags if sum(flags) > 1 else [True] * len(responses)
 
 
-def padded_tokens(draws: Sequence[Draw]) -> int:
+def padded_tokens(draws: Sequence[DrawnInstance]) -> int:
     """The number of tokens of a pass, including padding."""
     return sum(len(draw.responses) for draw in draws) * max(draw.width for draw in draws)
 
@@ -127,9 +129,9 @@ def permute(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.ui
     return values
 
 
-def _draw(corpus: Corpus, index: int, candidates: Sequence[int], count: int, rng: random.Random) -> Draw:
+def _draw(corpus: Corpus, index: int, candidates: Sequence[int], count: int, rng: random.Random) -> DrawnInstance:
     responses = tuple(candidates) if len(candidates) <= count else tuple(sorted(rng.sample(candidates, count)))
-    return Draw(index, responses, corpus.max_tokens(index, responses))
+    return DrawnInstance(index, responses, corpus.max_tokens(index, responses))
 
 
 def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:

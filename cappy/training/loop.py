@@ -23,7 +23,7 @@ from cappy.training.checkpoint import CONTINUE_REMEDY, Checkpoint, CheckpointClo
 from cappy.training.checks import CHECK_CANDIDATES, check_scorer, explain_kept_weights, record_check, stops_early
 from cappy.training.corpus import Corpora, Corpus
 from cappy.training.distributed import ReplicatedStrategy, Strategy, World
-from cappy.training.feed import Draw, count_updates, draw_batch, padded_tokens, split_batch
+from cappy.training.feed import DrawnInstance, count_updates, draw_batch, padded_tokens, split_batch
 from cappy.training.launch import check_batch
 from cappy.training.meter import Meter, count_layer_weights, describe_progress, pair_flops, peak_flops
 from cappy.training.settings import TrainingSettings
@@ -195,7 +195,7 @@ class TrainingRun:
         state.update += 1
         self._measure(draws, rate)
 
-    def _measure(self, draws: Sequence[Draw], rate: float) -> None:
+    def _measure(self, draws: Sequence[DrawnInstance], rate: float) -> None:
         """Records the cost of the update and, at intervals, a point of the curve."""
         lengths = [length for draw in draws for length in self.train.token_counts(draw.index, draw.responses)]
         encoder, state = self.scorer.model.config, self.state

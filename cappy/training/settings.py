@@ -12,7 +12,7 @@ from pydantic_core import ArgsKwargs
 from cappy.config import (
     ADVANCED,
     DEFAULT_WORK,
-    LOCATION,
+    RESULT_NEUTRAL,
     Fresh,
     Location,
     Renames,
@@ -34,10 +34,8 @@ Unit = Literal["instance", "row"]
 Launcher = Literal["here", "trainjob", "customjob"]
 
 PAPER_TRUNCATION: "Truncation" = "longest_first"
-"""How the preset `paper` truncates a pair: the published code's `truncation=True` (cappy_bigbench.py, lines 73 to 79).
-
-The scorer's folder records it, so that scoring truncates pairs as training did.
-"""
+"""How the preset `paper` truncates a pair, as the published code does (`truncation=True` in cappy_bigbench.py, lines
+73 to 79). The scorer's folder records it, so that scoring truncates pairs as training did."""
 PAPER_PRESET: Mapping[str, object] = {
     "unit": "row",
     "batch_instances": 128,
@@ -141,15 +139,15 @@ class LoopSettings:
             "error of the best; last: keep the final weights"
         ),
     ] = "best"
-    checkpoint_seconds: Annotated[float, LOCATION, ADVANCED, Field(ge=0, description="Seconds between checkpoints")] = (
-        60.0
-    )
+    checkpoint_seconds: Annotated[
+        float, RESULT_NEUTRAL, ADVANCED, Field(ge=0, description="Seconds between checkpoints")
+    ] = 60.0
     seed: Annotated[int, Field(description="Random seed of order, draws and dropout")] = 0
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
     checkpoint_updates: Annotated[
         int | None,
-        LOCATION,
+        RESULT_NEUTRAL,
         ADVANCED,
         Field(ge=1, description="Updates between checkpoints, in addition to those by time"),
     ] = None
@@ -159,24 +157,28 @@ class LoopSettings:
         Field(description="Precision of matrix products; auto: bf16 on a GPU that has it, else fp32. Weights: fp32"),
     ] = "auto"
     dry_run: Annotated[
-        bool, LOCATION, Field(description="Train 20 updates, print speed, memory and the projected time, write nothing")
+        bool,
+        RESULT_NEUTRAL,
+        Field(description="Train 20 updates, print speed, memory and the projected time, write nothing"),
     ] = False
     parallelism: Annotated[
         Literal["auto", "single", "ddp", "deepspeed", "jax"],
-        LOCATION,
+        RESULT_NEUTRAL,
         Field(description="How devices share an update; auto: single with one device, else ddp; jax: for TPUs"),
     ] = "auto"
     devices: Annotated[
         int,
-        LOCATION,
+        RESULT_NEUTRAL,
         Field(ge=1, description="Ranks per machine: one per GPU, or processes on a CPU; with jax: number of devices"),
     ] = 1
     nodes: Annotated[
-        int, LOCATION, Field(ge=1, description="Number of machines; several need torchrun, a TrainJob or a CustomJob")
+        int,
+        RESULT_NEUTRAL,
+        Field(ge=1, description="Number of machines; several need torchrun, a TrainJob or a CustomJob"),
     ] = 1
     zero_stage: Annotated[
         int,
-        LOCATION,
+        RESULT_NEUTRAL,
         ADVANCED,
         Field(ge=0, le=3, description="What deepspeed shards: 1 optimizer, 2 + gradients, 3 + weights"),
     ] = 1
@@ -239,30 +241,30 @@ class LauncherSettings:
 
     launcher: Annotated[
         Launcher,
-        LOCATION,
+        RESULT_NEUTRAL,
         Field(description="Where to train: here, as a Kubeflow TrainJob or as a Vertex AI CustomJob"),
     ] = "here"
     image: Annotated[
         str,
-        LOCATION,
+        RESULT_NEUTRAL,
         ADVANCED,
         Field(description="Image of the job, with the same version of cappy; default: the runtime's (trainjob)"),
     ] = ""
-    service_account: Annotated[str, LOCATION, ADVANCED, Field(description="Service account of the job")] = ""
+    service_account: Annotated[str, RESULT_NEUTRAL, ADVANCED, Field(description="Service account of the job")] = ""
     max_restarts: Annotated[
         int,
-        LOCATION,
+        RESULT_NEUTRAL,
         ADVANCED,
         Field(ge=0, description="How often a preempted or failed job is resubmitted, if it made progress"),
     ] = 5
     timeout_hours: Annotated[
         float,
-        LOCATION,
+        RESULT_NEUTRAL,
         ADVANCED,
         Field(gt=0, description="Hours after which the job is cancelled, including the time it waits"),
     ] = 168.0
-    trainjob: Annotated[TrainJobSettings, LOCATION, ADVANCED] = TrainJobSettings()
-    customjob: Annotated[CustomJobSettings, LOCATION, ADVANCED] = CustomJobSettings()
+    trainjob: Annotated[TrainJobSettings, RESULT_NEUTRAL, ADVANCED] = TrainJobSettings()
+    customjob: Annotated[CustomJobSettings, RESULT_NEUTRAL, ADVANCED] = CustomJobSettings()
 
     @property
     def job_volume(self) -> str:

@@ -12,7 +12,7 @@ from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus
 from cappy.training.distributed import Strategy, World
-from cappy.training.feed import Draw, assign_passes, comparison_mask, padded_tokens, split_batch
+from cappy.training.feed import DrawnInstance, assign_passes, comparison_mask, padded_tokens, split_batch
 from cappy.training.losses import Pairs, instance_losses
 from cappy.training.settings import Schedule, TrainingSettings
 
@@ -65,7 +65,7 @@ def run_update(
     scorer: Scorer,
     strategy: Strategy,
     corpus: Corpus,
-    batch: Sequence[Draw],
+    batch: Sequence[DrawnInstance],
     config: TrainingSettings,
     state: TrainingState,
     *,
@@ -97,7 +97,7 @@ def _compute_gradients(
     scorer: Scorer,
     strategy: Strategy,
     corpus: Corpus,
-    batch: Sequence[Draw],
+    batch: Sequence[DrawnInstance],
     config: TrainingSettings,
     state: TrainingState,
     world: World,
@@ -140,7 +140,7 @@ def _compute_gradients(
     return total_loss
 
 
-def _run_pass(scorer: Scorer, corpus: Corpus, micro_batch: Sequence[Draw], config: TrainingSettings) -> Tensor:
+def _run_pass(scorer: Scorer, corpus: Corpus, micro_batch: Sequence[DrawnInstance], config: TrainingSettings) -> Tensor:
     """Runs one forward pass; returns the sum of its instances' losses."""
     logits = scorer.training_logits([pair for draw in micro_batch for pair in corpus.pairs(draw.index, draw.responses)])
     labels = [label for draw in micro_batch for label in corpus.labels(draw.index, draw.responses)]
@@ -158,7 +158,7 @@ def _run_pass(scorer: Scorer, corpus: Corpus, micro_batch: Sequence[Draw], confi
 
 
 def _pair_weights(
-    corpus: Corpus, micro_batch: Sequence[Draw], config: TrainingSettings, device: torch.device
+    corpus: Corpus, micro_batch: Sequence[DrawnInstance], config: TrainingSettings, device: torch.device
 ) -> Tensor:
     """The weight of each pair by the source of its response, (pairs,)."""
     source_weights = config.source_weights
@@ -178,7 +178,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return out_of_memory or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def _halve_budget(state: TrainingState, batch: Sequence[Draw]) -> None:
+def _halve_budget(state: TrainingState, batch: Sequence[DrawnInstance]) -> None:
     largest = max(draw.tokens for draw in batch)
     if state.budget // 2 < max(draw.width for draw in batch):
         remedy = "give a smaller --max-candidates, or pretrain with a smaller --max-length"

@@ -60,9 +60,9 @@ class Dialect:
     """The API of one kind of client.
 
     `paths` may contain `{model}` and `{version}`. If several dialects share a path, a body belongs to the first dialect
-    with a marker field in it. `pairs` reads the pairs of a request, and `answer` writes the response. `refuse` writes
-    an error from (status, message); its shape is `error_response`. `requested_model` returns the model that a request
-    names, or None.
+    with a marker field in it. `pairs` reads the pairs of a request, and `answer` writes the response. `error_body`
+    builds the body of an error from (status, message); its type is `error_response`. `requested_model` returns the
+    model that a request names, or None.
     """
 
     name: str
@@ -72,8 +72,8 @@ class Dialect:
     error_response: type[BaseModel]
     pairs: Callable[[Any], Sequence[Pair]]
     answer: Callable[[Any, ScoredPairs], BaseModel]
-    refuse: Callable[[int, str], Mapping[str, object]]
-    shape: str
+    error_body: Callable[[int, str], Mapping[str, object]]
+    example_body: str
     """A minimal valid body, shown in errors."""
     marker_fields: frozenset[str] = frozenset()
     invalid_status: int = 422

@@ -117,7 +117,7 @@ def _pairs(request: InvocationsRequest) -> list[Pair]:
     return [(row.instruction, row.response) for row in table]
 
 
-def _refuse(status: int, message: str) -> Mapping[str, object]:
+def _error_body(status: int, message: str) -> Mapping[str, object]:
     return {"error_code": ERROR_CODES.get(status, "BAD_REQUEST"), "message": message}
 
 
@@ -141,8 +141,8 @@ MLFLOW = Dialect(
     error_response=MlflowErrorResponse,
     pairs=_pairs,
     answer=lambda request, result: InvocationsResponse(predictions=result.scores),
-    refuse=_refuse,
-    shape='{"dataframe_split": {"columns": ["instruction", "response"], "data": [["...", "..."], ...]}}',
+    error_body=_error_body,
+    example_body='{"dataframe_split": {"columns": ["instruction", "response"], "data": [["...", "..."], ...]}}',
     invalid_status=400,
     add_routes=_add_routes,
 )

@@ -81,8 +81,8 @@ class NativeErrorResponse(ErrorResponse):
     detail: Annotated[str, Field(description="Problem and remedy, in one line")]
 
 
-def refuse(status: int, message: str) -> Mapping[str, object]:
-    """A refusal in our own shape."""
+def error_body(status: int, message: str) -> Mapping[str, object]:
+    """The body of an error in the native dialect."""
     return {"detail": message}
 
 
@@ -113,8 +113,8 @@ SCORE = Dialect(
     pairs=lambda request: request.pairs,
     requested_model=lambda request: request.version,
     answer=_scores,
-    refuse=refuse,
-    shape='{"pairs": [["instruction", "response"], ...]}',
+    error_body=error_body,
+    example_body='{"pairs": [["instruction", "response"], ...]}',
 )
 SELECT = Dialect(
     name="select",
@@ -125,6 +125,6 @@ SELECT = Dialect(
     pairs=_pairs,
     one_pool=True,
     answer=_pick,
-    refuse=refuse,
-    shape='{"instruction": "...", "responses": ["...", ...]}',
+    error_body=error_body,
+    example_body='{"instruction": "...", "responses": ["...", ...]}',
 )

@@ -19,8 +19,8 @@ from serving.dialects.vertex import (
     UNKNOWN_MODEL_RESPONSES,
     UNREADY_RESPONSES,
     PlatformErrorResponse,
+    error_body,
     model_state,
-    refuse,
     unknown_model,
 )
 
@@ -135,9 +135,9 @@ def _flatten(data: Sequence[JsonValue], depth: int = 8) -> Iterator[str]:
 
 
 def _parse(body: bytes, headers: Mapping[str, str], bounds: Bounds) -> object:
-    """Parses the JSON of a body and reads its binary tensors into `data`; elements of tensors count as values.
+    """Parses the JSON of a body and reads its binary tensors into `data`.
 
-    Raises ValueError if the sizes are inconsistent.
+    Tensor elements count toward the limit on JSON values. Raises ValueError if the sizes are inconsistent.
     """
     header = headers.get(JSON_LENGTH_HEADER)
     if header is None:
@@ -229,8 +229,8 @@ OPEN_INFERENCE = Dialect(
     error_response=PlatformErrorResponse,
     pairs=_pairs,
     answer=_answer,
-    refuse=refuse,
-    shape='{"inputs": [{"name": "instruction", "datatype": "BYTES", "shape": [1], "data": ["..."]}, '
+    error_body=error_body,
+    example_body='{"inputs": [{"name": "instruction", "datatype": "BYTES", "shape": [1], "data": ["..."]}, '
     '{"name": "response", "datatype": "BYTES", "shape": [1], "data": ["..."]}]}',
     invalid_status=400,
     exclude_none=True,

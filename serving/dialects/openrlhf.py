@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from cappy.scoring.encoding import Pair
 from serving.dialects.dialect import Body, Dialect, NonEmptyText, ScoredPairs, Texts
-from serving.dialects.native import NativeErrorResponse, refuse
+from serving.dialects.native import NativeErrorResponse, error_body
 
 EXAMPLE: dict[str, JsonValue] = {"query": ["What is 1 + 1? 2"], "prompts": ["What is 1 + 1? "], "labels": ["2"]}
 
@@ -57,6 +57,6 @@ OPENRLHF = Dialect(
     error_response=NativeErrorResponse,
     pairs=_pairs,
     answer=_answer,
-    refuse=refuse,
-    shape='{"query": ["prompt and response", ...], "prompts": ["prompt", ...]}',
+    error_body=error_body,
+    example_body='{"query": ["prompt and response", ...], "prompts": ["prompt", ...]}',
 )

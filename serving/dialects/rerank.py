@@ -24,7 +24,7 @@ from serving.dialects.dialect import (
 )
 
 EXAMPLE: dict[str, JsonValue] = {"query": "What is the capital of France?", "documents": ["Rome", "Paris"], "top_n": 1}
-SHAPE = '{"query": "the instruction", "documents": ["a response", ...]}'
+EXAMPLE_BODY = '{"query": "the instruction", "documents": ["a response", ...]}'
 Relevance = Annotated[float, Field(description="The score: higher is more correct, about 0 to 1")]
 
 
@@ -84,7 +84,7 @@ class CohereErrorResponse(ErrorResponse):
     message: str
 
 
-def _refuse_cohere(status: int, message: str) -> Mapping[str, object]:
+def _cohere_error_body(status: int, message: str) -> Mapping[str, object]:
     return {"message": message}
 
 
@@ -114,8 +114,8 @@ COHERE = Dialect(
     error_response=CohereErrorResponse,
     pairs=_pairs_cohere,
     answer=_answer_cohere,
-    refuse=_refuse_cohere,
-    shape=SHAPE,
+    error_body=_cohere_error_body,
+    example_body=EXAMPLE_BODY,
     marker_fields=frozenset({"documents"}),
     invalid_status=400,
     requested_model=lambda request: request.model,
@@ -219,7 +219,7 @@ def _answer(request: RerankRequest, result: ScoredPairs) -> RerankResponse:
     )
 
 
-def _refuse(status: int, message: str) -> Mapping[str, object]:
+def _error_body(status: int, message: str) -> Mapping[str, object]:
     return {"message": message, "detail": message}
 
 
@@ -231,8 +231,8 @@ RERANK = Dialect(
     error_response=RerankErrorResponse,
     pairs=_pairs,
     answer=_answer,
-    refuse=_refuse,
-    shape=SHAPE,
+    error_body=_error_body,
+    example_body=EXAMPLE_BODY,
     marker_fields=frozenset({"documents"}),
     invalid_status=400,
     exclude_none=True,

@@ -98,7 +98,7 @@ class TeiErrorResponse(ErrorResponse):
     error_type: ErrorType
 
 
-def _refuse(status: int, message: str) -> Mapping[str, object]:
+def _error_body(status: int, message: str) -> Mapping[str, object]:
     return {"error": message, "error_type": ERROR_TYPES.get(status, "validation")}
 
 
@@ -153,8 +153,8 @@ RERANK = Dialect(
     error_response=TeiErrorResponse,
     pairs=_rerank_pairs,
     answer=_ranks,
-    refuse=_refuse,
-    shape='{"query": "the instruction", "texts": ["a response", ...]}',
+    error_body=_error_body,
+    example_body='{"query": "the instruction", "texts": ["a response", ...]}',
     marker_fields=frozenset({"texts"}),
     exclude_none=True,
     forbids_truncation=lambda request: request.truncate is False,
@@ -168,8 +168,8 @@ PREDICT = Dialect(
     error_response=TeiErrorResponse,
     pairs=_predict_pairs,
     answer=_predictions,
-    refuse=_refuse,
-    shape='{"inputs": [["instruction", "response"], ...]}',
+    error_body=_error_body,
+    example_body='{"inputs": [["instruction", "response"], ...]}',
     marker_fields=frozenset({"inputs"}),
     exclude_none=True,
     forbids_truncation=lambda request: request.truncate is False,

@@ -58,8 +58,8 @@ UNKNOWN_MODEL_RESPONSES: dict[int | str, dict[str, object]] = {404: {"model": Pl
 UNREADY_RESPONSES: dict[int | str, dict[str, object]] = {503: {"description": "The service is not ready"}}
 
 
-def refuse(status: int, message: str) -> Mapping[str, object]:
-    """A refusal in the shape of Vertex AI and KServe."""
+def error_body(status: int, message: str) -> Mapping[str, object]:
+    """The body of an error of Vertex AI and KServe."""
     return {"error": message}
 
 
@@ -87,8 +87,8 @@ VERTEX = Dialect(
     error_response=PlatformErrorResponse,
     pairs=_pairs,
     answer=_answer,
-    refuse=refuse,
-    shape='{"instances": [{"instruction": "...", "response": "..."}, ...]}',
+    error_body=error_body,
+    example_body='{"instances": [{"instruction": "...", "response": "..."}, ...]}',
     marker_fields=frozenset({"instances"}),
     invalid_status=400,
     exclude_none=True,

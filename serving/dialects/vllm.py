@@ -98,7 +98,7 @@ class VllmErrorResponse(ErrorResponse):
     error: VllmError
 
 
-def _refuse(status: int, message: str) -> Mapping[str, object]:
+def _error_body(status: int, message: str) -> Mapping[str, object]:
     return {
         "error": {"message": message, "type": ERROR_TYPES.get(status, "BadRequestError"), "param": None, "code": status}
     }
@@ -134,8 +134,8 @@ VLLM = Dialect(
     error_response=VllmErrorResponse,
     pairs=_pairs,
     answer=_answer,
-    refuse=_refuse,
-    shape='{"text_1": "the instruction", "text_2": ["a response", ...]}',
+    error_body=_error_body,
+    example_body='{"text_1": "the instruction", "text_2": ["a response", ...]}',
     marker_fields=frozenset({"text_1", "text_2", "queries", "documents", "items", "data_1", "data_2"}),
     invalid_status=400,
     requested_model=lambda request: request.model,

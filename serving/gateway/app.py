@@ -165,7 +165,7 @@ def create_app(
         redoc_url=None,
     )
     # The middleware that is added last runs first.
-    app.add_middleware(KeyGuard, keys=access.keys, open_paths=OPEN_PATHS, refuse=_refuse)
+    app.add_middleware(KeyGuard, keys=access.keys, open_paths=OPEN_PATHS, write_refusal=_write_refusal)
     if access.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -174,7 +174,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    app.add_middleware(BrowserGuard, hosts=access.hosts, origins=access.origins, refuse=_refuse)
+    app.add_middleware(BrowserGuard, hosts=access.hosts, origins=access.origins, write_refusal=_write_refusal)
     app.add_middleware(AccessLog, shutting_down=lambda: context.shutdown.shutting_down)
     app.add_exception_handler(GatewayError, _gateway_error)
     app.add_exception_handler(HTTPException, _not_found)
@@ -349,8 +349,8 @@ class _Json(JSONResponse):
         return json.dumps(content).encode()
 
 
-def _refuse(path: str, refusal: Refusal) -> Response:
-    """A refusal of the middleware."""
+def _write_refusal(path: str, refusal: Refusal) -> Response:
+    """The response to a request that the middleware refuses."""
     problem = to_openai_error(refusal)
     headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
     return _Json(problem.body(), status_code=problem.status, headers={**problem.headers, **headers})

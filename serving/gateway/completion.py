@@ -55,8 +55,9 @@ def _usage(outcome: GatewayOutcome) -> dict[str, object]:
 def summary(outcome: GatewayOutcome) -> dict[str, object]:
     """Summarizes an outcome as JSON values; `limit` is null if none was reached.
 
-    `unmetered_calls` counts calls whose tokens the server did not report: `usage` does not contain them, and the cost
-    limits count their maximum.
+    `score` is the `value` of the best candidate: its calibrated score or, without a calibration, its score.
+    `unmetered_calls` counts calls whose tokens the server did not report: they are not in `usage`; the cost limits
+    assume the maximum number of tokens for each.
     """
     ledger = outcome.ledger
     return {
@@ -86,7 +87,11 @@ def headers(outcome: GatewayOutcome) -> dict[str, str]:
 
 
 def _candidates(outcome: GatewayOutcome) -> list[dict[str, object]]:
-    """All candidates with their scores, best first; `score` is null if the candidate could not be scored."""
+    """All candidates with their scores, best first.
+
+    `score` is the scorer's score, null if the candidate could not be scored. `calibrated_score` is its `value`, the
+    expected label if it is the best of all candidates; null without a calibration.
+    """
     return [
         {
             "content": candidate.text,
@@ -115,8 +120,8 @@ def chunks(outcome: GatewayOutcome, completion_id: str, *, details: bool) -> Ite
     if outcome.request.include_usage:
         head = {**head, "usage": None}
     for choice in _choices(outcome):
-        yield from ({**head, "choices": [part]} for part in _parts(choice))
-        last_chunk = {**head, "choices": [_part(choice, {}, finish=choice.get("finish_reason"))]}
+        yield from ({**head, "choices": [part]} for part in _choice_deltas(choice))
+        last_chunk = {**head, "choices": [_choice_delta(choice, {}, finish=choice.get("finish_reason"))]}
         if choice["index"] == 0:
             extra = {"candidates": _candidates(outcome)} if details else {}
             last_chunk["cappy"] = {**summary(outcome), **extra}
@@ -125,29 +130,29 @@ def chunks(outcome: GatewayOutcome, completion_id: str, *, details: bool) -> Ite
         yield {**head, "choices": [], "usage": _usage(outcome)}
 
 
-def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, object]]:
+def _choice_deltas(choice: Mapping[str, Any]) -> Iterator[dict[str, object]]:
     """The chunks of a choice before its last one: role, other fields of the message, and the text in pieces."""
     message = choice.get("message") or {}
     content = message.get("content")
     other_fields = {
         name: value for name, value in message.items() if name not in ("role", "content") and value is not None
     }
-    yield _part(choice, {"role": "assistant", "content": ""})
+    yield _choice_delta(choice, {"role": "assistant", "content": ""})
     if other_fields:
-        yield _part(choice, other_fields)
+        yield _choice_delta(choice, other_fields)
     if choice.get("logprobs"):
         # Log-probabilities are per token and pieces are not tokens, so the text is sent in one chunk.
-        yield _part(choice, {"content": content or ""}, logprobs=choice["logprobs"])
+        yield _choice_delta(choice, {"content": content or ""}, logprobs=choice["logprobs"])
     else:
-        yield from (_part(choice, {"content": piece}) for piece in pieces(content))
+        yield from (_choice_delta(choice, {"content": piece}) for piece in split_text(content))
 
 
-def pieces(content: object) -> Sequence[str]:
+def split_text(content: object) -> Sequence[str]:
     """Splits a text into pieces of about a word; no pieces if it is not a string."""
     return _PIECE.findall(content) if isinstance(content, str) else ()
 
 
-def _part(choice: Mapping[str, object], delta: Mapping[str, object], **more: object) -> dict[str, object]:
+def _choice_delta(choice: Mapping[str, object], delta: Mapping[str, object], **more: object) -> dict[str, object]:
     return {
         "index": choice["index"],
         "delta": dict(delta),

@@ -119,7 +119,10 @@ class SpendingLimits:
 
 @settings
 class ChatLimits(BodyLimits):
-    """Limits of a request body; a turn of a conversation has three JSON values."""
+    """Limits of a request body.
+
+    Each message uses three JSON values (object, role, content), so the default allows about 3,300 messages.
+    """
 
     max_values: Annotated[
         int, ADVANCED, Field(ge=100, description="Maximum JSON values in a request body; more get status 413")
@@ -148,7 +151,8 @@ class GatewayConfig(
         Policy.__post_init__(self)
         second_llm_setting = self.escalate_model or self.escalate_key_variable
         if (self.floor is None and self.escalate_to) or (not self.escalate_to and second_llm_setting):
-            raise ConfigError("a second LLM needs both --floor and --escalate-to; give both, or neither")
+            needs = "--escalate-to needs --floor, and the other --escalate flags need --escalate-to"
+            raise ConfigError(f"{needs}; add the missing flag, or remove the --escalate flags")
         if self.scorer_key_variable and not self.scorer.startswith(("http://", "https://")):
             raise ConfigError(
                 "--scorer-key-variable: only used with a running service; give its address: --scorer http://host:port"

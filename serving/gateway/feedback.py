@@ -32,7 +32,7 @@ from cappy.errors import CappyError, FolderError
 from cappy.files import hold_lock, make_private
 from cappy.records import Candidate, File, Instance, Manifest, prompt_hash, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, write_bytes, write_manifest
-from cappy.records.instance import GIVEN
+from cappy.records.instance import GIVEN_METRIC
 from cappy.records.schema import to_table
 from serving.bodies import Bounds
 from serving.gateway.answering import GatewayOutcome
@@ -293,7 +293,7 @@ class FeedbackLog:
         if feedback.reference is not None:
             self._referenced.put(check_answer(replace(answer, references=(feedback.reference,))))
             return
-        rated_candidate = answer.candidates[feedback.choice].with_label(GIVEN, feedback.score or 0.0)
+        rated_candidate = answer.candidates[feedback.choice].with_label(GIVEN_METRIC, feedback.score or 0.0)
         previous = self._rated.get(feedback.id)
         other_candidates = (
             [candidate for candidate in previous.candidates if not _is_same_candidate(candidate, rated_candidate)]

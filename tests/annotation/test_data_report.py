@@ -24,7 +24,7 @@ from wording import assert_names, raises_naming
 from cappy.annotation.report import DataReport, summarize, to_text, write_page, write_report
 from cappy.annotation.report.candidates import COLUMNS, Candidates, Ints, TextColumn, encode_texts, measure_instances
 from cappy.annotation.report.data_report_page import render
-from cappy.annotation.report.record import QUANTILES, Pools
+from cappy.annotation.report.record import QUANTILES, PoolStatistics
 from cappy.annotation.report.summary import DistinctHashes, LengthTotals, count_characters, count_words
 from cappy.annotation.report.text import MAX_ROWS, WIDTH, to_values
 from cappy.annotation.rouge import is_partly_visible
@@ -79,7 +79,7 @@ def report_of(*given: Instance) -> DataReport:
 
 
 def recounted_pools(given: Sequence[Instance], metric: str) -> dict[str, Any]:
-    """`Pools` by its definition, one candidate after the other."""
+    """`PoolStatistics` by its definition, one candidate after the other."""
     pools, ties = [i.selectable for i in given if i.selectable], []
     result: dict[str, list[float]] = {"random": [], "oracle": [], "no_signal": [], "best_shared": [], "effective": []}
     for pool in pools:
@@ -100,7 +100,7 @@ def recounted_pools(given: Sequence[Instance], metric: str) -> dict[str, Any]:
         "candidates": sum(len(i.candidates) for i in given),
         "selectable": sum(len(i.selectable) for i in given),
         "distinct": sum(len({c.response for c in pool}) for pool in pools),
-        "pools": len(pools),
+        "num_pools": len(pools),
         "num_multi_response_pools": len(ties),
         "ties": mean(ties),
         **{name: mean(values) for name, values in result.items()},
@@ -431,7 +431,7 @@ def test_the_text_stays_within_its_columns_and_folds_what_is_long() -> None:
     pool = [candidate("a", 0.1, generator=odd), candidate("b", 0.8, generator="x" * 300, decoding="beam4")]
     given = [instance(f"{index}", *pool, task=name) for index, name in enumerate(names)]
     report = report_of(*given)
-    huge = Pools(**{**vars(report.total), "instances": 10**9, "candidates": 10**11, "selectable": 10**11})
+    huge = PoolStatistics(**{**vars(report.total), "instances": 10**9, "candidates": 10**11, "selectable": 10**11})
     report = replace(report, total=huge, tasks={odd: huge, names[1]: huge, **report.tasks})
     text = to_text(report)
     assert max(map(cell_len, text.splitlines())) <= WIDTH

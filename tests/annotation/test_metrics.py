@@ -25,13 +25,13 @@ from cappy.annotation.step import AnnotationConfig, run
 from cappy.config import build
 from cappy.errors import ConfigError
 from cappy.records import Candidate, Instance, read, write
-from cappy.records.instance import GIVEN
+from cappy.records.instance import GIVEN_METRIC
 
 words = st.lists(st.sampled_from(["run", "-5", "3.14", "été", "日本", "the", "नमस्ते", "A.", "x"]), max_size=8).map(
     " ".join
 )
 texts = st.one_of(words, st.text(max_size=30))
-COMPUTED = [name for name in METRICS if name != GIVEN]
+COMPUTED = [name for name in METRICS if name != GIVEN_METRIC]
 
 
 def value(name: str, references: list[str], response: str) -> float:

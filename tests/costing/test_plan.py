@@ -177,7 +177,7 @@ def test_what_nobody_measured_says_so_beside_the_number_in_text_and_json(measure
 
 def test_a_measured_speed_takes_the_place_of_the_assumption(measured: Throughput) -> None:
     entry = Measurement(
-        step="pretraining", hardware="h100", of="roberta-large", unit="FLOP/s", value=5e14, date="2026-12-01",
+        step="pretraining", hardware="h100", subject="roberta-large", unit="FLOP/s", value=5e14, date="2026-12-01",
         machine="one", load=0.0,
     )  # fmt: skip
     known = replace(measured, measurements=(*measured.measurements, entry))

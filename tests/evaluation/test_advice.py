@@ -62,13 +62,15 @@ WON, LOST, OPEN = (0.02, 0.06), (-0.06, -0.02), (-0.01, 0.03)
 
 
 def test_a_scorer_that_beats_everything_is_promoted(report: Report) -> None:
-    level = replace(report, curve={"scorer": (MeanEstimate(mean=0.5, low=0.4, high=0.6),) * 6}, pays_until=1)
+    level = replace(
+        report, curve={"scorer": (MeanEstimate(mean=0.5, low=0.4, high=0.6),) * 6}, num_worthwhile_candidates=1
+    )
     assert advice(change(level, random=WON, mbr=WON)).startswith("Promote:")
 
 
 def test_a_curve_that_still_rises_asks_for_more_samples(report: Report) -> None:
     curve = tuple(MeanEstimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
-    rising = replace(report, curve={"scorer": curve}, pays_until=6)
+    rising = replace(report, curve={"scorer": curve}, num_worthwhile_candidates=6)
     assert_names(advice(change(rising, random=WON, mbr=WON)), "Promote", "sample more", "candidate 6", "1.0")
 
 
@@ -117,8 +119,8 @@ def test_the_verdict_and_the_advice_agree_on_how_much_data_is_within_reach(
     report: Report, needed: int, reach: bool
 ) -> None:
     made = change(report, needed=needed, random=OPEN)
-    said = next(sentence for sentence in verdict(made) if "random choice" in sentence and "groups can show" in sentence)
-    assert advice(made).startswith("More data") == ("needs about" in said) == reach
+    said = next(sentence for sentence in verdict(made) if "random choice" in sentence and "are detectable" in sentence)
+    assert advice(made).startswith("More data") == ("would need about" in said) == reach
     assert ("far smaller" in said) == (not reach)
 
 
@@ -143,7 +145,9 @@ def test_a_pool_without_headroom_is_promoted_and_asks_for_other_candidates(insta
 
 def test_closed_choices_are_never_asked_for_more_samples(report: Report) -> None:
     curve = tuple(MeanEstimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
-    choices = replace(report, curve={"scorer": curve}, pays_until=6, tasks=(replace(report.tasks[0], kind="choice"),))
+    choices = replace(
+        report, curve={"scorer": curve}, num_worthwhile_candidates=6, tasks=(replace(report.tasks[0], kind="choice"),)
+    )
     text = advice(change(choices, random=WON))
     assert text.startswith("Promote:")
     assert "sample" not in text

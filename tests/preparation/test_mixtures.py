@@ -168,7 +168,7 @@ def test_every_subset_says_where_its_data_lies_and_that_nobody_loaded_it(name: s
         assert subset.revision in ("main", CONVERTED_BRANCH)
         assert subset.evidence
         assert subset.verified is False
-        assert re.fullmatch(r"([0-9a-f]{40})?", subset.commit_seen)
+        assert re.fullmatch(r"([0-9a-f]{40})?", subset.pinned_commit)
 
 
 def test_what_must_be_obtained_by_hand_says_how_and_where() -> None:

@@ -15,7 +15,7 @@ from cappy.evaluation.crossfit import read_out_of_fold
 from cappy.evaluation.findings import OUT_OF_FOLD
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, verify, write_manifest
-from cappy.scoring.calibration import read_calibration, read_probe
+from cappy.scoring.calibration import read_calibration, read_verification_pairs
 
 
 def test_the_same_scorer_twice_is_one_version_with_the_alias_challenger(env: Any) -> None:
@@ -245,7 +245,7 @@ def test_the_stored_pairs_of_the_evaluation_travel_with_the_scorer_and_its_calib
     assert env.register(scorer, report)["version"] == 1
     assert env.register(scorer, report)["version"] == 1
     folder = registry.download("models:/cappy/1", tracking_uri=env.uri, cache=env.folder / "models")
-    assert read_probe(folder) == [("who", "a bird", 0.5)]
+    assert read_verification_pairs(folder) == [("who", "a bird", 0.5)]
     assert read_calibration(folder) is not None
     assert read_manifest(folder).hash == read_manifest(scorer).hash
 
@@ -255,7 +255,7 @@ def test_one_scorer_with_two_evaluations_keeps_the_stored_pairs_of_each(env: Any
     for name, score in (("one", 0.25), ("other", 0.75)):
         env.register(scorer, probed(env.report(f"report-{name}", scorer), score), name=name)
     result = [registry.download(f"models:/{name}/1", tracking_uri=env.uri, cache=cache) for name in ("one", "other")]
-    assert [read_probe(folder)[0][2] for folder in result] == [0.25, 0.75]
+    assert [read_verification_pairs(folder)[0][2] for folder in result] == [0.25, 0.75]
 
 
 @pytest.mark.parametrize("text", ["[]", None], ids=["changed", "gone"])
@@ -273,7 +273,7 @@ def test_other_stored_pairs_than_were_registered_are_refused(env: Any, text: str
 def test_stored_pairs_that_are_none_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "probe.json").write_text(text)
     with raises_naming(FolderError, "probe.json", "evaluate again", "delete it"):
-        read_probe(tmp_path)
+        read_verification_pairs(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{}", None], ids=["changed", "gone"])

@@ -12,12 +12,12 @@ from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError, GeneratorError
 from cappy.records import Candidate, Instance, Manifest, read, write
-from cappy.sampling.accounts import cautions
 from cappy.sampling.endpoint import Endpoint
 from cappy.sampling.endpoint.address import base_address, join_path, key_headers
 from cappy.sampling.endpoint.answers import answer_key
 from cappy.sampling.endpoint.faults import PROBE, REFUSALS_PER_PROBE
 from cappy.sampling.generators import EndpointConfig
+from cappy.sampling.statistics import cautions
 from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, Decoding
 from cappy.specs import parse_spec

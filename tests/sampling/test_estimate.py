@@ -69,8 +69,8 @@ def test_each_generator_has_its_own_decodings(tmp_path: Path) -> None:
         tmp_path, "http://h/v1", generator=("builtin", "openai:m@http://h/v1"), strategy="paper-pretrain"
     )
     here, there = estimate(config)
-    assert (here.generator, here.paid, here.candidates, here.requests) == ("builtin", False, 300, 0)
-    assert (there.paid, there.candidates, there.requests, there.fewest_requests) == (True, 300, 300, 60)
+    assert (here.generator, here.is_endpoint, here.candidates, here.requests) == ("builtin", False, 300, 0)
+    assert (there.is_endpoint, there.candidates, there.requests, there.fewest_requests) == (True, 300, 300, 60)
 
 
 def test_progress_tells_of_instances_candidates_tokens_errors_and_cost(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from wording import assert_names
 from cappy.model_folder import open_model_folder
 from cappy.progress import PLAIN_SECONDS, ProgressLine, ProgressState, describe, silent
 from cappy.records import Instance, write
-from cappy.sampling import accounts, local
-from cappy.sampling.accounts import HEARTBEAT_SECONDS, SamplingProgress
+from cappy.sampling import local, statistics
 from cappy.sampling.architectures import Causal, Seq2Seq
 from cappy.sampling.local import LocalLLM
+from cappy.sampling.statistics import HEARTBEAT_SECONDS, SamplingProgress
 from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, parse_strategy
 
@@ -101,7 +101,7 @@ def test_work_under_way_never_counts_beyond_the_total() -> None:
 @contextmanager
 def fast_heartbeat(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(accounts, "HEARTBEAT_SECONDS", 0.01)
+        patch.setattr(statistics, "HEARTBEAT_SECONDS", 0.01)
         yield
 
 

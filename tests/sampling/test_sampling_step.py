@@ -9,8 +9,8 @@ from chat_server import Model, serving
 
 from cappy.errors import ConfigError
 from cappy.records import Candidate, Instance, read, write
-from cappy.sampling.accounts import count_part
 from cappy.sampling.generators import ignore_progress
+from cappy.sampling.statistics import count_part
 from cappy.sampling.step import SamplingConfig, run, sample
 from cappy.sampling.strategies import GREEDY, STRATEGIES, Decoding
 

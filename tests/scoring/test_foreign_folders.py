@@ -153,6 +153,7 @@ def test_a2_a_length_that_cross_encoder_was_saved_with_is_its_length_here(modula
         ("sentence_bert_config.json", {"tokenizer_args": {"model_max_length": 9}}, "tokenizer_args "),
         ("sentence_bert_config.json", {"a_new_key": 1}, "a_new_key.; remove"),
         ("sentence_bert_config.json", {"max_seq_length": "long"}, "max_seq_length .*long"),
+        ("sentence_bert_config.json", {"max_seq_length": 4}, "bert_config.json: max_seq_length .* 8 tokens.*4"),
         (
             "sentence_bert_config.json",
             {"transformer_task": "text-generation"},

@@ -68,7 +68,7 @@ def test_a_body_that_a_page_may_send_without_asking_is_415_in_every_dialects_sha
         answer = client.post(path, content=PAIR, headers={} if kind is None else {"content-type": kind})
         assert answer.status_code == 415, dialect.name
         assert "Content-Type: application/json" in sentence(answer.json())
-        assert set(dialect.refuse(415, "")) <= set(answer.json())
+        assert set(dialect.error_body(415, "")) <= set(answer.json())
     assert len(engine.batches) == probes
 
 

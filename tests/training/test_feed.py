@@ -14,7 +14,15 @@ from cappy.records import Candidate, Instance, write
 from cappy.records.instance import SOURCES, Split
 from cappy.scoring.encoding import PairEncoder
 from cappy.training.corpus import Corpus, CorpusWriter, TrainingInstance, open_corpora, to_training_instance
-from cappy.training.feed import Draw, assign_passes, draw_batch, draw_validation, padded_tokens, permute, split_batch
+from cappy.training.feed import (
+    DrawnInstance,
+    assign_passes,
+    draw_batch,
+    draw_validation,
+    padded_tokens,
+    permute,
+    split_batch,
+)
 
 LENGTH = 48
 
@@ -118,7 +126,7 @@ def test_pools_to_check_hold_what_a_selector_may_pick(corpus: Corpus) -> None:
     drawn = [draw_validation(corpus, index, 3, seed=0) for index in range(len(corpus))]
     assert all(1 <= len(one.responses) <= 3 and 0 not in one.responses for one in drawn)
     assert drawn == [draw_validation(corpus, index, 3, seed=0) for index in range(len(corpus))]
-    assert isinstance(drawn[0], Draw)
+    assert isinstance(drawn[0], DrawnInstance)
 
 
 def labelled(number: int, split: Split, size: int = 3) -> Instance:

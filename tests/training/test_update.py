@@ -14,7 +14,7 @@ from cappy.scoring import Scorer
 from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus, open_corpora
 from cappy.training.distributed import SINGLE_RANK, ReplicatedStrategy, World
-from cappy.training.feed import Draw, assign_passes, draw_batch, padded_tokens, split_batch
+from cappy.training.feed import DrawnInstance, assign_passes, draw_batch, padded_tokens, split_batch
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.loop import check_trainable
 from cappy.training.losses import LossSettings, Pairs, instance_losses
@@ -65,7 +65,7 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(
     assert (gradients(scorer, corpus, settings, budget) - whole).abs().max() < 1e-6 * max(1.0, float(whole.abs().max()))
 
 
-def loss_of(scorer: Scorer, corpus: Corpus, drawn: Draw, compared: list[bool] | None = None) -> torch.Tensor:
+def loss_of(scorer: Scorer, corpus: Corpus, drawn: DrawnInstance, compared: list[bool] | None = None) -> torch.Tensor:
     """The loss of one instance by itself, (1,)."""
     pairs = Pairs(
         logits=scorer.training_logits(corpus.pairs(drawn.index, drawn.responses)),

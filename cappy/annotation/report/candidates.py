@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cappy.annotation.report.record import Pools
+from cappy.annotation.report.record import PoolStatistics
 from cappy.errors import RecordError, quote
 from cappy.records.instance import SELECTABLE
 
@@ -29,7 +29,7 @@ COLUMNS = (
 _MAX_NAMES = 8
 SCALE = 2**40
 """Fractions are summed as integer multiples of 1 / SCALE, so that sums do not depend on the batches."""
-_COUNTS = ("instances", "candidates", "selectable", "distinct", "pools", "num_multi_response_pools")
+_COUNTS = ("instances", "candidates", "selectable", "distinct", "num_pools", "num_multi_response_pools")
 _POOL_MEANS = ("random", "oracle", "no_signal", "best_shared", "effective")
 NUM_COLUMNS = len(_COUNTS) + len(_POOL_MEANS) + 1
 
@@ -166,7 +166,7 @@ def to_fixed_point(values: Floats) -> Ints:
 def measure_instances(candidates: Candidates) -> Ints:
     """Returns one row per instance, shape (instances, NUM_COLUMNS): _COUNTS, _POOL_MEANS and ties.
 
-    The columns are fields of `Pools`; fractions are in fixed point (`to_fixed_point`).
+    The columns are fields of `PoolStatistics`; fractions are in fixed point (`to_fixed_point`).
     """
     selectable = candidates.is_selectable
     owner, labels, rows = candidates.owner[selectable], candidates.labels[selectable], candidates.rows
@@ -194,13 +194,13 @@ def measure_instances(candidates: Candidates) -> Ints:
     )
 
 
-def to_pools(sums: list[int]) -> Pools:
+def to_pool_statistics(sums: list[int]) -> PoolStatistics:
     """Converts the sum of rows of `measure_instances` to counts and means."""
     counts = dict(zip(_COUNTS, sums, strict=False))
     totals = zip(_POOL_MEANS, sums[len(_COUNTS) :], strict=False)
-    means = {name: mean_of_sum(total, counts["pools"]) for name, total in totals}
+    means = {name: mean_of_sum(total, counts["num_pools"]) for name, total in totals}
     values: dict[str, Any] = {**counts, **means, "ties": mean_of_sum(sums[-1], counts["num_multi_response_pools"])}
-    return Pools(**values)
+    return PoolStatistics(**values)
 
 
 def mean_of_sum(total: int, count: int) -> float | None:

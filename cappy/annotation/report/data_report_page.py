@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from cappy.annotation.report.candidates import COLUMNS, list_names, metrics_of
-from cappy.annotation.report.record import NUM_BINS, DataReport, Labels, LengthSummary, Pools
+from cappy.annotation.report.record import NUM_BINS, DataReport, Labels, LengthSummary, PoolStatistics
 from cappy.annotation.report.summary import summarize
 from cappy.annotation.report.text import (
     DEFINITIONS,
@@ -100,7 +100,7 @@ def _render_plots(report: DataReport) -> dict[str, tuple[Markup, Markup]]:
     return {name: (wide, narrow) for name, (wide, narrow) in plots.items()}
 
 
-def _bar_positions(pools: Sequence[Pools]) -> list[tuple[float, float] | None]:
+def _bar_positions(pools: Sequence[PoolStatistics]) -> list[tuple[float, float] | None]:
     """Start and width of the bar from random to oracle, in percent of the scale of labels."""
     return [
         None if each.random is None or each.oracle is None else (100 * each.random, 100 * (each.oracle - each.random))
@@ -110,8 +110,8 @@ def _bar_positions(pools: Sequence[Pools]) -> list[tuple[float, float] | None]:
 
 def _sparkline_heights(labels: Labels) -> list[float]:
     """Heights of a histogram's bars in percent of the highest."""
-    highest = max(labels.cells) or 1
-    return [100 * cell / highest for cell in labels.cells]
+    highest = max(labels.bin_counts) or 1
+    return [100 * count / highest for count in labels.bin_counts]
 
 
 def _draw_labels(report: DataReport, *, width: float, height: float) -> str:
@@ -124,7 +124,7 @@ def _draw_labels(report: DataReport, *, width: float, height: float) -> str:
         axes = plain_axes(figure, "label", "% of responses and choices")
         below = np.zeros(len(lefts))
         for source in sources:
-            shares = 100 * np.array(report.sources[source].cells) / total
+            shares = 100 * np.array(report.sources[source].bin_counts) / total
             axes.bar(
                 lefts, shares, 0.92 / NUM_BINS, bottom=below, align="edge", color=_COLOURS[source], label=_NAMES[source]
             )

@@ -30,18 +30,18 @@ class Labels:
         return self.zero + sum(self.bins) + self.one
 
     @property
-    def cells(self) -> tuple[int, ...]:
-        """Exact 0, the bins, exact 1, in order."""
+    def bin_counts(self) -> tuple[int, ...]:
+        """The numbers of labels that are exactly 0, in each bin, and exactly 1, in this order."""
         return (self.zero, *self.bins, self.one)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pools:
+class PoolStatistics:
     """Counts and means over instances, which show how much a selector can gain; means are None without instances.
 
-    A pool is the selectable candidates of an instance (`llm` or `choice`, status ok or truncated). `pools` counts the
-    instances with a pool, and all means except `ties` are over those. Equal responses count as one distinct response,
-    with the label of the first.
+    A pool is the selectable candidates of an instance (`llm` or `choice`, status ok or truncated). `num_pools` counts
+    the instances with a pool, and all means except `ties` are over those. Equal responses count as one distinct
+    response, with the label of the first.
 
     random       mean label of the pool: the expected label of a random pick
     oracle       highest label of the pool: the label of the best pick
@@ -56,7 +56,7 @@ class Pools:
     candidates: int
     selectable: int
     distinct: int
-    pools: int
+    num_pools: Annotated[int, Field(serialization_alias="pools")]
     num_multi_response_pools: Annotated[int, Field(serialization_alias="comparable")]
     random: float | None
     oracle: float | None
@@ -122,9 +122,9 @@ class DataReport:
     """
 
     metric: str
-    total: Pools
-    splits: Mapping[str, Pools]
-    tasks: Mapping[str, Pools]
+    total: PoolStatistics
+    splits: Mapping[str, PoolStatistics]
+    tasks: Mapping[str, PoolStatistics]
     labels: Labels
     sources: Mapping[str, Labels]
     generators: tuple[GeneratorSummary, ...]

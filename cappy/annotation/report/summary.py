@@ -25,7 +25,7 @@ from cappy.annotation.report.candidates import (
     measure_instances,
     read_candidates,
     to_fixed_point,
-    to_pools,
+    to_pool_statistics,
 )
 from cappy.annotation.report.record import (
     NUM_BINS,
@@ -34,7 +34,7 @@ from cappy.annotation.report.record import (
     GeneratorSummary,
     Labels,
     LengthSummary,
-    Pools,
+    PoolStatistics,
     Repetition,
 )
 from cappy.annotation.rouge import is_partly_visible, is_visible
@@ -46,7 +46,7 @@ Hashes = npt.NDArray[np.uint64]
 K = TypeVar("K", str, tuple[str, str], tuple[str, str, str])
 _Key = tuple[str, str, str]
 """(source, generator, decoding) of candidates."""
-_NUM_CELLS = NUM_BINS + 2
+_NUM_BIN_COUNTS = NUM_BINS + 2
 """Cells of a histogram of labels: exactly 0, the bins, exactly 1."""
 
 _NO_LABELS = Labels(zero=0, bins=(0,) * NUM_BINS, one=0, mean=None)
@@ -106,7 +106,7 @@ class _Summary:
         kinds = {kind: sorted(named_pools, key=_largest_first) for kind, named_pools in self._named_pools().items()}
         return DataReport(
             metric=self._metric,
-            total=dict(kinds["total"]).get("", to_pools([0] * NUM_COLUMNS)),
+            total=dict(kinds["total"]).get("", to_pool_statistics([0] * NUM_COLUMNS)),
             splits=dict(kinds["split"]),
             tasks=dict(kinds["task"]),
             labels=self._all_labels(),
@@ -155,8 +155,8 @@ class _Summary:
         self._words[name].add(count_words(texts.values), counts)
         self._characters[name].add(count_characters(texts.values), counts)
 
-    def _named_pools(self) -> dict[str, list[tuple[str, Pools]]]:
-        return {kind: [(name, to_pools(sums)) for name, sums in t.items()] for kind, t in self._pools.items()}
+    def _named_pools(self) -> dict[str, list[tuple[str, PoolStatistics]]]:
+        return {kind: [(name, to_pool_statistics(sums)) for name, sums in t.items()] for kind, t in self._pools.items()}
 
     def _all_labels(self) -> Labels:
         return self._labels.group_by(lambda key: "").get("", (_NO_LABELS, 0))[0]
@@ -192,7 +192,7 @@ def _read_groups(batch: pa.RecordBatch) -> TextColumn:
     return encode_texts(pc.if_else(pc.equal(group, ""), batch["instance_id"], group))
 
 
-def _largest_first(item: tuple[str, Pools]) -> tuple[int, str]:
+def _largest_first(item: tuple[str, PoolStatistics]) -> tuple[int, str]:
     return -item[1].instances, item[0]
 
 
@@ -227,7 +227,7 @@ class LabelTotals:
     """Sums of labels and counts of blank responses by (source, generator, decoding)."""
 
     def __init__(self) -> None:
-        self._totals: Totals[_Key] = Totals(_NUM_CELLS + 2)
+        self._totals: Totals[_Key] = Totals(_NUM_BIN_COUNTS + 2)
 
     def add(self, candidates: Candidates, blank: Flags) -> None:
         """Adds the candidates; `blank` marks responses without words."""
@@ -240,29 +240,30 @@ class LabelTotals:
             (names[0][source], names[1][generator], names[2][decoding])
             for source, generator, decoding in zip(*np.unravel_index(distinct, shape), strict=True)
         ]
-        cells = np.bincount(index * _NUM_CELLS + _cell_indices(candidates.labels), minlength=len(keys) * _NUM_CELLS)
+        bins = index * _NUM_BIN_COUNTS + _bin_indices(candidates.labels)
+        counts = np.bincount(bins, minlength=len(keys) * _NUM_BIN_COUNTS)
         sums = np.zeros((len(keys), 2), dtype=np.int64)
         np.add.at(sums[:, 0], index, to_fixed_point(candidates.labels))
         np.add.at(sums[:, 1], index, blank)
-        self._totals.add(keys, np.arange(len(keys)), np.hstack([cells.reshape(-1, _NUM_CELLS), sums]))
+        self._totals.add(keys, np.arange(len(keys)), np.hstack([counts.reshape(-1, _NUM_BIN_COUNTS), sums]))
 
     def group_by(self, group: Callable[[_Key], K]) -> dict[K, tuple[Labels, int]]:
         """Sums labels and blank responses over all keys for which `group` returns the same value."""
-        sums: Totals[K] = Totals(_NUM_CELLS + 2)
+        sums: Totals[K] = Totals(_NUM_BIN_COUNTS + 2)
         for key, row in self._totals.items():
             sums.add_row(group(key), row)
         return {name: (_to_labels(row), row[-1]) for name, row in sums.items()}
 
 
 def _to_labels(sums: list[int]) -> Labels:
-    zero, *bins, one = sums[:_NUM_CELLS]
-    return Labels(zero=zero, bins=tuple(bins), one=one, mean=mean_of_sum(sums[-2], sum(sums[:_NUM_CELLS])))
+    zero, *bins, one = sums[:_NUM_BIN_COUNTS]
+    return Labels(zero=zero, bins=tuple(bins), one=one, mean=mean_of_sum(sums[-2], sum(sums[:_NUM_BIN_COUNTS])))
 
 
-def _cell_indices(labels: Floats) -> Ints:
-    """The cell of each label: 0 for exact 0, _NUM_CELLS - 1 for exact 1, else 1 + its bin."""
+def _bin_indices(labels: Floats) -> Ints:
+    """The index of each label in `Labels.bin_counts`: 0 if it is 0, the last if it is 1, else 1 + its bin."""
     inside = 1 + np.minimum((labels * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-    return np.where(labels == 0, 0, np.where(labels == 1, _NUM_CELLS - 1, inside))
+    return np.where(labels == 0, 0, np.where(labels == 1, _NUM_BIN_COUNTS - 1, inside))
 
 
 class LengthTotals:

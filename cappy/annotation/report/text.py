@@ -10,7 +10,7 @@ from itertools import pairwise
 from pydantic import TypeAdapter
 from rich.cells import cell_len, set_cell_size
 
-from cappy.annotation.report.record import NUM_BINS, QUANTILES, DataReport, Labels, LengthSummary, Pools
+from cappy.annotation.report.record import NUM_BINS, QUANTILES, DataReport, Labels, LengthSummary, PoolStatistics
 from cappy.pages import metric_name, percent
 from cappy.records.instance import SELECTABLE
 from cappy.untrusted import JSON
@@ -87,9 +87,9 @@ def _size_sentence(report: DataReport) -> Iterator[str]:
 
 def _signal_sentences(report: DataReport) -> Iterator[str]:
     total = report.total
-    if not total.pools:
+    if not total.num_pools:
         return
-    subject = "instances" if total.pools == total.instances else "instances with a selectable response"
+    subject = "instances" if total.num_pools == total.instances else "instances with a selectable response"
     if total.no_signal:
         share = _format_share(total.no_signal)
         yield f"{share} of the {subject} have no signal: all their selectable responses have equal labels."
@@ -104,18 +104,18 @@ def _signal_sentences(report: DataReport) -> Iterator[str]:
 
 def _variety_sentence(report: DataReport) -> Iterator[str]:
     total = report.total
-    if total.pools:
+    if total.num_pools:
         yield (
-            f"An instance has {_format_mean(total.selectable / total.pools)} selectable responses, "
-            f"{_format_mean(total.distinct / total.pools)} of them distinct; the effective number is "
+            f"An instance has {_format_mean(total.selectable / total.num_pools)} selectable responses, "
+            f"{_format_mean(total.distinct / total.num_pools)} of them distinct; the effective number is "
             f"{_format_mean(total.effective)}."
         )
 
 
 def _cautions(report: DataReport) -> Iterator[str]:
     total, instructions, groups = report.total, report.instructions, report.groups
-    if total.pools and total.pools < total.instances:
-        without_pool = _format_subject(total.instances - total.pools, total.instances, "instance", "has", "have")
+    if total.num_pools and total.num_pools < total.instances:
+        without_pool = _format_subject(total.instances - total.num_pools, total.instances, "instance", "has", "have")
         yield f"Caution: {without_pool} no selectable response."
     if report.num_blank:
         yield f"Caution: {_format_subject(report.num_blank, report.responses, 'response', 'is', 'are')} blank."
@@ -178,40 +178,40 @@ def _split_table(report: DataReport) -> Rows:
         "effective",
     )
 
-    def row(name: str, pools: Pools) -> Row:
-        headroom = None if pools.oracle is None or pools.random is None else pools.oracle - pools.random
+    def row(name: str, values: PoolStatistics) -> Row:
+        headroom = None if values.oracle is None or values.random is None else values.oracle - values.random
         return (
             name,
-            *map(_format_count, (pools.instances, pools.candidates, pools.selectable)),
-            *map(_format_label, (pools.random, pools.oracle, headroom)),
-            _format_share(pools.no_signal),
-            _format_mean(pools.effective),
+            *map(_format_count, (values.instances, values.candidates, values.selectable)),
+            *map(_format_label, (values.random, values.oracle, headroom)),
+            _format_share(values.no_signal),
+            _format_mean(values.effective),
         )
 
-    return [header, *(row(name, pools) for name, pools in report.splits.items()), row("all", report.total)]
+    return [header, *(row(name, values) for name, values in report.splits.items()), row("all", report.total)]
 
 
 def _task_table(report: DataReport) -> Rows:
     """By task: size, labels and ties."""
     header = ("task", "instances", "candidates", "random", "oracle", "no\nsignal", "ties", "tied\nbest", "effective")
 
-    def row(name: str, pools: Pools) -> Row:
+    def row(name: str, values: PoolStatistics) -> Row:
         return (
             name or "(no task)",
-            *map(_format_count, (pools.instances, pools.candidates)),
-            *map(_format_label, (pools.random, pools.oracle)),
-            *map(_format_share, (pools.no_signal, pools.ties, pools.best_shared)),
-            _format_mean(pools.effective),
+            *map(_format_count, (values.instances, values.candidates)),
+            *map(_format_label, (values.random, values.oracle)),
+            *map(_format_share, (values.no_signal, values.ties, values.best_shared)),
+            _format_mean(values.effective),
         )
 
-    return [header, *(row(name, pools) for name, pools in report.tasks.items())]
+    return [header, *(row(name, values) for name, values in report.tasks.items())]
 
 
 def _source_table(report: DataReport) -> Rows:
     """By source of the candidates: counts and labels."""
     return [
         ("source", "candidates", "mean", "exactly\n0", "exactly\n1"),
-        *((name, *_label_cells(labels)) for name, labels in report.sources.items()),
+        *((name, *_label_columns(labels)) for name, labels in report.sources.items()),
     ]
 
 
@@ -220,7 +220,7 @@ def _generator_table(report: DataReport) -> Rows:
     generators = report.generators
     return [
         ("generator and decoding", "responses", "mean", "exactly\n0", "exactly\n1", "blank"),
-        *((g.name, *_label_cells(g.labels), _format_percentage(g.num_blank, g.labels.count)) for g in generators),
+        *((g.name, *_label_columns(g.labels), _format_percentage(g.num_blank, g.labels.count)) for g in generators),
     ]
 
 
@@ -263,19 +263,19 @@ def _histogram_table(report: DataReport, bar: Callable[[float], str]) -> Rows:
     `bar` draws a bar, given its length as a fraction of the longest one. If no label lies between 0 and 1, all bins are
     one row.
     """
-    names, columns = _cell_names(), [labels.cells for labels in report.sources.values()]
+    names, columns = _bin_names(), [labels.bin_counts for labels in report.sources.values()]
     if not any(report.labels.bins):
-        names, columns = [names[0], "between", names[-1]], [(cells[0], 0, cells[-1]) for cells in columns]
+        names, columns = [names[0], "between", names[-1]], [(counts[0], 0, counts[-1]) for counts in columns]
     selectable = selectable_sources(report)
     sums = [
-        sum(c[index] for c, s in zip(columns, report.sources, strict=True) if s in selectable)
+        sum(counts[index] for counts, source in zip(columns, report.sources, strict=True) if source in selectable)
         for index in range(len(names))
     ]
     highest = max(sums) or 1
     return [
         ("label", *report.sources, " and ".join(selectable) or "nothing selectable"),
         *(
-            (name, *(_format_count(cells[index]) for cells in columns), bar(sums[index] / highest))
+            (name, *(_format_count(counts[index]) for counts in columns), bar(sums[index] / highest))
             for index, name in enumerate(names)
         ),
     ]
@@ -286,13 +286,13 @@ def selectable_sources(report: DataReport) -> list[str]:
     return [source for source in report.sources if source in ("choice", "llm")]
 
 
-def _cell_names() -> list[str]:
-    """The names of `Labels.cells`."""
+def _bin_names() -> list[str]:
+    """The names of the bins in `Labels.bin_counts`."""
     edges = [f"{index / NUM_BINS:.2f}" for index in range(NUM_BINS + 1)]
     return ["exactly 0", *(f"{low} to {high}" for low, high in pairwise(edges)), "exactly 1"]
 
 
-def _label_cells(labels: Labels) -> Row:
+def _label_columns(labels: Labels) -> Row:
     zero, one = (_format_percentage(count, labels.count) for count in (labels.zero, labels.one))
     return (_format_count(labels.count), _format_label(labels.mean), zero, one)
 

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
-from typing import Required, TypedDict
+from typing import Annotated, Required, TypedDict
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from cappy.errors import ConfigError, quote
 
@@ -55,7 +55,7 @@ class Subset:
     splits that the mixture uses to their sizes, None if unpublished. `manual` says how to get data that cannot be
     loaded, and is empty otherwise. `verified` is true once it has been loaded from the hub; until then `evidence` is
     the source of its facts. `choices_source` says where the numbers of choices of its templates come from.
-    `commit_seen` is a commit that public code pins.
+    `pinned_commit` is a commit that public code pins.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Subset:
     notes: str = ""
     choices_source: str = ""
     evidence: str = ""
-    commit_seen: str = ""
+    pinned_commit: Annotated[str, Field(alias="commit_seen")] = ""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -80,7 +80,11 @@ class Subset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """Subsets, the version of the counted templates, and the number of responses that an LLM samples per prompt."""
+    """The datasets of a mixture.
+
+    `template_version` is the PromptSource version whose templates are listed. `samples` is the number of responses that
+    an LLM samples per prompt.
+    """
 
     name: str
     template_version: str
@@ -145,7 +149,7 @@ class MixtureValues(TypedDict):
 
 def to_values(mixture: Mixture) -> MixtureValues:
     """A mixture as JSON values, without fields that have their default value."""
-    values: MixtureValues = TypeAdapter(Mixture).dump_python(mixture, mode="json", exclude_defaults=True)
+    values: MixtureValues = TypeAdapter(Mixture).dump_python(mixture, mode="json", by_alias=True, exclude_defaults=True)
     return values
 
 

@@ -14,7 +14,6 @@ import openai
 from cappy.errors import ConfigError, GeneratorError
 from cappy.records import Candidate
 from cappy.redaction import truncate
-from cappy.sampling.accounts import unanswered_counts
 from cappy.sampling.endpoint.address import NO_KEY, base_address, refuse_secrets
 from cappy.sampling.endpoint.answers import (
     Answer,
@@ -38,6 +37,7 @@ from cappy.sampling.endpoint.faults import (
 )
 from cappy.sampling.endpoint.limits import Budget, RateLimiter, Spending, StoppedError, UsageMeter, answer_bytes, pause
 from cappy.sampling.generators import EndpointConfig, Usage, estimate_tokens, ignore_progress
+from cappy.sampling.statistics import unanswered_counts
 from cappy.sampling.strategies import Decoding
 from cappy.specs import Spec
 from cappy.untrusted import to_utf8

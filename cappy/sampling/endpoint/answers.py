@@ -120,7 +120,7 @@ class NotACompletionError(Exception):
         return self.text()
 
     def text(self, keys: Sequence[str] = ()) -> str:
-        """The problem and the beginning of the evidence, without these keys and all known secrets."""
+        """The problem and the beginning of the evidence, with these keys and all known secrets redacted."""
         return f"{self.problem}: {quote(self.evidence, keys=keys)}"
 
 
@@ -355,7 +355,7 @@ FORMAT = 2
 
 
 class AnswerCache:
-    """The cache of answers by key; without a folder in memory only."""
+    """Cache of answers by key. If `folder` is None, it is kept in memory only."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -391,7 +391,7 @@ class AnswerCache:
             self._lock = None
 
     def _lock_folder(self, folder: Path) -> None:
-        """Locks the folder against removal until `close`; the lock's file time is the time of the last use."""
+        """Locks the folder against removal until `close`; the lock file's mtime records the last use."""
         with self._lock_guard, disk_errors(folder):
             self._lock = self._lock or lock_shared(folder / LOCK)
 

@@ -9,7 +9,7 @@ outcome of other requests decide:
   that runs out of retries while other requests, or a probe, are answered.
 - A probe (a harmless instruction) is sent after the first refusal of a run, unless its message concerns the
   instruction, and after every `REFUSALS_PER_PROBE` refusals in a row. If it is refused too, the run is aborted.
-- `--max-failed` limits the share of failed candidates (`cappy.sampling.accounts`).
+- `--max-failed` limits the share of failed candidates (`cappy.sampling.statistics`).
 
 Messages decide between the statuses `filtered` (content policy) and `failed`, and separate a refusal of one instruction
 (too long) or of one parameter from one that ends the run (no credit, an invalid key).

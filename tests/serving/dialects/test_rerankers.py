@@ -121,7 +121,7 @@ def test_teis_error_types_are_reported_apart(serve: Serve) -> None:
 
     answer = serve(FakeEngine(score=fails)).post("/predict", json={"inputs": ["a", "bad"]})
     assert (answer.status_code, answer.json()["error_type"]) == (500, "backend")
-    kinds = {status: PREDICT.refuse(status, "no")["error_type"] for status in (413, 422, 429, 503)}
+    kinds = {status: PREDICT.error_body(status, "no")["error_type"] for status in (413, 422, 429, 503)}
     assert kinds == {413: "validation", 422: "validation", 429: "overloaded", 503: "unhealthy"}
 
 

@@ -12,7 +12,7 @@ from gateway_server import gateway, listening
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.gateway.completion import pieces
+from serving.gateway.completion import split_text
 from serving.gateway.config import Policy
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello  there\nyou"}]
@@ -33,7 +33,7 @@ def events(text: str) -> list[str]:
 
 @given(st.text())
 def test_pieces_add_up_to_the_text(text: str) -> None:
-    assert "".join(pieces(text)) == text
+    assert "".join(split_text(text)) == text
 
 
 def test_openais_client_reads_the_stream_of_the_best_candidate_and_the_usage_of_all() -> None:

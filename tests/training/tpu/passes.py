@@ -19,7 +19,7 @@ from cappy.scoring import Scorer
 from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus, CorpusWriter, TrainingInstance
 from cappy.training.distributed import SINGLE_RANK, ReplicatedStrategy
-from cappy.training.feed import Draw, comparison_mask, draw_batch, split_batch
+from cappy.training.feed import DrawnInstance, comparison_mask, draw_batch, split_batch
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.losses import Pairs, instance_losses
 from cappy.training.tpu.encoder import parse_architecture, unstack
@@ -63,7 +63,7 @@ def corpus_of(tmp_path: Path) -> Callable[[Scorer], Corpus]:
     return make
 
 
-def drawn_of(corpus: Corpus, settings: FinetuningConfig, number: int = 0) -> list[Draw]:
+def drawn_of(corpus: Corpus, settings: FinetuningConfig, number: int = 0) -> list[DrawnInstance]:
     return draw_batch(corpus, number, INSTANCES, settings.max_candidates, seed=settings.seed)
 
 
@@ -130,7 +130,7 @@ def test_first_gradients_are_torchs_and_compare_what_a_selector_may_pick(
     assert worst < 1e-3
 
 
-def _by_hand(scorer: Scorer, corpus: Corpus, drawn: Draw, settings: FinetuningConfig) -> torch.Tensor:
+def _by_hand(scorer: Scorer, corpus: Corpus, drawn: DrawnInstance, settings: FinetuningConfig) -> torch.Tensor:
     """One instance's loss in torch; what a selector may not pick takes no part in the comparisons."""
     labels = torch.tensor(corpus.labels(drawn.index, drawn.responses))
     compared = comparison_mask(drawn.responses, corpus.selectable(drawn.index))

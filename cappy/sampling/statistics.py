@@ -15,7 +15,7 @@ from cappy.errors import GeneratorError
 from cappy.progress import Progress, duration
 from cappy.records import Instance
 from cappy.records.instance import STATUSES
-from cappy.sampling.generators import EndpointConfig, Generator, PaidGenerator
+from cappy.sampling.generators import EndpointConfig, EndpointGenerator, Generator
 from cappy.sampling.strategies import MAX_NEW_TOKENS_LIMIT, Decoding, decodings_of
 
 HEARTBEAT_SECONDS = 4.0
@@ -31,7 +31,7 @@ class SamplingProgress:
 
     def __init__(self, progress: Progress, generators: Sequence[Generator], decodings: Sequence[Decoding]) -> None:
         self._progress = progress
-        self._paid_generators = [generator for generator in generators if isinstance(generator, PaidGenerator)]
+        self._endpoint_generators = [generator for generator in generators if isinstance(generator, EndpointGenerator)]
         self._samples_per_instance = sum(
             decoding.num_samples
             for position in range(len(generators))
@@ -66,7 +66,10 @@ class SamplingProgress:
             self._report()
 
     def add_candidates(self, candidates: int, /, *, in_progress: float = 0.0) -> None:
-        """Adds finished candidates; `in_progress` is the work done on unfinished ones, in candidates."""
+        """Adds finished candidates.
+
+        `in_progress` is the progress on unfinished candidates, as a fractional number of candidates.
+        """
         with self._lock:
             self._candidates += candidates
             self._part_candidates += candidates
@@ -87,7 +90,7 @@ class SamplingProgress:
         self._progress(done, self._total, unit="instances", resumed=self._resumed, note=self._note(done))
 
     def _part_progress(self) -> float:
-        """Work done on the unfinished part, in instances."""
+        """Progress on the unfinished part, as a fractional number of instances."""
         return (self._part_candidates + self._in_progress) / self._samples_per_instance
 
     def _note(self, done: int) -> str:
@@ -99,8 +102,8 @@ class SamplingProgress:
             # `Progress` estimates the remaining time from finished instances, and there is none yet.
             remaining = seconds / self._part_progress() * (self._total - self._resumed) - seconds
             parts.append(f"{duration(max(remaining, 0.0))} left")
-        if self._paid_generators:
-            usages = [generator.usage for generator in self._paid_generators]
+        if self._endpoint_generators:
+            usages = [generator.usage for generator in self._endpoint_generators]
             tokens = f"{sum(u.input_tokens for u in usages):,} tokens in, {sum(u.output_tokens for u in usages):,} out"
             parts += [tokens, f"{sum(u.errors for u in usages):,} errors"]
             if cost := sum(u.cost for u in usages):
@@ -108,7 +111,7 @@ class SamplingProgress:
         return ", ".join(parts)
 
 
-_OMITTED = "not_asked/"
+_REJECTED = "not_asked/"
 _UNANSWERED, _SAMPLED, _FAILED = "unanswered", "drawn", "failed"
 """Kinds of counts per generator. The name of such a count has three lines: kind, generator, reason."""
 MAX_REASONS = 5
@@ -156,13 +159,13 @@ def manifest_entries(counts: Mapping[str, int], config: EndpointConfig) -> tuple
     failed candidates, with a count each.
     """
     metrics: dict[str, float] = {
-        name: count for name, count in counts.items() if not name.startswith(_OMITTED) and "\n" not in name
+        name: count for name, count in counts.items() if not name.startswith(_REJECTED) and "\n" not in name
     }
     if "input_tokens" in counts and (config.price_input or config.price_output):
         metrics["cost"] = config.cost(counts["input_tokens"], counts.get("output_tokens", 0))
     not_asked: dict[str, list[str]] = {}
-    for name in sorted(name for name in counts if name.startswith(_OMITTED)):
-        generator, _, parameter = name.removeprefix(_OMITTED).rpartition("/")
+    for name in sorted(name for name in counts if name.startswith(_REJECTED)):
+        generator, _, parameter = name.removeprefix(_REJECTED).rpartition("/")
         not_asked.setdefault(generator, []).append(parameter)
     unanswered: dict[str, Counter[str]] = {}
     for generator, reason, count in _counts_of_kind(counts, _UNANSWERED):
