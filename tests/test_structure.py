@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("cappy", "components", "pipelines", "serving")
 MAX_MODULES = 240
 LEAST_MEDIAN = 130
+MAX_LINES = 400
 FOLDERS = (*PACKAGES, "benchmarks", "deploy", "docker", "docs", "requirements", "tests")
 BANNED_WORDS = frozenset("told found placed dealt house room dress dressing board shelf purse unwell untold".split())
 """Participles and metaphors that name nothing a reader could guess; CONTRIBUTING.md has the rule."""
@@ -135,6 +136,11 @@ def test_there_are_few_modules_and_most_have_something_to_say() -> None:
     lines = [len(path.read_text(encoding="utf-8").splitlines()) for path in modules().values()]
     assert len(lines) <= MAX_MODULES
     assert statistics.median(lines) >= LEAST_MEDIAN
+
+
+def test_no_module_is_too_long_to_read_in_one_go() -> None:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
 def test_no_module_imports_itself_through_others() -> None:

@@ -18,14 +18,8 @@ from cappy.errors import ConfigError, quote
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records.instance import SELECTABLE, Status
 from cappy.redaction import MIN_SECRET_LENGTH
+from cappy.sampling.endpoint import answers
 from cappy.sampling.endpoint.address import NO_KEY, api_key, base_address, join_path, key_headers, refuse_secrets
-from cappy.sampling.endpoint.answers import (
-    IncompleteChoiceError,
-    NotACompletionError,
-    model_name,
-    read_choice,
-    read_choices,
-)
 from cappy.sampling.endpoint.client import MAX_BYTES, async_settings, max_connections
 from cappy.sampling.endpoint.faults import MAX_COMPLETION_TOKENS, MAX_TOKENS, Capabilities, refused_parameter
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
@@ -264,15 +258,15 @@ class Upstream:
         Raises GatewayError if there is no candidate: 502, or the status in the body's error object.
         """
         try:
-            values, choices = read_choices(body)
+            values, choices = answers.read_choices(body)
             choices = choices[:count]
             responses = _read_choices(choices)
-        except NotACompletionError as error:
+        except answers.NotACompletionError as error:
             parameters.ledger.fail(self._max_cost(parameters, count), may_be_billed=True)
             keys = _secrets(self.llm.authorization(parameters.authorization))
             raise answer_error(self._name, error, keys) from None
         self._settle(parameters, values.get("usage"), [text for _, (text, _, _) in responses], count)
-        model = model_name(values.get("model")) or str(payload["model"])
+        model = answers.model_name(values.get("model")) or str(payload["model"])
         candidates = [
             SampledCandidate(
                 choice=_to_chat_choice(choice, text),
@@ -364,11 +358,11 @@ def _max_bytes(parameters: SamplingParameters, payload: Mapping[str, object], co
 def _read_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping[str, object], ParsedChoice]]:
     """Reads the choices that hold a response; raises IncompleteChoiceError if all ended with an error."""
     responses: list[tuple[Mapping[str, object], ParsedChoice]] = []
-    fault: IncompleteChoiceError | None = None
+    fault: answers.IncompleteChoiceError | None = None
     for choice in choices:
         try:
-            responses.append((choice, read_choice(choice)))
-        except IncompleteChoiceError as error:
+            responses.append((choice, answers.read_choice(choice)))
+        except answers.IncompleteChoiceError as error:
             fault = error
     if fault is not None and not responses:
         raise fault

@@ -2,8 +2,7 @@
 
 A body that is not a completion is an error, not an empty response. A server may fail after it has sent status 200; it
 then reports this by `finish_reason`, or by an `error` object in the choice or the body, with an incomplete text. Such a
-choice is an error as well. Only known values of `finish_reason` (complete, at the limit, withheld) are accepted, since
-an incomplete response cannot be recognised later. A null `finish_reason` without an error is accepted.
+choice is an error as well, and so is an unknown `finish_reason` (null is accepted): the text may be incomplete.
 """
 
 import json
@@ -370,11 +369,10 @@ class AnswerCache:
         if self._folder.is_dir():
             self._lock_folder(self._folder)
         try:
-            values = json.loads(_path(self._folder, key).read_bytes())
-            answer = Answer(**{**values, "left_out": tuple(values["left_out"])})
+            values = json.loads((self._folder / key[:2] / f"{key[2:]}.json").read_bytes())
+            return Answer(**{**values, "left_out": tuple(values["left_out"])})
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
-        return answer
 
     def put(self, key: str, answer: Answer) -> None:
         """Stores an answer. Raises FolderError if it cannot be written."""
@@ -382,7 +380,8 @@ class AnswerCache:
             self._memory[key] = answer
         else:
             self._lock_folder(self._folder)
-            write_bytes(_path(self._folder, key), json.dumps(asdict(answer), ensure_ascii=False).encode(), private=True)
+            path = self._folder / key[:2] / f"{key[2:]}.json"
+            write_bytes(path, json.dumps(asdict(answer), ensure_ascii=False).encode(), private=True)
 
     def close(self) -> None:
         """Releases the folder."""
@@ -399,7 +398,3 @@ class AnswerCache:
 def answer_key(**inputs: object) -> str:
     """The key of an answer: a hash of address, model, API, prompt, all parameters, seed and sample number."""
     return fingerprint("answer", FORMAT, inputs)
-
-
-def _path(folder: Path, key: str) -> Path:
-    return folder / key[:2] / f"{key[2:]}.json"
