@@ -28,6 +28,7 @@ It is read when the step starts, because the id of the parent changes if the par
 
 GC_THRESHOLD = 50_000
 """New objects between two garbage collections; Python's default of 700 collects hundreds of times during imports."""
+_DEFAULT_THRESHOLDS = gc.get_threshold()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,11 @@ def tune_garbage_collector() -> None:
     gc.set_threshold(GC_THRESHOLD, 20, 20)
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
+
+
+def reset_garbage_collector() -> None:
+    """Collects as often as Python's default again: a service has imported its modules and must free bodies soon."""
+    gc.set_threshold(*_DEFAULT_THRESHOLDS)
 
 
 def record_path(work: Path, fingerprint: str) -> Path:

@@ -20,6 +20,7 @@ from typing import Protocol
 import uvicorn
 
 from cappy.errors import ConfigError
+from cappy.runs import reset_garbage_collector
 from serving.config import ListenerConfig
 from serving.connections import (
     ACCEPTS_PER_TURN,
@@ -122,10 +123,11 @@ def http_config(
 
 
 def prepare_process() -> None:
-    """Sets up signals, logging and limits of a serving process; SIGTERM ends it with status 0."""
+    """Sets up signals, logging, limits and garbage collection of a serving process; SIGTERM ends it with status 0."""
     signal.signal(signal.SIGTERM, _exit_process)
     _log_to_stderr()
     raise_file_limit()
+    reset_garbage_collector()
 
 
 def _exit_process(signum: int, frame: FrameType | None) -> None:

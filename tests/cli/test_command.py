@@ -209,3 +209,17 @@ def test_a_process_that_ends_does_not_search_what_it_loaded_for_garbage() -> Non
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-2:] == ["True", "True"]
+
+
+def test_a_service_frees_what_it_refused_as_soon_as_any_program() -> None:
+    program = (
+        "import gc\n"
+        "before = gc.get_threshold()\n"
+        "from cappy.runs import tune_garbage_collector\n"
+        "from serving.listener import prepare_process\n"
+        "tune_garbage_collector()\n"
+        "prepare_process()\n"
+        "print(gc.get_threshold() == before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
