@@ -66,7 +66,7 @@ def test_a_run_killed_twice_finishes_without_doing_finished_work_again(tmp_path:
     kill_when(tmp_path, lambda: len(parts(tmp_path, "sampling")) >= 2, "two sampled parts")
     killed_with = parts(tmp_path, "sampling")
     kill_when(tmp_path, lambda: len(checkpoints(tmp_path)) > 0, "a checkpoint of finetuning")
-    # Two generations are kept; told to end, the step may have written the second.
+    # Two generations are kept, and after SIGTERM the step may have written the second.
     sampled, update = parts(tmp_path, "sampling"), min(checkpoints(tmp_path))
     assert len(sampled) > len(killed_with)
     assert {name: sampled[name] for name in killed_with} == killed_with, "a finished part was done again"

@@ -118,7 +118,7 @@ class Measurement:
     date: str
     machine: str
     load: float
-    # Files of earlier releases have the key "told".
+    # Files of earlier releases have the second of these keys.
     details: Annotated[Mapping[str, float], Field(validation_alias=AliasChoices("details", "told"))] = field(
         default_factory=dict
     )

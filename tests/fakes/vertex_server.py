@@ -81,7 +81,7 @@ class Vertex:
         return self.custom_jobs[-1]
 
     def cancel(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
-        """customJobs:cancel: its containers are told to end."""
+        """customJobs:cancel: its containers get SIGTERM."""
         strict(types.CancelCustomJobRequest, body)
         self.find(self.custom_jobs, name)["state"] = "JOB_STATE_CANCELLED"
         return {}

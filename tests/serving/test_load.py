@@ -1,4 +1,4 @@
-"""Twice what the service can do, with the model changed and the process told to end in the middle: nothing is lost."""
+"""Twice what the service can do, with a model swap and SIGTERM in the middle: nothing is lost."""
 
 import asyncio
 import re

@@ -162,7 +162,7 @@ def test_what_cannot_score_yet_or_any_more_says_so_to_every_platform() -> None:
     served = Models(model())
     with TestClient(create_app(served)) as client:
         until_ready(client)
-        served.not_loaded_reason = "the service was told to end"
+        served.not_loaded_reason = "the service is shutting down"
         for path in ("/v2/health/ready", "/v2/models/cappy/ready", "/v1/models/cappy", "/ping"):
             assert client.get(path).status_code == 503
         assert client.get("/v2/health/live").status_code == 200
