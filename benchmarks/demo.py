@@ -62,7 +62,7 @@ def measure(seed: int) -> dict[str, Any]:
         "from_cache": cached["from_cache"],
         "instances": report["facts"]["instances"],
         "decision": outcome["decision"],
-        "comparisons": {key: value for key, value in report["comparisons"].items() if key.startswith("scorer-")},
+        "comparisons": {key: value for key, value in report["comparisons"].items() if key.startswith("selector-")},
         "selectors": outcome["selectors"],
     }
 

@@ -31,7 +31,8 @@ from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import read
 from cappy.scoring import Scorer
-from cappy.selection.pools import Pool, Vector, collect_pools, pick_label, score_pools
+from cappy.selection import Selector
+from cappy.selection.pools import Pool, Vector, collect_pools, pick_label, score_pools, with_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = ROOT.parent / "shared/data/candidates"
@@ -146,7 +147,9 @@ def evaluate_split(
             expected = expect(scores, sizes)
             values[f"n={key} {name} expected"] = float(expected.mean())
             values[f"n={key} {name} ece"] = measure_reliability(expected, labels).ece
-    fit_picks, test_picks = collect_picks(*fit_set), collect_picks(*test_set)
+    fit_picks, test_picks = (
+        collect_picks(with_scores(pools, "scorer", scores), scores) for pools, scores in (fit_set, test_set)
+    )
     groups = np.array([pool.instance.group_id for pool in fit_set[0]])
     for precision in PRECISIONS:
         thresholds = {
@@ -205,7 +208,7 @@ def draw_picks(
 
 def fit_by_size(pools: Sequence[Pool], scores: Sequence[Vector]) -> Expect:
     """The present calibration."""
-    calibration = fit(pools, scores, "label")
+    calibration = fit(with_scores(pools, "scorer", scores), [Selector()] * len(pools), "label", seed=0)
     assert calibration is not None
     return lambda scores_of_picks, sizes: np.array(
         [calibration.apply([score], n=n)[0] for score, n in zip(scores_of_picks.tolist(), sizes, strict=True)]

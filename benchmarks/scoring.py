@@ -34,7 +34,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cappy.scoring import Scorer
-from cappy.scoring.forward import has_bf16
+from cappy.scoring.model import has_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 PRODUCT_ROWS = 2048

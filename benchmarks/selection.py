@@ -17,10 +17,13 @@ there keeps its earlier table. `benchmarks/results/selection.json` has means ove
 import argparse
 import json
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
+from itertools import islice, zip_longest
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -34,10 +37,12 @@ from cappy.evaluation.findings import Difference, MeanEstimate
 from cappy.evaluation.statistics import compare, estimate_means
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
-from cappy.records import read, write
+from cappy.records import Instance, read, write
+from cappy.records.folder import MANIFEST
 from cappy.scoring import Scorer
+from cappy.selection.fitting import fit_selector
 from cappy.selection.pools import collect_pools, pick, score_pools, with_scores
-from cappy.selection.selectors import select
+from cappy.selection.selectors import Fitting, select
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.finetuning import run as finetuning
 from cappy.training.pretraining import PretrainingConfig
@@ -70,8 +75,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "64 instances": RELATIVE,
     "256 instances": RELATIVE,
 }
-SHOWN_SELECTORS = ("random", "best_system", "mbr", "scorer", "hybrid_mbr", "oracle")
-COMPARISONS = (("scorer", "random"), ("scorer", "mbr"), ("hybrid_mbr", "mbr"), ("hybrid_mbr", "scorer"))
+SHOWN_SELECTORS = ("random", "best_system", "mbr", "scorer", "selector", "oracle")
+COMPARISONS = (("scorer", "random"), ("scorer", "mbr"), ("selector", "mbr"), ("selector", "scorer"))
 
 
 def main() -> None:
@@ -116,7 +121,9 @@ def measure(name: str, arm: str, seed: int, work: Path) -> dict[str, Any]:
     scores, held_out_scores = (
         score_pools(split_pools, scorer.score, lambda done: None) for split_pools in (test, held_out)
     )
-    selection = select(with_scores(held_out, "scorer", held_out_scores), with_scores(test, "scorer", scores))
+    scored_held_out = with_scores(held_out, "scorer", held_out_scores)
+    selector = fit_selector(scored_held_out, metric="rougeL", evidence="held-out")
+    selection = select(Fitting(held_out=scored_held_out, pools=with_scores(test, "scorer", scores), selector=selector))
     picks = {
         selector: [
             float(pool.labels[pick(value)]) for pool, value in zip(test, selection.values[selector], strict=True)
@@ -158,7 +165,7 @@ def train(name: str, arm: str, seed: int, annotated: Path, folder: Path) -> tupl
     """The arm's scorer, and the metrics of its training."""
     source, rows = annotated, ROWS[name]
     if arm.endswith(" instances"):
-        source, rows = take_instances(annotated, int(arm.split()[0]), folder / "few", rows)
+        source, rows = take_instances(annotated, int(arm.split()[0]), folder / "few", rows, seed)
     common = {
         "source": source,
         "target": folder / "scorer",
@@ -180,20 +187,24 @@ def train(name: str, arm: str, seed: int, annotated: Path, folder: Path) -> tupl
     return Scorer.load(str(folder / "scorer"), precision="fp32"), dict(manifest.metrics)
 
 
-def take_instances(annotated: Path, count: int, folder: Path, rows: int) -> tuple[Path, int]:
+def take_instances(annotated: Path, count: int, folder: Path, rows: int, seed: int) -> tuple[Path, int]:
     """A folder with `count` train instances (and a tenth as many, at least 8, for validation), and the training rows.
 
-    The rows are limited to ten epochs.
+    They are drawn at random, in rotation over the tasks. The rows are limited to ten epochs. A finished folder is not
+    written again.
     """
-    remaining, responses = {"train": count, "validation": max(8, count // 10)}, 0
-    chosen = []
+    by_split: dict[str, dict[str, list[Instance]]] = defaultdict(lambda: defaultdict(list))
     for instance in read(annotated):
-        if remaining.get(instance.split, 0) > 0:
-            remaining[instance.split] -= 1
-            chosen.append(instance)
-            responses += len(instance.candidates) if instance.split == "train" else 0
-    write(folder, chosen)
-    return folder, min(rows, 10 * responses)
+        by_split[instance.split][instance.task].append(instance)
+    chosen: dict[str, list[Instance]] = {}
+    for split, number in (("train", count), ("validation", max(8, count // 10))):
+        rng = Random(f"{seed}/{split}")
+        shuffled = [rng.sample(values, len(values)) for _, values in sorted(by_split[split].items())]
+        rotation = (each for row in zip_longest(*shuffled) for each in row if each is not None)
+        chosen[split] = list(islice(rotation, number))
+    if not (folder / MANIFEST).is_file():
+        write(folder, [*chosen["train"], *chosen["validation"]])
+    return folder, min(rows, 10 * sum(len(instance.candidates) for instance in chosen["train"]))
 
 
 def correlation(labels: Sequence[Any], scores: Sequence[Any]) -> float:

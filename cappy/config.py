@@ -10,12 +10,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 
 import pydantic
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from cappy.errors import ConfigError, quote, suggest
+from cappy.errors import ConfigError, Problems, quote, suggest
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
 
@@ -64,27 +67,39 @@ def settings(cls: type[T]) -> type[T]:
 def build(config_class: type[T], values: Mapping[str, Any]) -> T:
     """Builds a config from values.
 
-    Raises ConfigError, which names the invalid field, its value and the rule, or the new name of a renamed field.
+    Raises ConfigError, which names the invalid field, its value and the rule, or the new name of a renamed field; if
+    several fields are invalid, ProblemsError with a line for each.
     """
     step = _step_name(config_class)
     new_flags = renamed_flags(config_class)
+    problems = Problems()
     for name in map(flag, values):
         if name in new_flags:
-            raise ConfigError(f"{step}: {name} is now {new_flags[name]}")
+            problems.errors.append(ConfigError(f"{step}: {name} is now {new_flags[name]}"))
+    problems.raise_all()
     try:
         return config_class(**values)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        name = flag(".".join(str(part) for part in first["loc"])).removeprefix("--")
-        rule = first["msg"].removeprefix("Value error, ")
-        if not name:  # The message of a rule about several fields begins with a flag.
-            raise ConfigError(f"{step}: --{rule}") from error
-        if first["type"] == "unexpected_keyword_argument":
-            setting_names = [path.replace("_", "-") for path in _field_paths(config_class)]
-            hint = suggest(name, setting_names, otherwise=f"; `cappy {step} --help` lists them")
-            raise ConfigError(f"{step}: --{name}: no such setting{hint}") from error
-        value = "" if first["type"] in ("missing", "missing_argument") else f", got {quote(first['input'])}"
-        raise ConfigError(f"{step}: --{name}: {rule}{value}") from error
+        # One error for each field: a union has one for each of its types.
+        first_errors = {each["loc"][:1]: each for each in reversed(error.errors())}
+        problems.errors += [_field_error(config_class, each) for each in reversed(first_errors.values())]
+        problems.raise_all()
+        raise
+
+
+def _field_error(config_class: type, details: "ErrorDetails") -> ConfigError:
+    """The error of one field from pydantic's description."""
+    step = _step_name(config_class)
+    name = flag(".".join(str(part) for part in details["loc"])).removeprefix("--")
+    rule = details["msg"].removeprefix("Value error, ")
+    if not name:  # The message of a rule about several fields begins with a flag.
+        return ConfigError(f"{step}: --{rule}")
+    if details["type"] == "unexpected_keyword_argument":
+        setting_names = [path.replace("_", "-") for path in _field_paths(config_class)]
+        hint = suggest(name, setting_names, otherwise=f"; `cappy {step} --help` lists them")
+        return ConfigError(f"{step}: --{name}: no such setting{hint}")
+    value = "" if details["type"] in ("missing", "missing_argument") else f", got {quote(details['input'])}"
+    return ConfigError(f"{step}: --{name}: {rule}{value}")
 
 
 def flag(path: str) -> str:

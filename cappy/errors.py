@@ -11,11 +11,13 @@
         └── UnreachableError  MLflow or its store did not answer; it may answer later
 
 Each message is one line: the input (file, line, field), the problem (with the value), the remedy. The command line
-prints it on stderr and exits with 1. Every other exception is a bug and keeps its traceback.
+prints it on stderr and exits with 1. Every other exception is a bug and keeps its traceback. A `ProblemsError` stands
+for several problems that were found together, each with its own line.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from cappy.redaction import redact, truncate
 
@@ -29,6 +31,14 @@ class CappyError(Exception):
 
 class ConfigError(CappyError):
     """A setting, a flag or a spec has a wrong value."""
+
+
+class ProblemsError(ConfigError):
+    """Several problems that independent checks found; `lines` has the message of each."""
+
+    def __init__(self, errors: Sequence[CappyError]) -> None:
+        self.lines = [line for error in errors for line in error_lines(error)]
+        super().__init__("; also: ".join(self.lines))
 
 
 class RecordError(CappyError):
@@ -57,6 +67,34 @@ class RegistryError(CappyError):
 
 class UnreachableError(RegistryError):
     """MLflow or its store did not answer; it may answer later."""
+
+
+class Problems:
+    """Collects the errors of independent checks, so that they are shown together."""
+
+    def __init__(self) -> None:
+        self.errors: list[CappyError] = []
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keeps the CappyError that the block raises, if it raises one."""
+        try:
+            yield
+        except CappyError as error:
+            self.errors.append(error)
+
+    def raise_all(self) -> None:
+        """Raises the only error unchanged, or a ProblemsError with each message once; nothing if there is none."""
+        distinct = list({str(error): error for error in self.errors}.values())
+        if len(distinct) == 1:
+            raise distinct[0]
+        if distinct:
+            raise ProblemsError(distinct)
+
+
+def error_lines(error: CappyError) -> list[str]:
+    """The message of an error as one line, or the lines of several problems."""
+    return list(error.lines) if isinstance(error, ProblemsError) else [" ".join(str(error).split())]
 
 
 def quote(value: object, limit: int = 60, *, keys: Sequence[str] = ()) -> str:

@@ -5,8 +5,10 @@ sends, and follows pages of a file list without limit. This client rejects heade
 that are too long.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from itertools import count
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +25,11 @@ READ_TIMEOUT_SECONDS = 60.0
 """Maximum wait for the next bytes if a call sets no timeout: the client has none by default."""
 MAX_UNSIZED_BYTES = 2**30
 """Size limit of a file without a Content-Length: the hub states the size of large files."""
+
+PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+"""Files of a model that are downloaded."""
+CHECK_SECONDS = 4.0
+"""Time limit of the request of `check_repository`."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME_HEADERS = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")
@@ -113,7 +120,7 @@ def hub_folder(spec: Spec, *, extra_patterns: Sequence[str] = ()) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *extra_patterns]
+    patterns = [*PATTERNS, *extra_patterns]
     guard_client()
     try:
         commit = _resolve_commit(spec)
@@ -121,14 +128,49 @@ def hub_folder(spec: Spec, *, extra_patterns: Sequence[str] = ()) -> Path:
     except ConfigError:
         raise
     except Exception as error:  # The client raises a dozen types of errors, from three libraries.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"{spec.text}: cannot be downloaded from the hub ({quote(reason, 100)}); check name, revision and network"
-        ) from error
+        raise _download_error(spec, error) from error
     # Seven or more hexadecimal digits may also be the name of a branch, which can move.
     if not folder.name.startswith(spec.revision):
         raise _revision_error(spec, folder.name)
     return folder
+
+
+def check_repository(spec: Spec) -> int:
+    """Bytes that `hub_folder` would download; 0 if the commit is in the cache.
+
+    Sends at most two small requests. Raises ConfigError if the hub does not have the repository and commit, does not
+    allow this user to read it or does not answer, or if the repository has no safetensors weights.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    guard_client()
+    try:
+        if _COMMIT.fullmatch(spec.revision):
+            with contextlib.suppress(LocalEntryNotFoundError):
+                snapshot_download(spec.name, revision=spec.revision, local_files_only=True)
+                return 0
+        info = HfApi().model_info(spec.name, revision=spec.revision, files_metadata=True, timeout=CHECK_SECONDS)
+        if info.gated:
+            HfApi().auth_check(spec.name)
+    except Exception as error:
+        raise _download_error(spec, error) from error
+    if not str(info.sha).startswith(spec.revision):
+        raise _revision_error(spec, str(info.sha))
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    if not any(name.endswith(".safetensors") for name in sizes):
+        raise ConfigError(
+            f"{spec.text}: has no safetensors weights; choose another revision, or convert a published scorer with "
+            "cappy convert"
+        )
+    return sum(size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in PATTERNS))
+
+
+def _download_error(spec: Spec, error: Exception) -> ConfigError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ConfigError(
+        f"{spec.text}: cannot be downloaded from the hub ({quote(reason, 100)}); check name, revision and network"
+    )
 
 
 def _resolve_commit(spec: Spec) -> str:

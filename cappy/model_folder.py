@@ -16,14 +16,14 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cappy.errors import FolderError, quote
 from cappy.records.folder import MANIFEST, Manifest, describe_files, verify
-from cappy.tokenizer_bounds import check_text_growth
+from cappy.untrusted import check_text_growth
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ _LOGGED: set[tuple[Path, str]] = set()
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npy", "*.joblib", "*.msgpack")
 ADAPTER = "adapter_config.json"
 CODE = ("*.py", "*.pyc", "*.pyd", "*.so", "*.dll", "*.dylib")
-UNLISTED_FILES = frozenset({MANIFEST, "calibration.json", "probe.json", "out_of_fold.json"})
+UNLISTED_FILES = frozenset({MANIFEST, "selector.json", "calibration.json", "probe.json", "out_of_fold.json"})
 """The manifest, and files that an evaluation adds later; a registered version has the sha256 of those in its tags."""
 
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -71,11 +71,9 @@ _REMOVED_TOKENIZERS = frozenset({"BloomTokenizer"})
 class Module(Protocol):
     """The part of a torch module that is used here."""
 
-    def parameters(self) -> "Iterator[torch.nn.Parameter]":
-        """All parameters, shared ones once."""
+    def parameters(self) -> "Iterator[torch.nn.Parameter]": ...
 
-    def buffers(self) -> "Iterator[torch.Tensor]":
-        """Tensors that are not parameters."""
+    def buffers(self) -> "Iterator[torch.Tensor]": ...
 
 
 Model_co = TypeVar("Model_co", bound=Module, covariant=True)
@@ -87,8 +85,8 @@ class AutoModel(Protocol[Model_co]):
     def from_config(self, config: "PreTrainedConfig", *, trust_remote_code: bool) -> Model_co:
         """A model with random weights."""
 
-    def from_pretrained(self, folder: Path, **options: Any) -> tuple[Model_co, Mapping[str, Iterable[str]]]:
-        """The model of a folder, and its loading info: names of missing and unexpected parameters."""
+    def from_pretrained(self, folder: Path, **options: Any) -> tuple[Model_co, Mapping[str, Iterable[Any]]]:
+        """The model of a folder, and its loading info: missing, unexpected and mismatched parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +111,10 @@ class ModelFolder:
         """The tokenizer. Raises FolderError if transformers cannot read it."""
         from transformers import AutoTokenizer
 
-        with _folder_errors(
-            f"{self.path}: its tokenizer cannot be read", "save the tokenizer again, next to the weights"
-        ):
+        problem, remedy = f"{self.path}: its tokenizer cannot be read", "save the tokenizer again, next to the weights"
+        if any(self.path.glob("*.model")) and not (self.path / "tokenizer.json").exists():
+            remedy = "save it as tokenizer.json where sentencepiece is installed (AutoTokenizer, save_pretrained)"
+        with _folder_errors(problem, remedy):
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
             check_text_growth(tokenizer)
             return tokenizer
@@ -123,12 +122,11 @@ class ModelFolder:
     def model(self, auto_class: AutoModel[Model_co], config: "PreTrainedConfig") -> tuple[Model_co, list[str]]:
         """The model in fp32 on the CPU, and the names of parameters that are missing in the weights and thus random.
 
-        `auto_class` is one of transformers' AutoModelFor... classes. Raises FolderError if config.json describes a
-        larger model than the weights contain, or if transformers cannot load it.
+        Raises FolderError if config.json describes a larger model or other shapes, or if it cannot be loaded.
         """
         import torch
 
-        check_size(self.path, auto_class, config, _tensor_sizes(self.path))
+        check_size(self.path, auto_class, config, read_tensor_sizes(self.path))
         remedy = "give a model with safetensors weights and without custom code"
         with _folder_errors(f"{self.path}: transformers cannot load it", remedy):
             model, report = auto_class.from_pretrained(
@@ -136,10 +134,14 @@ class ModelFolder:
                 config=config,
                 dtype=torch.float32,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # They are refused below, by name.
                 output_loading_info=True,
                 trust_remote_code=False,
                 local_files_only=True,
             )
+        for name, actual, expected in sorted(report["mismatched_keys"]):
+            problem = f"{name} has shape {tuple(actual)}, expected {tuple(expected)} by config.json"
+            raise FolderError(f"{self.path}: {problem}; download the config.json of these weights")
         return model, sorted(report["missing_keys"])
 
 
@@ -151,15 +153,15 @@ def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "
     """
     if not folder.is_dir():
         raise FolderError(f"{folder}: no such folder; give a folder that transformers saved")
-    _refuse_pickles(folder, allowed=checkpoint)
+    refuse_pickles(folder, allowed=checkpoint)
     _refuse_code(folder)
     _refuse_large(folder)
     if (folder / ADAPTER).exists():
-        remedy = "merge it into the weights with merge_and_unload"
-        raise FolderError(f"{folder / ADAPTER}: is an adapter, which transformers ignores without peft; {remedy}")
+        problem = "is an adapter, which transformers ignores without peft"
+        raise FolderError(f"{folder / ADAPTER}: {problem}; merge it into the weights with merge_and_unload")
     if (folder / MANIFEST).exists():
         return ModelFolder(path=folder, hash=verify_exactly(folder).hash, has_manifest=True)
-    files = describe_files(folder)
+    files = [file for file in describe_files(folder) if file.name not in UNLISTED_FILES]
     digest = hashlib.sha256("".join(f"{file.sha256}  {file.name}\n" for file in files).encode()).hexdigest()
     if not pinned and (folder, digest) not in _LOGGED:
         _LOGGED.add((folder, digest))
@@ -203,7 +205,7 @@ def verify_exactly(folder: Path) -> Manifest:
     return manifest
 
 
-def _refuse_pickles(folder: Path, *, allowed: str = "") -> None:
+def refuse_pickles(folder: Path, *, allowed: str = "") -> None:
     """Raises FolderError if a file has a format that can run code when it is loaded."""
     for path in _match_files(folder, PICKLES):
         if path.name != allowed or path.parent != folder:
@@ -257,10 +259,9 @@ def _refuse_unknown_class(path: Path, key: str, value: "JSON") -> None:
 def _is_known_class(name: str) -> bool:
     import transformers
 
-    try:
+    with suppress(Exception):  # It exists then; loading it will name the missing package.
         return name in _REMOVED_TOKENIZERS or hasattr(transformers, name)
-    except Exception:  # noqa: BLE001 (it exists; loading it will name the missing package)
-        return True
+    return True
 
 
 def _check_weight_paths(path: Path, values: "JSON") -> None:
@@ -280,7 +281,7 @@ def _refuse_large(folder: Path) -> None:
             raise FolderError(f"{path}: has {size:,} bytes, above the limit of {limit:,}; download the folder again")
 
 
-def _tensor_sizes(folder: Path) -> list[int]:
+def read_tensor_sizes(folder: Path) -> list[int]:
     """Number of elements of each tensor of the weights, from the headers of the safetensors files."""
     counts: list[int] = []
     for path in sorted(folder.glob("*.safetensors")):
@@ -288,9 +289,8 @@ def _tensor_sizes(folder: Path) -> list[int]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(MAX_HEADER_BYTES, size - 8):
-                raise FolderError(
-                    f"{path}: is damaged or not safetensors (header of {length:,} bytes); download it again"
-                )
+                problem = f"is damaged or not safetensors (header of {length:,} bytes)"
+                raise FolderError(f"{path}: {problem}; download it again")
             header = file.read(length)
         try:
             tensors = [tensor for name, tensor in json.loads(header).items() if name != "__metadata__"]

@@ -143,6 +143,8 @@ def read_state(path: Path) -> ProgressState | None:
 
 PLAIN_SECONDS = 10.0
 """Time between two lines if stderr is not a terminal."""
+FIRST_PLAIN_SECONDS = 3.0
+"""Time until the first of these lines, so that an error that delays a step is seen soon."""
 MARKS = {"running": "▸", "cached": "✓", "done": "✓", "failed": "✗", "skipped": "-"}
 STYLES = {"waiting": "dim", "running": "bold", "failed": "bold red", "skipped": "dim"}
 
@@ -205,7 +207,8 @@ class ProgressLine:
     def __init__(self, label: str, *, plain_seconds: float = PLAIN_SECONDS) -> None:
         self._label = label
         self._plain_seconds = plain_seconds
-        self._started = self._last_plain = time.time()
+        self._started = time.time()
+        self._next_plain = self._started + min(FIRST_PLAIN_SECONDS, plain_seconds)
         self._table = ProgressTable(keep=False)
 
     def __enter__(self) -> "ProgressLine":
@@ -228,10 +231,10 @@ class ProgressLine:
         self.show(describe(state))
 
     def show(self, text: str) -> None:
-        """Shows a text: at once on a terminal, else as a line at most every `plain_seconds`."""
+        """Shows a text: at once on a terminal, else as a line at most every `plain_seconds`, the first one sooner."""
         self._table.update([ProgressRow(name=self._label, state="", cells=(text,))])
-        if not self._table.live and time.time() - self._last_plain >= self._plain_seconds:
-            self._last_plain = time.time()
+        if not self._table.live and time.time() >= self._next_plain:
+            self._next_plain = time.time() + self._plain_seconds
             write_line(f"{self._label}: {text}")
 
 

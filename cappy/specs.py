@@ -5,6 +5,7 @@ path/to/folder                 a folder on this machine
 hub:org/name@revision          a Hugging Face repository at a pinned commit
 openai:model@http://host/v1    an LLM behind an OpenAI-compatible endpoint
 vllm:path, vllm:hub:...        a folder or a repository as above, run by vLLM
+recorded:path                  samples that an LLM gave earlier, in a file or a folder of records
 models:/name@alias             a version in the MLflow registry, by alias
 models:/name/version           a version in the MLflow registry, by number
 """
@@ -15,13 +16,22 @@ from typing import Literal
 
 from cappy.errors import ConfigError, quote
 
-Kind = Literal["builtin", "path", "hub", "openai", "vllm", "models"]
+Kind = Literal["builtin", "path", "hub", "openai", "vllm", "recorded", "models"]
 
 _REVISION = re.compile(r"[0-9a-f]{7,40}")
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SCORER_FORMS = "builtin, a folder, hub:org/name@revision or models:/name@alias"
 CHECKPOINT = "pytorch_model.bin"
-FORMS = f"{SCORER_FORMS} for a scorer; builtin, a folder, hub:, vllm:folder or openai:model@http://host/v1 for an LLM"
+_PROVIDERS = (
+    (re.compile(r"(ft:)?(chatgpt|gpt|o[0-9])\b"), "https://api.openai.com/v1"),
+    (re.compile(r"claude\b"), "https://api.anthropic.com/v1"),
+    (re.compile(r"gemini\b"), "https://generativelanguage.googleapis.com/v1beta/openai"),
+)
+"""Beginning of a model's name -> the address of its provider's OpenAI-compatible API."""
+FORMS = (
+    f"{SCORER_FORMS} for a scorer; builtin, a folder, hub:, vllm:folder, openai:model@http://host/v1 or recorded:FILE "
+    "for an LLM"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +61,48 @@ def parse_spec(text: str) -> Spec:
     if text.startswith("openai:"):
         name, _, url = text.removeprefix("openai:").partition("@")
         if not name or not url.startswith(("http://", "https://")):
-            raise ConfigError(f"{quote(text)}: an endpoint is openai:model@http://host:port/v1")
+            problem = "has no address" if name and not url else "is not openai:model@http://host:port/v1"
+            raise ConfigError(f"{quote(text)}: {problem}; give {endpoint_form(name or 'NAME')}")
         return Spec(text=text, kind="openai", name=name, url=url)
     if text.startswith("vllm:"):
         inner = text.removeprefix("vllm:")
         if not inner.strip() or parse_spec(inner).kind not in ("path", "hub"):
             raise ConfigError(f"{quote(text)}: a vLLM spec is vllm:folder or vllm:hub:org/name@revision")
         return Spec(text=text, kind="vllm", name=inner)
+    if text.startswith("recorded:"):
+        path = text.removeprefix("recorded:")
+        if not path.strip():
+            raise ConfigError(
+                f"{quote(text)}: recorded samples are recorded:FILE, or recorded: and a folder of records"
+            )
+        return Spec(text=text, kind="recorded", name=path)
     if text.startswith("models:/"):
         name, separator, revision = re.fullmatch(r"([^@/]*)([@/]?)(.*)", text.removeprefix("models:/")).groups()  # type: ignore[union-attr]
         if not name or not revision or (separator == "/" and not revision.isdigit()):
             raise ConfigError(f"{quote(text)}: a registered version is models:/name@alias or models:/name/3")
         return Spec(text=text, kind="models", name=name, revision=revision)
+    if text.startswith(("http://", "https://")):
+        address = quote(f"openai:NAME@{text}")
+        raise ConfigError(f"{quote(text)}: is an address without a model; an LLM there is {address}")
     if not text.strip():
         raise ConfigError(f"a spec must not be empty; give {FORMS}")
     return Spec(text=text, kind="path", name=text)
+
+
+def endpoint_form(model: str) -> str:
+    """The spec of a model behind an API; its address is URL, with an example, if the name shows no known provider."""
+    address = next((address for pattern, address in _PROVIDERS if pattern.match(model)), "")
+    if address:
+        return f"openai:{model}@{address}"
+    return f"openai:{model}@URL with the address of its API, such as openai:{model}@http://localhost:8000/v1"
+
+
+def missing_generator(name: str) -> ConfigError:
+    """The error for the folder of an LLM that does not exist, with the spec that its name suggests."""
+    if "/" not in name:
+        remedy = f"an LLM behind an API is {endpoint_form(name)}"
+    elif _REPOSITORY.fullmatch(name):
+        remedy = f"a repository of the hub is hub:{name}@REVISION with a commit hash as the revision"
+    else:
+        remedy = "check the path"
+    return ConfigError(f"{name}: no such folder; {remedy}")

@@ -16,6 +16,7 @@ from typing import Protocol, Required, TypedDict
 from cappy.config import build, decode, to_values
 from cappy.errors import CappyError, ConfigError
 from cappy.files import open_lock
+from cappy.google_cloud import fill_environment
 from cappy.progress import FileProgress, Progress, silent
 from cappy.records import Manifest
 from cappy.records.folder import write_bytes
@@ -30,7 +31,6 @@ from cappy.runs import (
     record_path,
     tune_garbage_collector,
 )
-from cappy.secrets import fill_environment
 from cappy.steps import STEP_SPECS
 
 GRACE_SECONDS = 60.0

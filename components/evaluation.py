@@ -4,7 +4,7 @@ from typing import Any
 
 from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Model, Output
 
-from components.component import component
+from components import component
 
 
 @component()

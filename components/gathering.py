@@ -4,7 +4,7 @@ from typing import List  # noqa: UP035 (kfp only accepts this name for a list of
 
 from kfp.dsl import Dataset, Input, Output
 
-from components.component import component
+from components import component
 
 
 @component()

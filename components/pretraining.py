@@ -2,7 +2,7 @@
 
 from kfp.dsl import Dataset, Input, Model, Output
 
-from components.component import TRAINER_IMAGE, component
+from components import TRAINER_IMAGE, component
 
 
 @component(base_image=TRAINER_IMAGE)

@@ -2,7 +2,7 @@
 
 from kfp.dsl import Dataset, Input, Output
 
-from components.component import component
+from components import component
 
 
 @component()

@@ -2,7 +2,7 @@
 
 from kfp.dsl import PipelineTaskFinalStatus
 
-from components.component import component
+from components import component
 
 
 @component()

@@ -17,7 +17,7 @@ from kfp.compiler import Compiler
 from cappy.errors import ConfigError, quote
 from cappy.steps import STEP_SPECS
 from cappy.untrusted import load_all_yaml
-from components.component import Component, Task
+from components import Component, Task
 from pipelines.customize import TaskCustomizer, customizer_for
 from pipelines.definitions import PIPELINES, TRACKING_TASK, Artifacts, Definition, shards_of
 from pipelines.recipe import Platform, Recipe

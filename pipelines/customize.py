@@ -7,7 +7,7 @@ from typing import Any
 
 from cappy.errors import ConfigError
 from cappy.steps import TRAINING_STEPS
-from components.component import TRAINER_IMAGE, TRAINER_TPU_IMAGE, WORKER_IMAGE
+from components import TRAINER_IMAGE, TRAINER_TPU_IMAGE, WORKER_IMAGE
 from pipelines.definitions import TRACKING_TASK
 from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, Resources, kubernetes_resource, refuse_password
 

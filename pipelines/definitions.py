@@ -7,6 +7,7 @@ To add a pipeline, add its definition to `PIPELINES` and its name to `Recipe.pip
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from cappy.errors import ConfigError, quote
@@ -16,6 +17,7 @@ MAX_SHARDS = 64
 """Vertex AI collects at most about a hundred artifacts, and Kubeflow slows down with large graphs."""
 BUILTIN = "builtin"
 CHAMPION = "models:/cappy@champion"
+_RECORDED = "recorded:"
 
 StepSettings = Mapping[str, object]
 """Setting -> value, of one step."""
@@ -117,10 +119,25 @@ class Definition:
         for step, values in [*self.extra_settings(complete).items(), *(overrides or {}).items()]:
             if step in settings:
                 settings[step].update(values)
+        for name, value in _settings_for_recorded_source(settings).items():
+            settings["preparation"].setdefault(name, value)
+        if "finetuning" in settings and "evaluation" in settings:
+            # The report shows what adaptation gained.
+            settings["evaluation"].setdefault("initial", settings["finetuning"]["scorer"])
         if not settings["preparation"]["source"]:
             remedy = "give source: FILE under parameters, or --set preparation.source=FILE"
             raise ConfigError(f"{self.name}: no source of instances; {remedy}")
         return settings
+
+
+def _settings_for_recorded_source(settings: Settings) -> dict[str, object]:
+    """Settings of preparation if the source is also a file of recorded samples: sampling adds its responses."""
+    generators = settings.get("sampling", {}).get("generator", ())
+    source = Path(str(settings["preparation"]["source"]))
+    paths = [Path(text.removeprefix(_RECORDED)) for text in map(str, generators) if text.startswith(_RECORDED)]  # type: ignore[call-overload]
+    if source.absolute() not in [path.absolute() for path in paths]:
+        return {}
+    return {"exclude": ["*"]} if source.is_dir() else {"exclude": ["*"], "group_responses": "always"}
 
 
 def _generator_list(value: object) -> list[str]:

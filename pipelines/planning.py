@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cappy.config import DEFAULT_WORK
-from cappy.errors import ConfigError, quote
+from cappy.errors import CappyError, ConfigError, Problems, quote
+from cappy.specs import missing_generator
 from cappy.steps import TRAINING_STEPS
+from cappy.worker import StepConfig
 from pipelines.customize import image
 from pipelines.definitions import PIPELINES, Settings, StepSettings
 from pipelines.recipe import (
@@ -102,20 +104,32 @@ def check_settings(recipe: Recipe, platform: Platform = "local") -> Settings:
     """The settings of each step; raises ConfigError for an invalid one, or one that the pipeline sets itself."""
     settings = settings_of(recipe, platform)
     refuse_artifacts(recipe.pipeline, recipe.settings)
-    work = {"work": str(work_of(recipe, platform))}
-    configs({step: {**settings.get(step, {}), **work} for step in recipe.steps})
+    configs_of(recipe, platform)
     return settings
+
+
+def configs_of(recipe: Recipe, platform: Platform = "local") -> dict[str, StepConfig]:
+    """The config of each step; raises ConfigError if a setting is invalid."""
+    settings = settings_of(recipe, platform)
+    work = {"work": str(work_of(recipe, platform))}
+    return configs({step: {**settings.get(step, {}), **work} for step in recipe.steps})
 
 
 def check(recipe: Recipe, platform: Platform = "local") -> None:
     """Raises ConfigError if the recipe shows that it cannot work on the platform; does not contact the registry."""
     settings = check_settings(recipe, platform)
     if platform not in LOCAL_PLATFORMS:
-        _refuse_local_files(recipe, settings, root_of(recipe, platform))
-        _refuse_local_registry(recipe, settings)
-        refuse_missing_address(recipe.kubeflow if platform == "kubeflow" else recipe.vertex)
+        problems = Problems()
+        for step, name, text in _all_external_references(settings):
+            with problems.collect():
+                _refuse_local_file(recipe, f"{step}: --{name}", text, root_of(recipe, platform))
+        with problems.collect():
+            _refuse_local_registry(recipe, settings)
+        with problems.collect():
+            refuse_missing_address(recipe.kubeflow if platform == "kubeflow" else recipe.vertex)
+        problems.raise_all()
     else:
-        _refuse_missing_files(settings)
+        check_references(settings)
 
 
 def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
@@ -133,27 +147,29 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
     )
 
 
-def _refuse_missing_files(settings: Mapping[str, StepSettings]) -> None:
-    """Raises ConfigError for a missing file or folder on this machine."""
+def check_references(settings: Mapping[str, StepSettings]) -> None:
+    """Raises ConfigError for a missing file or folder on this machine; ProblemsError for several."""
+    problems = Problems()
     for step, name, text in _all_external_references(settings):
         if text != "builtin" and ":" not in text and not Path(text).exists():
-            raise ConfigError(f"{step}: --{name}: {text}: no such file or folder; check the path")
+            problem: CappyError = ConfigError(f"{text}: no such file or folder; check the path")
+            if name == "generator":
+                problem = missing_generator(text)
+            problems.errors.append(ConfigError(f"{step}: --{name}: {problem}"))
+    problems.raise_all()
 
 
 def _all_external_references(settings: Mapping[str, StepSettings]) -> Iterator[tuple[str, str, str]]:
     """Yields (step, setting, text) of every external path or spec in the settings."""
     for step, values in settings.items():
         for name, text in external_references(step, values):
-            yield step, name, text
-
-
-def _refuse_local_files(recipe: Recipe, settings: Mapping[str, StepSettings], root: str) -> None:
-    """Raises ConfigError for a file outside the shared folder, or not visible from here while `revision` is empty."""
-    for step, name, text in _all_external_references(settings):
-        _refuse_local_file(recipe, f"{step}: --{name}", text, root)
+            # The adapt pipeline reports the scorer that finetuning starts from: one mistake, one error.
+            if (step, name) != ("evaluation", "initial") or text != settings.get("finetuning", {}).get("scorer"):
+                yield step, name, text
 
 
 def _refuse_local_file(recipe: Recipe, where: str, text: str, root: str) -> None:
+    """Raises ConfigError for a file outside the shared folder, or not visible from here while `revision` is empty."""
     if text == "builtin" or ":" in text:
         return
     if not Path(text).is_relative_to(root):

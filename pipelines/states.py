@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Literal
 
 from cappy.progress import (
+    FIRST_PLAIN_SECONDS,
     PLAIN_SECONDS,
     ProgressRow,
     ProgressState,
@@ -153,10 +154,17 @@ class StepTable:
         now = time.monotonic()
         for state in states:
             changed = state.state not in ("waiting", "running") and self._written_states.get(state.step) != state.state
-            due = state.state == "running" and state.progress is not None and now - self._last_written >= PLAIN_SECONDS
-            if changed or due:
+            if changed or self._is_due(state, now):
                 self._written_states[state.step], self._last_written = state.state, now
                 write_line(f"{self._title}: {state.step}: {', '.join(filter(None, self._row(state).cells))}")
+
+    def _is_due(self, state: StepState, now: float) -> bool:
+        """Whether a line about the progress of a running step is due; the first one of a step is due sooner."""
+        if state.state != "running" or state.progress is None:
+            return False
+        if state.step not in self._written_states:
+            return now - self._start_times[state.step] >= FIRST_PLAIN_SECONDS
+        return now - self._last_written >= PLAIN_SECONDS
 
     def _duration(self, state: StepState) -> str:
         """The duration of a step.

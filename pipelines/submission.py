@@ -1,7 +1,7 @@
 """Makes the arguments of a pipeline run from the settings of each step: checks them, resolves aliases, hashes inputs.
 
 An orchestrator's cache compares strings, not the contents behind them. Therefore each step has a fingerprint parameter:
-the digest of the key of its work (`cappy.keys`), which includes the content of every file, folder and model version in
+the digest of the key of its work (`cappy.steps`), which includes the content of every file, folder and model version in
 its settings. So the cache is not used after a file was edited, an alias was moved or a step got a new version.
 """
 
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cappy.config import build, encode, fingerprint, result_settings
-from cappy.errors import ConfigError, quote
-from cappy.keys import work_key
+from cappy.errors import ConfigError, Problems, quote
 from cappy.records.folder import MANIFEST, describe_files, sha256_of, verify
 from cappy.redaction import has_secret
 from cappy.runs import read_record
-from cappy.steps import STEP_SPECS
+from cappy.steps import STEP_SPECS, work_key
 from cappy.worker import StepConfig, config_class
 from pipelines.definitions import MAX_SHARDS, PIPELINES, Settings, StepSettings, shards_of
 
@@ -148,7 +147,7 @@ def fingerprints(
     revision: str = "",
     images: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Step -> digest of the key of its work (`cappy.keys`).
+    """Step -> digest of the key of its work (`cappy.steps`).
 
     It covers the versions, settings, images and external content of this step and of all steps before it.
     `revision` stands for external content that this machine cannot see, `images` are the image ids by step.
@@ -167,13 +166,19 @@ def fingerprints(
 
 
 def configs(settings: Mapping[str, StepSettings]) -> dict[str, StepConfig]:
-    """The config of each step, with placeholders for its folders; raises ConfigError if a setting is invalid."""
+    """The config of each step, with placeholders for its folders; raises ConfigError if a setting is invalid.
+
+    If several are invalid, it is a ProblemsError with a line for each.
+    """
     configs_by_step: dict[str, StepConfig] = {}
+    problems = Problems()
     for step, values in settings.items():
         folders: dict[str, object] = {name: Path("artifact") for name in STEP_SPECS[step].artifacts}
         if step == "gathering":
             folders["source"] = (Path("artifact"),)
-        configs_by_step[step] = build(config_class(step), {**values, **folders})
+        with problems.collect():
+            configs_by_step[step] = build(config_class(step), {**values, **folders})
+    problems.raise_all()
     return configs_by_step
 
 
@@ -184,7 +189,7 @@ def hash_content(text: str, *, tracking_uri: str = "") -> str:
     if text.startswith("models:/"):
         from cappy.registry import resolve
 
-        return resolve(text, tracking_uri=tracking_uri).manifest_hash
+        return resolve(text, tracking_uri=tracking_uri).content_hash
     path = Path(text)
     if path.is_file():
         return _sha256(path.absolute(), path.stat().st_mtime_ns, path.stat().st_size)
@@ -200,7 +205,7 @@ def external_references(step: str, values: StepSettings) -> Iterator[tuple[str, 
     for name in STEP_SPECS[step].external_settings if step in STEP_SPECS else ():
         value = values.get(name) or ()
         for text in value if isinstance(value, Iterable) and not isinstance(value, str) else (value,):
-            yield name, str(text).removeprefix("vllm:")  # vLLM only runs the model.
+            yield name, str(text).removeprefix("vllm:").removeprefix("recorded:")  # Followed by a path.
     if step == "sampling" and str(values.get("strategy", "")).endswith(FILES):
         yield "strategy", str(values["strategy"])
 

@@ -16,6 +16,8 @@ from cappy.errors import ConfigError, quote
 from cappy.scoring import Precision
 
 ANY = "*"
+EVALUATION_HEADER = "X-Cappy-Evaluation-Sha256"
+"""Header of scores: the sha256 of the selector and the calibration of their scorer."""
 DEFAULT_SCORER = "models:/cappy@champion"
 FOLLOW_SECONDS = 30.0
 """Default interval between two checks of an alias, in seconds."""

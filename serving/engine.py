@@ -7,19 +7,23 @@ with: a swap does not change its scores.
 """
 
 import asyncio
+import hashlib
 import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cappy.errors import FolderError
 from cappy.scoring import Precision
 from cappy.scoring.calibration import Calibration, read_calibration
 from cappy.scoring.encoding import EncodedPair, Pair
+from cappy.selection.linear import Selector
 from serving.bodies import Refusal
+from serving.config import EVALUATION_HEADER
 
 if TYPE_CHECKING:
     from cappy.registry.models import Version
@@ -72,6 +76,8 @@ class Model:
     precision: str = "fp32"
     calibration: Calibration | None = None
     """Maps scores to expected labels; None if the scorer has no calibration."""
+    selector: Selector = field(default_factory=Selector)
+    """Picks one of several responses; without selector.json, by the score alone."""
     probes: ProbePairs = ()
     """Verification pairs with their scores at evaluation, if they are stored with the scorer."""
     registered: "Version | None" = None
@@ -82,9 +88,19 @@ class Model:
         """The content hash of the version in the registry; empty if no alias is followed."""
         return self.registered.content_hash if self.registered else ""
 
+    @cached_property
+    def evaluation_hash(self) -> str:
+        """The sha256 of the selector and the calibration: one scorer may be served with others after a promotion."""
+        calibration = "" if self.calibration is None else self.calibration.to_json()
+        return hashlib.sha256((self.selector.to_json() + calibration).encode()).hexdigest()
+
     def headers(self) -> Mapping[str, str]:
         """Headers of every response."""
-        return {"X-Cappy-Version": self.version, "X-Cappy-Manifest-Sha256": self.sha256}
+        return {
+            "X-Cappy-Version": self.version,
+            "X-Cappy-Manifest-Sha256": self.sha256,
+            EVALUATION_HEADER: self.evaluation_hash,
+        }
 
 
 class ScorerEngine:
@@ -136,6 +152,7 @@ def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
         spec=spec,
         precision=scorer.precision,
         calibration=read_calibration(folder.path),
+        selector=scorer.selector,
         probes=[
             ((instruction, response), score) for instruction, response, score in read_verification_pairs(folder.path)
         ],

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from serving.bodies import (
     CLIENT_CLOSED_REQUEST,
+    LARGE_BYTES,
     MAX_BODIES_IN_MEMORY,
     BodyBudget,
     Bounds,
@@ -34,6 +35,8 @@ TIMEOUT_HEADER = "x-timeout-seconds"
 TRUNCATED_HEADER = "X-Cappy-Pairs-Cut"
 """Response header with the number of distinct pairs that were truncated, if any were."""
 REMEDY = "send fewer pairs per request"
+MAX_POOL_IN_LOOP = 64
+"""Responses of a pool up to which MBR takes about a millisecond, so that it may run in the event loop."""
 VALUES_PER_PAIR = 32
 """Maximum JSON values in a body per allowed pair; tables may have additional columns."""
 
@@ -98,7 +101,9 @@ class Service:
             )
         request.state.pairs, request.state.headers = len(pairs), model.headers()
         result = await self._score(request, model, pairs, n=len(set(pairs)) if dialect.one_pool else 1)
-        return await run_in_thread_if_large(size, partial(write_response, dialect, payload, result))
+        # MBR compares every response of a pool with every other one.
+        work_size = LARGE_BYTES if dialect.one_pool and len(pairs) > MAX_POOL_IN_LOOP else size
+        return await run_in_thread_if_large(work_size, partial(write_response, dialect, payload, result))
 
     def _read_pairs(self, dialect: Dialect, value: object) -> tuple[BaseModel, Sequence[tuple[str, str]]]:
         """Parses a request and its pairs; raises Refusal if it has the wrong shape or is too large."""
@@ -133,6 +138,7 @@ class Service:
         return ScoredPairs(
             scores=scores,
             logits=[logit for _, logit in computed],
+            selector=model.selector,
             expected=model.calibration.apply(scores, n=n) if model.calibration else None,
             tokens=tokens,
             model=model.name,

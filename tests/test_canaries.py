@@ -56,6 +56,8 @@ def test_a_server_that_repeats_the_key_in_an_error_leaves_no_canary(tmp_path: Pa
     text = f"<p>{'x' * 180}{CANARIES['OPENAI_API_KEY']}</p>"
     with answering(Foreign(parts=[response(text.encode(), status=401)])) as url:
         check_refused(watched(adapt(url), tmp_path, environment()), tmp_path, "adapt")
+        assert not list(tmp_path.rglob("run.log"))
+        check_refused(watched(adapt(url, "--no-checks"), tmp_path, environment()), tmp_path, "adapt")
     assert list(tmp_path.rglob("run.log"))
 
 

@@ -23,6 +23,7 @@ try:
 except ConfigError as error:
     print("ConfigError", error)
 """
+CHECK = SCRIPT.replace("hub_folder", "check_repository")
 NEXT = '<{address}/api/models/o/m/tree/main?cursor=1>; rel="next"'
 Answer = tuple[bytes, Mapping[str, str]]
 
@@ -56,10 +57,12 @@ def hub(answer: Callable[[str], Answer | None]) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def downloaded(folder: Path, answer: Callable[[str], Answer | None], revision: str = COMMIT) -> str:
+def downloaded(
+    folder: Path, answer: Callable[[str], Answer | None], revision: str = COMMIT, script: str = SCRIPT
+) -> str:
     with handled_by(hub(answer)) as address:
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, f"hub:o/m@{revision}"],
+            [sys.executable, "-c", script, f"hub:o/m@{revision}"],
             env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1"},
             cwd=folder,
             capture_output=True,
@@ -106,3 +109,31 @@ def test_a_list_of_files_that_never_ends_is_refused(tmp_path: Path) -> None:
 def test_a_large_answer_of_the_api_is_refused(tmp_path: Path) -> None:
     said = downloaded(tmp_path, lambda path: (b" " * 65 * 2**20, {}) if "/tree/" in path else None)
     assert "67,108,864 bytes" in said
+
+
+def test_a_check_asks_for_the_size_of_what_would_be_downloaded_and_not_for_files(tmp_path: Path) -> None:
+    paths: list[str] = []
+    siblings = [
+        {"rfilename": "model.safetensors", "size": 3000},
+        {"rfilename": "config.json", "size": 20},
+        {"rfilename": "pytorch_model.bin", "size": 3000},
+    ]
+
+    def answer(path: str) -> Answer | None:
+        if "/models/" in path:  # huggingface_hub asks for lists of its own.
+            paths.append(path)
+        return json.dumps({"id": "o/m", "sha": COMMIT, "siblings": siblings}).encode(), {}
+
+    assert downloaded(tmp_path, answer, script=CHECK) == "3020"
+    assert len(paths) == 1
+    assert "/resolve/" not in paths[0]
+    siblings[0]["rfilename"] = "model.h5"
+    assert_names(downloaded(tmp_path, answer, script=CHECK), "no safetensors weights", "cappy convert")
+
+
+def test_a_check_of_a_commit_in_the_cache_asks_nothing_and_one_of_a_branch_refuses_it(tmp_path: Path) -> None:
+    downloaded(tmp_path, lambda path: None)
+    assert downloaded(tmp_path, lambda path: (b"not asked", {}), script=CHECK) == "0"
+    branch = json.dumps({"id": "o/m", "sha": "cd" * 20, "siblings": [{"rfilename": "a.safetensors"}]}).encode()
+    said = downloaded(tmp_path, lambda path: (branch, {}), "abababa", script=CHECK)
+    assert_names(said, "is a branch or a tag", "cdcd")

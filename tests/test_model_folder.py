@@ -85,7 +85,7 @@ def test_data_on_standard_input_is_no_answer_to_a_librarys_question(tmp_path: Pa
     program = """
 import sys
 from cappy.cli import main, scoring
-def ask(spec, precision):
+def ask(spec, precision, selector):
     try:
         print("asked and got", input(), file=sys.stderr)
     except EOFError:

@@ -19,8 +19,8 @@ from wording import assert_names, raises_naming
 from cappy import redaction
 from cappy.config import encode
 from cappy.errors import ConfigError
+from cappy.google_cloud import VARIABLE, fill_environment
 from cappy.registry import track_run, tracking
-from cappy.secrets import VARIABLE, fill_environment
 from pipelines.clients import kubeflow
 
 NAME = "projects/p/secrets/llm/versions/3"

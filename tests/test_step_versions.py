@@ -1,6 +1,6 @@
 """A step's version stands for its results: where they change on this small fixture, the version must be raised.
 
-Work is kept and found again by the version (`cappy.keys`), so a change of results under the same version would serve
+Work is kept and found again by the version (`cappy.steps`), so a change of results under the same version would serve
 old work as new. Of preparation, annotation and gathering the content is compared; of steps that compute with floats
 the numbers, within a tolerance, because they differ by processor. After raising a version in cappy/steps.py:
 
@@ -125,6 +125,13 @@ def preparation(run: Runner) -> dict[str, Any]:
         "instruction,response,reference,group_id\n"
         + "".join(f"Add {n // 2} and 1.,{n},{n // 2 + 1},g{n // 2}\n" for n in range(12))
     )
+    likelihoods: list[dict[str, float]] = [
+        {"logprob_sum": -3.0, "num_tokens": 4}, {"logprob_mean": -0.5, "num_tokens": 6}, {"logprob_sum": -1.0}
+    ]  # fmt: skip
+    sampled = [{"text": f"yes {n}", "system": "m greedy", **values} for n, values in enumerate(likelihoods)]
+    (run.place / "sampled.jsonl").write_text(
+        "\n".join(json.dumps({"instruction": f"Ask {n}.", "reference": "yes", "candidates": sampled}) for n in range(6))
+    )
     (run.place / "task.json").write_text(
         json.dumps(
             {
@@ -142,6 +149,7 @@ def preparation(run: Runner) -> dict[str, Any]:
         "pretraining pool": content(run("preparation", source="builtin", num_per_family=3, pool="pretraining", seed=1)),
         "JSON Lines": content(run("preparation", source=str(run.place / "rows.jsonl"), columns=columns)),
         "CSV": content(run("preparation", source=str(run.place / "rows.csv"), seed=2)),
+        "candidates": content(run("preparation", source=str(run.place / "sampled.jsonl"))),
         "BIG-bench": content(run("preparation", source=str(run.place / "task.json"))),
         "records": content(run("preparation", source=str(run.written("made", labelled(6))))),
     }

@@ -21,8 +21,9 @@ MANY_PARAMETERS = 10
 """Functions that may have more parameters than that: commands and components, whose parameters are an interface."""
 LAYERS = (
     ("records",),
-    ("preparation", "annotation", "sampling", "scoring"),
+    ("preparation", "annotation", "sampling"),
     ("selection",),
+    ("scoring",),
     ("training", "evaluation"),
     ("registry",),
     ("deployment",),

@@ -8,9 +8,9 @@ import typer
 from typer.core import TyperGroup
 
 import cappy
-from cappy.cli import doctor, pipeline, remote, scoring, tools, work
+from cappy.cli import doctor, pipeline, remote, scoring, tools
 from cappy.cli.scoring import reserve_stdin
-from cappy.errors import CappyError
+from cappy.errors import CappyError, error_lines
 from cappy.redaction import redact_output
 from cappy.runs import tune_garbage_collector
 from cappy.steps import STEP_SPECS
@@ -36,9 +36,7 @@ class CommandGroup(TyperGroup):
 
             return args[0], adapt_command(), args[1:]
         if args and args[0] in SERVICES:
-            from cappy.cli.serve import service_command
-
-            return args[0], service_command(args[0]), args[1:]
+            return args[0], tools.service_command(args[0]), args[1:]
         if args and args[0] in TOOLS:
             return args[0], TOOLS[args[0]](), args[1:]
         return super().resolve_command(ctx, args)
@@ -49,8 +47,8 @@ class CommandGroup(TyperGroup):
             return super().invoke(ctx)
         except CappyError as error:
             verb = ctx.invoked_subcommand
-            text = " ".join(str(error).split()).removeprefix(f"{verb}: ")
-            typer.echo(f"cappy {verb}: {text}", err=True)
+            for line in error_lines(error):
+                typer.echo(f"cappy {verb}: {line.removeprefix(f'{verb}: ')}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
             verb = ctx.invoked_subcommand
@@ -102,8 +100,8 @@ app.command("plan", help="Estimate the time and resources of a pretraining run."
 app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(tools.convert)
 app.command("templates", short_help="Download PromptSource's templates and verify them.")(tools.templates)
 app.command("doctor", short_help="Check what this machine has and what is missing.")(doctor.doctor)
-app.command("explain", short_help="List the cached results of a step and why each was recomputed.")(work.explain)
-app.command("clean", short_help="List or remove work that no run can reuse.")(work.clean)
+app.command("explain", short_help="List the cached results of a step and why each was recomputed.")(tools.explain)
+app.command("clean", short_help="List or remove work that no run can reuse.")(tools.clean)
 remote.add_commands(pipeline.app)
 app.add_typer(pipeline.app, name="pipeline")
 

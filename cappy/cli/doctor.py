@@ -199,17 +199,17 @@ def _verify_scorer() -> Path:
 
 
 def _check_tracking(uri: str) -> Finding:
-    """Checks that MLflow's database or server answers, without creating a database."""
+    """Checks that MLflow's database can be written, or that its server answers; creates no database."""
     from cappy.redaction import redact_address
-    from cappy.registry.models import check_reachable, no_database_yet, tracking_address
+    from cappy.registry.models import check_writable, no_database_yet, tracking_address
 
     address = redact_address(tracking_address(uri))
-    if no_database_yet(uri):
-        return Finding(name="mlflow", status="ok", detail=f"{address} will be created by the first run")
     try:
-        check_reachable(uri)
+        check_writable(uri)
     except CappyError as error:
         return Finding(name="mlflow", status="failure", detail=str(error))
+    if no_database_yet(uri):
+        return Finding(name="mlflow", status="ok", detail=f"{address} will be created by the first run")
     return Finding(name="mlflow", status="ok", detail=f"{address} answers")
 
 

@@ -31,6 +31,22 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a 
 FreshFlag = Annotated[
     bool, typer.Option("--fresh", help="Redo every step, even if an earlier run with the same settings finished it.")
 ]
+NoChecksFlag = Annotated[
+    bool,
+    typer.Option(
+        "--no-checks",
+        help="Start without first checking LLMs, scorers, the source, MLflow and the disk.",
+        show_default="off",
+    ),
+]
+EstimateFlag = Annotated[
+    bool,
+    typer.Option(
+        "--estimate",
+        help="Print requests, tokens, minutes and cost of the run; send nothing, write nothing.",
+        show_default="off",
+    ),
+]
 HELP_ALL = "help_all"
 NESTED_SEPARATOR = "__"
 """Replaces the dot of a nested setting in the name of a parameter."""

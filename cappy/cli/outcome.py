@@ -84,6 +84,8 @@ def describe(outcome: "RunOutcome", values: Facts) -> str:
     if "decision" in values:
         lines.append(_format_decision(values["decision"], values["reasons"]))
     lines += [f"caution   {text}" for text in values.get("cautions", ())]
+    if head := values.get("training", {}).get("new_head"):
+        lines.append(f"training  started from an encoder, so the scorer's head ({head}) is new")
     if values.get("training", {}).get("kept_because"):
         lines.append(f"training  {values['training']['kept_because']}")
     if values["from_cache"]:

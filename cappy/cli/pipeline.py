@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cappy.cli.flags import FreshFlag, JsonFlag, SettingFlag, new_run_name
+from cappy.cli.flags import FreshFlag, JsonFlag, NoChecksFlag, SettingFlag, new_run_name
 from cappy.errors import ConfigError, quote
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def run(
     shards: ShardsFlag = None,
     tracking_uri: TrackingUriFlag = "",
     work: WorkFlag = None,
+    no_checks: NoChecksFlag = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the graph and its resources; run nothing.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -68,7 +69,7 @@ def run(
     if dry_run:
         print_preview(chosen, on, as_json)
         return
-    run_and_print(chosen, on, as_json)
+    run_and_print(chosen, on, as_json, checks=not no_checks)
 
 
 @app.command("compile")
@@ -164,9 +165,9 @@ def settings_by_step(name: str, assignments: Sequence[str], steps: Sequence[str]
     return settings
 
 
-def run_and_print(recipe: "Recipe", on: Literal["local", "docker"], as_json: bool) -> None:
-    """Checks a recipe, runs it on this machine and prints the result."""
-    load("pipelines.planning").check(recipe, on)
+def run_and_print(recipe: "Recipe", on: Literal["local", "docker"], as_json: bool, *, checks: bool = True) -> None:
+    """Checks a recipe, runs it on this machine and prints the result; without `checks` only the recipe is checked."""
+    load("pipelines.checks" if checks else "pipelines.planning").check(recipe, on)
     images: dict[str, str] = {}
     if on == "docker":
         load("pipelines.local").check_secrets(recipe)
@@ -206,6 +207,32 @@ def print_preview(recipe: "Recipe", on: "Platform", as_json: bool) -> None:
     preview = load("pipelines.preview")
     load("pipelines.planning").check(recipe, on)
     typer.echo(json.dumps(preview.to_json(recipe, on), indent=1) if as_json else preview.to_text(recipe, on))
+
+
+def print_estimate(recipe: "Recipe", as_json: bool) -> None:
+    """Checks a recipe and prints what its sampling takes, and the time of other steps as far as it was measured."""
+    from cappy.sampling.estimate import describe, to_values
+    from cappy.sampling.step import SamplingConfig, endpoint_config
+
+    planning, preview = load("pipelines.planning"), load("pipelines.preview")
+    planning.check(recipe, "local")
+    configs = planning.configs_of(recipe)
+    estimates = preview.estimate_sampling(configs)
+    count = max((each.instances for each in estimates or ()), default=0)
+    seconds = preview.measured_seconds(configs, planning.work_of(recipe, "local"), count)
+    if as_json:
+        sampling = None if estimates is None else to_values(estimates)
+        typer.echo(json.dumps({"sampling": sampling, "seconds": seconds}, indent=1))
+        return
+    sampling_config = configs["sampling"]
+    assert isinstance(sampling_config, SamplingConfig)  # noqa: S101 (its config class)
+    if estimates is None:
+        text = "sampling: not estimated; its instances are known only after preparation: run cappy preparation, then "
+        text += "cappy sampling --estimate"
+    else:
+        no_llm = "sampling: no LLM, so no requests and no cost"
+        text = describe(estimates, endpoint_config(sampling_config)) if estimates else no_llm
+    typer.echo("\n".join([text, *preview.describe_seconds(recipe.steps, seconds)]))
 
 
 def load(name: str) -> ModuleType:

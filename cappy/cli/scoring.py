@@ -20,6 +20,7 @@ from cappy.scoring import Precision
 
 if TYPE_CHECKING:
     from cappy.scoring import Scorer
+    from cappy.selection import Candidates
 
 
 STDIN = "-"
@@ -47,6 +48,26 @@ class Line:
         if not isinstance(values, list) or not values:
             raise RecordError(f"{self.where}: {field} must be a list of at least one text, got {quote(values)}")
         return [self._text(f"{field}[{index}]", value) for index, value in enumerate(values)]
+
+    def candidates(self) -> "Candidates":
+        """The candidates with what the line says about them. Raises RecordError if a field is invalid."""
+        from cappy.selection import Candidates
+
+        responses = self.texts("responses")
+        likelihoods, greedy = self.value.get("likelihoods"), self.value.get("greedy")
+        closed_choices = self.value.get("closed_choices", False)
+        if likelihoods is not None and not (isinstance(likelihoods, list) and all(map(_is_number, likelihoods))):
+            raise RecordError(f"{self.where}: likelihoods must be a list of numbers, got {quote(likelihoods)}")
+        if greedy is not None and (not isinstance(greedy, int) or isinstance(greedy, bool)):
+            raise RecordError(f"{self.where}: greedy must be the index of a response, got {quote(greedy)}")
+        if not isinstance(closed_choices, bool):
+            raise RecordError(f"{self.where}: closed_choices must be true or false, got {quote(closed_choices)}")
+        try:
+            return Candidates(
+                responses=responses, likelihoods=likelihoods, greedy=greedy, closed_choices=closed_choices
+            )
+        except ConfigError as error:
+            raise RecordError(f"{self.where}: {error}") from None
 
     def _field(self, field: str) -> object:
         if field not in self.value:
@@ -141,6 +162,10 @@ def _parse_object(where: str, raw: bytes) -> Mapping[str, object]:
     return value
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
@@ -201,28 +226,43 @@ def select(
             metavar="<str>", help="A response to --instruction (repeatable).", show_default="none: read --source"
         ),
     ] = [],  # noqa: B006 (typer needs the default and copies it)
+    selector: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with selector.json, such as a report; default: the scorer's own folder.",
+            show_default="the scorer's own folder",
+        ),
+    ] = None,
     precision: PrecisionFlag = "auto",
 ) -> None:
     """Pick the best of several responses: JSON Lines {instruction, responses} in.
 
-    Writes the same objects with "selected" (index of the response, from 0), "response" and "scores".
-    With --instruction and several --response, prints only the picked response.
+    Picks by the selector that was evaluated with the scorer, or by the score alone if there is none. A line may also
+    have "likelihoods" (per token, one for each response), "greedy" (index of the greedy response) and "closed_choices"
+    (true if the responses are all possible answers), which the selector uses.
+
+    Writes the same objects with "selected" (index of the response, from 0), "response", "scores" and "values" (those
+    of the selector). With --instruction and several --response, prints only the picked response.
     """
     if (instruction is None) != (not response):
         raise typer.BadParameter("--instruction and --response (once per response) must be given together")
     if instruction is not None:
-        loaded = _load(scorer, precision)
+        loaded = _load(scorer, precision, selector)
         typer.echo(loaded.select(instruction, response).response)
         _report_truncation("select", loaded)
         return
-    _stream("select", scorer, precision, source, _select_lines)
+    _stream("select", scorer, precision, source, _select_lines, selector)
 
 
-def _load(spec: str, precision: Precision) -> "Scorer":
+def _load(spec: str, precision: Precision, selector: Path | None = None) -> "Scorer":
     from cappy.scoring import Scorer
 
     scorer = Scorer.load(spec, precision=precision)
     scorer.truncation_counts.log_first = False
+    if selector is not None:
+        from cappy.selection import require_selector
+
+        scorer.selector = require_selector(selector, scorer.version)
     return scorer
 
 
@@ -232,9 +272,10 @@ def _stream(
     precision: Precision,
     source: str,
     process_chunk: "Callable[[Scorer, Sequence[Line]], Iterator[Mapping[str, object]]]",
+    selector: Path | None = None,
 ) -> None:
     with open_source(source) as file:
-        scorer = _load(spec, precision)
+        scorer = _load(spec, precision, selector)
         for chunk in _chunks(lines(file, source)):
             for value in process_chunk(scorer, chunk):
                 write_line(value)
@@ -255,9 +296,15 @@ def _score_lines(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[Mapping[st
 
 
 def _select_lines(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[Mapping[str, object]]:
-    groups = [(line.text("instruction"), line.texts("responses")) for line in chunk]
-    for line, pick in zip(chunk, scorer.select_stream(groups), strict=True):
-        yield {**line.value, "selected": pick.index, "response": pick.response, "scores": list(pick.scores)}
+    pools = [(line.text("instruction"), line.candidates()) for line in chunk]
+    for line, pick in zip(chunk, scorer.select_stream(pools), strict=True):
+        yield {
+            **line.value,
+            "selected": pick.index,
+            "response": pick.response,
+            "scores": list(pick.scores),
+            "values": list(pick.values),
+        }
 
 
 def _chunks(values: Iterable[Line]) -> Iterator[list[Line]]:

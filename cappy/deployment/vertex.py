@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 try:
     from google.cloud import aiplatform
 
-    from cappy.vertex import silence_sdk, translate_errors
+    from cappy.google_cloud import silence_sdk, translate_errors
 except ModuleNotFoundError as missing:
     raise ConfigError(
         f"deployment: --platform vertex needs {missing.name}; pip install 'cappy-scorer[gcp]'"

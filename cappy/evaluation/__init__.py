@@ -23,6 +23,7 @@ def evaluate(
     *,
     score: "ScoreFunction | None",
     champion: "ScoreFunction | None" = None,
+    initial: "ScoreFunction | None" = None,
     metric: str = "rougeL",
     split: Split = "test",
     seed: int = 0,
@@ -32,19 +33,21 @@ def evaluate(
     """Evaluates every selector on the instances of `split` and returns the report.
 
     `score` scores (instruction, response) pairs, such as `Scorer.score`; with None, only selectors that need no scorer
-    are evaluated. `champion` is the scoring function of the current champion, for comparison. If `with_probes`, the
+    are evaluated. `champion` is the scoring function of the current champion, and `initial` that of the scorer that
+    training started from, for comparison. If `with_probes`, the
     report also has measures of known weaknesses of the scorer, for which some pairs are scored again.
 
-    The weights of hybrids and the best single system are chosen on the validation split. Instances of both splits are
-    kept in memory, others are ignored. Raises RecordError if there is nothing to report on or a candidate has no label,
-    and ConfigError if a score is missing or not finite, or if all scores of a scorer are equal.
+    The selector is fitted and the best single system is chosen on the validation split; the champion picks by its
+    score alone. Instances of both splits are kept in memory, others are ignored. Raises RecordError if there is
+    nothing to report on or a candidate has no label, and ConfigError if a score is missing or not finite, or if all
+    scores of the scorer or of the champion are equal.
     """
-    from cappy.evaluation.protocol import build_report, evaluate_split, split_pools
+    from cappy.evaluation.protocol import build_report, score_split, select_split, split_pools
 
     pools, held_out, skipped = split_pools(instances, metric=metric, split=split)
-    evaluated = evaluate_split(
-        pools, held_out, score, champion, metric=metric, seed=seed, with_probes=with_probes, progress=progress
-    )
+    others = {name: each for name, each in (("champion", champion), ("initial", initial)) if each is not None}
+    scored = score_split(pools, held_out, score, others, seed=seed, with_probes=with_probes, progress=progress)
+    evaluated = select_split(scored, metric=metric, seed=seed)
     return build_report([evaluated], metric=metric, split=split, seed=seed, skipped=skipped)
 
 

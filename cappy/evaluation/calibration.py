@@ -1,6 +1,6 @@
 """Calibration: measures how far the scores of picks are from their labels, and fits maps from scores to labels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,9 @@ from scipy.optimize import isotonic_regression
 
 from cappy.evaluation.findings import Bin, CalibrationResult, Coverage, Reliability
 from cappy.scoring.calibration import Calibration, PickMap
-from cappy.selection.pools import Pool, Vector, average_ties, best_probabilities, pick_labels
+from cappy.selection.curves import average_ties, best_probabilities, sample_picks
+from cappy.selection.linear import Selector, features_of
+from cappy.selection.pools import Pool, PoolVectors, Vector, pick_label, pick_labels
 
 NUM_BINS = 10
 MIN_GROUPS = 20
@@ -22,10 +24,10 @@ COVERAGES = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
 @dataclass(frozen=True)
 class Picks:
-    """The scorer's pick of every pool: score, label, and number of distinct candidates (the n of its calibration).
+    """The pick of every pool: its score, its label, and the number of distinct candidates (the n of its calibration).
 
-    The label is the mean over the candidates with the highest score. `spreads` are the differences between the highest
-    and the lowest score of each pool.
+    Score and label are means over the candidates with the highest value. `spreads` are the differences between the
+    highest and the lowest score of each pool.
     """
 
     scores: Vector
@@ -39,34 +41,54 @@ class Picks:
         return np.array([fitted.apply([score], n=size)[0] for score, size in pairs])
 
 
-def collect_picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
-    """Collects the pick of every pool: the candidate with the highest score."""
+def collect_picks(pools: Sequence[Pool], values: PoolVectors) -> Picks:
+    """Collects the pick of every pool: the candidate with the highest value."""
+    scores = [pool.scores["scorer"] for pool in pools]
     return Picks(
-        scores=np.array([pool_scores.max() for pool_scores in scores], dtype=np.float64),
-        labels=pick_labels(pools, scores),
+        scores=np.array([pick_label(value, score) for value, score in zip(values, scores, strict=True)]),
+        labels=pick_labels(pools, values),
         sizes=tuple(len(set(pool.responses)) for pool in pools),
         spreads=np.array([np.ptp(pool_scores) for pool_scores in scores], dtype=np.float64),
     )
 
 
-def fit(pools: Sequence[Pool], scores: Sequence[Vector], metric: str) -> Calibration | None:
+def fit(pools: Sequence[Pool], selectors: Sequence[Selector], metric: str, *, seed: int) -> Calibration | None:
     """Fits the maps from the scores of held-out picks to their labels; None with fewer than `MIN_GROUPS` groups.
 
-    For every n of a grid, the picks are those of all subsets of n candidates of each pool, weighted by their exact
-    probabilities (`best_probabilities`), so that each pool has weight 1. Here n counts a response that was sampled
-    twice as two candidates; when a calibration is applied, n is the number of distinct candidates. Each n has its own
-    isotonic map (Zadrozny and Elkan, 2002) over levels of about equal weight.
+    `selectors` has the selector of each pool, which picks from it. For every n of a grid, the picks are those among n
+    candidates of each pool: of all subsets with their exact probabilities if the pick depends on the score alone, else
+    of random subsets that include the greedy response if it is known (`sample_picks`, from `seed`), so that each pool
+    has weight 1. Here n counts a response that was sampled twice as two candidates; when a calibration is applied, n is
+    the number of distinct candidates. Each n has its own isotonic map (Zadrozny and Elkan, 2002) over levels of about
+    equal weight.
     """
-    ranked = [_sort_candidates(pool_scores, pool.labels) for pool, pool_scores in zip(pools, scores, strict=True)]
+    rng = np.random.default_rng(seed)
+    picks = [_weighted_picks(pool, selector, rng) for pool, selector in zip(pools, selectors, strict=True)]
     groups = np.array([pool.instance.group_id for pool in pools])
     maps = []
-    for n in _choose_sizes([len(ranked_scores) for ranked_scores, _ in ranked], groups):
-        large_pools = [index for index, (ranked_scores, _) in enumerate(ranked) if len(ranked_scores) >= n]
-        weights = np.concatenate([best_probabilities(len(ranked[index][0]))[n - 1] for index in large_pools])
-        values, labels = (np.concatenate([ranked[index][part] for index in large_pools]) for part in (0, 1))
+    for n in _choose_sizes([len(pool.labels) for pool in pools], groups):
+        large_pools = [index for index, pool in enumerate(pools) if len(pool.labels) >= n]
+        scores, labels, weights = (
+            np.concatenate([picks[index](n)[part] for index in large_pools]) for part in range(3)
+        )
         levels = min(MAX_LEVELS, len(set(groups[large_pools])) // MIN_LEVEL_GROUPS)
-        maps.append(_fit_monotone_map(n, values, labels, weights, levels))
+        maps.append(_fit_monotone_map(n, scores, labels, weights, levels))
     return Calibration(tuple(maps), metric=metric, fitted_on=len(set(groups))) if maps else None
+
+
+def _weighted_picks(
+    pool: Pool, selector: Selector, rng: np.random.Generator
+) -> Callable[[int], tuple[Vector, Vector, Vector]]:
+    """A function from n to the scores, the labels and the weights of the picks among n candidates of the pool."""
+    features = features_of(pool, selector.decoding)
+    if selector.rule(features.available).single == "score":
+        scores, labels = _sort_candidates(features.scores, pool.labels)
+        return lambda n: (scores, labels, best_probabilities(len(scores))[n - 1])
+    size = len(pool.labels)
+    alone = features.scores, pool.labels, np.full(size, 1 / size)
+    sampled = sample_picks(selector, features, pool.labels, rng, greedy_first=True)
+    weights = np.full(len(sampled.scores), 1 / len(sampled.scores))
+    return lambda n: alone if n == 1 else (sampled.scores[:, n - 1], sampled.labels[:, n - 1], weights)
 
 
 def _sort_candidates(scores: Vector, labels: Vector) -> tuple[Vector, Vector]:

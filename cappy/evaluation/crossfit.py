@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -22,9 +23,12 @@ from cappy.evaluation.findings import OUT_OF_FOLD
 from cappy.evaluation.protocol import (
     AnyScorer,
     EvaluatedSplit,
+    ScoredSplit,
     cached_scores,
-    evaluate_split,
     get_scorer_scores,
+    mark_unavailable,
+    score_split,
+    select_split,
     split_pools,
 )
 from cappy.preparation.leakage import SplitRows
@@ -32,12 +36,14 @@ from cappy.progress import Progress
 from cappy.records import Instance, Manifest, Split, prompt_hash, read, write
 from cappy.records.folder import MANIFEST, verify
 from cappy.scoring.training_data import ReadTrainingData, count_seen
-from cappy.selection.pools import Pool, Vector
+from cappy.selection.pools import Pool, ScoreFunction, Vector
 from cappy.steps import TRAINING_STEPS
 from cappy.untrusted import JSON
 
 Load = Callable[[str], AnyScorer]
 """Loads a scorer from a folder."""
+ValueUnseen = Callable[[Sequence[Pool]], list[Vector] | None]
+"""The values that the champion's selector gives to pools; None if the champion was trained on one of them."""
 Recipe = tuple[str, Mapping[str, JSON]]
 """The training step of a scorer and its settings."""
 Train = Callable[[str, Mapping[str, object], Progress], None]
@@ -72,25 +78,36 @@ class Fold:
 class OutOfFoldScores:
     """Scores of the candidates of each pool, by `pool_hash`, from a scorer that was trained on the other folds.
 
-    `leaks` counts the instances that were tested by a scorer that was trained on their prompt.
+    `values` are those of the selector that was fitted on the other folds; earlier releases stored none, since they
+    picked by the score. `leaks` counts the instances that were tested by a scorer that was trained on their prompt.
     """
 
     metric: str
     folds: int
     leaks: int
     scores: Mapping[str, Sequence[float]]
+    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
-    def look_up(self, pools: Sequence[Pool], metric: str) -> list[Vector] | str:
-        """The scores of the candidates of `pools`, or the reason why they cannot be compared."""
+    def look_up(
+        self, pools: Sequence[Pool], metric: str, value_unseen: "ValueUnseen | None" = None
+    ) -> list[Vector] | str:
+        """The selector's values of the candidates of `pools`, or the reason why they cannot be compared.
+
+        Pools that are not stored are valued by `value_unseen`, if the scorer was not trained on them.
+        """
         if metric != self.metric:
             return f"its out-of-fold picks are labelled by {self.metric}, this report by {metric}"
-        is_stored = [pool_hash(pool) in self.scores for pool in pools]
-        if not all(is_stored) or len(pools) != len(self.scores):
+        values = self.values or self.scores
+        unknown = [pool for pool in pools if pool_hash(pool) not in values]
+        valued = value_unseen(unknown) if unknown and value_unseen is not None else None
+        if unknown and valued is None:
             return (
-                f"its out-of-fold picks cover {len(self.scores)} instances, this report {len(pools)}, and only "
-                f"{sum(is_stored)} of them are the same with the same candidates"
+                f"its out-of-fold picks cover {len(values)} instances, this report {len(pools)}, and only "
+                f"{len(pools) - len(unknown)} of them are the same with the same candidates"
             )
-        return [np.array(self.scores[pool_hash(pool)], dtype=np.float64) for pool in pools]
+        left = iter(valued or ())
+        stored = (values.get(pool_hash(pool)) for pool in pools)
+        return [next(left) if each is None else np.array(each, dtype=np.float64) for each in stored]
 
 
 def split_folds(instances: Sequence[Instance], count: int, seed: int) -> Iterator[list[Instance]]:
@@ -146,15 +163,20 @@ def evaluate_folds(
     load: Load,
     progress: Progress,
     train: Train | None = None,
+    others: Mapping[str, ScoreFunction] = MappingProxyType({}),
 ) -> tuple[list[EvaluatedSplit], int]:
     """Evaluates each fold's test split with the scorer trained on the other folds; counts instances without candidates.
 
-    An interrupted run resumes at the fold's training checkpoint, or reuses the scores that it stored. A fold is not
-    trained again if its scorer is complete (every sha256 matches).
+    The selector of a fold is fitted on the out-of-fold scores of all other folds, whose scorers were trained on this
+    fold too: what its at most four weights take over from that was not measured. `others` score every pool too. An
+    interrupted run resumes at the
+    fold's training checkpoint, or reuses the scores that it stored. A fold is not trained again if its scorer is
+    complete (every sha256 matches).
     """
     step, settings = recipe
     count, seed, metric = cross_fitting.folds, cross_fitting.seed, cross_fitting.metric
-    evaluated_splits, skipped = [], 0
+    scored_splits: list[ScoredSplit] = []
+    skipped = 0
     for fold in prepare_folds(instances, count, seed, folder):
         if not _is_trained(fold.scorer):
             paths = {"source": fold.annotated, "target": fold.scorer, "work": cross_fitting.work}
@@ -163,10 +185,18 @@ def evaluate_folds(
         pools, held_out, num_empty = split_pools(read(fold.annotated), metric=metric, split="test")
         score = cached_scores(load(str(fold.scorer)).score, folder, f"fold-{fold.number}")
         with_probes = cross_fitting.with_probes and fold.number == 1
-        split = evaluate_split(pools, held_out, score, metric=metric, seed=seed, with_probes=with_probes)
-        evaluated_splits.append(split)
+        scored_splits.append(score_split(pools, held_out, score, others, seed=seed, with_probes=with_probes))
         skipped += num_empty
-    return evaluated_splits, skipped
+    return [
+        select_split(
+            scored,
+            metric=metric,
+            seed=seed,
+            fit_on=[pool for other in scored_splits if other is not scored for pool in other.pools],
+            evidence="out-of-fold",
+        )
+        for scored in scored_splits
+    ], skipped
 
 
 def count_leaks(evaluated_splits: Sequence[EvaluatedSplit], folder: Path, read_training_data: ReadTrainingData) -> int:
@@ -179,16 +209,23 @@ def count_leaks(evaluated_splits: Sequence[EvaluatedSplit], folder: Path, read_t
 
 
 def add_champion_scores(
-    evaluated_splits: Sequence[EvaluatedSplit], champion: Path, metric: str
+    evaluated_splits: Sequence[EvaluatedSplit],
+    champion: Path,
+    metric: str,
+    value_unseen: "ValueUnseen | None" = None,
 ) -> tuple[list[EvaluatedSplit], dict[str, int]]:
-    """Adds the champion's out-of-fold scores to the splits, or the reason why it has none; also returns its leaks."""
+    """Adds the champion's out-of-fold values to the splits, or the reason why it has none; also returns its leaks.
+
+    Instances that are new since its cross-fitting are valued by `value_unseen`.
+    """
     stored = read_out_of_fold(champion)
     if stored is None:
         reason = "it has no out-of-fold picks; cross-fit it with --folds and register it again"
-        return [_mark_champion_unavailable(evaluated, reason) for evaluated in evaluated_splits], {}
-    scores = stored.look_up([pool for evaluated in evaluated_splits for pool in evaluated.pools], metric)
+        return [mark_unavailable(evaluated, "champion", reason) for evaluated in evaluated_splits], {}
+    pools = [pool for evaluated in evaluated_splits for pool in evaluated.pools]
+    scores = stored.look_up(pools, metric, value_unseen)
     if isinstance(scores, str):
-        return [_mark_champion_unavailable(evaluated, scores) for evaluated in evaluated_splits], {}
+        return [mark_unavailable(evaluated, "champion", scores) for evaluated in evaluated_splits], {}
     scores_left = iter(scores)
     joined = []
     for evaluated in evaluated_splits:
@@ -198,11 +235,6 @@ def add_champion_scores(
             replace(evaluated, selection=replace(evaluated.selection, values=values, unavailable=unavailable))
         )
     return joined, {"champion": stored.leaks}
-
-
-def _mark_champion_unavailable(evaluated: EvaluatedSplit, reason: str) -> EvaluatedSplit:
-    unavailable = {**evaluated.selection.unavailable, "champion": reason}
-    return replace(evaluated, selection=replace(evaluated.selection, unavailable=unavailable))
 
 
 def _train_fold(step: str, settings: Mapping[str, object], progress: Progress) -> None:
@@ -220,10 +252,12 @@ def _train_fold(step: str, settings: Mapping[str, object], progress: Progress) -
 
 
 def _prefix_progress(progress: Progress, number: int, count: int) -> Progress:
-    """Wraps `progress` so that every note starts with the fold."""
+    """Wraps `progress` so that it counts over all folds, which are equally long, and every note names the fold."""
 
     def report(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         fold = f"fold {number} of {count}"
+        if total is not None:
+            done, total = (number - 1) * total + done, count * total
         progress(done, total, unit=unit, resumed=resumed, note=f"{fold}, {note}" if note else fold)
 
     return report
@@ -267,11 +301,18 @@ def out_of_fold_json(evaluated_splits: Sequence[EvaluatedSplit], *, metric: str,
     """The text of out_of_fold.json. Raises FolderError if two instances are the same."""
     pools = [pool for evaluated in evaluated_splits for pool in evaluated.pools]
     rows = {pool_hash(pool): scores.tolist() for pool, scores in zip(pools, get_scorer_scores(pools), strict=True)}
+    selector_values = [value for evaluated in evaluated_splits for value in evaluated.selection.values["selector"]]
     if len(rows) != len(pools):
         repeated, _ = Counter(pool_hash(pool) for pool in pools).most_common(1)[0]
         name = next(pool.instance.instance_id for pool in pools if pool_hash(pool) == repeated)
         raise FolderError(f"instance {quote(name)} is in the data twice; prepare the instances again")
-    values = {"metric": metric, "folds": len(evaluated_splits), "leaks": leaks, "scores": rows}
+    values = {
+        "metric": metric,
+        "folds": len(evaluated_splits),
+        "leaks": leaks,
+        "scores": rows,
+        "values": {pool_hash(pool): value.tolist() for pool, value in zip(pools, selector_values, strict=True)},
+    }
     return json.dumps(values, allow_nan=False) + "\n"
 
 

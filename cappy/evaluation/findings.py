@@ -10,7 +10,7 @@ from cappy.pages import percent
 
 ReportValues = Mapping[str, Any]
 """The values of a report.json, or of a part of it, unconverted: written by this version or another one."""
-SCHEMA = 3
+SCHEMA = 4
 """Raised when a field changes its meaning or is removed, not when one is added."""
 OUT_OF_FOLD = "out_of_fold.json"
 """File with the out-of-fold scores, registered with the scorer; see `cappy.evaluation.crossfit`."""
@@ -119,17 +119,18 @@ class Pick:
 
 @dataclass(frozen=True, kw_only=True)
 class RatedCandidate:
-    """A candidate with its label, the scorer's score and MBR's value; None if that selector is unavailable."""
+    """A candidate with its label, and the values of the selector, the scorer and MBR; None if one is unavailable."""
 
     response: str
     label: float
+    value: float | None = None
     score: float | None = None
     mbr: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """An instance shown in the report, with the picks of the selectors and its candidates, best score first.
+    """An instance shown in the report, with the picks of the selectors and its candidates, best value first.
 
     `left_out` is the number of candidates that are not shown.
     """
@@ -154,7 +155,7 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """How far the scores of the scorer's picks are from their labels.
+    """How far the scores of the selector's picks are from their labels.
 
     `ece` is the expected calibration error: the mean distance between a bin's mean score and mean label, weighted by
     its size (Naeini, Cooper and Hauskrecht, 2015), here with bins of equal size. `brier` is the mean squared
@@ -224,13 +225,14 @@ class Findings:
 
     `facts` are counts of instances, groups and candidates. `unavailable` has the reason why a selector was not
     evaluated. `curve` has, by selector, the expected label of its pick among n candidates, for n from 1. `comparisons`
-    has paired differences by the names of both selectors, such as "scorer-random". "scorer-likelihood"
+    has paired differences by the names of both selectors, such as "selector-random". "selector-likelihood"
     compares with `better_likelihood_selector`, the likelihood selector that is better on the reported split itself;
     that choice favours the baseline. `adjusted` has the p-values of the comparisons after Holm's correction. `averages`
     are unweighted means over tasks. `leaks` counts, by scorer, the reported instances that it saw in training or early
     stopping, directly or as another template of the same row. `num_worthwhile_candidates` is the number of candidates
     beyond which one more adds less than 0.001; 0 without a scorer. `folds` is above 0 if the report was cross-fitted:
-    it is then about the recipe, not about the scorer in `versions`. `tested_groups` is a sketch of the reported groups
+    it is then about the recipe, not about the scorer in `versions`. `selector_hashes` has the sha256 of each
+    selector.json, "" without one. `tested_groups` is a sketch of the reported groups
     (`cappy.records.overlap`), from which the promotion check (`cappy.registry.gate`) counts how often they were used.
     """
 
@@ -257,6 +259,7 @@ class Findings:
     better_likelihood_selector: Annotated[str, Field(alias="better_likelihood")] = ""
     leaks: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    selector_hashes: Mapping[str, str] = field(default_factory=dict)
     folds: int = 0
     tested_groups: str = ""
     schema: int = SCHEMA

@@ -13,12 +13,14 @@ from cappy.evaluation.report import Report
 from cappy.evaluation.verdict import advice, outcome, verdict
 from cappy.pages import format_signed, metric_name, percent
 from cappy.pages.page import INK, QUIET, draw_figure, plain_axes, render_template, to_png, to_svg, to_svg_file
-from cappy.selection.selectors import WEIGHTS, Selector, selectors_shown_in, title
+from cappy.selection.selectors import SelectorSpec, selectors_shown_in, title
 
 COLOURS: Mapping[str, str] = {
     "oracle": INK,
-    "scorer": "#1d5fd0",
+    "selector": "#1d5fd0",
+    "scorer": "#4d8f1f",
     "champion": "#8430ce",
+    "initial": "#a03c78",
     "mbr": "#c2500a",
     "likelihood_sum": "#0b7a6b",
     "likelihood_mean": "#0b7a6c",
@@ -36,7 +38,7 @@ Draw = Callable[[float, float], Figure]
 """Draws a plot of a width and a height in inches."""
 Sizes = tuple[tuple[float, float], tuple[float, float]]
 """(width, height) of a plot in inches, on a wide and on a narrow page."""
-SELECTORS_WITH_BANDS = ("scorer", "mbr")
+SELECTORS_WITH_BANDS = ("selector", "mbr")
 _LINE_STYLES = {"oracle": (0, (5, 3)), "random": (0, (1, 2))}
 
 
@@ -56,7 +58,6 @@ def render(report: Report) -> str:
         ],
         columns=selectors_shown_in(report.selectors, "tasks", report.better_likelihood_selector),
         means=_mean_cells,
-        weights=", ".join(f"{weight:g}" for weight in WEIGHTS),
         advice=advice(report),
         steps=_curve_steps(report),
         template_ranges=_template_ranges(report),
@@ -90,7 +91,7 @@ def _bars(report: Report) -> Mapping[str, Mapping[str, float]]:
     }
 
 
-def _mean_cells(row: TaskRow, columns: list[Selector]) -> list[dict[str, float | bool]]:
+def _mean_cells(row: TaskRow, columns: list[SelectorSpec]) -> list[dict[str, float | bool]]:
     """The cells of a task's row; `best` marks the highest mean of all selectors but the oracle."""
     best = max(row.means[column.name] for column in columns if column.bound != "upper")
     return [
@@ -100,11 +101,11 @@ def _mean_cells(row: TaskRow, columns: list[Selector]) -> list[dict[str, float |
 
 
 def _curve_steps(report: Report) -> list[dict[str, float | None]]:
-    """Mean label and cost of the scorer's pick from n candidates.
+    """Mean label and cost of the selector's pick from n candidates.
 
     n is a power of two, `num_worthwhile_candidates`, or all.
     """
-    points = [point.mean for point in report.curve.get("scorer", ())]
+    points = [point.mean for point in report.curve.get("selector", ())]
     if not points:
         return []
     size = len(points)
@@ -178,7 +179,7 @@ def _draw_calibration(
         ends = [100 * min(0.0, *lows), 100 * max(1.0, *(each.score for each in calibration.raw.bins))]
         axes.plot(ends, ends, color=QUIET, linestyle=(0, (1, 2)), linewidth=1.2, label="perfect")
         for label, reliability, colour in (
-            ("raw", calibration.raw, COLOURS["scorer"]),
+            ("raw", calibration.raw, COLOURS["selector"]),
             ("calibrated", calibration.calibrated, CALIBRATED_COLOUR),
         ):
             if reliability is not None:
@@ -190,7 +191,7 @@ def _draw_calibration(
         right = plain_axes(figure, "instances answered (%)", f"mean {metric} ×100", (1, 2, 2) if wide else (2, 1, 2))
         shares = [100 * share for share in coverage.coverage]
         right.plot(
-            shares, [100 * value for value in coverage.quality], color=COLOURS["scorer"], marker="o", markersize=4
+            shares, [100 * value for value in coverage.quality], color=COLOURS["selector"], marker="o", markersize=4
         )
         right.axhline(100 * coverage.random, color=QUIET, linestyle=(0, (1, 2)), linewidth=1.2)
         right.invert_xaxis()

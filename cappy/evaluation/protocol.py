@@ -3,9 +3,10 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -19,19 +20,11 @@ from cappy.records import Instance, Split
 from cappy.records.folder import write_bytes
 from cappy.records.overlap import sketch
 from cappy.scoring.calibration import Calibration
-from cappy.selection.pools import (
-    NUM_MBR_ORDERS,
-    Pool,
-    ScoreFunction,
-    Vector,
-    collect_pools,
-    count_pairs,
-    num_worthwhile_candidates,
-    pick_labels,
-    score_pools,
-    with_scores,
-)
-from cappy.selection.selectors import Selection, select
+from cappy.selection.curves import NUM_ORDERS, num_worthwhile_candidates
+from cappy.selection.fitting import fit_selector, out_of_fold_selectors
+from cappy.selection.linear import Evidence, Selector
+from cappy.selection.pools import Pool, ScoreFunction, Vector, collect_pools, count_pairs, score_pools, with_scores
+from cappy.selection.selectors import Fitting, Selection, select
 
 
 class AnyScorer(Protocol):
@@ -47,15 +40,27 @@ class AnyScorer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedSplit:
-    """The reported pools of one scorer with its scores, and the selection and calibration fitted on the held-out pools.
+    """The reported pools of one scorer with its scores, and what was fitted on pools that are not reported.
 
+    `held_out_selectors` has the selector that picks from each held-out pool, for the calibration and thresholds.
     An evaluation has one such split, a cross-fitted evaluation has one for each fold.
     """
 
     pools: Sequence[Pool]
     held_out: Sequence[Pool]
     selection: Selection
+    selector: Selector
+    held_out_selectors: Sequence[Selector]
     calibration: Calibration | None
+    probes: Sequence[Probe] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredSplit:
+    """The reported and the held-out pools of one scorer with its scores, and its probes."""
+
+    pools: Sequence[Pool]
+    held_out: Sequence[Pool]
     probes: Sequence[Probe] = ()
 
 
@@ -82,24 +87,21 @@ def split_pools(instances: Iterable[Instance], *, metric: str, split: Split) -> 
     return pools, held_out, skipped
 
 
-def evaluate_split(
+def score_split(
     pools: Sequence[Pool],
     held_out: Sequence[Pool],
     score: ScoreFunction | None,
-    champion: ScoreFunction | None = None,
+    others: Mapping[str, ScoreFunction] = MappingProxyType({}),
     *,
-    metric: str,
     seed: int,
     with_probes: bool = True,
     progress: Progress = silent,
-) -> EvaluatedSplit:
-    """Scores the reported and the held-out pools, fits all selectors on the latter and applies them to the former.
+) -> ScoredSplit:
+    """Scores the reported and the held-out pools; `others`, such as the champion, score only the reported ones.
 
-    The champion scores only the reported pools. Raises ConfigError if all scores of a scorer are equal.
+    Raises ConfigError if all scores of a scorer are equal, except of the initial one: a new head may do that.
     """
-    total = (count_pairs(pools) + count_pairs(held_out)) * (score is not None) + count_pairs(pools) * (
-        champion is not None
-    )
+    total = (count_pairs(pools) + count_pairs(held_out)) * (score is not None) + count_pairs(pools) * len(others)
     done = 0
 
     def count_scored(count: int) -> None:
@@ -110,24 +112,65 @@ def evaluate_split(
     if score is not None:
         held_out = with_scores(held_out, "scorer", score_pools(held_out, score, count_scored))
         pools = with_scores(pools, "scorer", score_pools(pools, score, count_scored))
-    if champion is not None:
-        pools = with_scores(pools, "champion", score_pools(pools, champion, count_scored))
+    for name, score_other in others.items():
+        pools = with_scores(pools, name, score_pools(pools, score_other, count_scored))
     for name in pools[0].scores:
-        _check_not_constant(name, pools)
+        if name != "initial":
+            _check_not_constant(name, pools)
     probes: list[Probe] = []
     if score is not None and with_probes:
         scores = get_scorer_scores(pools)
+        # The probes are about the scorer, so its picks stand for the selector's.
         picked = tables.compute_pick_labels(
-            pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": scores}
+            pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "selector": scores}
         )
         probes = tables.run_probes(pools, scores, score, tables.build_task_rows(pools, picked), seed)
-    return EvaluatedSplit(
-        pools=pools,
-        held_out=held_out,
-        selection=select(held_out, pools),
-        calibration=calibration.fit(held_out, get_scorer_scores(held_out), metric) if held_out and score else None,
-        probes=probes,
+    return ScoredSplit(pools=pools, held_out=held_out, probes=probes)
+
+
+def select_split(
+    scored: ScoredSplit,
+    *,
+    metric: str,
+    seed: int,
+    fit_on: Sequence[Pool] | None = None,
+    evidence: Evidence = "held-out",
+    scorer: str = "",
+    champion: Selector | None = None,
+) -> EvaluatedSplit:
+    """Fits the selectors on the pools `fit_on`, by default the held-out ones, and applies them to the reported pools.
+
+    The calibration is fitted on the picks of the held-out pools. `scorer` is the version of the scorer, `champion` the
+    selector of the champion.
+    """
+    fit_on = scored.held_out if fit_on is None else fit_on
+    has_scorer = "scorer" in scored.pools[0].scores
+    held_out_selectors: Sequence[Selector] = ()
+    selector = (
+        fit_selector(fit_on, metric=metric, evidence=evidence, scorer=scorer) if has_scorer else Selector(scorer=scorer)
     )
+    if has_scorer and scored.held_out:
+        # Picks of pools that the selector was fitted on would look better than those of other pools.
+        own = out_of_fold_selectors(scored.held_out, metric=metric) if fit_on is scored.held_out else None
+        held_out_selectors = own or [selector] * len(scored.held_out)
+    fitting = Fitting(held_out=fit_on, pools=scored.pools, selector=selector, champion=champion or Selector())
+    return EvaluatedSplit(
+        pools=scored.pools,
+        held_out=scored.held_out,
+        selection=select(fitting),
+        selector=selector,
+        held_out_selectors=held_out_selectors,
+        calibration=calibration.fit(scored.held_out, held_out_selectors, metric, seed=seed)
+        if held_out_selectors
+        else None,
+        probes=scored.probes,
+    )
+
+
+def mark_unavailable(evaluated: EvaluatedSplit, name: str, reason: str) -> EvaluatedSplit:
+    """The split with the reason why a selector is unavailable."""
+    unavailable = {**evaluated.selection.unavailable, name: reason}
+    return replace(evaluated, selection=replace(evaluated.selection, unavailable=unavailable))
 
 
 def get_scorer_scores(pools: Sequence[Pool]) -> list[Vector]:
@@ -145,7 +188,8 @@ def build_report(
     best_variants = tables.choose_best_variants(picked)
     comparisons = tables.compare_selectors(picked, best_variants)
     curves = tables.build_curves(pools, selection, best_variants, seed=seed)
-    num_worthwhile = num_worthwhile_candidates([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0
+    subject_curve = [point.mean for point in curves.get("selector", ())]
+    num_worthwhile = num_worthwhile_candidates(subject_curve) if subject_curve else 0
     tasks = tables.build_task_rows(pools, picked)
     return Report(
         metric=metric,
@@ -224,26 +268,31 @@ def _join_selections(selections: Sequence[Selection]) -> Selection:
         values={name: [value for selection in selections for value in selection.values[name]] for name in names},
         details=details,
         unavailable=unavailable,
+        curves={
+            name: [curve for selection in selections for curve in selection.curves[name]]
+            for name in first.curves
+            if name in names and all(name in selection.curves for selection in selections)
+        },
     )
 
 
 def _measure_calibration(evaluated_splits: Sequence[EvaluatedSplit]) -> CalibrationResult | None:
     """Measures the calibration of all reported picks; each split uses the calibration of its own scorer."""
-    if any("scorer" not in part.selection.values for part in evaluated_splits):
+    if any("selector" not in part.selection.values for part in evaluated_splits):
         return None
     return calibration.measure_calibration(
         [
-            (calibration.collect_picks(part.pools, get_scorer_scores(part.pools)), part.calibration)
+            (calibration.collect_picks(part.pools, part.selection.values["selector"]), part.calibration)
             for part in evaluated_splits
         ]
     )
 
 
 def _measure_coverage(pools: Sequence[Pool], selection: Selection) -> Coverage | None:
-    if "scorer" not in selection.values:
+    if "selector" not in selection.values:
         return None
-    values = selection.values["scorer"]
-    return calibration.measure_coverage([float(scores.max()) for scores in values], pick_labels(pools, values))
+    picks = calibration.collect_picks(pools, selection.values["selector"])
+    return calibration.measure_coverage(picks.scores.tolist(), picks.labels)
 
 
 def _mean_tokens(pools: Sequence[Pool]) -> float | None:
@@ -264,7 +313,7 @@ def _count_facts(evaluated_splits: Sequence[EvaluatedSplit], pools: Sequence[Poo
         "single_candidate_instances": sizes.count(1),
         "held_out_instances": sum(len(part.held_out) for part in evaluated_splits),
         "skipped_instances": skipped,
-        "mbr_curve_orders": NUM_MBR_ORDERS,
+        "curve_orders": NUM_ORDERS,
     }
 
 

@@ -8,7 +8,7 @@ from cappy.errors import RecordError, quote
 from cappy.evaluation.findings import SCHEMA, Findings, ReportValues, format_interval
 from cappy.evaluation.verdict import advice, verdict
 from cappy.pages import escape_text, format_signed, metric_name, percent, table
-from cappy.selection.selectors import selectors_shown_in
+from cappy.selection.selectors import selectors_shown_in, title
 from cappy.untrusted import JSON
 
 
@@ -79,7 +79,7 @@ class Report(Findings):
     def _task_rows(self) -> list[tuple[str, ...]]:
         """The rows of the table by task, without the likelihood selectors."""
         names = [selector.name for selector in selectors_shown_in(self.selectors, "tasks")]
-        rows = [("task", "instances", *names, "gain over random")]
+        rows = [("task", "instances", *map(title, names), "gain over random")]
         for row in self.tasks:
             means = (percent(row.means[name]) for name in names)
             rows.append((row.task or "(no task)", str(row.instances), *means, format_signed(row.gain.difference)))

@@ -1,14 +1,15 @@
 """The evaluation step: evaluates a scorer on held-out instances, and compares it with the champion if there is one.
 
 `cappy evaluation --source annotated --scorer folder --target report` writes report.json, report.html, report.md,
-table.txt, the plots curve.png, curve.svg, calibration.png and calibration.svg, calibration.json (maps from scores to
-expected labels), picks.json (read by `cappy threshold`), probe.json (the verification pairs: scored pairs for verifying
-a deployment) and, if cross-fitted, out_of_fold.json.
+table.txt, the plots curve.png, curve.svg, calibration.png and calibration.svg, selector.json (the fitted selector),
+calibration.json (maps from scores of picks to expected labels), picks.json (read by `cappy threshold`), probe.json (the
+verification pairs: scored pairs for verifying a deployment) and, if cross-fitted, out_of_fold.json.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,7 +19,7 @@ from pydantic import AfterValidator, Field
 from cappy.config import DEFAULT_WORK, Fresh, Location, Work, fingerprint, result_settings, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read, read_manifest
-from cappy.records.folder import MANIFEST, describe_files, write_bytes
+from cappy.records.folder import MANIFEST, describe_files, sha256_of, write_bytes
 from cappy.records.work import claim, finish
 from cappy.scoring.calibration import CALIBRATION, VERIFICATION_PAIRS, ScoredPair
 from cappy.steps import step_version
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from cappy.evaluation.protocol import AnyScorer, EvaluatedSplit
     from cappy.evaluation.report import Report
     from cappy.scoring.training_data import ReadTrainingData
-    from cappy.selection.pools import ScoreFunction
+    from cappy.selection.pools import Pool, ScoreFunction, Vector
 
 NUM_VERIFICATION_PAIRS = 32
 
@@ -47,6 +48,9 @@ class EvaluationConfig:
     scorer: Annotated[Location, Field(description="Folder of the scorer to evaluate")]
     target: Annotated[Location, Field(description="Folder to write the report to")]
     champion: Annotated[str, Field(description="Spec of the current champion; empty if there is none")] = ""
+    initial: Annotated[
+        str, Field(description="Spec of the scorer that training started from, to report beside it; empty if none")
+    ] = ""
     metric: Annotated[str, Field(min_length=1, description="Metric of the labels to report")] = "rougeL"
     split: Annotated[Literal["validation", "test"], Field(description="Split to report on")] = "test"
     seed: Annotated[int, Field(ge=0, description="Seed of the MBR curve, the examples and the folds")] = 0
@@ -76,21 +80,30 @@ def evaluate_folder(
     config: EvaluationConfig, progress: Progress, *, load: "Load", trained_on: "ReadTrainingData"
 ) -> Manifest:
     """Runs the step; `load` loads a scorer from a folder, `trained_on` reads what the scorer was trained on."""
-    from cappy.evaluation.protocol import build_report, cached_scores, seconds_per_pair
+    from cappy.evaluation.protocol import build_report, cached_scores, mark_unavailable, seconds_per_pair
     from cappy.scorers import scorer_folder
 
     parent = read_manifest(config.source)
     folders = {"challenger": scorer_folder(str(config.scorer))}
     if config.champion:
         folders["champion"] = scorer_folder(config.champion)
-    parents = (parent.hash, *(_content_hash(folder) for folder in folders.values()))
+    initial_folder = scorer_folder(config.initial) if config.initial else None
+    contents = [_content_hash(path, with_selector=name == "champion") for name, path in folders.items()]
+    if initial_folder is not None:
+        contents.append(_content_hash(initial_folder))
+    parents = (parent.hash, *contents)
     with claim(config.work, "evaluation", result_settings(config), parents, fresh=config.fresh) as folder:
         scorers = {name: load(str(path)) for name, path in folders.items()}
+        initial, problem = _initial_scores(config, initial_folder, folder, load, trained_on)
         if config.folds:
-            evaluated_splits, skipped, leaks = _evaluate_folds(config, folders, folder, progress, load, trained_on)
+            evaluated_splits, skipped, leaks = _evaluate_folds(
+                config, folders, folder, progress, load, trained_on, initial
+            )
         else:
-            evaluated_splits, skipped = _evaluate_once(config, scorers, folder, progress)
+            evaluated_splits, skipped = _evaluate_once(config, scorers, folders, folder, progress, initial)
             leaks = _count_leaks(evaluated_splits, folders, trained_on)
+        if problem:
+            evaluated_splits = [mark_unavailable(part, "initial", problem) for part in evaluated_splits]
         report = build_report(
             evaluated_splits,
             metric=config.metric,
@@ -99,10 +112,14 @@ def evaluate_folder(
             skipped=skipped,
             folds=config.folds,
         )
+        _write_selector(folder, evaluated_splits, config, scorers["challenger"].version)
         report = replace(
             report,
             leaks=leaks,
             versions={name: scorer.version for name, scorer in scorers.items()},
+            selector_hashes={
+                name: _selector_hash(folder if name == "challenger" else folders[name]) for name in scorers
+            },
             cost=replace(report.cost, seconds=seconds_per_pair(folder)),
         )
         write_report(folder, report)
@@ -129,26 +146,53 @@ def evaluate_folder(
         return finish(folder, config.target, manifest)
 
 
+def _initial_scores(
+    config: EvaluationConfig, initial: Path | None, work: Path, load: "Load", trained_on: "ReadTrainingData"
+) -> "tuple[dict[str, ScoreFunction], str]":
+    """The scoring function of the initial scorer by its name, or the reason why its scores are not comparable."""
+    from cappy.evaluation.protocol import cached_scores
+    from cappy.model_folder import open_model_folder
+    from cappy.scoring.model import is_encoder
+    from cappy.scoring.training_data import count_seen
+
+    if initial is None:
+        return {}, ""
+    folder = open_model_folder(initial)
+    if is_encoder(folder, folder.config(), strict=False):
+        return {}, "training started from an encoder, which has no head and gives no scores"
+    reported = list(read(config.source) if config.folds else read(config.source, splits=[config.split]))
+    if seen := count_seen(reported, trained_on(initial)):
+        return {}, f"it was trained on {seen} of the reported instances, or on others from the same rows"
+    return {"initial": cached_scores(load(str(initial)).score, work, "initial")}, ""
+
+
 def _evaluate_once(
-    config: EvaluationConfig, scorers: "Mapping[str, AnyScorer]", folder: Path, progress: Progress
+    config: EvaluationConfig,
+    scorers: "Mapping[str, AnyScorer]",
+    folders: Mapping[str, Path],
+    folder: Path,
+    progress: Progress,
+    initial: "Mapping[str, ScoreFunction]",
 ) -> "tuple[list[EvaluatedSplit], int]":
     """Evaluates the split of the config, and counts its instances without candidates."""
-    from cappy.evaluation.protocol import cached_scores, evaluate_split, split_pools
+    from cappy.evaluation.protocol import cached_scores, score_split, select_split, split_pools
+    from cappy.selection.linear import read_selector
 
     instances = read(config.source, splits=sorted({config.split, "validation"}))
     pools, held_out, skipped = split_pools(instances, metric=config.metric, split=config.split)
     scores = {name: cached_scores(scorer.score, folder, name) for name, scorer in scorers.items()}
-    evaluated_split = evaluate_split(
+    scored = score_split(
         pools,
         held_out,
-        scores["challenger"],
-        scores.get("champion"),
-        metric=config.metric,
+        scores.pop("challenger"),
+        {**scores, **initial},
         seed=config.seed,
         with_probes=config.probe,
         progress=progress,
     )
-    return [evaluated_split], skipped
+    champion = read_selector(folders["champion"], scorers["champion"].version) if config.champion else None
+    version = scorers["challenger"].version
+    return [select_split(scored, metric=config.metric, seed=config.seed, scorer=version, champion=champion)], skipped
 
 
 def _evaluate_folds(
@@ -158,6 +202,7 @@ def _evaluate_folds(
     progress: Progress,
     load: "Load",
     trained_on: "ReadTrainingData",
+    initial: "Mapping[str, ScoreFunction]",
 ) -> "tuple[list[EvaluatedSplit], int, dict[str, int]]":
     """Evaluates every fold, counts instances without candidates and leaks, and writes the out-of-fold scores."""
     from cappy.evaluation import crossfit
@@ -174,17 +219,36 @@ def _evaluate_folds(
     recipe = crossfit.read_recipe(read_manifest(folders["challenger"]), config.scorer)
     instances = list(read(config.source))
     evaluated_splits, skipped = crossfit.evaluate_folds(
-        cross_fitting, instances, recipe, folder, load=load, progress=progress
+        cross_fitting, instances, recipe, folder, load=load, progress=progress, others=initial
     )
     leaks = {"challenger": crossfit.count_leaks(evaluated_splits, folder, trained_on)}
     text = crossfit.out_of_fold_json(evaluated_splits, metric=config.metric, leaks=leaks["challenger"])
     write_bytes(folder / OUT_OF_FOLD, text.encode())
     if config.champion:
+        value_unseen = partial(_value_unseen, folders["champion"], folder, load, trained_on)
         evaluated_splits, champion_leaks = crossfit.add_champion_scores(
-            evaluated_splits, folders["champion"], config.metric
+            evaluated_splits, folders["champion"], config.metric, value_unseen
         )
         leaks |= champion_leaks
     return evaluated_splits, skipped, leaks
+
+
+def _value_unseen(
+    champion: Path, work: Path, load: "Load", trained_on: "ReadTrainingData", pools: "Sequence[Pool]"
+) -> "list[Vector] | None":
+    """The values that the champion's selector gives to pools; None if the champion was trained on one of them."""
+    from cappy.evaluation.protocol import cached_scores
+    from cappy.scoring.training_data import count_seen
+    from cappy.selection.linear import features_of, read_selector
+    from cappy.selection.pools import score_pools, with_scores
+
+    if count_seen([pool.instance for pool in pools], trained_on(champion)):
+        return None
+    scorer = load(str(champion))
+    selector = read_selector(champion, scorer.version)
+    score = cached_scores(scorer.score, work, "champion")
+    scored = with_scores(pools, "champion", score_pools(pools, score, lambda count: None))
+    return [selector.values(features_of(pool, selector.decoding, "champion")) for pool in scored]
 
 
 def _count_leaks(
@@ -204,11 +268,25 @@ def _describe_leak_check(
     return describe_leak_check(tested_instances, {name: trained_on(path) for name, path in folders.items()})
 
 
-def _content_hash(folder: Path) -> str:
-    """Hash of a scorer's content: of its manifest or, if another tool wrote the folder, of its files."""
-    if (folder / MANIFEST).is_file():
-        return read_manifest(folder).hash
-    return fingerprint([(file.name, file.sha256) for file in describe_files(folder)])
+def _content_hash(folder: Path, *, with_selector: bool = False) -> str:
+    """Hash of a scorer's content: of its manifest or, if another tool wrote the folder, of its files.
+
+    `with_selector` includes selector.json, which no manifest lists, because it is written by the evaluation.
+    """
+    content = (
+        read_manifest(folder).hash
+        if (folder / MANIFEST).is_file()
+        else fingerprint([(file.name, file.sha256) for file in describe_files(folder)])
+    )
+    selector = _selector_hash(folder) if with_selector else ""
+    return fingerprint([content, selector]) if selector else content
+
+
+def _selector_hash(folder: Path) -> str:
+    """The sha256 of selector.json in a folder; empty without one."""
+    from cappy.selection.linear import SELECTOR
+
+    return sha256_of(folder / SELECTOR) if (folder / SELECTOR).is_file() else ""
 
 
 def write_report(folder: Path, report: "Report") -> None:
@@ -225,32 +303,47 @@ def write_report(folder: Path, report: "Report") -> None:
 
 
 def _write_picks(folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]", *, folds: int, metric: str) -> None:
-    """Writes picks.json: the scorer's held-out and reported picks or, if cross-fitted, its out-of-fold picks."""
+    """Writes picks.json: the selector's held-out and reported picks or, if cross-fitted, its out-of-fold picks."""
     from cappy.evaluation.threshold import PICKS, pick_rows
+    from cappy.selection.linear import features_of
 
-    if folds:
-        rows = {
-            "out_of_fold": [
-                row for fold, part in enumerate(evaluated_splits, start=1) for row in pick_rows(part.pools, fold)
-            ]
-        }
-    else:
-        rows = {
-            "held_out": [row for part in evaluated_splits for row in pick_rows(part.held_out)],
-            "reported": [row for part in evaluated_splits for row in pick_rows(part.pools)],
-        }
+    reported = [
+        row
+        for fold, part in enumerate(evaluated_splits, start=1)
+        for row in pick_rows(part.pools, part.selection.values["selector"], fold if folds else None)
+    ]
+    rows = {"out_of_fold": reported}
+    if not folds:
+        (part,) = evaluated_splits
+        pairs = zip(part.held_out, part.held_out_selectors, strict=True)
+        values = [selector.values(features_of(pool, selector.decoding)) for pool, selector in pairs]
+        rows = {"held_out": pick_rows(part.held_out, values), "reported": reported}
     write_bytes(folder / PICKS, json.dumps({"metric": metric, **rows}).encode())
+
+
+def _write_selector(
+    folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]", config: EvaluationConfig, scorer: str
+) -> None:
+    """Writes selector.json: the evaluated selector or, if cross-fitted, one fitted on all out-of-fold scores."""
+    from cappy.selection.fitting import fit_selector
+    from cappy.selection.linear import SELECTOR
+
+    selector = evaluated_splits[0].selector
+    if config.folds:
+        pools = [pool for part in evaluated_splits for pool in part.pools]
+        selector = fit_selector(pools, metric=config.metric, evidence="out-of-fold", scorer=scorer)
+    write_bytes(folder / SELECTOR, selector.to_json().encode())
 
 
 def _write_calibration(folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]", config: EvaluationConfig) -> None:
     """Writes calibration.json, fitted on the held-out picks or, if cross-fitted, on the out-of-fold picks."""
     from cappy.evaluation.calibration import fit
-    from cappy.evaluation.protocol import get_scorer_scores
 
     calibration = evaluated_splits[0].calibration
     if config.folds:
-        pools = [pool for part in evaluated_splits for pool in part.pools]
-        calibration = fit(pools, get_scorer_scores(pools), config.metric)
+        pairs = [(pool, part.selector) for part in evaluated_splits for pool in part.pools]
+        pools, selectors = [pool for pool, _ in pairs], [selector for _, selector in pairs]
+        calibration = fit(pools, selectors, config.metric, seed=config.seed)
     if calibration is not None:
         write_bytes(folder / CALIBRATION, calibration.to_json().encode())
 
@@ -281,9 +374,10 @@ def collect_metrics(report: "Report") -> dict[str, float]:
         numbers[f"{report.metric}_{name}"] = row.estimate.mean
     for key, difference in report.comparisons.items():
         subject, _, rival = key.partition("-")
-        if subject == "scorer":
-            numbers[f"gain_over_{rival}"] = difference.difference
-            numbers[f"gain_over_{rival}_low"] = difference.low
+        if subject == "selector" or key == "scorer-initial":
+            prefix = "" if subject == "selector" else "scorer_"
+            numbers[f"{prefix}gain_over_{rival}"] = difference.difference
+            numbers[f"{prefix}gain_over_{rival}_low"] = difference.low
     if report.calibration is not None:
         best = report.calibration.calibrated or report.calibration.raw
         numbers |= {"ece": best.ece, "brier": best.brier}

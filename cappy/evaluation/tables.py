@@ -27,7 +27,8 @@ from cappy.evaluation.findings import (
     TaskRow,
 )
 from cappy.pages import percent
-from cappy.selection.pools import Pool, PoolVectors, ScoreFunction, Vector, extend_curve, is_tied, pick, pick_labels
+from cappy.selection.curves import extend_curve
+from cappy.selection.pools import Pool, PoolVectors, ScoreFunction, Vector, is_tied, pick, pick_labels
 from cappy.selection.selectors import SELECTORS, Selection, compared_pairs
 
 PUBLISHED = Path(__file__).with_name("data") / "published.json"
@@ -110,12 +111,11 @@ def build_curves(
     size = max(len(pool.candidates) for pool in pools)
     groups = [pool.instance.group_id for pool in pools]
     by_selector = {}
-    for name, values in selection.values.items():
-        selector = SELECTORS[name]
-        if selector.curve is None or best_variants.get(selector.variant_of, name) != name:
+    for name, pool_curves in selection.curves.items():
+        if best_variants.get(SELECTORS[name].variant_of, name) != name:
             continue
         generator = np.random.default_rng(seed)
-        curves = [selector.curve(pool, value, generator) for pool, value in zip(pools, values, strict=True)]
+        curves = [curve(generator) for curve in pool_curves]
         by_selector[name] = tuple(
             statistics.estimate_means(np.stack([extend_curve(curve, size) for curve in curves]), groups)
         )
@@ -140,7 +140,9 @@ def build_task_rows(pools: Sequence[Pool], picked: PickLabels) -> tuple[TaskRow,
                 means={name: float(values.mean()) for name, values in labels.items()},
                 gain=part.compare(subject, "random"),
                 templates={name: float(labels[subject][index].mean()) for name, index in templates.items()},
-                against_champion=part.compare("scorer", "champion") if {"scorer", "champion"} <= {*labels} else None,
+                against_champion=part.compare("selector", "champion")
+                if {"selector", "champion"} <= {*labels}
+                else None,
             )
         )
     return tuple(table)
@@ -157,8 +159,8 @@ def average_tasks(table: Sequence[TaskRow]) -> dict[str, Average]:
 
 
 def choose_subject(labels: Mapping[str, Vector]) -> str:
-    """The selector that a report is about: the scorer, else MBR, else the first response."""
-    return next(name for name in ("scorer", "mbr", "first") if name in labels)
+    """The selector that a report is about: the fitted one, else MBR, else the first response."""
+    return next(name for name in ("selector", "mbr", "first") if name in labels)
 
 
 def compare_with_published(
@@ -188,11 +190,11 @@ def draw_examples(pools: Sequence[Pool], selection: Selection, seed: int) -> tup
 
 
 def find_worst_examples(pools: Sequence[Pool], selection: Selection) -> tuple[Example, ...]:
-    """The instances where the scorer's pick is furthest below the best candidate, largest difference first."""
-    if "scorer" not in selection.values:
+    """The instances where the selector's pick is furthest below the best candidate, largest difference first."""
+    if "selector" not in selection.values:
         return ()
     best = np.array([pool.labels.max() for pool in pools])
-    losses = best - pick_labels(pools, selection.values["scorer"])
+    losses = best - pick_labels(pools, selection.values["selector"])
     order = np.argsort(-losses, kind="stable")[:NUM_EXAMPLES]
     return tuple(_build_examples([index for index in order if losses[index] > 0], pools, selection))
 
@@ -232,8 +234,8 @@ def _build_examples(indices: Iterable[int], pools: Sequence[Pool], selection: Se
         pool = pools[index]
         values = {name: selection.values[name][index] for name in shown}
         picked_positions = {name: pick(value) for name, value in values.items()}
-        order = np.argsort(-values.get("scorer", pool.labels), kind="stable")
-        # The picks are shown even if other candidates have higher scores.
+        order = np.argsort(-values.get("selector", pool.labels), kind="stable")
+        # The picks are shown even if other candidates have higher values.
         listed = set(
             list(dict.fromkeys([*picked_positions.values(), *(int(position) for position in order)]))[:NUM_CANDIDATES]
         )
@@ -241,6 +243,7 @@ def _build_examples(indices: Iterable[int], pools: Sequence[Pool], selection: Se
             RatedCandidate(
                 response=pool.responses[position],
                 label=float(pool.labels[position]),
+                value=float(values["selector"][position]) if "selector" in values else None,
                 score=float(values["scorer"][position]) if "scorer" in values else None,
                 mbr=float(values["mbr"][position]) if "mbr" in values else None,
             )

@@ -1,4 +1,4 @@
-"""Threshold: the lowest score above which the scorer's picks have a given precision, with a given confidence.
+"""Threshold: the lowest score above which the selector's picks have a given precision, with a given confidence.
 
 Choosing the lowest score whose held-out picks have the precision would be biased by selection. So scores are tested in
 a fixed order, from strict to lenient, and the last one before the first failing test is chosen. A test passes if the
@@ -19,7 +19,7 @@ from scipy.special import betaincinv, stdtrit
 from cappy.errors import FolderError
 from cappy.evaluation import calibration, read_values, statistics
 from cappy.scoring.calibration import Calibration, read_calibration
-from cappy.selection.pools import Pool, Vector
+from cappy.selection.pools import Pool, PoolVectors, Vector
 
 PICKS = "picks.json"
 CONFIDENCE = 0.95
@@ -123,12 +123,12 @@ def find_threshold(
     )
 
 
-def pick_rows(pools: Sequence[Pool], fold: int | None = None) -> list[PickRow]:
-    """The rows of picks.json for these pools: score, label, group, distinct candidates, and the fold if there is one.
+def pick_rows(pools: Sequence[Pool], values: PoolVectors, fold: int | None = None) -> list[PickRow]:
+    """The rows of picks.json: score, label, group and distinct candidates of each pick, and the fold if there is one.
 
     They are stored under the keys `held_out` and `reported`, or `out_of_fold` if cross-fitted.
     """
-    picked = calibration.collect_picks(pools, [pool.scores["scorer"] for pool in pools])
+    picked = calibration.collect_picks(pools, values)
     groups = [pool.instance.group_id for pool in pools]
     extra = () if fold is None else (fold,)
     rows = zip(picked.scores.tolist(), picked.labels.tolist(), groups, picked.sizes, strict=True)

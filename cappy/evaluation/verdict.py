@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 
 from cappy.evaluation.findings import MIN_GROUPS, Difference, Findings, format_interval
 from cappy.pages import format_signed, percent
-from cappy.selection.selectors import SELECTORS, Selector, title
+from cappy.selection.selectors import NOT_GIVEN, SELECTORS, SelectorSpec, title
 
 SIGNIFICANCE_LEVEL = 0.05
 """Maximum adjusted p-value of a significant comparison."""
@@ -18,7 +18,7 @@ _RIVALS = {selector.key: selector for selector in SELECTORS.values() if "verdict
 
 def verdict(report: Findings) -> tuple[str, ...]:
     """The sentences of the verdict, headline first; a difference counts only if its 95% interval excludes 0."""
-    subject = "scorer" if "scorer" in report.selectors else "mbr"
+    subject = "selector" if "selector" in report.selectors else "mbr"
     if subject not in report.selectors:
         return ("Neither a scorer nor MBR could be evaluated.", *_cautions(report))
     differences = {
@@ -27,7 +27,8 @@ def verdict(report: Findings) -> tuple[str, ...]:
     sentences = tuple(
         _comparison_sentence(report, subject, name, difference) for name, difference in differences.items()
     )
-    return (_headline(subject, differences), *sentences, *_hybrid_sentence(report), *_cautions(report))
+    more = (*_adaptation_sentence(report), *_score_sentence(report), *_cautions(report))
+    return (_headline(subject, differences), *sentences, *more)
 
 
 def outcome(difference: Difference) -> str:
@@ -81,15 +82,30 @@ def _remedy(report: Findings, key: str) -> str:
     return f"; {detectable}; this one would need about {power.groups_needed:,} groups"
 
 
-def _hybrid_sentence(report: Findings) -> Iterator[str]:
-    difference = report.comparisons.get("hybrid_mbr-mbr")
-    if difference is None:
+def _adaptation_sentence(report: Findings) -> Iterator[str]:
+    """What training added to the score of the scorer that it started from, or why that is not known."""
+    difference = report.comparisons.get("scorer-initial")
+    if difference is not None:
+        means = [percent(report.selectors[name].estimate.mean) for name in ("scorer", "initial")]
+        gain = f"{means[0]} after adaptation, {means[1]} before, {format_signed(difference.difference)}"
+        verb = {"better": "improved", "worse": "worsened", "open": "is not shown to have improved"}[outcome(difference)]
+        if difference.low == difference.high == 0:
+            verb = "did not change"
+        yield f"Adaptation {verb} the scorer's picks: {gain} (95% interval {format_interval(difference)})."
+    elif (reason := report.unavailable.get("initial", NOT_GIVEN)) != NOT_GIVEN:
+        yield f"The scorer before adaptation is not shown: {reason}."
+
+
+def _score_sentence(report: Findings) -> Iterator[str]:
+    """What the fitted weights add to the score; nothing if the selector picks by the score alone."""
+    difference = report.comparisons.get("selector-scorer")
+    if difference is None or report.selectors["selector"].detail == "score":
         return
-    verb = {"better": "beat", "worse": "do worse than", "open": "are not shown to beat"}[outcome(difference)]
-    mean = report.selectors["hybrid_mbr"].estimate.mean
+    verb = {"better": "beats", "worse": "does worse than", "open": "is not shown to beat"}[outcome(difference)]
+    mean, detail = report.selectors["scorer"].estimate.mean, report.selectors["selector"].detail
     yield (
-        f"The scorer and MBR together {verb} MBR: {percent(mean)}, {format_signed(difference.difference)} "
-        f"(95% interval {format_interval(difference)})."
+        f"The selector ({detail}) {verb} the scorer's score alone: {percent(mean)} for the score, "
+        f"{format_signed(difference.difference)} for the selector (95% interval {format_interval(difference)})."
     )
 
 
@@ -124,21 +140,21 @@ def _holm_caution(report: Findings) -> Iterator[str]:
 
 
 def _subject_name(name: str) -> str:
-    return "The scorer" if name == "scorer" else "No scorer was given; MBR"
+    return "The selector" if name == "selector" else "No scorer was given; MBR"
 
 
 def _join_names(names: list[str], word: str) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
 
 
-def _short_name(selector: Selector) -> str:
+def _short_name(selector: SelectorSpec) -> str:
     return f"the {selector.variant_of}" if selector.variant_of else selector.name_in_sentence
 
 
 def advice(report: Findings) -> str:
     """One sentence of advice: about leaks, else about what is proven, else about what would prove it.
 
-    It begins with "Promote" only if the gate with its default options would let the scorer pass.
+    It begins with "Promote" only if the gate with its default options would let the selector pass.
     """
     text = _choose_advice(report)
     if not text.startswith("Promote"):
@@ -155,7 +171,7 @@ def advice(report: Findings) -> str:
     return text
 
 
-def first_version_rivals(comparisons: Collection[str], requested: str = "") -> list[Selector]:
+def first_version_rivals(comparisons: Collection[str], requested: str = "") -> list[SelectorSpec]:
     """The selectors that a first version must be shown to beat, by the comparisons of its report.
 
     `requested` is the key of a selector that is required only on request. Only one selector that uses a single
@@ -166,27 +182,34 @@ def first_version_rivals(comparisons: Collection[str], requested: str = "") -> l
         selector.key: selector
         for selector in SELECTORS.values()
         if selector.must_beat == "always"
-        or (selector.must_beat == "where_compared" and f"scorer-{selector.key}" in comparisons)
+        or (selector.must_beat == "where_compared" and f"selector-{selector.key}" in comparisons)
         or (selector.must_beat == "on_request" and selector.key == requested)
     }
-    single = [each for each in SELECTORS.values() if each.single_decoding and f"scorer-{each.key}" in comparisons]
-    return [*required.values(), *single[-1:]]
+    return [*required.values(), *single_decodings(comparisons)[-1:]]
+
+
+def single_decodings(comparisons: Collection[str]) -> list[SelectorSpec]:
+    """The selectors of a single decoding that the selector is compared with; the greedy response is the last one."""
+    return [each for each in SELECTORS.values() if each.single_decoding and f"selector-{each.key}" in comparisons]
 
 
 def _choose_advice(report: Findings) -> str:
     if leaked := [name for name, count in report.leaks.items() if count]:
         names = " and the ".join(leaked)
         return f"Hold: the {names} saw reported instances in training; prepare disjoint splits, then train again."
-    if "scorer" not in report.selectors:
+    if "selector" not in report.selectors:
         return _advise_without_scorer(report)
     if "champion" in report.selectors:
         return _advise_against_champion(report)
     if reason := _why_no_champion(report):
         return f"Hold: the report does not compare with the champion: {reason}."
-    if _is_worse(report, "scorer-greedy") and not _mbr_leads(report):
+    if _is_worse(report, "selector-greedy") and not _mbr_leads(report):
         return _advise_greedy(report)
+    if _is_worse(report, "scorer-initial"):
+        loss = _format_gain(report.comparisons["scorer-initial"])
+        return f"Hold: adaptation worsened the scorer's picks by {loss}; train on more instances, or keep the scorer."
     for selector in first_version_rivals(report.comparisons):
-        key = f"scorer-{selector.key}"
+        key = f"selector-{selector.key}"
         if key in report.comparisons and not _is_better(report, key):
             return _advise_below_rival(report, key, selector.name_in_sentence)
     return _advise_against_mbr(report)
@@ -195,13 +218,13 @@ def _choose_advice(report: Findings) -> str:
 def _why_no_champion(report: Findings) -> str:
     """Why the report lacks the champion that it was to be compared with; empty if there was none."""
     reason = report.unavailable.get("champion", "")
-    return "" if reason == "none was given" else reason
+    return "" if reason == NOT_GIVEN else reason
 
 
 def _advise_greedy(report: Findings) -> str:
-    """Advice if one greedy call without selection does better than the scorer."""
-    difference = report.comparisons["scorer-greedy"]
-    text = f"Use one greedy response: the scorer's pick of several is worse by {_format_gain(difference)}"
+    """Advice if one greedy call without selection does better than the selector."""
+    difference = report.comparisons["selector-greedy"]
+    text = f"Use one greedy response: the selector's pick of several is worse by {_format_gain(difference)}"
     return f"{text}; {_scorer_remedy(report)} before you sample more than one."
 
 
@@ -213,28 +236,34 @@ def _advise_without_scorer(report: Findings) -> str:
 
 
 def _advise_against_champion(report: Findings) -> str:
-    difference = report.comparisons["scorer-champion"]
-    if _is_better(report, "scorer-champion"):
-        return f"Promote: the scorer beats the champion by {_format_gain(difference)}."
+    for selector in single_decodings(report.comparisons)[-1:]:
+        if _is_worse(report, f"selector-{selector.key}"):
+            loss = _format_gain(report.comparisons[f"selector-{selector.key}"])
+            return (
+                f"Hold: the selector does worse than {selector.name_in_sentence} by {loss}; {_scorer_remedy(report)}."
+            )
+    difference = report.comparisons["selector-champion"]
+    if _is_better(report, "selector-champion"):
+        return f"Promote: the selector beats the champion by {_format_gain(difference)}."
     if difference.high < 0:
-        return f"Hold: the scorer does worse than the champion by {_format_gain(difference)}."
-    return _advise_unproven(report, "scorer-champion", "the champion")
+        return f"Hold: the selector does worse than the champion by {_format_gain(difference)}."
+    return _advise_unproven(report, "selector-champion", "the champion")
 
 
 def _advise_below_rival(report: Findings, key: str, other: str) -> str:
     """Advice if a first version is not shown to beat a selector that the gate requires it to beat."""
-    if _mbr_leads(report) and not _is_better(report, "scorer-mbr"):
+    if _mbr_leads(report) and not _is_better(report, "selector-mbr"):
         gain = _format_gain(report.comparisons["mbr-random"])
-        failure = f"the scorer {'does worse than' if _is_worse(report, key) else 'is not shown to beat'} {other}"
+        failure = f"the selector {'does worse than' if _is_worse(report, key) else 'is not shown to beat'} {other}"
         return f"Use MBR: it beats random choice by {gain} without training, and {failure}; {_scorer_remedy(report)}."
     if _is_flat(report):
         alternative = ", or use MBR" if "mbr" in report.selectors else ""
-        return f"Hold: the scorer is not shown to beat {other}; {_scorer_remedy(report)}{alternative}."
-    if key == "scorer-random" and _is_worse(report, key):
-        return "Hold: the scorer does worse than random choice; check the worst instances and the labels first."
+        return f"Hold: the selector is not shown to beat {other}; {_scorer_remedy(report)}{alternative}."
+    if key == "selector-random" and _is_worse(report, key):
+        return "Hold: the selector does worse than random choice; check the worst instances and the labels first."
     if _is_worse(report, key):
         loss = _format_gain(report.comparisons[key])
-        return f"Hold: the scorer does worse than {other} by {loss}; {_scorer_remedy(report)}."
+        return f"Hold: the selector does worse than {other} by {loss}; {_scorer_remedy(report)}."
     return _advise_unproven(report, key, other)
 
 
@@ -266,36 +295,32 @@ def _is_flat(report: Findings) -> bool:
 
 
 def _advise_against_mbr(report: Findings) -> str:
-    """Advice if the gate would let the scorer pass."""
-    mbr_difference = report.comparisons.get("scorer-mbr")
-    hybrid_difference = report.comparisons.get("hybrid_mbr-mbr")
+    """Advice if the gate would let the selector pass."""
+    mbr_difference = report.comparisons.get("selector-mbr")
     may_not_beat_mbr = mbr_difference is not None and mbr_difference.low <= 0
-    if hybrid_difference is not None and hybrid_difference.low > 0 and may_not_beat_mbr:
-        detail, gain = report.selectors["hybrid_mbr"].detail, _format_gain(hybrid_difference)
-        return f"Promote, and pick by scorer + MBR ({detail}): together they beat MBR by {gain}."
     if mbr_difference is not None and mbr_difference.high < 0:
         loss = _format_gain(mbr_difference)
-        return f"Use MBR: the scorer does worse by {loss}; {_scorer_remedy(report)} before you promote."
+        return f"Use MBR: the selector does worse by {loss}; {_scorer_remedy(report)} before you promote."
     if may_not_beat_mbr:
-        return f"Promote if you cannot use MBR; {_lowercase_first(_advise_unproven(report, 'scorer-mbr', 'MBR'))}"
+        return f"Promote if you cannot use MBR; {_lowercase_first(_advise_unproven(report, 'selector-mbr', 'MBR'))}"
     if all(task.kind == "choice" for task in report.tasks):
-        return "Promote: the scorer beats random choice and the selectors that need no training on these choices."
+        return "Promote: the selector beats random choice and the selectors that need no training on these choices."
     if _headroom(report) < MIN_HEADROOM:
         headroom = percent(_headroom(report))
         return f"Promote, and sample other candidates: the oracle is only {headroom} above the best selector."
     if _is_curve_rising(report):
-        last, gain = len(report.curve["scorer"]), percent(_last_gain(report))
+        last, gain = len(report.curve["selector"]), percent(_last_gain(report))
         return f"Promote, and sample more: candidate {last} still adds {gain}."
-    return "Promote: the scorer beats random choice, and the likelihood and MBR if they are available."
+    return "Promote: the selector beats random choice, and the likelihood and MBR if they are available."
 
 
 def _advise_unproven(report: Findings, key: str, other: str) -> str:
     """Advice on an open difference: more data only if a feasible number of groups would show it."""
     difference, power = report.comparisons[key], report.power[key]
     if difference.low == difference.high == 0:
-        return f"Hold: the scorer does exactly as well as {other}; train on more instances or with another loss."
+        return f"Hold: the selector does exactly as well as {other}; train on more instances or with another loss."
     if _is_flat(report):
-        return f"Hold: the scorer is not shown to beat {other}, {_format_gain(difference)}; {_scorer_remedy(report)}."
+        return f"Hold: the selector is not shown to beat {other}, {_format_gain(difference)}; {_scorer_remedy(report)}."
     needed = power.groups_needed
     if difference.difference > 0 and needed is not None and power.within_reach:
         return (
@@ -303,17 +328,17 @@ def _advise_unproven(report: Findings, key: str, other: str) -> str:
             f"groups; about {max(needed, power.groups + 1, MIN_GROUPS):,} would show it."
         )
     return (
-        f"Hold: the scorer is not shown to beat {other}, {_format_gain(difference)}, and {power.groups} groups "
+        f"Hold: the selector is not shown to beat {other}, {_format_gain(difference)}, and {power.groups} groups "
         f"cannot show a difference below {percent(power.smallest)}; train on more instances or with another loss."
     )
 
 
 def _is_curve_rising(report: Findings) -> bool:
-    return report.num_worthwhile_candidates == len(report.curve["scorer"]) > 1
+    return report.num_worthwhile_candidates == len(report.curve["selector"]) > 1
 
 
 def _last_gain(report: Findings) -> float:
-    return report.curve["scorer"][-1].mean - report.curve["scorer"][-2].mean
+    return report.curve["selector"][-1].mean - report.curve["selector"][-2].mean
 
 
 def _headroom(report: Findings) -> float:

@@ -227,10 +227,10 @@ def map_columns(rows: Rows, columns: Columns, warnings: SourceWarnings) -> Rows:
         }
         fields = {**own_values, **{name: values[column] for name, column in columns.by_field.items()}}
         warnings.check_columns(where, values, fields, values.keys() - own_columns - mapped_columns - columns.ignored)
-        yield where, _append_input(where, fields, is_mapped="input" in columns.by_field)
+        yield where, append_input(where, fields, is_mapped="input" in columns.by_field)
 
 
-def _append_input(where: str, values: Values, *, is_mapped: bool) -> Values:
+def append_input(where: str, values: Values, *, is_mapped: bool) -> Values:
     """The fields with `input` appended to the instruction after a blank line, in the order of Alpaca's prompt.
 
     An input that the instruction contains already is not appended again, unless --columns maps a column to it.

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict, TypeGuard
 
 from cappy.errors import RecordError, quote
@@ -55,7 +55,7 @@ def parse_row(where: str, values: Values, *, task: str, max_characters: int, unl
 
     An `unlabelled` row needs responses but no reference. `max_characters` limits each text.
     """
-    fields = _Fields(where, values, max_characters)
+    fields = RowFields(where, values, max_characters)
     instruction = _read_instruction(fields)
     candidates = (*_read_responses(fields), *_read_candidates(fields))
     if unlabelled and not candidates:
@@ -89,7 +89,7 @@ def choice_candidates(choices: Sequence[str]) -> tuple[Candidate, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Fields:
+class RowFields:
     """Reads the fields of one row by name and type; null counts as absent."""
 
     where: str
@@ -177,7 +177,7 @@ class _Fields:
         return value
 
 
-def _read_instruction(fields: _Fields) -> str:
+def _read_instruction(fields: RowFields) -> str:
     if "instruction" not in fields.values:
         remedy = "give the prompt under that name, or name its column: --columns instruction=COLUMN"
         raise RecordError(f"{fields.where}: has no field instruction, fields found: {fields.names()}; {remedy}")
@@ -187,7 +187,7 @@ def _read_instruction(fields: _Fields) -> str:
     return instruction
 
 
-def _read_references(fields: _Fields, *, required: bool) -> tuple[str, ...]:
+def _read_references(fields: RowFields, *, required: bool) -> tuple[str, ...]:
     """The accepted answers; there may be none unless they are `required` to label responses."""
     if not required and not fields.has("reference") and not fields.has("references"):
         return ()
@@ -202,7 +202,7 @@ def _read_references(fields: _Fields, *, required: bool) -> tuple[str, ...]:
     return references
 
 
-def _read_choices(fields: _Fields, references: tuple[str, ...]) -> tuple[str, ...]:
+def _read_choices(fields: RowFields, references: tuple[str, ...]) -> tuple[str, ...]:
     choices = fields.texts("choices")
     if not choices:
         return ()
@@ -215,7 +215,7 @@ def _read_choices(fields: _Fields, references: tuple[str, ...]) -> tuple[str, ..
     return choices
 
 
-def _read_responses(fields: _Fields) -> Iterator[Candidate]:
+def _read_responses(fields: RowFields) -> Iterator[Candidate]:
     """The candidates in `responses` (or `response`), each with its label in `labels` (or `label`)."""
     texts = fields.texts("response", "responses")
     if not texts and fields.has("responses"):
@@ -228,7 +228,7 @@ def _read_responses(fields: _Fields) -> Iterator[Candidate]:
         yield _import_candidate(text, label=labels[index] if labels else None)
 
 
-def _read_candidates(fields: _Fields) -> Iterator[Candidate]:
+def _read_candidates(fields: RowFields) -> Iterator[Candidate]:
     """Candidates given as objects (see docs/preparation.md).
 
     Their fields are `system` or `generator`, `text` or `response`, and those of `_CandidateDetails`.
@@ -244,24 +244,32 @@ def _read_candidates(fields: _Fields) -> Iterator[Candidate]:
         if not isinstance(item, dict):
             remedy = "give plain texts in the field responses"
             raise RecordError(f"{where} must be an object, got {quote(item)}; {remedy}")
-        inner = _Fields(where, item, fields.max_characters)
-        name = next((name for name in ("response", "text") if inner.has(name)), None)
-        if name is None:
-            raise RecordError(
-                f"{where}: has no text, fields found: {inner.names()}; give the response in the field text"
-            )
-        yield _import_candidate(
-            inner.text(name),
-            label=inner.label("label"),
-            details=_CandidateDetails(
-                generator=inner.optional_text("generator", "system"),
-                decoding=inner.optional_text("decoding"),
-                seed=inner.integer("seed", 64),
-                logprob_sum=inner.number("logprob_sum"),
-                logprob_mean=inner.number("logprob_mean"),
-                num_tokens=inner.integer("num_tokens", 32),
-            ),
+        inner = RowFields(where, item, fields.max_characters)
+        yield parse_candidate(inner, ("generator", "system"), label=inner.label("label"))
+
+
+def parse_candidate(fields: RowFields, generator_fields: Sequence[str], *, label: float | None = None) -> Candidate:
+    """The candidate in these fields; its generator is in the first of `generator_fields` that is present.
+
+    Raises RecordError, with the remedy, if there is no text or a field is invalid.
+    """
+    name = next((name for name in ("response", "text") if fields.has(name)), None)
+    if name is None:
+        raise RecordError(
+            f"{fields.where}: has no text, fields found: {fields.names()}; give the response in the field text"
         )
+    return _import_candidate(
+        fields.text(name),
+        label=label,
+        details=_CandidateDetails(
+            generator=fields.optional_text(*generator_fields),
+            decoding=fields.optional_text("decoding"),
+            seed=fields.integer("seed", 64),
+            logprob_sum=fields.number("logprob_sum"),
+            logprob_mean=fields.number("logprob_mean"),
+            num_tokens=fields.integer("num_tokens", 32),
+        ),
+    )
 
 
 class _CandidateDetails(TypedDict, total=False):
@@ -280,7 +288,24 @@ def _import_candidate(
 ) -> Candidate:
     status: Status = "ok" if response.strip() else "empty"
     labels = {} if label is None else {GIVEN_METRIC: label}
-    return Candidate(response=response, revision=_IMPORTED_REVISION, status=status, labels=labels, **(details or {}))
+    return complete_likelihood(
+        Candidate(response=response, revision=_IMPORTED_REVISION, status=status, labels=labels, **(details or {}))
+    )
+
+
+def complete_likelihood(candidate: Candidate) -> Candidate:
+    """The candidate with the sum of its log-probabilities computed from the mean, or the mean from the sum.
+
+    Values that are given stay as they are; without a number of tokens above 0 nothing is computed.
+    """
+    total, mean, count = candidate.logprob_sum, candidate.logprob_mean, candidate.num_tokens
+    if not count or count < 0:
+        return candidate
+    if mean is None and total is not None:
+        return replace(candidate, logprob_mean=total / count)
+    if total is None and mean is not None:
+        return replace(candidate, logprob_sum=mean * count)
+    return candidate
 
 
 def is_label(value: object) -> bool:

@@ -20,7 +20,7 @@ from cappy.preparation.config import BUILTIN, Kind, PreparationConfig, check_set
 from cappy.preparation.files import HUB_PREFIX, Reader, choose_reader, find_shards, parse_hub, read_hub, resolve_commit
 from cappy.preparation.prompt_sources import open_mixture, open_templated_dataset
 from cappy.preparation.prompted import Dataset
-from cappy.preparation.rows import Rows, SourceRow, choice_candidates, hash64, parse_row
+from cappy.preparation.rows import Rows, SourceRow, choice_candidates, complete_likelihood, hash64, parse_row
 from cappy.preparation.tables import read_csv
 from cappy.preparation.text_files import strip_compression_suffix, translate_read_errors
 from cappy.records import Instance, read, read_manifest
@@ -124,7 +124,9 @@ def _open_records(shards: Sequence[Path], path: Path, config: PreparationConfig)
     def rows() -> Iterator[SourceRow]:
         for shard in shards:
             for instance in read(shard):
-                yield _check_responses(_make_row(str(shard), instance, config.task), config)
+                candidates = tuple(map(complete_likelihood, instance.candidates))
+                complete = replace(instance, candidates=candidates)
+                yield _check_responses(_make_row(str(shard), complete, config.task), config)
 
     return Source(
         name=str(path),
@@ -262,19 +264,21 @@ def _parse_rows(
 def _exclude_generators(
     rows: Iterator[SourceRow], patterns: Sequence[str], warnings: SourceWarnings
 ) -> Iterator[SourceRow]:
-    """The rows without the candidates of generators that match a pattern."""
+    """The rows without the responses of generators that match a pattern; choices stay candidates, as without them."""
     if not patterns:
         yield from rows
         return
     pattern_by_generator: dict[str, str | None] = {}
     for row in rows:
-        for candidate in row.instance.candidates:
-            name = candidate.generator
+        for name in (candidate.generator for candidate in row.instance.candidates if candidate.source == "llm"):
             if name not in pattern_by_generator:
                 pattern_by_generator[name] = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
-        candidates = tuple(
-            candidate for candidate in row.instance.candidates if pattern_by_generator[candidate.generator] is None
+        remaining = tuple(
+            candidate
+            for candidate in row.instance.candidates
+            if candidate.source != "llm" or pattern_by_generator[candidate.generator] is None
         )
+        candidates = remaining or choice_candidates(row.instance.choices)
         if row.instance.candidates and not candidates and not row.instance.references:
             remedy = "correct --exclude, or delete the row"
             raise RecordError(f"{row.where}: --exclude leaves no candidate; {remedy}")

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from cappy.errors import FolderError, quote
 from cappy.files import atomic_write, refuse_links
-from cappy.keys import KEY
 from cappy.records.instance import Instance
 from cappy.records.schema import SCHEMA_VERSION, to_table
+from cappy.steps import KEY
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20

@@ -17,6 +17,8 @@ GIVEN_METRIC = "given"
 """Metric name of labels that came with the candidates."""
 SOURCES: tuple[Source, ...] = get_args(Source)
 STATUSES: tuple[Status, ...] = get_args(Status)
+MAX_LOGPROB = 1e100
+"""Magnitude beyond which a number cannot be a log-probability; sums of squares of smaller ones are finite."""
 SELECTABLE: tuple[Status, ...] = ("ok", "truncated")
 """Statuses of responses that an LLM would return to a user, including those that reached the length limit."""
 

@@ -1,7 +1,7 @@
 """Resumable work: a run locks the folder of its work, and publishes the result when it is finished.
 
 An orchestrator gives every attempt a new output path, so unfinished work is kept in a separate folder that is named
-after what is computed (`cappy.keys`). `cappy.records.parts` processes the parts in such a folder.
+after what is computed (`cappy.steps`). `cappy.records.parts` processes the parts in such a folder.
 
 Several machines can share work by shards: shard i of N processes its own rows. `list_work_folders` lists the folders of
 all work and says which ones later runs can still reuse.
@@ -22,9 +22,8 @@ from pydantic import Field
 
 from cappy.errors import ConfigError, FolderError, quote
 from cappy.files import hold_lock, lock_holder, remove_folder
-from cappy.keys import KEY, Key, work_key
 from cappy.records.folder import Manifest, disk_errors, publish, write_bytes
-from cappy.steps import STEP_SPECS, step_version
+from cappy.steps import KEY, STEP_SPECS, Key, step_version, work_key
 
 LOGGER = logging.getLogger(__name__)
 LOCK = ".lock"

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from cappy.errors import RegistryError, quote
 from cappy.registry.client import MlflowClient, MlflowException, connect
 from cappy.registry.models import CHALLENGER, CHAMPION, FORMER_TAG, Version
-from cappy.registry.versions import describe_available, find
+from cappy.registry.versions import describe_available, find, same_scorer
 
 HISTORY_TAG = "cappy.history."
 LOCK = ".alias-is-moving"
@@ -93,10 +93,14 @@ def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
 
 
 def was_rolled_back(client: MlflowClient, version: Version) -> bool:
-    """Whether the version lost the champion alias by a rollback and has not become champion again."""
-    own_moves = [move for move in _moves(client, version.name) if version.number in (move.version, move.former)]
-    relevant = [move for move in own_moves if not (move.kind == "promotion" and move.former == version.number)]
-    return bool(relevant) and relevant[-1].kind == "rollback" and relevant[-1].former == version.number
+    """Whether the version lost the champion alias by a rollback and has not become champion again.
+
+    The same scorer with another selector counts too: a rerun must not bring back what was rolled back.
+    """
+    same = {version.number, *same_scorer(client, version)}
+    own_moves = [move for move in _moves(client, version.name) if same & {move.version, move.former}]
+    relevant = [move for move in own_moves if not (move.kind == "promotion" and move.former in same)]
+    return bool(relevant) and relevant[-1].kind == "rollback" and relevant[-1].former in same
 
 
 def history(name: str, *, tracking_uri: str) -> list[Move]:

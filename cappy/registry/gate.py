@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from cappy.errors import ConfigError, RecordError, quote
 from cappy.evaluation import Difference
 from cappy.evaluation.findings import LEVEL, MIN_GROUPS, ReportValues
-from cappy.evaluation.verdict import first_version_rivals
+from cappy.evaluation.verdict import first_version_rivals, single_decodings
 from cappy.selection.selectors import SELECTORS
 
 Baseline = Literal["likelihood", "mbr"]
@@ -41,7 +41,8 @@ def decide(
 ) -> Decision:
     """Applies the gate to a report: `comparisons` (paired differences, 0 to 1), `tasks`, `leaks`, `facts`.
 
-    With a champion, the lower bound of the difference to it must be above `margin`. The first version must beat random
+    With a champion, the lower bound of the difference to it must be above `margin`, and the selector must not be shown
+    to be worse than the greedy response (or the best single system). The first version must beat random
     choice, the better likelihood selector and the greedy response (or the best single system) if present, and also MBR
     if `baseline` is `mbr`. The bound is that of the 95% interval for the first `attempt` on these test groups, and
     that of the 99.74% interval for the next 19. For a guarded task, the lower bound of the difference to the champion
@@ -79,7 +80,9 @@ def parse_guards(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             margin = -1.0
         if not (task and separator and 0 <= margin <= 1):
-            raise ConfigError(f"guard: {quote(text)} is not a TASK=MARGIN with a margin of 0 to 1, such as rte=0.02")
+            raise ConfigError(
+                f"promotion: --guard: {quote(text)} is not a TASK=MARGIN with a margin of 0 to 1, such as rte=0.02"
+            )
         guards[task] = margin
     return guards
 
@@ -133,31 +136,44 @@ def _check_gains(
     no_champion_reason: str,
 ) -> Iterator[Check]:
     if has_champion:
-        if "scorer-champion" not in comparisons and no_champion_reason:
+        if "selector-champion" not in comparisons and no_champion_reason:
             yield False, f"The report does not compare with the champion: {no_champion_reason}."
             return
         yield _check_gain(comparisons, "champion", "the champion", margin, tail)
+        yield from _check_not_worse(comparisons)
         return
     for selector in first_version_rivals(comparisons, requested=baseline):
         yield _check_gain(comparisons, selector.key, selector.name_in_sentence, margin, tail)
 
 
+def _check_not_worse(comparisons: Mapping[str, Difference]) -> Iterator[Check]:
+    """Fails if the selector is shown to be worse than the response that a user would have without selection.
+
+    Beating the champion is not enough: both may be worse than one greedy call on these instances.
+    """
+    for selector in single_decodings(comparisons)[-1:]:
+        comparison = comparisons[f"selector-{selector.key}"]
+        if comparison.high < 0:
+            difference = format_interval(comparison)
+            yield False, f"The selector does worse than {selector.name_in_sentence}: difference {difference}."
+
+
 def _unrequired_comparisons(comparisons: Mapping[str, Difference], requested: str) -> Iterator[str]:
     """The differences to selectors that a first version must beat only on request."""
     for selector in SELECTORS.values():
-        key = f"scorer-{selector.key}"
+        key = f"selector-{selector.key}"
         if selector.must_beat == "on_request" and selector.key != requested and key in comparisons:
             difference = format_interval(comparisons[key])
             yield f"For information: against {selector.name_in_sentence} the difference is {difference}."
 
 
 def _check_gain(comparisons: Mapping[str, Difference], selector: str, name: str, margin: float, tail: float) -> Check:
-    comparison = comparisons.get(f"scorer-{selector}")
+    comparison = comparisons.get(f"selector-{selector}")
     if comparison is None:
         return False, f"The report has no comparison with {name}: evaluate again."
     if not comparison.standard_error:
         reason = "all differences are equal" if comparison.standard_error == 0 else "there is a single group"
-        return False, f"The scorer is not proven to beat {name}: {reason}, so there is no standard error."
+        return False, f"The selector is not proven to beat {name}: {reason}, so there is no standard error."
     from cappy.evaluation.statistics import lower_bound
 
     passed = (comparison.low if tail == FIRST_TAIL else lower_bound(comparison, 1 - 2 * tail)) > margin
@@ -165,7 +181,7 @@ def _check_gain(comparisons: Mapping[str, Difference], selector: str, name: str,
     threshold = f" by more than {100 * margin:.1f}" if margin else ""
     level = "" if tail == FIRST_TAIL else f", and a confidence of at least {100 * (1 - tail):.2f}% is required"
     needed = "" if passed else _describe_groups_needed(comparison, margin, tail)
-    return passed, f"The scorer {verb} {name}{threshold}: difference {format_interval(comparison)}{level}.{needed}"
+    return passed, f"The selector {verb} {name}{threshold}: difference {format_interval(comparison)}{level}.{needed}"
 
 
 def _describe_groups_needed(comparison: Difference, margin: float, tail: float) -> str:
@@ -197,5 +213,5 @@ def _check_guards(report: ReportValues, guards: Mapping[str, float], has_champio
         difference = format_interval(comparison)
         yield (
             passed,
-            f"On {name} the scorer {verb} than {reference} by {100 * margin:.1f} or more: difference {difference}.",
+            f"On {name} the selector {verb} than {reference} by {100 * margin:.1f} or more: difference {difference}.",
         )

@@ -15,6 +15,7 @@ from cappy.errors import UnreachableError
 from cappy.evaluation.findings import OUT_OF_FOLD, ReportValues
 from cappy.redaction import redact_address, register_address
 from cappy.scoring.calibration import CALIBRATION, VERIFICATION_PAIRS
+from cappy.selection.linear import SELECTOR
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
@@ -27,7 +28,9 @@ ATTEMPT_TAG = "cappy.attempt"
 """Number of the promotion attempt on the same test groups."""
 REPORT_SUBJECT_TAG = "cappy.evidence"
 """Subject of the report of the version; see `report_subject`."""
+SELECTOR_TAG = "cappy.selector"
 EVALUATION_TAGS = {
+    SELECTOR: SELECTOR_TAG,
     CALIBRATION: "cappy.calibration",
     VERIFICATION_PAIRS: "cappy.probe",
     OUT_OF_FOLD: "cappy.out_of_fold",
@@ -64,6 +67,11 @@ class Version:
         return self.tags.get(MANIFEST_TAG, "")
 
     @property
+    def selector_hash(self) -> str:
+        """The sha256 of its selector.json; empty if it picks by the score alone."""
+        return self.tags.get(SELECTOR_TAG, "")
+
+    @property
     def content_hash(self) -> str:
         """The hashes of the scorer and of its evaluation files, joined by `-`."""
         evaluation_hashes = (self.tags.get(tag, "")[:12] for tag in EVALUATION_TAGS.values())
@@ -88,6 +96,7 @@ class Version:
 DATABASE = Path(".cappy/mlflow.db")
 CHECK_TIMEOUT_SECONDS = 4.0
 _SQLITE = "sqlite:///"
+_DATABASE_REMEDY = "choose a writable file with --tracking-uri or MLFLOW_TRACKING_URI"
 _REMEDY = "start it, or give another address with --tracking-uri or MLFLOW_TRACKING_URI"
 
 
@@ -131,6 +140,19 @@ def check_reachable(uri: str) -> str:
     return address
 
 
+def check_writable(uri: str) -> None:
+    """Checks as `check_reachable` does, but creates nothing: of a missing database only the folder is checked."""
+    address = tracking_address(uri)
+    path = database(address)
+    if path is None or path.exists():
+        check_reachable(uri)
+        return
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        problem = f"MLflow's database cannot be created ({folder} is not a folder that this user may write to)"
+        raise UnreachableError(f"{redact_address(address)}: {problem}; {_DATABASE_REMEDY}")
+
+
 def _check_database(address: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,9 +163,8 @@ def _check_database(address: str, path: Path) -> None:
         finally:
             connection.close()
     except (OSError, sqlite3.Error) as error:
-        remedy = "choose a writable file with --tracking-uri or MLFLOW_TRACKING_URI"
         raise UnreachableError(
-            f"{redact_address(address)}: MLflow's database cannot be opened ({error}); {remedy}"
+            f"{redact_address(address)}: MLflow's database cannot be opened ({error}); {_DATABASE_REMEDY}"
         ) from error
 
 

@@ -52,6 +52,9 @@ class PromotionConfig:
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
 
+    def __post_init__(self) -> None:
+        parse_guards(self.guard)
+
 
 def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
     """Decides, moves the aliases if the decision is promote, and writes decision.json; a hold is not an error."""
@@ -82,13 +85,13 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
 
 
 def basis(config: PromotionConfig, report: ReportValues) -> dict[str, object]:
-    """The basis of the decision: settings of the gate, comparisons of the scorer, leaks and versions."""
+    """The basis of the decision: settings of the gate, comparisons of the selector, leaks and versions."""
     comparisons = report.get("comparisons", {})
     return {
         "margin": config.margin,
         "baseline": config.baseline,
         "guards": parse_guards(config.guard),
-        "comparisons": {key: value for key, value in comparisons.items() if key.startswith("scorer-")},
+        "comparisons": {key: value for key, value in comparisons.items() if key.startswith("selector-")},
         "leaks": report.get("leaks", {}),
         "force": config.force,
         "versions": report.get("versions", {}),
@@ -168,8 +171,17 @@ def _decide_given_champion(
             f"The report is on {subject}, not on version {version.number} ({version.manifest_hash[:12]}): evaluate it."
         )
         return Decision(decision="hold", reasons=(reason,))
+    selector_hashes = report.get("selector_hashes", {})
+    if selector_hashes.get("challenger", "") != version.selector_hash:
+        reason = f"The report is on another selector than that of version {version.number}: register this report."
+        return Decision(decision="hold", reasons=(reason,))
     champion_hash = report.get("versions", {}).get("champion", "")
-    if champion is not None and not (champion_hash and champion.manifest_hash.startswith(champion_hash)):
+    same_scorer = champion is None or (champion_hash and champion.manifest_hash.startswith(champion_hash))
+    if champion is not None and same_scorer and selector_hashes.get("champion", "") != champion.selector_hash:
+        problem = f"The report compares with another selector than that of the champion, version {champion.number}"
+        remedy = f"evaluate with --champion models:/{champion.name}@champion, or run the pipeline again"
+        return Decision(decision="hold", reasons=(f"{problem}: {remedy}.",))
+    if champion is not None and not same_scorer:
         compared = f"the report compares with {champion_hash or 'no champion'}"
         problem = f"The champion is now version {champion.number} ({champion.manifest_hash[:12]}), but {compared}"
         remedy = f"evaluate with --champion models:/{champion.name}@champion, or run the pipeline again"

@@ -14,7 +14,7 @@ class _Context(Protocol):
 
 
 class CappyModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc] # MLflow is untyped
-    """Scores rows with the columns instruction and response."""
+    """Scores rows with the columns instruction and response, or marks the row that is picked for each instruction."""
 
     def load_context(self, context: _Context) -> None:
         """Loads the scorer and verifies its files."""
@@ -25,8 +25,44 @@ class CappyModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc] # MLflow is u
     def predict(
         self, context: _Context, model_input: pandas.DataFrame, params: Mapping[str, object] | None = None
     ) -> list[float]:
-        """One score per row, in order."""
-        return self.scorer.score(list(zip(model_input["instruction"], model_input["response"], strict=True)))
+        """One score per row, in order; with the parameter `select`, 1 for the picked row of each instruction, else 0.
+
+        The rows of an instruction are one pool; with `closed_choices` they are all possible answers. The selector also
+        uses the optional columns `likelihood` (per token) and `greedy` (true for the greedy response), the first only
+        where every row of the pool has one.
+        """
+        if not (params or {}).get("select"):
+            return self.scorer.score(list(zip(model_input["instruction"], model_input["response"], strict=True)))
+        from cappy.selection import Candidates
+
+        picked = [0.0] * len(model_input)
+        groups = model_input.reset_index(drop=True).groupby("instruction", sort=False)
+        pools = [(instruction, rows) for instruction, rows in groups]
+        candidates = [
+            Candidates(
+                responses=list(rows["response"]),
+                likelihoods=_likelihoods(rows),
+                greedy=_greedy(rows),
+                closed_choices=bool((params or {}).get("closed_choices")),
+            )
+            for _, rows in pools
+        ]
+        requests = zip((instruction for instruction, _ in pools), candidates, strict=True)
+        for (_, rows), pick in zip(pools, self.scorer.select_stream(requests), strict=True):
+            picked[rows.index[pick.index]] = 1.0
+        return picked
+
+
+def _likelihoods(rows: pandas.DataFrame) -> list[float] | None:
+    """The likelihoods of a pool; None if one is missing."""
+    known = "likelihood" in rows and rows["likelihood"].notna().all()
+    return [float(value) for value in rows["likelihood"]] if known else None
+
+
+def _greedy(rows: pandas.DataFrame) -> int | None:
+    """The index of the greedy response in its pool; None if no row is marked."""
+    marks = [value is True or value == 1 for value in rows["greedy"]] if "greedy" in rows else []
+    return marks.index(True) if True in marks else None
 
 
 mlflow.models.set_model(CappyModel())

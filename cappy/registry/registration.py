@@ -45,7 +45,7 @@ class RegistrationConfig:
 
 
 def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
-    """Registers the scorer as challenger and writes version.json; a registered scorer keeps its version."""
+    """Registers the scorer as challenger and writes version.json; the same scorer and selector keep their version."""
     scorer = read_manifest(config.scorer)
     open_model_folder(config.scorer)
     report = read_report(config, scorer)

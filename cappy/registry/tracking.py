@@ -9,11 +9,11 @@ from mlflow.entities import Metric, Param, RunTag
 
 from cappy.config import DEFAULT_WORK, decode
 from cappy.errors import CappyError
+from cappy.google_cloud import fill_environment
 from cappy.records.folder import MANIFEST
 from cappy.registry.client import MlflowClient, connect, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
 from cappy.runs import PROGRESS_VARIABLE, RUN_PACKAGE_FILE, StepRecord, read_record
-from cappy.secrets import fill_environment
 from cappy.steps import TRAINING_STEPS
 from cappy.training.meter import TRAINING_LOG, read_curves
 

@@ -28,7 +28,7 @@ from cappy.specs import parse_spec
 NEWEST = "version_number DESC"
 SCORER_PATH = "artifacts/scorer"
 """Path of the scorer folder inside a version."""
-_CONTENT = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{12}){0,3}")
+_CONTENT = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{12}){0,4}")
 _PORTS = {"http": 80, "https": 443}
 _SAME_SHARE = 0.5
 """If a version's own tag has at least this share of the groups, it was tested first, so later versions do not count."""
@@ -66,12 +66,19 @@ def find(client: MlflowClient, name: str, revision: str) -> Version | None:
         raise
 
 
-def find_content(client: MlflowClient, name: str, manifest_hash: str) -> Version | None:
-    """The newest version of the scorer with this manifest, or None."""
+def find_content(client: MlflowClient, name: str, manifest_hash: str, selector_hash: str) -> Version | None:
+    """The newest version with this scorer and this selector, or None; both are given by their sha256."""
     query = f"name = '{name}' and tags.`{MANIFEST_TAG}` = '{manifest_hash}'"
-    newest = client.search_model_versions(query, order_by=[NEWEST], max_results=1)
+    registered = map(_version, client.search_model_versions(query, order_by=[NEWEST], max_results=1000))
+    newest = next((version for version in registered if version.selector_hash == selector_hash), None)
     # Search results have no aliases.
-    return find(client, name, str(newest[0].version)) if newest else None
+    return find(client, name, str(newest.number)) if newest else None
+
+
+def same_scorer(client: MlflowClient, version: Version) -> set[int]:
+    """The numbers of the other versions that have this scorer, with another selector."""
+    others = _other_versions(client, version)
+    return {other.number for other in others if version.manifest_hash and other.manifest_hash == version.manifest_hash}
 
 
 def _other_versions(client: MlflowClient, version: Version) -> list[Version]:
@@ -230,13 +237,14 @@ def count_attempt(client: MlflowClient, version: Version, tested_groups: str) ->
     """The number of this attempt on the groups: 1 plus the attempts of earlier versions.
 
     A version counts by the share of the groups that it was tested on, so that adding a row does not reset the count;
-    the sum is rounded. Other versions of the same scorer do not count.
+    the sum is rounded. Other versions with the same scorer and selector do not count.
     """
     own_overlap = sketch_overlap(tested_groups, version.tags.get(TESTED_TAG, ""))
     used = sum(
         sketch_overlap(tested_groups, other.tags.get(TESTED_TAG, ""))
         for other in _other_versions(client, version)
-        if other.manifest_hash != version.manifest_hash and (other.number < version.number or own_overlap < _SAME_SHARE)
+        if (other.manifest_hash, other.selector_hash) != (version.manifest_hash, version.selector_hash)
+        and (other.number < version.number or own_overlap < _SAME_SHARE)
     )
     return 1 + int(used + 0.5)
 

@@ -1,7 +1,7 @@
 """Estimates requests, tokens, time and cost of a sampling run before its first request (`--estimate`)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,23 +83,36 @@ def estimate_requests(
 def estimate(config: "SamplingConfig") -> list[Estimate]:
     """Estimates the run of this config, per generator, without sending requests or loading a model.
 
-    Raises ConfigError for a decoding that an endpoint does not support, as the run itself would.
+    Raises ConfigError for a decoding that an endpoint does not support, and for samples that are not recorded, as the
+    run itself would.
     """
-    from cappy.sampling.endpoint import Endpoint
-    from cappy.sampling.generators import generator_seed
-    from cappy.sampling.step import endpoint_config, with_fresh_name
+    from cappy.sampling.recorded import Recorded, check_recorded
+    from cappy.sampling.step import with_fresh_name
 
     manifest = read_manifest(config.source)
-    config = with_fresh_name(config, manifest)
+    specs = [parse_spec(text) for text in config.generator]
+    recorded = [Recorded(spec) if spec.kind == "recorded" else None for spec in specs]
+    check_recorded(config.source, manifest, recorded, config.decodings, exact=bool(config.strategy))
     rows = parse_shard(config.shard).rows(manifest.rows)
-    instructions = list(_sampled_instructions(read(config.source, rows=rows)))
+    return estimate_instances(with_fresh_name(config, manifest), read(config.source, rows=rows), parent=manifest.hash)
+
+
+def estimate_instances(config: "SamplingConfig", instances: Iterable[Instance], *, parent: str = "") -> list[Estimate]:
+    """The estimate of this config for these instances instead of those of its source, whose hash is `parent`."""
+    from cappy.sampling.endpoint import Endpoint
+    from cappy.sampling.generators import generator_seed
+    from cappy.sampling.recorded import Recorded
+    from cappy.sampling.step import endpoint_config
+
+    instructions = list(_sampled_instructions(instances))
     decodings = config.decodings
-    endpoint_settings = endpoint_config(config, manifest.hash)
+    endpoint_settings = endpoint_config(config, parent)
+    specs = [parse_spec(text) for text in config.generator]
+    recorded = [Recorded(spec) if spec.kind == "recorded" else None for spec in specs]
     estimates = []
-    for position, text in enumerate(config.generator):
+    for position, (text, spec) in enumerate(zip(config.generator, specs, strict=True)):
         own_decodings = decodings_of(decodings, position)
         candidates = len(instructions) * sum(decoding.num_samples for decoding in own_decodings)
-        spec = parse_spec(text)
         if spec.kind == "openai":
             endpoint = Endpoint(spec, endpoint_settings)
             endpoint.check(own_decodings)
@@ -109,13 +122,16 @@ def estimate(config: "SamplingConfig") -> list[Estimate]:
                 estimate_requests(text, samples, endpoint_settings, instances=len(instructions), candidates=candidates)
             )
         else:
+            if (generator := recorded[position]) is not None:
+                generator.check_prompts(instructions, own_decodings, exact=bool(config.strategy))
+                candidates = generator.count(instructions, own_decodings)
             estimates.append(
                 Estimate(generator=text, is_endpoint=False, instances=len(instructions), candidates=candidates)
             )
     return estimates
 
 
-def _sampled_instructions(instances: Iterator[Instance]) -> Iterator[str]:
+def _sampled_instructions(instances: Iterable[Instance]) -> Iterator[str]:
     """The instructions of instances without choices, the only ones that are sampled for."""
     return (instance.instruction for instance in instances if not instance.choices)
 
@@ -134,7 +150,8 @@ def describe(estimates: list[Estimate], config: EndpointConfig) -> str:
 def _describe_estimate(estimate: Estimate, config: EndpointConfig) -> Iterator[str]:
     yield f"{estimate.generator}: {estimate.candidates:,} candidates for {estimate.instances:,} instances"
     if not estimate.is_endpoint:
-        yield "  runs here: no requests, no cost"
+        is_recorded = parse_spec(estimate.generator).kind == "recorded"
+        yield f"  {'reads recorded samples' if is_recorded else 'runs here'}: no requests, no cost"
         return
     if estimate.answered:
         yield f"  answered   {estimate.answered:,} are cached or equal to others and need no request"

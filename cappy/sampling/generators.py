@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from cappy.errors import ConfigError, quote
-from cappy.records import Candidate
+from cappy.records import Candidate, Instance
 from cappy.records.instance import Status
 from cappy.sampling.store import DRAWING_VERSION, CandidateStore, Origin, sample_key
 from cappy.sampling.strategies import Decoding, decodings_of
@@ -62,7 +62,8 @@ class Usage:
     """Usage of a generator since it was loaded.
 
     `requests`, the tokens and `cost` cover requests to a server; `cached` candidates came from stored answers.
-    `errors` counts failed attempts.
+    `errors` counts failed attempts; `last_error` is the reason of the last one, as one line without secrets, until the
+    server answers again for some time.
     """
 
     candidates: int = 0
@@ -71,6 +72,7 @@ class Usage:
     input_tokens: int = 0
     output_tokens: int = 0
     errors: int = 0
+    last_error: str = ""
     cost: float = 0.0
 
 
@@ -332,3 +334,23 @@ def generator_seed(seed: int, generator: str) -> int:
     """The seed of one generator of a run, below 2**31."""
     digest = hashlib.blake2b(repr((seed, generator)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") & 0x7FFF_FFFF
+
+
+def with_likelihoods(instances: Sequence[Instance], generators: Sequence[Generator]) -> Iterator[Instance]:
+    """The instances, their candidates with likelihoods from the first generator that can compute them, if any can."""
+    pairs = [(instance.instruction, candidate.response) for instance in instances for candidate in instance.candidates]
+    by_generator = (generator.likelihoods(pairs) for generator in generators) if pairs else iter(())
+    first = next((likelihoods for likelihoods in by_generator if likelihoods is not None), None)
+    if first is None:
+        yield from instances
+        return
+    likelihoods = iter(first)
+    for instance in instances:
+        own_likelihoods = itertools.islice(likelihoods, len(instance.candidates))
+        yield replace(
+            instance,
+            candidates=tuple(
+                replace(candidate, logprob_sum=total, logprob_mean=total / max(count, 1), num_tokens=count)
+                for candidate, (total, count) in zip(instance.candidates, own_likelihoods, strict=True)
+            ),
+        )

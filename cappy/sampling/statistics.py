@@ -7,16 +7,18 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from cappy.errors import GeneratorError
 from cappy.progress import Progress, duration
-from cappy.records import Instance
+from cappy.records import Candidate, Instance
 from cappy.records.instance import STATUSES
 from cappy.sampling.generators import EndpointConfig, EndpointGenerator, Generator
+from cappy.sampling.recorded import Recorded
 from cappy.sampling.strategies import MAX_NEW_TOKENS_LIMIT, Decoding, decodings_of
+from cappy.specs import parse_spec
 
 HEARTBEAT_SECONDS = 4.0
 """Maximum time between two progress reports, even if a generator reports nothing."""
@@ -94,16 +96,18 @@ class SamplingProgress:
         return (self._part_candidates + self._in_progress) / self._samples_per_instance
 
     def _note(self, done: int) -> str:
+        usages = [generator.usage for generator in self._endpoint_generators]
+        # First, because a terminal cuts the end of a long line.
+        parts = list(dict.fromkeys(f"last error: {usage.last_error}" for usage in usages if usage.last_error))
         if not self._candidates and not self._in_progress:
-            return ""
+            return ", ".join(parts)
         seconds = max(time.monotonic() - self._started, 1e-9)
-        parts = [f"{self._candidates:,} candidates ({self._candidates / seconds:,.3g}/s)"]
+        parts.append(f"{self._candidates:,} candidates ({self._candidates / seconds:,.3g}/s)")
         if done == self._resumed and self._total and self._samples_per_instance and self._part_progress():
             # `Progress` estimates the remaining time from finished instances, and there is none yet.
             remaining = seconds / self._part_progress() * (self._total - self._resumed) - seconds
             parts.append(f"{duration(max(remaining, 0.0))} left")
-        if self._endpoint_generators:
-            usages = [generator.usage for generator in self._endpoint_generators]
+        if usages:
             tokens = f"{sum(u.input_tokens for u in usages):,} tokens in, {sum(u.output_tokens for u in usages):,} out"
             parts += [tokens, f"{sum(u.errors for u in usages):,} errors"]
             if cost := sum(u.cost for u in usages):
@@ -126,11 +130,11 @@ def count_part(part: Sequence[Instance], generators: Sequence[Generator]) -> dic
     """
     if not generators:
         return {}
-    names = {generator.name for generator in generators}
+    generator_of = _find_generator(generators)
     count_names = ("sampled", *(status for status in STATUSES if status != "ok"), "distinct", "duplicates")
     counts: Counter[str] = Counter(dict.fromkeys(count_names, 0))
     for instance in part:
-        candidates = [candidate for candidate in instance.candidates if candidate.generator in names]
+        candidates = [candidate for candidate in instance.candidates if generator_of(candidate)]
         counts["sampled"] += len(candidates)
         counts.update(candidate.status for candidate in candidates if candidate.status != "ok")
         responses = [candidate.response for candidate in candidates if candidate.selectable]
@@ -144,11 +148,26 @@ def count_part(part: Sequence[Instance], generators: Sequence[Generator]) -> dic
 def count_failures(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[str, int]:
     """Counts of a finished part for `check_failures`: candidates and failed candidates per generator."""
     counts = Counter({_count_name(kind, generator.name): 0 for kind in (_SAMPLED, _FAILED) for generator in generators})
+    generator_of = _find_generator(generators)
     for candidate in (candidate for instance in part for candidate in instance.candidates):
-        if (sampled := _count_name(_SAMPLED, candidate.generator)) in counts:
-            counts[sampled] += 1
-            counts[_count_name(_FAILED, candidate.generator)] += candidate.status == "failed"
+        if name := generator_of(candidate):
+            counts[_count_name(_SAMPLED, name)] += 1
+            counts[_count_name(_FAILED, name)] += candidate.status == "failed"
     return dict(counts)
+
+
+def _find_generator(generators: Sequence[Generator]) -> Callable[[Candidate], str]:
+    """A function that returns the name of the generator that gave a candidate; empty if it was none of these.
+
+    Recorded candidates have the name of the recorded model, so they are recognised by the revision of their file.
+    """
+    recorded = {generator.revision: generator.name for generator in generators if isinstance(generator, Recorded)}
+    others = {generator.name for generator in generators} - set(recorded.values())
+
+    def find(candidate: Candidate) -> str:
+        return recorded.get(candidate.revision) or (candidate.generator if candidate.generator in others else "")
+
+    return find
 
 
 def manifest_entries(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[str, float], dict[str, object]]:
@@ -240,18 +259,29 @@ _MIN_SUGGESTED_TOKENS = 512
 
 
 def cautions(metrics: Mapping[str, float], config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    """Cautions about the responses of a sampling run, each with a remedy; the arguments are fields of its manifest."""
+    """Cautions about the responses of a sampling run; the arguments are fields of its manifest.
+
+    Each has a remedy, except those about recorded samples, in `facts["recorded"]`, from the checks before the run.
+    """
     limits = [int(decoding["max_new_tokens"]) for decoding in config.get("decodings", ())]
+    kinds = {parse_spec(text).kind for text in config.get("generator", ())}
+    limit = None if kinds == {"recorded"} else max(limits, default=0)
     return [
-        *_truncation_cautions(metrics, max(limits, default=0), facts.get("context")),
+        *facts.get("recorded", ()),
+        *_truncation_cautions(metrics, limit, facts.get("context")),
         *_unanswered_cautions(metrics, facts.get("unanswered", {})),
         *_reasoning_cautions(metrics, stripped=bool(config.get("strip_reasoning"))),
     ]
 
 
-def _truncation_cautions(metrics: Mapping[str, float], limit: int, context_tokens: int | None) -> Iterator[str]:
+def _truncation_cautions(metrics: Mapping[str, float], limit: int | None, context_tokens: int | None) -> Iterator[str]:
+    """A caution if many responses were truncated; `limit` is in tokens, None for recorded samples."""
     sampled, truncated = metrics.get("sampled", 0), metrics.get("truncated", 0)
     if not sampled or truncated / sampled <= MAX_TRUNCATED_SHARE:
+        return
+    if limit is None:
+        share = f"{truncated:,.0f} of {sampled:,.0f} responses ({100 * truncated / sampled:.1f} %)"
+        yield f"{share} were truncated when they were recorded; record longer ones if that is too many"
         return
     suggested = min(max(_MIN_SUGGESTED_TOKENS, 2 * limit), MAX_NEW_TOKENS_LIMIT)
     # Leave room for the instruction.

@@ -1,6 +1,5 @@
 """The sampling step: draws candidates for a folder of instances from one or several LLMs."""
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -27,7 +26,15 @@ from cappy.progress import Progress, silent
 from cappy.reasoning import ReasoningFilter
 from cappy.records import Candidate, Instance, Manifest, read_manifest
 from cappy.records.work import ShardSetting, parse_shard, refuse_same_folder
-from cappy.sampling import load_generator
+from cappy.sampling import (
+    Concurrency,
+    MaxTotalCost,
+    MaxTotalRequests,
+    MaxTotalTokens,
+    PriceInput,
+    PriceOutput,
+    load_generator,
+)
 from cappy.sampling.generators import (
     Api,
     EndpointConfig,
@@ -36,7 +43,9 @@ from cappy.sampling.generators import (
     check_strategy,
     generator_seed,
     ignore_progress,
+    with_likelihoods,
 )
+from cappy.sampling.recorded import check_recorded, recorded_decodings, refuse_max_new_tokens
 from cappy.sampling.statistics import (
     SamplingProgress,
     cautions,
@@ -55,7 +64,7 @@ from cappy.sampling.strategies import (
     default_strategy,
     parse_strategy,
 )
-from cappy.specs import parse_spec
+from cappy.specs import Spec, parse_spec
 from cappy.steps import step_version
 
 
@@ -76,7 +85,7 @@ class SamplingConfig:
         tuple[str, ...],
         Field(
             description="LLM to sample from: builtin, a folder, hub:org/name@revision, vllm:folder, "
-            "openai:model@http://host/v1"
+            "openai:model@http://host/v1; or recorded:FILE, samples that an LLM gave earlier"
         ),
     ] = ()
     strategy: Annotated[
@@ -84,7 +93,8 @@ class SamplingConfig:
         Field(
             description="Responses to sample: paper17 (17, as in the paper), paper17-leaky (with the published code's "
             "top-k bug), paper-pretrain (5 from each of 2 LLMs), sampling8 (8), greedy (1), endpoint8 (8 from an API), "
-            "an expression such as beam4+topk40x4, or a file. Default: endpoint8 for openai: and vllm:, else paper17"
+            "an expression such as beam4+topk40x4, or a file. Default: endpoint8 for openai: and vllm:, all samples of "
+            "recorded:, else paper17"
         ),
     ] = ""
     max_new_tokens: Annotated[
@@ -130,9 +140,7 @@ class SamplingConfig:
             "candidates of one instance are always allowed to fail; 1: no limit",
         ),
     ] = 0.1
-    concurrency: Annotated[
-        int, RESULT_NEUTRAL, Field(ge=1, le=1024, description="Concurrent requests to an endpoint")
-    ] = 8
+    concurrency: Concurrency = 8
     requests_per_minute: Annotated[
         int, RESULT_NEUTRAL, ADVANCED, Field(ge=0, description="Maximum requests per minute; 0: no limit")
     ] = 0
@@ -142,27 +150,21 @@ class SamplingConfig:
         ADVANCED,
         Field(ge=0, description="Maximum tokens per minute, input and output; 0: no limit"),
     ] = 0
-    max_total_requests: Annotated[
-        int, RESULT_NEUTRAL, ADVANCED, Field(ge=0, description="Maximum requests of this run; 0: no limit")
-    ] = 0
-    max_total_tokens: Annotated[
-        int,
-        RESULT_NEUTRAL,
-        ADVANCED,
-        Field(ge=0, description="Maximum tokens of this run, input and output; 0: no limit"),
-    ] = 0
-    max_total_cost: Annotated[
-        float, RESULT_NEUTRAL, Field(ge=0, description="Maximum cost of this run; 0: no limit")
-    ] = 0.0
-    price_input: Annotated[float, RESULT_NEUTRAL, Field(ge=0, description="Price of a million input tokens")] = 0.0
-    price_output: Annotated[float, RESULT_NEUTRAL, Field(ge=0, description="Price of a million output tokens")] = 0.0
+    max_total_requests: MaxTotalRequests = 0
+    max_total_tokens: MaxTotalTokens = 0
+    max_total_cost: MaxTotalCost = 0.0
+    price_input: PriceInput = 0.0
+    price_output: PriceOutput = 0.0
     timeout: Annotated[float, RESULT_NEUTRAL, ADVANCED, Field(gt=0, description="Maximum seconds per request")] = 120.0
     max_retries: Annotated[
         int, RESULT_NEUTRAL, ADVANCED, Field(ge=0, le=100, description="Retries of a failed request")
     ] = 8
 
     def __post_init__(self) -> None:
-        check_strategy(self.generator, self.decodings)
+        refuse_max_new_tokens(self.generator, self.max_new_tokens)
+        # A file of samples may be on the volume of a cluster, where only the step can read it.
+        reads_file = not self.strategy and any(parse_spec(text).kind == "recorded" for text in self.generator)
+        check_strategy(self.generator, () if reads_file else self.decodings)
         parse_shard(self.shard)
         if self.max_total_cost and not (self.price_input or self.price_output):
             remedy = "give --price-input and --price-output, per million tokens"
@@ -172,9 +174,12 @@ class SamplingConfig:
 
     @property
     def decodings(self) -> tuple[Decoding, ...]:
-        """The decodings of all generators; if they differ by generator, each has the position of its generator."""
-        kinds = [parse_spec(text).kind for text in self.generator] or ["path"]
-        by_generator = [self._decodings_of_kind(kind) for kind in kinds]
+        """The decodings of all generators; if they differ by generator, each has the position of its generator.
+
+        Without a strategy, those of recorded samples are read from their file.
+        """
+        specs = [parse_spec(text) for text in self.generator]
+        by_generator = [self._decodings_of(spec) for spec in specs] or [self._decodings_of_kind("path")]
         if all(decodings == by_generator[0] for decodings in by_generator):
             return by_generator[0]
         positioned = [
@@ -183,8 +188,12 @@ class SamplingConfig:
             for decoding in decodings_of(decodings, position)
         ]
         # Keep decodings of positions without a generator, so that `check_strategy` raises an error for them.
-        unassigned = [decoding for decoding in by_generator[0] if (decoding.generator or 0) >= len(kinds)]
+        unassigned = [decoding for decoding in by_generator[0] if (decoding.generator or 0) >= len(by_generator)]
         return check_decodings([*positioned, *unassigned], "sampling: --strategy")
+
+    def _decodings_of(self, spec: Spec) -> tuple[Decoding, ...]:
+        is_recorded = spec.kind == "recorded" and not self.strategy
+        return recorded_decodings(spec) if is_recorded else self._decodings_of_kind(spec.kind)
 
     def _decodings_of_kind(self, kind: str) -> tuple[Decoding, ...]:
         """The decodings for a generator of this kind."""
@@ -260,12 +269,17 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
             stack.enter_context(closing(load_generator(spec, endpoint_settings, work=store_folder)))
             for spec in config.generator
         ]
+        decodings = config.decodings
+        messages = check_recorded(config.source, parent, generators, decodings, exact=bool(config.strategy))
         for position, generator in enumerate(generators):
-            generator.check(decodings_of(config.decodings, position))
-        return _run(config, parent, generators, progress)
+            generator.check(decodings_of(decodings, position))
+        return _run(config, parent, generators, messages, progress)
 
 
-def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], progress: Progress) -> Manifest:
+def _run(
+    config: SamplingConfig, parent: Manifest, generators: list[Generator], messages: list[str], progress: Progress
+) -> Manifest:
+    """Samples; `messages` are cautions from the checks before."""
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
 
@@ -315,8 +329,10 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
         metrics, facts = manifest_entries(parts.counts, endpoint_config(config))
         if contexts := [tokens for generator in generators if (tokens := getattr(generator, "context", None))]:
             facts["context"] = min(contexts)
-        if messages := cautions(metrics, key_settings, facts):
-            facts["cautions"] = messages
+        if messages:
+            facts["recorded"] = messages
+        if all_cautions := cautions(metrics, key_settings, facts):
+            facts["cautions"] = all_cautions
         manifest = Manifest(
             step="sampling",
             files=parts.files,
@@ -362,28 +378,9 @@ def sample(
         )
         for instance, candidates in zip(open_ended, sampled, strict=True):
             added[instance.instance_id] += map(transform, candidates)
-    with_choices = _with_likelihoods([instance for instance in part if instance.choices], generators)
+    with_choices = with_likelihoods([instance for instance in part if instance.choices], generators)
     for instance in part:
         if instance.choices:
             yield next(with_choices)
         else:
             yield replace(instance, candidates=(*instance.candidates, *added[instance.instance_id]))
-
-
-def _with_likelihoods(instances: Sequence[Instance], generators: Sequence[Generator]) -> Iterator[Instance]:
-    pairs = [(instance.instruction, candidate.response) for instance in instances for candidate in instance.candidates]
-    by_generator = (generator.likelihoods(pairs) for generator in generators) if pairs else iter(())
-    first = next((likelihoods for likelihoods in by_generator if likelihoods is not None), None)
-    if first is None:
-        yield from instances
-        return
-    likelihoods = iter(first)
-    for instance in instances:
-        own_likelihoods = itertools.islice(likelihoods, len(instance.candidates))
-        yield replace(
-            instance,
-            candidates=tuple(
-                replace(candidate, logprob_sum=total, logprob_mean=total / max(count, 1), num_tokens=count)
-                for candidate, (total, count) in zip(instance.candidates, own_likelihoods, strict=True)
-            ),
-        )

@@ -17,6 +17,7 @@ A file of decodings is a list in YAML or JSON. Each entry is a word of this gram
 A decoding sets every parameter, so that no default of a model's own generation config applies.
 """
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -240,6 +241,31 @@ def _rules(decoding: Decoding) -> dict[str, bool]:
         ),
         "generator must be 0 or more": decoding.generator is None or decoding.generator >= 0,
     }
+
+
+def is_decoding_name(name: str) -> bool:
+    """Whether a decoding of the built-in strategies or of the grammar has this name."""
+    return _known_decoding(name) is not None
+
+
+def decoding_of_name(name: str, num_samples: int) -> Decoding:
+    """A decoding with the parameters that its name states, or with default ones if they do not fit or are unknown.
+
+    Raises ConfigError if there are more than 1024 samples.
+    """
+    decoding = replace(_known_decoding(name) or Decoding(name=name), num_samples=num_samples, generator=None)
+    if all(_rules(decoding).values()):
+        return decoding
+    return check_decodings([Decoding(name=name, num_samples=num_samples)], "sampling")[0]
+
+
+def _known_decoding(name: str) -> Decoding | None:
+    known = next((each for strategy in STRATEGIES.values() for each in strategy if each.name == name), None)
+    if known is None:
+        with contextlib.suppress(ConfigError):
+            decoding = _parse_decoding(name)
+            return decoding if decoding.name == name else None
+    return known
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

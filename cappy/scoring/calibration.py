@@ -9,16 +9,17 @@ The verification pairs (probe.json) are pairs with their scores. A deployment sc
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cappy.errors import FolderError, quote
+from cappy.untrusted import JSON
 
 CALIBRATION = "calibration.json"
 KIND = "picks"
@@ -63,15 +64,16 @@ class Calibration:
         expected: list[float] = values.tolist()
         return expected
 
+    def to_dict(self) -> dict[str, JSON]:
+        """The values of calibration.json."""
+        maps: list[JSON] = [
+            {"n": each.n, "scores": list(each.scores), "expected": list(each.expected)} for each in self.maps
+        ]
+        return {"kind": KIND, "metric": self.metric, "fitted_on": self.fitted_on, "maps": maps}
+
     def to_json(self) -> str:
         """The text of calibration.json."""
-        values = {
-            "kind": KIND,
-            "metric": self.metric,
-            "fitted_on": self.fitted_on,
-            "maps": [{"n": each.n, "scores": each.scores, "expected": each.expected} for each in self.maps],
-        }
-        return json.dumps(values, indent=1) + "\n"
+        return json.dumps(self.to_dict(), indent=1) + "\n"
 
 
 def read_calibration(folder: str | Path) -> Calibration | None:
@@ -83,19 +85,22 @@ def read_calibration(folder: str | Path) -> Calibration | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["kind"] == "isotonic":
-            raise ValueError("an older version fitted it on all candidates, so it overestimates the best of several")
-        if values["kind"] != KIND:
-            raise ValueError(f"expected the kind {KIND!r}, got {quote(values['kind'])}")
-        maps = tuple(_parse_map(each) for each in values["maps"])
-        calibration = Calibration(maps, metric=str(values["metric"]), fitted_on=int(values["fitted_on"]))
-        sizes = [each.n for each in maps]
-        if sizes[:1] != [1] or any(after <= before for before, after in pairwise(sizes)):
-            raise ValueError("its values of n must start at 1 and increase")
+        return parse_calibration(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
         raise FolderError(f"{path}: is not a calibration ({error}); evaluate again, or delete it") from error
-    return calibration
+
+
+def parse_calibration(values: Mapping[str, Any]) -> Calibration:
+    """The calibration with these values of calibration.json. Raises ValueError, TypeError or KeyError if it is none."""
+    if values["kind"] == "isotonic":
+        raise ValueError("an older version fitted it on all candidates, so it overestimates the best of several")
+    if values["kind"] != KIND:
+        raise ValueError(f"expected the kind {KIND!r}, got {quote(values['kind'])}")
+    maps = tuple(_parse_map(each) for each in values["maps"])
+    sizes = [each.n for each in maps]
+    if sizes[:1] != [1] or any(after <= before for before, after in pairwise(sizes)):
+        raise ValueError("its values of n must start at 1 and increase")
+    return Calibration(maps, metric=str(values["metric"]), fitted_on=int(values["fitted_on"]))
 
 
 class _MapValues(TypedDict):

@@ -16,6 +16,7 @@ from torch import nn
 
 from cappy.errors import FolderError, quote
 from cappy.model_folder import ModelFolder
+from cappy.scorers import MODULES, read_modules
 from cappy.scoring.config import HEADS, TRUNCATIONS, Head, ScorerConfig, Truncation
 from cappy.untrusted import JSON
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 
-MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 TRANSFORMER_FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 TRANSFORMER_FILES = tuple(f"sentence_{family}_config.json" for family in TRANSFORMER_FAMILIES)
@@ -73,7 +73,7 @@ def _read_settings(folder: Path, config: "PreTrainedConfig") -> FolderSettings:
     settings = _read_object(folder / SETTINGS)
     if not (folder / MODULES).is_file() or settings.get("model_type", "SentenceTransformer") != "CrossEncoder":
         return FolderSettings(head=_head_of_config(folder, config))
-    _check_modules(folder / MODULES)
+    check_modules(folder)
     _check_prompt(folder / SETTINGS, settings)
     transformer = next((path for name in TRANSFORMER_FILES if (path := folder / name).is_file()), None)
     values = _read_object(transformer) if transformer else {}
@@ -128,16 +128,35 @@ def _parse_head(path: object, where: str) -> Head | None:
     return head
 
 
-def _check_modules(path: Path) -> None:
-    values = _read_json(path)
-    listed = values if isinstance(values, list) else []
-    modules = [module for module in listed if isinstance(module, Mapping)]
-    names = [str(module.get("type", "")).rpartition(".")[2] for module in modules] if modules == listed else []
-    if names != ["Transformer"] or modules[0].get("path"):
-        list_of_names = quote(", ".join(names), 80)
-        raise FolderError(
-            f"{path}: names the modules {list_of_names}; a scorer must have one Transformer in the folder itself"
-        )
+def check_modules(folder: Path) -> None:
+    """Raises FolderError if a model of sentence-transformers has modules that neither scoring nor training applies.
+
+    A CrossEncoder must be one Transformer. Of other models, the first module is the encoder; the others are not needed.
+    """
+    modules = read_modules(folder)
+    names = [name for name, _ in modules]
+    is_cross_encoder = _read_object(folder / SETTINGS).get("model_type", "SentenceTransformer") == "CrossEncoder"
+    if not modules or (names == ["Transformer"] and not modules[0][1]):
+        return
+    if not is_cross_encoder and names[0] in ("Transformer", "MLMTransformer") and not modules[0][1]:
+        return
+    remedy = "give a model whose first module is a Transformer"
+    if names[0] == "Transformer":
+        remedy = f"to start from its encoder with a new head, delete {MODULES} and the folders of its modules"
+    if "LogitScore" in names:
+        remedy = "give a CrossEncoder that is not a causal LLM"
+    other = next((name for name in names if name != "Transformer"), "Transformer in a folder of its own")
+    problem = f"names the modules {quote(', '.join(names), 80)}, but {other} is not applied here"
+    raise FolderError(
+        f"{folder / MODULES}: {problem}; a scorer must have one Transformer in the folder itself; {remedy}"
+    )
+
+
+def has_scorer_settings(config: "PreTrainedConfig") -> bool:
+    """Whether a model configuration has settings of a scorer: those of this project, or an activation of scores."""
+    settings = getattr(config, "sentence_transformers", None)
+    has_activation = isinstance(settings, Mapping) and "activation_fn" in settings
+    return bool(_read_recorded(config)) or has_activation or getattr(config, _OLD_ACTIVATION_KEY, None) is not None
 
 
 def _check_prompt(path: Path, settings: Mapping[str, JSON]) -> None:
@@ -189,6 +208,7 @@ UNLIMITED = 10**6
 TOKENIZER_CONFIG = "tokenizer_config.json"
 INPUT_NAMES = "model_input_names"
 TYPES_INPUT = "token_type_ids"
+NEW_HEAD_REMEDY = "to train a new head, save the encoder alone (AutoModel) beside its tokenizer, and start from that"
 _COMPATIBLE_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Class names of transformers 5 -> names that every version knows."""
 _LOAD_ARGUMENTS = ("is_local", "local_files_only")
@@ -283,7 +303,7 @@ def use_token_types(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedCon
 def check_single_label(folder: Path, config: "PreTrainedConfig") -> None:
     """Raises FolderError if a configuration does not have exactly one label."""
     if config.num_labels != 1:
-        raise FolderError(f"{folder}: has {config.num_labels} labels; a scorer must have one")
+        raise FolderError(f"{folder}: has {config.num_labels} labels; a scorer must have one; {NEW_HEAD_REMEDY}")
 
 
 def _read_truncation(config: "PreTrainedConfig") -> Truncation:

@@ -8,33 +8,42 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records.folder import Manifest, describe_files, write_manifest
 from cappy.scorers import open_scorer
-from cappy.scoring.config import ChosenPrecision, Precision, ScorerConfig
+from cappy.scoring.config import ChosenPrecision, Head, Precision, ScorerConfig, Truncation
 from cappy.scoring.encoding import EncodedPair, PairEncoder, TruncationCounts, as_pairs
 from cappy.scoring.folder import (
     FILES,
-    check_single_label,
+    max_positions,
     read_config,
     record_config,
     restore_token_types,
+    use_token_types,
+    warn_once,
     write_tokenizer,
 )
-from cappy.scoring.forward import (
+from cappy.scoring.model import (
     batch_by_length,
-    can_pack,
     choose_precision,
     collate,
     convert_body_to_bf16,
-    convert_matrices_to_bf16,
-    packed_logits,
+    describe_modules,
+    is_encoder,
+    load_weights,
     padding_token_id,
+    require_tokenizer,
 )
+from cappy.scoring.packed import can_pack, convert_matrices_to_bf16, packed_logits
+from cappy.selection.linear import Candidates, Selector, read_selector
 
 ForwardWrapper = Callable[[Callable[[PreTrainedModel], Tensor]], Tensor]
 """Runs a forward pass through the model; if weights are sharded, it gathers them first."""
@@ -44,12 +53,16 @@ CHUNK_PAIRS = 4096
 
 @dataclass(frozen=True, slots=True)
 class SelectedResponse:
-    """The best of several responses: its index and text, and the scores and logits of all responses in order."""
+    """The best of several responses: its index and text, and the numbers of all responses in order.
+
+    `values` are the selector's, by which it picked; they compare only within these responses.
+    """
 
     index: int
     response: str
     scores: tuple[float, ...]
     logits: tuple[float, ...]
+    values: tuple[float, ...]
 
 
 class Scorer:
@@ -59,8 +72,8 @@ class Scorer:
     not clipped, because clipping makes ties, so its scores may be slightly outside 0 to 1. Head and activation run in
     fp32 whatever the precision of the body. A score does not depend on the other pairs of the call, nor on the thread
     (tolerance 1e-4 in fp32, 5e-3 in bf16). A response that fits alone is not truncated, unless the scorer's truncation
-    is `longest_first`. Responses are ranked by logits, because far from 0 the sigmoid gives equal scores to different
-    logits.
+    is `longest_first`. `rank` orders responses by logits, because far from 0 the sigmoid gives equal scores to
+    different logits. `select` picks by the selector that was evaluated with this scorer, if there is one.
     """
 
     def __init__(
@@ -72,6 +85,7 @@ class Scorer:
         version: str = "",
         precision: ChosenPrecision = "fp32",
         source: ModelFolder | None = None,
+        selector: Selector | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -81,10 +95,14 @@ class Scorer:
         self.encoder = PairEncoder(tokenizer, config.max_length, config.truncation)
         self.truncation_counts = TruncationCounts(config.max_length)
         """Counts of the pairs that `score` and related methods truncated."""
+        self.selector = selector or Selector()
+        """The selector that `select` picks by; without one, the score alone."""
         self._source = source
         self._model_takes_token_types = "token_type_ids" in inspect.signature(model.forward).parameters
         self.device = next(model.parameters()).device
         self.forward_wrapper: ForwardWrapper | None = None
+        self.has_new_head = False
+        """Whether the head was never trained, so that the start of a training is not worth keeping."""
         self.autocast = False
         """Whether forward passes run under bf16 autocast, as in training on a GPU; see `keep_heads_in_fp32`."""
         if precision == "bf16" and self._packs:
@@ -103,22 +121,50 @@ class Scorer:
         chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen_precision = choose_precision(precision, chosen_device)
         folder = open_scorer(spec)
-        disable_progress_bar()
         config = folder.config()
-        check_single_label(folder.path, config)
-        model, missing = folder.model(AutoModelForSequenceClassification, config)
-        if missing:
-            problem = "is an encoder, not a scorer: its weights have no" if "classifier" in missing[0] else "lacks"
-            remedy = "make a scorer of it first (cappy pretraining --encoder)"
-            raise FolderError(f"{folder.path}: {problem} {missing[0]}; {remedy}")
-        tokenizer = folder.tokenizer()
-        if (highest := max(tokenizer.get_vocab().values(), default=0)) >= model.get_input_embeddings().num_embeddings:
-            remedy = "save the tokenizer of its training in this folder"
-            raise FolderError(f"{folder.path}: its tokenizer has token {highest}, which the model lacks; {remedy}")
+        if is_encoder(folder, config):
+            modules = f" with {modules}" if (modules := describe_modules(folder.path)) else ""
+            remedy = "train a scorer from it first (cappy finetuning --scorer, or cappy adapt --scorer)"
+            raise FolderError(f"{folder.path}: is an encoder{modules}, not a scorer: it has no head; {remedy}")
+        model, tokenizer = load_weights(folder, config)
         restore_token_types(folder, config, tokenizer)
         scorer_config = read_config(folder, config, tokenizer, model)
         model.to(chosen_device).eval()
-        return cls(model, tokenizer, scorer_config, version=folder.hash[:12], precision=chosen_precision, source=folder)
+        version = folder.hash[:12]
+        return cls(
+            model,
+            tokenizer,
+            scorer_config,
+            version=version,
+            precision=chosen_precision,
+            source=folder,
+            selector=read_selector(folder.path, version),
+        )
+
+    @classmethod
+    def from_encoder(
+        cls, folder: ModelFolder, *, head: Head, max_length: int, truncation: Truncation = "middle"
+    ) -> "Scorer":
+        """A scorer in fp32 from the encoder in a folder, with a new head; a folder with a head keeps it.
+
+        The new head depends on torch's random seed, which the caller sets. `max_length` is reduced to the encoder's
+        positions. Raises FolderError if the folder has no tokenizer, if its weights are incomplete, or if its head is
+        damaged or has several labels.
+        """
+        require_tokenizer(folder.path)
+        config = folder.config()
+        if new_head := is_encoder(folder, config, strict=False):
+            config.num_labels = 1
+        model, tokenizer = load_weights(folder, config, new_head=new_head)
+        use_token_types(tokenizer, config)
+        available = min(max_length, max_positions(model) or max_length)
+        if available < max_length:
+            text = f"has {available} positions, so pairs are truncated to {available} tokens, not {max_length}"
+            warn_once(folder.path, text)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        scorer = cls(model, tokenizer, ScorerConfig(head=head, max_length=available, truncation=truncation))
+        scorer.has_new_head = new_head
+        return scorer
 
     def score(self, pairs: Sequence[Sequence[str]]) -> list[float]:
         """One score per pair, in their order; equal pairs are scored once.
@@ -160,34 +206,54 @@ class Scorer:
         scores = self.scores_of(logits)
         return [(index, scores[index]) for index in sorted(range(len(logits)), key=lambda index: -logits[index])]
 
-    def select(self, instruction: str, responses: Sequence[str]) -> SelectedResponse:
-        """The best response; of equally good responses, the first. Raises ConfigError if there are no responses."""
-        return next(self.select_stream([(instruction, responses)]))
+    def select(
+        self,
+        instruction: str,
+        responses: Sequence[str],
+        *,
+        likelihoods: Sequence[float] | None = None,
+        greedy: int | None = None,
+        closed_choices: bool = False,
+    ) -> SelectedResponse:
+        """The best response by the selector; of equally good responses, the first.
 
-    def select_stream(self, pools: Iterable[tuple[str, Sequence[str]]]) -> Iterator[SelectedResponse]:
-        """`select` for a stream of (instruction, responses) of any length, in order, scored 4,096 pairs at a time."""
-        chunk: list[tuple[str, Sequence[str]]] = []
+        The selector uses what is known; see `cappy.selection.Candidates`. Raises ConfigError if there are no responses
+        or the rest does not fit them.
+        """
+        candidates = Candidates(
+            responses=responses, likelihoods=likelihoods, greedy=greedy, closed_choices=closed_choices
+        )
+        return next(self.select_stream([(instruction, candidates)]))
+
+    def select_stream(self, pools: Iterable[tuple[str, Candidates | Sequence[str]]]) -> Iterator[SelectedResponse]:
+        """`select` for a stream of (instruction, responses) of any length, in order, scored 4,096 pairs at a time.
+
+        `Candidates` instead of the responses also say what else is known about them.
+        """
+        chunk: list[tuple[str, Candidates]] = []
         num_pairs = 0
         for instruction, responses in pools:
-            if not responses:
-                raise ConfigError("select: there are no responses to choose from; pass at least one")
-            chunk.append((instruction, responses))
-            num_pairs += len(responses)
+            candidates = responses if isinstance(responses, Candidates) else Candidates(responses=responses)
+            chunk.append((instruction, candidates))
+            num_pairs += len(candidates.responses)
             if num_pairs >= CHUNK_PAIRS:
                 yield from self._select(chunk)
                 chunk, num_pairs = [], 0
         yield from self._select(chunk)
 
-    def _select(self, pools: Sequence[tuple[str, Sequence[str]]]) -> Iterator[SelectedResponse]:
-        logits = iter(self.logits_of([(instruction, response) for instruction, pool in pools for response in pool]))
-        for _, responses in pools:
-            pool_logits = tuple(islice(logits, len(responses)))
-            index = pool_logits.index(max(pool_logits))
+    def _select(self, pools: Sequence[tuple[str, Candidates]]) -> Iterator[SelectedResponse]:
+        pairs = [(instruction, response) for instruction, candidates in pools for response in candidates.responses]
+        all_logits = iter(self.logits_of(pairs))
+        for _, candidates in pools:
+            logits = list(islice(all_logits, len(candidates.responses)))
+            pool = candidates.with_scores(self.scores_of(logits), logits)
+            ranking = self.selector.rank(pool)
             yield SelectedResponse(
-                index=index,
-                response=responses[index],
-                scores=tuple(self.scores_of(pool_logits)),
-                logits=pool_logits,
+                index=ranking.picked,
+                response=candidates.responses[ranking.picked],
+                scores=tuple(pool.scores.tolist()),
+                logits=tuple(logits),
+                values=tuple(ranking.values.tolist()),
             )
 
     @torch.inference_mode()
@@ -281,7 +347,10 @@ class Scorer:
         return folder.model(AutoModelForSequenceClassification, folder.config())[0]
 
     def save(self, folder: str | Path) -> Manifest:
-        """Writes a scorer folder with its manifest, and returns the manifest. Raises the errors of `write`."""
+        """Writes a scorer folder with its manifest, and returns the manifest. Raises the errors of `write`.
+
+        The selector belongs to a version of the scorer, and this folder is another one, so it has none.
+        """
         self.write(Path(folder))
         manifest = Manifest(step="save", files=describe_files(Path(folder)))
         write_manifest(Path(folder), manifest)

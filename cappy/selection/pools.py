@@ -1,18 +1,20 @@
-"""Pools: the candidates of an instance that a selector may pick, with labels, scores, MBR values and best-of-n curves.
+"""Pools: the candidates of an instance that a selector may pick, with labels, scores and MBR values.
 
-MBR (minimum Bayes risk; Kumar and Byrne, 2004) picks the response that is most similar to all others of its pool. Best
-of n is the expected label of a selector's pick when n candidates of the pool are sampled.
+MBR (minimum Bayes risk; Kumar and Byrne, 2004) picks the response that is most similar to all others of its pool.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from cappy.errors import ConfigError, RecordError, quote
 from cappy.records import Candidate, Instance, Split
+from cappy.records.instance import MAX_LOGPROB
 
 Vector = npt.NDArray[np.float64]
 PoolVectors = Sequence[Vector]
@@ -21,6 +23,10 @@ ScoreFunction = Callable[[Sequence[tuple[str, str]]], list[float]]
 """Scores (instruction, response) pairs, in order: the type of `Scorer.score`."""
 
 CHUNK_PAIRS = 2048
+MAX_MBR_CHARACTERS = 400_000
+"""Characters of all responses of a pool that MBR compares, the same number of each: at most about a second of work."""
+MIN_MBR_CHARACTERS = 512
+"""Characters of each response that MBR compares however many responses there are."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,67 @@ def is_tied(values: Vector, labels: Vector) -> bool:
     return bool((top != top[0]).any())
 
 
+_GREEDY = re.compile(r"\b(greedy|temperature=?0)(?![\w.])", re.IGNORECASE)
+"""Names of greedy decodings; an endpoint decodes greedily at temperature 0, in a decoding of that name."""
+
+
+def choose_system(pools: Sequence[Pool], among: Collection[str] | None = None) -> str | None:
+    """The generator and decoding whose first candidate has the best mean label; None if no candidate names one.
+
+    `among` restricts the choice to these systems. In a pool without the system, its first candidate counts.
+    """
+    names = dict.fromkeys(_system_name(candidate) for pool in pools for candidate in pool.candidates)
+    names.pop("", None)
+    if among is not None:
+        names = {name: None for name in names if name in among}
+    indices = [_first_indices(pool) for pool in pools]
+
+    def mean_label(name: str) -> float:
+        return float(
+            np.mean([pool.labels[index_of.get(name, 0)] for pool, index_of in zip(pools, indices, strict=True)])
+        )
+
+    return max(names, key=mean_label, default=None)
+
+
+def greedy_systems(pools: Sequence[Pool]) -> set[str]:
+    """The generators and decodings that decode greedily and have a response in every pool."""
+    names = ({name for name in _first_indices(pool) if is_greedy(name)} for pool in pools)
+    return set.intersection(*names) if pools else set()
+
+
+def choose_decoding(pools: Sequence[Pool]) -> str | None:
+    """The single decoding that a user would compare with: the best greedy one, else the best one; None if unknown.
+
+    A system with several responses in a pool is no single decoding: which of its samples a user would get is chance.
+    """
+    names = [[_system_name(candidate) for candidate in pool.candidates] for pool in pools]
+    repeated = {name for own in names for name, count in Counter(own).items() if count > 1}
+    single = {name for own in names for name in own} - repeated
+    return choose_system(pools, among=greedy_systems(pools)) or choose_system(pools, among=single)
+
+
+def is_greedy(system: str) -> bool:
+    """Whether a generator and decoding is greedy by its name."""
+    return bool(_GREEDY.search(system))
+
+
+def system_index(pool: Pool, name: str) -> int | None:
+    """The index of the first candidate of a system; None if the pool has none."""
+    return _first_indices(pool).get(name) if name else None
+
+
+def _first_indices(pool: Pool) -> dict[str, int]:
+    """System -> the index of its first candidate."""
+    names = [_system_name(candidate) for candidate in pool.candidates]
+    return {name: index for index, name in reversed([*enumerate(names)])}
+
+
+def _system_name(candidate: Candidate) -> str:
+    """The generator and decoding of a candidate; empty if neither is known."""
+    return f"{candidate.generator} {candidate.decoding}".strip()
+
+
 def _score_chunks(
     pairs: Sequence[tuple[str, str]], score: ScoreFunction, on_scored: Callable[[int], None]
 ) -> Iterator[float]:
@@ -145,8 +212,8 @@ def _build_pool(instance: Instance, metric: str) -> Pool:
 
 
 def _vector_if_complete(values: Sequence[float | None]) -> Vector | None:
-    # NaN, which does not equal itself, counts as missing.
-    present = [value for value in values if value is not None and value == value]
+    # NaN and infinity count as missing.
+    present = [value for value in values if value is not None and abs(value) <= MAX_LOGPROB]
     return np.array(present, dtype=np.float64) if len(present) == len(values) else None
 
 
@@ -164,7 +231,8 @@ def mbr(responses: Sequence[str]) -> Vector:
 def mutual_rouge_l(responses: Sequence[str]) -> npt.NDArray[np.float64]:
     """Rouge-L F1 (stemmed) of every response against every other, shape (responses, responses), symmetric.
 
-    Computed as 2c / (m + n) for a common subsequence of c tokens, which equals `rouge_score` up to rounding.
+    Computed as 2c / (m + n) for a common subsequence of c tokens, which equals `rouge_score` up to rounding. Only the
+    beginning of a very long response is compared, `MAX_MBR_CHARACTERS` in all, because the time grows quadratically.
     """
     # Imported here because reading a report needs the names of the selectors, but not these libraries.
     from rapidfuzz import process
@@ -172,7 +240,8 @@ def mutual_rouge_l(responses: Sequence[str]) -> npt.NDArray[np.float64]:
 
     from cappy.annotation.rouge import token_strings
 
-    tokens, _ = token_strings(responses)
+    limit = max(MIN_MBR_CHARACTERS, MAX_MBR_CHARACTERS // max(1, len(responses)))
+    tokens, _ = token_strings([response[:limit] for response in responses])
     unique = {text: index for index, text in enumerate(dict.fromkeys(tokens))}
     texts = list(unique)
     common = process.cdist(texts, texts, scorer=LCSseq.similarity, dtype=np.int32)
@@ -181,94 +250,3 @@ def mutual_rouge_l(responses: Sequence[str]) -> npt.NDArray[np.float64]:
     indices = [unique[text] for text in tokens]
     mutual: npt.NDArray[np.float64] = f_measure[np.ix_(indices, indices)]
     return mutual
-
-
-NUM_MBR_ORDERS = 32
-"""Random orders of each pool that the MBR curve is averaged over."""
-MIN_GAIN = 0.001
-"""Minimum gain that makes one more candidate worth sampling: 0.1 on the scale of 0 to 100 of a report."""
-
-
-def best_of_n_curve(values: Vector, labels: Vector) -> Vector:
-    """Exact expected label of the pick among n random candidates, for n from 1 to all: shape (candidates,).
-
-    Only for selectors whose value of a candidate does not depend on the other candidates. Candidates with equal values
-    are picked with equal probability.
-    """
-    order = np.argsort(-values, kind="stable")
-    expected: Vector = best_probabilities(len(values)) @ average_ties(values[order], labels[order])
-    return expected
-
-
-def average_ties(ranked: Vector, labels: Vector) -> Vector:
-    """The labels in the order of the `ranked` values, with labels of equal values replaced by their mean.
-
-    Candidates with equal values are equally likely to be drawn, so for every n the expected label is their mean.
-    """
-    tied = np.concatenate([[0], np.cumsum(np.diff(ranked) != 0)])
-    means: Vector = (np.bincount(tied, weights=labels) / np.bincount(tied))[tied]
-    return means
-
-
-@lru_cache(maxsize=256)
-def best_probabilities(size: int) -> npt.NDArray[np.float64]:
-    """Row n - 1, column k: the probability that the k-th best (from 0) of `size` candidates is the best of n draws.
-
-    Candidates are drawn without replacement: C(size - 1 - k, n - 1) / C(size, n), computed by logarithms to avoid
-    overflow.
-    """
-    n = np.arange(1, size + 1)[:, None]
-    worse = size - 1 - np.arange(size)[None, :]
-    possible = worse >= n - 1
-    log_count = _log_binomial(np.where(possible, worse, n - 1), n - 1)
-    table: npt.NDArray[np.float64] = np.where(
-        possible, np.exp(log_count - _log_binomial(np.full_like(n, size), n)), 0.0
-    )
-    table.setflags(write=False)
-    return table
-
-
-def mbr_curve(
-    responses: tuple[str, ...], labels: Vector, rng: np.random.Generator, num_orders: int = NUM_MBR_ORDERS
-) -> Vector:
-    """Expected label of MBR's pick among n random candidates, for n from 1 to all: shape (candidates,).
-
-    MBR's values depend on the other candidates, so each n is simulated with the first n of a random order, and the
-    result is averaged over `num_orders` orders. Candidates with equal sums are picked with equal probability. Two
-    candidates are equally similar to each other, so for n up to 2 the value is exactly the mean label.
-    """
-    size = len(responses)
-    similarity = mutual_rouge_l(responses)
-    np.fill_diagonal(similarity, 0.0)
-    # In column n - 1, the candidates after the first n are not in the pool.
-    absent = np.tril(np.full((size, size), -np.inf), -1)
-    total = np.zeros(size)
-    for _ in range(num_orders):
-        order = rng.permutation(size)
-        sums = np.cumsum(similarity[np.ix_(order, order)], axis=1) + absent
-        # Sums that differ only by rounding count as equal.
-        tied = sums >= sums.max(axis=0) - 1e-9
-        total += labels[order] @ tied / tied.sum(axis=0)
-    mean: Vector = total / num_orders
-    mean[:2] = labels.mean()
-    return mean
-
-
-def num_worthwhile_candidates(curve: Sequence[float]) -> int:
-    """The number of candidates beyond which no further one adds `MIN_GAIN` to the curve; its length if all do."""
-    gains = np.diff(np.asarray(curve))
-    worthwhile = np.flatnonzero(gains >= MIN_GAIN)
-    return int(worthwhile[-1]) + 2 if len(worthwhile) else 1
-
-
-def extend_curve(curve: Vector, size: int) -> Vector:
-    """Extends the curve to `size` with its last value."""
-    return np.concatenate([curve, np.full(size - len(curve), curve[-1])])
-
-
-def _log_binomial(n: npt.NDArray[np.int64], k: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    # Imported here because reading a report imports this module, but only an evaluation needs scipy.
-    from scipy.special import gammaln
-
-    logarithm: npt.NDArray[np.float64] = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
-    return logarithm

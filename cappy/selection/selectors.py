@@ -7,23 +7,23 @@ labels, because their order is arbitrary.
 To add one, add an entry to `SELECTORS` and a test. Evaluation, report and gate use the properties of the entry.
 """
 
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
-from cappy.records import Candidate
-from cappy.selection.pools import Pool, PoolVectors, Vector, best_of_n_curve, mbr_curve, pick_label, pick_labels
-
-WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Weights to try for the other value in a combined selector; weight 0 is the scorer alone."""
-_GREEDY = re.compile(r"\b(greedy|temperature0)(?![\w.])", re.IGNORECASE)
-"""Names of greedy decodings; an endpoint decodes greedily at temperature 0.0, in a decoding of that name."""
+from cappy.selection.curves import best_of_n_curve, mbr_curve, sample_picks
+from cappy.selection.linear import Feature, PoolFeatures, Selector, features_of
+from cappy.selection.pools import Pool, PoolVectors, Vector, choose_system, greedy_systems, system_index
 
 Curve = Callable[[Pool, Vector, np.random.Generator], Vector]
 """(pool, values, random generator) -> expected label of the pick among n candidates of the pool, for n from 1."""
+PoolCurve = Callable[[np.random.Generator], Vector]
+"""`Curve` of one pool with its values."""
+NOT_GIVEN = "none was given"
+"""Why a scorer that the evaluation did not get is unavailable."""
 ReportSection = Literal["table", "tasks", "examples", "verdict"]
 
 
@@ -33,22 +33,43 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class FittedSelector:
-    """A fitted selector: a function from a pool to the values of its candidates, and the fitted choice as text."""
+    """A fitted selector: a function from a pool to the values of its candidates, and the fitted choice as text.
+
+    `curve` is its best-of-n curve if it does not follow from the values; see `SelectorSpec.curve`.
+    """
 
     values: Callable[[Pool], Vector]
     detail: str = ""
-
-
-Fit = Callable[[Sequence[Pool], Sequence[Pool]], FittedSelector]
-"""(held-out pools, pools) -> the fitted selector; see `Selector`."""
+    curve: Curve | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selector:
-    """A rule that picks one candidate of a pool.
+class Fitting:
+    """What a selector may be fitted with: the held-out pools with their labels, and the tested pools without theirs.
 
-    `fit(held_out, pools)` fits on the labels of the held-out pools; it must not use the labels of `pools`. It raises
-    UnavailableError if the selector is not available on these pools.
+    `selector` is the fitted selector of the scorer, and `champion` that of the champion.
+    """
+
+    held_out: Sequence[Pool]
+    pools: Sequence[Pool]
+    selector: Selector = field(default_factory=Selector)
+    champion: Selector = field(default_factory=Selector)
+
+    @property
+    def decoding(self) -> str:
+        """The single decoding of the tested pools that the fitted selector knows: its own, else a greedy one."""
+        return self.selector.decoding or min(greedy_systems(self.pools), default="")
+
+
+Fit = Callable[[Fitting], FittedSelector]
+"""Fits a selector, without using the labels of the tested pools; see `SelectorSpec`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectorSpec:
+    """A rule that picks one candidate of a pool, and its place in the report.
+
+    `fit` raises UnavailableError if the rule is not available on the tested pools.
 
     `name` is used in report.json, `title` in tables and `sentence_name` (or else `title`) in sentences, followed by
     `remark` at the first mention. Of the selectors with the same `variant_of`, the one that is better on the reported
@@ -57,10 +78,10 @@ class Selector:
     selection.
 
     `shown_in` are the report sections that show it besides the list of all selectors: the terminal's table, the table
-    by task, the examples, and the verdict's comparisons with the scorer. `curve` computes its best-of-n curve. If
-    `compared`, the scorer is compared with it; it is itself compared with each of `against`. `must_beat` says when the
-    gate requires the first registered version of a scorer to beat it: always, only if the report compares with it, or
-    on request (--baseline).
+    by task, the examples, and the verdict's comparisons with the fitted selector. `curve` computes its best-of-n curve.
+    If `compared`, the fitted selector is compared with it; it is itself compared with each of `against`. `must_beat`
+    says when the gate requires the first registered version to beat it: always, only if the report compares with it,
+    or on request (--baseline).
     """
 
     name: str
@@ -69,7 +90,7 @@ class Selector:
     sentence_name: str = ""
     remark: str = ""
     variant_of: str = ""
-    scorer: Literal["", "scorer", "champion"] = ""
+    scorer: Literal["", "scorer", "champion", "initial"] = ""
     bound: Literal["", "lower", "upper"] = ""
     single_decoding: bool = False
     shown_in: tuple[ReportSection, ...] = ("table",)
@@ -91,26 +112,33 @@ class Selector:
 
 @dataclass(frozen=True)
 class Selection:
-    """Each selector's values on some pools and its fitted choice as text, or the reason why it is unavailable."""
+    """Each selector's values on some pools and its fitted choice as text, or the reason why it is unavailable.
+
+    `curves` has the function that computes the best-of-n curve of each pool.
+    """
 
     values: Mapping[str, PoolVectors]
     details: Mapping[str, str]
     unavailable: Mapping[str, str]
+    curves: Mapping[str, Sequence[PoolCurve]] = field(default_factory=dict)
 
 
-def select(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Selection:
-    """Fits every available selector on the held-out pools and computes its values on `pools`."""
-    values, details, unavailable = {}, {}, {}
+def select(fitting: Fitting) -> Selection:
+    """Fits every available selector and computes its values on the tested pools."""
+    values, details, unavailable, curves = {}, {}, {}, {}
     for name, selector in SELECTORS.items():
         try:
-            fitted = selector.fit(held_out, pools)
+            fitted = selector.fit(fitting)
         except UnavailableError as error:
             unavailable[name] = str(error)
             continue
-        values[name] = [fitted.values(pool) for pool in pools]
+        values[name] = [fitted.values(pool) for pool in fitting.pools]
         if fitted.detail:
             details[name] = fitted.detail
-    return Selection(values, details, unavailable)
+        if curve := fitted.curve or selector.curve:
+            pairs = zip(fitting.pools, values[name], strict=True)
+            curves[name] = [partial(curve, pool, pool_values) for pool, pool_values in pairs]
+    return Selection(values, details, unavailable, curves)
 
 
 def title(name: str) -> str:
@@ -120,54 +148,22 @@ def title(name: str) -> str:
     return f"better {name}" if any(selector.variant_of == name for selector in SELECTORS.values()) else name
 
 
-def selectors_shown_in(names: Iterable[str], section: ReportSection, better: str = "") -> list[Selector]:
+def selectors_shown_in(names: Iterable[str], section: ReportSection, better: str = "") -> list[SelectorSpec]:
     """The named selectors that a section of the report shows, in order; of variants, only the `better` one."""
     selectors = [SELECTORS[name] for name in names if name in SELECTORS]
     return [each for each in selectors if section in each.shown_in and (not each.variant_of or each.name == better)]
 
 
 def compared_pairs() -> list[tuple[str, str]]:
-    """The comparisons of a report as pairs of keys: the scorer with others, then the selectors with `against`."""
+    """The comparisons of a report as pairs of keys: the fitted selector with others, then those with `against`."""
     keys = dict.fromkeys(selector.key for selector in SELECTORS.values() if selector.compared)
     more = [(selector.name, rival) for selector in reversed([*SELECTORS.values()]) for rival in selector.against]
-    return [*(("scorer", key) for key in keys), *more]
+    return [*(("selector", key) for key in keys), *more]
 
 
-def choose_weight(scores: PoolVectors, others: PoolVectors, labels: PoolVectors) -> float:
-    """The smallest weight of `WEIGHTS` for which picks by score + weight * other have the best mean label."""
-
-    def mean_label(weight: float) -> float:
-        rows = zip(scores, others, labels, strict=True)
-        return float(np.mean([pick_label(score + weight * other, label) for score, other, label in rows]))
-
-    return max(WEIGHTS, key=mean_label)
-
-
-def choose_system(pools: Sequence[Pool], among: Collection[str] | None = None) -> str | None:
-    """The generator and decoding whose first candidate has the best mean label; None if no candidate names one.
-
-    `among` restricts the choice to these systems.
-    """
-    names = dict.fromkeys(_system_name(candidate) for pool in pools for candidate in pool.candidates)
-    names.pop("", None)
-    if among is not None:
-        names = {name: None for name in names if name in among}
-
-    def mean_label(name: str) -> float:
-        return float(pick_labels(pools, [prefer_system(pool, name) for pool in pools]).mean())
-
-    return max(names, key=mean_label, default=None)
-
-
-def _system_name(candidate: Candidate) -> str:
-    """The generator and decoding of a candidate; empty if neither is known."""
-    return f"{candidate.generator} {candidate.decoding}".strip()
-
-
-def prefer_system(pool: Pool, name: str) -> Vector:
-    """Values that pick the first candidate of the system, or of the pool if the system has none in it."""
-    is_other = np.array([_system_name(candidate) != name for candidate in pool.candidates])
-    values: Vector = _first_values(pool) - len(pool.candidates) * is_other
+def _prefer(index: int | None, pool: Pool) -> Vector:
+    """Values that pick the candidate at the index, or the first one if it is None."""
+    values: Vector = _first_values(pool) - len(pool.candidates) * (np.arange(len(pool.candidates)) != (index or 0))
     return values
 
 
@@ -183,92 +179,104 @@ def response_lengths(pool: Pool) -> Vector:
 
 
 def _without_fitting(values: Callable[[Pool], Vector]) -> Fit:
-    return lambda held_out, pools: FittedSelector(values)
+    return lambda fitting: FittedSelector(values)
 
 
-def _fit_scores(name: str) -> Fit:
-    def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
-        if any(name not in pool.scores for pool in pools):
-            raise UnavailableError("none was given")
-        return FittedSelector(lambda pool: pool.scores[name])
+def _fit_scores(name: str, fitting: Fitting) -> FittedSelector:
+    _require_scores(name, fitting)
+    return FittedSelector(lambda pool: pool.scores[name])
+
+
+def _require_scores(name: str, fitting: Fitting) -> None:
+    """Raises UnavailableError if a pool lacks the scores of this scorer."""
+    if any(name not in pool.scores for pool in fitting.pools):
+        raise UnavailableError(NOT_GIVEN)
+
+
+def _fit_champion(fitting: Fitting) -> FittedSelector:
+    _require_scores("champion", fitting)
+    known = [features_of(pool, fitting.decoding, "champion") for pool in fitting.pools]
+    text = fitting.champion.rule(frozenset.intersection(*(each.available for each in known))).names
+    return FittedSelector(lambda pool: fitting.champion.values(features_of(pool, fitting.decoding, "champion")), text)
+
+
+def _fit_selector(without: frozenset[Feature] = frozenset()) -> Fit:
+    """The fitted selector, for a caller who lacks some features."""
+
+    def fit(fitting: Fitting) -> FittedSelector:
+        _require_scores("scorer", fitting)
+
+        def features(pool: Pool) -> PoolFeatures:
+            return features_of(pool, fitting.decoding).without(without)
+
+        known = [features(pool).available for pool in fitting.pools]
+        if without and not any(without & features_of(pool, fitting.decoding).available for pool in fitting.pools):
+            raise UnavailableError("no instance has them")
+
+        def curve(pool: Pool, values: Vector, rng: np.random.Generator) -> Vector:
+            if fitting.selector.rule(features(pool).available).single == "score":
+                return best_of_n_curve(values, pool.labels)
+            picks = sample_picks(fitting.selector, features(pool), pool.labels, rng, greedy_first=True)
+            expected: Vector = picks.labels.mean(axis=0)
+            return expected
+
+        rules = dict.fromkeys(fitting.selector.rule(available).names for available in known)
+        return FittedSelector(
+            lambda pool: fitting.selector.values(features(pool)), "; ".join(rules), None if without else curve
+        )
 
     return fit
-
-
-def _read_likelihoods(likelihood: Callable[[Pool], Vector | None], pools: Sequence[Pool]) -> list[Vector]:
-    """The likelihoods of all candidates. Raises UnavailableError if one has none."""
-    likelihoods = [likelihood(pool) for pool in pools]
-    complete = [values for values in likelihoods if values is not None]
-    if len(complete) < len(likelihoods):
-        missing = len(likelihoods) - len(complete)
-        raise UnavailableError(f"{missing} of {len(likelihoods)} instances have candidates without log-likelihood")
-    return complete
 
 
 def _fit_likelihood(likelihood: Callable[[Pool], Vector | None]) -> Fit:
-    def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
-        _read_likelihoods(likelihood, pools)
-        return FittedSelector(lambda pool: _read_likelihoods(likelihood, [pool])[0])
+    def fit(fitting: Fitting) -> FittedSelector:
+        missing = sum(likelihood(pool) is None for pool in fitting.pools)
+        if missing:
+            count = len(fitting.pools)
+            raise UnavailableError(f"{missing} of {count} instances have candidates without log-likelihood")
+
+        def values(pool: Pool) -> Vector:
+            likelihoods = likelihood(pool)
+            assert likelihoods is not None  # noqa: S101 (checked above)
+            return likelihoods
+
+        return FittedSelector(values)
 
     return fit
 
 
-def _fit_mbr(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
-    if all(pool.is_choice for pool in pools):
+def _fit_mbr(fitting: Fitting) -> FittedSelector:
+    if all(pool.is_choice for pool in fitting.pools):
         raise UnavailableError("a closed set of choices has no consensus")
     return FittedSelector(lambda pool: pool.mbr)
 
 
-def _fit_best_system(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
-    if not held_out:
+def _fit_best_system(fitting: Fitting) -> FittedSelector:
+    if not fitting.held_out:
         raise UnavailableError("there are no held-out instances to choose it on")
-    name = choose_system(held_out)
+    name = choose_system(fitting.held_out)
     if name is None:
         raise UnavailableError("no candidate names its generator")
-    return FittedSelector(lambda pool: prefer_system(pool, name), name)
+    return FittedSelector(lambda pool: _prefer(system_index(pool, name), pool), name)
 
 
-def _fit_greedy(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
+def _fit_greedy(fitting: Fitting) -> FittedSelector:
     """Picks the greedy response; if several generators have one, that of the best generator on the held-out pools."""
-    systems = set.intersection(
-        *({name for name in map(_system_name, pool.candidates) if _GREEDY.search(name)} for pool in pools)
-    )
+    systems = greedy_systems(fitting.pools)
     if not systems:
         raise UnavailableError("not every instance has a greedy response")
-    name = choose_system(held_out, among=systems) or min(systems)
-    return FittedSelector(lambda pool: prefer_system(pool, name), name)
-
-
-def _combine_with_scorer(other: str, fit_other: Fit, values_of: Callable[[Sequence[Pool]], list[Vector]]) -> Fit:
-    """The scorer's score plus a fitted weight times another selector's value, both unscaled."""
-
-    def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
-        for name, part in (("scorer", _fit_scores("scorer")), (other, fit_other)):
-            try:
-                part(held_out, pools)
-            except UnavailableError as error:
-                raise UnavailableError(f"needs {name}, which is missing") from error
-        if not held_out:
-            raise UnavailableError("there are no held-out instances to fit its weight on")
-        try:
-            others = values_of(held_out)
-        except UnavailableError as error:
-            raise UnavailableError(f"on the held-out split, {error}") from error
-        scores = [pool.scores["scorer"] for pool in held_out]
-        weight = choose_weight(scores, others, [pool.labels for pool in held_out])
-        return FittedSelector(lambda pool: pool.scores["scorer"] + weight * values_of([pool])[0], f"weight {weight:g}")
-
-    return fit
+    name = choose_system(fitting.held_out, among=systems) or min(systems)
+    return FittedSelector(lambda pool: _prefer(system_index(pool, name), pool), name)
 
 
 def _curve_by_value(pool: Pool, values: Vector, generator: np.random.Generator) -> Vector:
     return best_of_n_curve(values, pool.labels)
 
 
-SELECTORS: Mapping[str, Selector] = {
+SELECTORS: Mapping[str, SelectorSpec] = {
     selector.name: selector
     for selector in (
-        Selector(
+        SelectorSpec(
             name="random",
             title="random choice",
             fit=_without_fitting(lambda pool: np.zeros(len(pool.candidates))),
@@ -277,23 +285,23 @@ SELECTORS: Mapping[str, Selector] = {
             curve=lambda pool, values, generator: np.full(1, pool.labels.mean()),
             must_beat="always",
         ),
-        Selector(name="first", title="first response", fit=_without_fitting(_first_values), shown_in=("examples",)),
-        Selector(
+        SelectorSpec(name="first", title="first response", fit=_without_fitting(_first_values), shown_in=("examples",)),
+        SelectorSpec(
             name="shortest",
             title="shortest",
             fit=_without_fitting(lambda pool: -response_lengths(pool)),
             shown_in=(),
             compared=False,
         ),
-        Selector(name="longest", title="longest", fit=_without_fitting(response_lengths)),
-        Selector(
+        SelectorSpec(name="longest", title="longest", fit=_without_fitting(response_lengths)),
+        SelectorSpec(
             name="best_system",
             title="best single system",
             sentence_name="the best single system",
             fit=_fit_best_system,
             single_decoding=True,
         ),
-        Selector(
+        SelectorSpec(
             name="greedy",
             title="greedy response",
             sentence_name="the greedy response",
@@ -303,7 +311,7 @@ SELECTORS: Mapping[str, Selector] = {
             shown_in=("table", "verdict"),
         ),
         *(
-            Selector(
+            SelectorSpec(
                 name=f"likelihood_{kind}",
                 title=title,
                 sentence_name="the better likelihood selector",
@@ -318,7 +326,7 @@ SELECTORS: Mapping[str, Selector] = {
                 ("mean", "likelihood, mean per token", lambda pool: pool.likelihood_mean),
             )
         ),
-        Selector(
+        SelectorSpec(
             name="mbr",
             title="MBR",
             remark=", the consensus of the pool, which needs no training",
@@ -328,46 +336,57 @@ SELECTORS: Mapping[str, Selector] = {
             against=("random", "likelihood"),
             must_beat="on_request",
         ),
-        Selector(
-            name="champion",
-            title="champion",
-            sentence_name="the champion",
-            fit=_fit_scores("champion"),
-            scorer="champion",
-            shown_in=("table", "tasks", "verdict"),
+        SelectorSpec(
+            name="initial",
+            title="scorer before adaptation",
+            sentence_name="the scorer before adaptation",
+            fit=partial(_fit_scores, "initial"),
+            scorer="initial",
+            shown_in=("table", "tasks"),
             curve=_curve_by_value,
+            compared=False,
         ),
-        Selector(
+        SelectorSpec(
             name="scorer",
-            title="scorer",
-            fit=_fit_scores("scorer"),
+            title="score alone",
+            sentence_name="the scorer's score alone",
+            fit=partial(_fit_scores, "scorer"),
             scorer="scorer",
             shown_in=("table", "tasks", "examples"),
             curve=_curve_by_value,
-            compared=False,
+            against=("mbr", "initial"),
         ),
-        Selector(
-            name="hybrid_likelihood",
-            title="scorer + likelihood",
-            fit=_combine_with_scorer(
-                "likelihood_mean",
-                _fit_likelihood(lambda pool: pool.likelihood_mean),
-                lambda pools: _read_likelihoods(lambda pool: pool.likelihood_mean, pools),
-            ),
+        SelectorSpec(
+            name="champion",
+            title="champion",
+            sentence_name="the champion",
+            fit=_fit_champion,
+            scorer="champion",
+            shown_in=("table", "tasks", "verdict"),
+        ),
+        SelectorSpec(
+            name="selector_texts",
+            title="selector, texts only",
+            fit=_fit_selector(frozenset({"likelihood", "greedy"})),
             scorer="scorer",
             compared=False,
-            against=("scorer",),
         ),
-        Selector(
-            name="hybrid_mbr",
-            title="scorer + MBR",
-            fit=_combine_with_scorer("mbr", _fit_mbr, lambda pools: [pool.mbr for pool in pools]),
+        SelectorSpec(
+            name="selector_no_likelihood",
+            title="selector, no likelihood",
+            fit=_fit_selector(frozenset({"likelihood"})),
             scorer="scorer",
-            shown_in=("table", "tasks"),
             compared=False,
-            against=("mbr", "scorer"),
         ),
-        Selector(
+        SelectorSpec(
+            name="selector",
+            title="selector",
+            fit=_fit_selector(),
+            scorer="scorer",
+            shown_in=("table", "tasks", "examples"),
+            compared=False,
+        ),
+        SelectorSpec(
             name="oracle",
             title="oracle",
             fit=_without_fitting(lambda pool: pool.labels),

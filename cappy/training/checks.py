@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cappy.scoring.forward import batch_by_length
+from cappy.scoring.model import batch_by_length
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import TrainingState
 from cappy.training.corpus import Corpus

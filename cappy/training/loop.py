@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cappy.errors import ConfigError, TrainingError
 from cappy.progress import Progress
-from cappy.scoring.forward import has_bf16, keep_heads_in_fp32
+from cappy.scoring.model import has_bf16, keep_heads_in_fp32
 from cappy.scoring.scorer import Scorer
 from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUE_REMEDY, Checkpoint, CheckpointClock, Shutdown, TrainingState
@@ -145,8 +145,10 @@ class TrainingRun:
 
     @property
     def check_due(self) -> bool:
-        """Whether the validation instances must be scored before the next update."""
+        """Whether the validation instances must be scored before the next update; a new head first learns."""
         state = self.state
+        if state.update == 0 and self.scorer.has_new_head:
+            return False
         at_interval = state.update % self.check_interval == 0 or state.update == self.updates
         return at_interval and not (state.log and state.log[-1]["update"] == state.update)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from cappy.config import ADVANCED, settings
-from cappy.errors import ConfigError, FolderError, quote
+from cappy.errors import ConfigError, quote
 from cappy.hub_client import hub_folder
 from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.progress import Progress, silent
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from cappy.scoring import Scorer
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _HEAD_SIZE = 32
 _WORD_STD = 0.1
 _TOKEN_TYPE_STD = 0.05
@@ -84,40 +83,20 @@ def _open_encoder(encoder: str) -> ModelFolder:
 
 def _make_scorer(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
     import torch
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils.logging import set_verbosity_error
 
     from cappy.scoring import Scorer
     from cappy.scoring.config import ScorerConfig
-    from cappy.scoring.folder import max_positions, use_token_types, warn_once
 
-    _require_tokenizer(folder.path)
     torch.manual_seed(config.seed)
-    if config.encoder == "builtin":
-        model, tokenizer = new_encoder(config.layers, config.hidden_size, config.max_length)
-    else:
-        # Without this transformers warns that the head's weights are newly initialized, which is intended here.
-        set_verbosity_error()
-        tokenizer, encoder_config = folder.tokenizer(), folder.config()
-        encoder_config.num_labels = 1
-        model, _ = folder.model(AutoModelForSequenceClassification, encoder_config)
-        use_token_types(tokenizer, encoder_config)
-    max_length = min(config.max_length, max_positions(model) or config.max_length)
-    if max_length < config.max_length:
-        warn_once(
-            folder.path,
-            f"has {max_length} positions, so pairs are truncated to {max_length} tokens, not {config.max_length}",
-        )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     truncation = PAPER_TRUNCATION if config.preset == "paper" else "middle"
-    return Scorer(model, tokenizer, ScorerConfig(head=config.head, max_length=max_length, truncation=truncation))
-
-
-def _require_tokenizer(folder: Path) -> None:
-    """Raises FolderError if an encoder's folder has no tokenizer: transformers would create an empty one."""
-    if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
-        remedy = "save the tokenizer beside the weights (tokenizer.save_pretrained)"
-        raise FolderError(f"{folder}: has no tokenizer ({TOKENIZER_FILES[0]} or a vocabulary); {remedy}")
+    if config.encoder != "builtin":
+        return Scorer.from_encoder(folder, head=config.head, max_length=config.max_length, truncation=truncation)
+    model, tokenizer = new_encoder(config.layers, config.hidden_size, config.max_length)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    scorer_config = ScorerConfig(head=config.head, max_length=config.max_length, truncation=truncation)
+    scorer = Scorer(model, tokenizer, scorer_config)
+    scorer.has_new_head = True
+    return scorer
 
 
 def new_encoder(layers: int, hidden_size: int, max_length: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,12 +41,13 @@ def train(
     parents: Sequence[str],
     seen_prompts: NDArray[np.uint64],
     start_folder: Path | None = None,
+    facts: Mapping[str, object] = MappingProxyType({}),
     progress: Progress,
 ) -> Manifest:
     """Trains the scorer of `make_scorer` on the train split, with early stopping on validation; publishes the folder.
 
-    Returns its manifest, whose facts say how the weights were chosen (`_build_facts`). With `config.dry_run`, writes
-    nothing and returns a manifest with the metrics of `run_trial`.
+    Returns its manifest, whose facts are `facts` and how the weights were chosen (`_build_facts`). With
+    `config.dry_run`, writes nothing and returns a manifest with the metrics of `run_trial`.
 
     `seen_prompts` are the prompt hashes that the starting scorer in `start_folder` was trained on. The folder records
     them together with those of this run; likewise for groups and rows (`cappy.scoring.training_data`).
@@ -87,7 +89,7 @@ def train(
                 generators=read_manifest(config.source).generators,
                 parents=hashes,
                 metrics=_build_metrics(outcome, corpora),
-                facts=_build_facts(config, outcome, corpora),
+                facts={**facts, **_build_facts(config, outcome, corpora)},
             )
             finish(folder, config.target, manifest)
             write_speed(config.work, manifest.hash, outcome.curve)

@@ -47,7 +47,7 @@ class VertexClient:
         try:
             from google.cloud import aiplatform
 
-            from cappy.vertex import check_reachable
+            from cappy.google_cloud import check_reachable
         except ModuleNotFoundError as missing:
             raise ConfigError(f"vertex: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
         self._config = config
@@ -144,7 +144,7 @@ class VertexClient:
 
     def _translate_errors(self) -> contextlib.AbstractContextManager[None]:
         """Translates errors of the service, the credentials and the network to errors with a remedy."""
-        from cappy.vertex import translate_errors
+        from cappy.google_cloud import translate_errors
 
         return translate_errors("pipeline", self._config.project, self._config.region, REMEDIES)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from serving.dialects import mlflow, native, open_inference, openrlhf, rerank, tei, vertex, vllm
+from serving.dialects import native, open_inference, platforms, rerank, tei, vllm
 from serving.dialects.dialect import Dialect, ScoredPairs, ServedModels
 
 __all__ = ["DIALECTS", "Dialect", "ScoredPairs", "ServedModels"]
@@ -15,9 +15,9 @@ DIALECTS: Sequence[Dialect] = (
     tei.RERANK,
     tei.PREDICT,
     vllm.VLLM,
-    vertex.VERTEX,
-    vertex.KSERVE,
+    platforms.VERTEX,
+    platforms.KSERVE,
     open_inference.OPEN_INFERENCE,
-    mlflow.MLFLOW,
-    openrlhf.OPENRLHF,
+    platforms.MLFLOW,
+    native.OPENRLHF,
 )

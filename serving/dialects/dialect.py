@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from cappy.scoring.encoding import Pair
+from cappy.selection.linear import Selector
 from serving.bodies import Bounds
 from serving.config import RequestLimits
 from serving.engine import Models
@@ -37,6 +38,7 @@ class ScoredPairs:
 
     scores: Sequence[float]
     logits: Sequence[float]
+    selector: Selector
     expected: Sequence[float] | None
     """Expected label of each pair, 0 to 1, if it is the best of its pool; None if the scorer has no calibration."""
     tokens: int
@@ -94,6 +96,9 @@ class Dialect:
 
 
 def rank_pairs(result: ScoredPairs, values: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:
-    """(index, value) of the best `top` pairs (None: all), highest logit first, ties in input order."""
+    """(index, value) of the best `top` pairs (None: all), highest logit first, ties in input order.
+
+    Pairs are ranked one by one; only `/select` picks by the selector, which compares the responses of a pool.
+    """
     order = sorted(range(len(values)), key=lambda index: -result.logits[index])
     return [(index, values[index]) for index in order[:top]]

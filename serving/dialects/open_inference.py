@@ -15,7 +15,7 @@ import cappy
 from cappy.scoring.encoding import Pair
 from serving.bodies import Bounds
 from serving.dialects.dialect import Body, Dialect, Flag, ScoredPairs, ServedModels
-from serving.dialects.vertex import (
+from serving.dialects.platforms import (
     UNKNOWN_MODEL_RESPONSES,
     UNREADY_RESPONSES,
     PlatformErrorResponse,

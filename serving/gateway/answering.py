@@ -1,24 +1,44 @@
 """Answers one request: samples candidates in rounds, scores them and decides on the outcome."""
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from cappy.errors import CappyError
 from cappy.sampling.generators import estimate_tokens
 from serving.gateway.config import Policy, SpendingLimits
 from serving.gateway.errors import GatewayError
-from serving.gateway.policy import EXPECTED_TOKENS, Allowance, Ledger, Limit, Stop, TotalCost, allow, decide
+from serving.gateway.policy import (
+    EXPECTED_TOKENS,
+    Allowance,
+    Ledger,
+    Limit,
+    Stop,
+    TotalCost,
+    allow,
+    decide,
+)
 from serving.gateway.requests import ChatRequest
-from serving.gateway.scoring import Scoring
-from serving.gateway.upstream import RoundResult, SampledCandidate, SamplingParameters, Upstream
+from serving.gateway.scoring import (
+    SampledCandidate,
+    Scoring,
+    best_candidate,
+    expected_gain_of,
+    ranking_key,
+    with_values,
+)
+from serving.gateway.upstream import RoundResult, SamplingParameters, Upstream
 
 SAMPLING_SHARE = 0.9
 """Share of a request's time limit for sampling; the rest is for scoring."""
 MAX_SCORED_CHARACTERS = 100_000
 """Characters of a response that are scored: scorers read about a thousand tokens; more would delay other requests."""
+MAX_CHARACTERS_IN_LOOP = 20_000
+"""Characters of a pool up to which MBR takes about a millisecond, so that it may run in the event loop."""
 OutcomeKind = Literal["answered", "abstained", "escalated", "escalation-failed", "unscored"]
 
 
@@ -42,7 +62,7 @@ class GatewayOutcome:
 
     @property
     def best(self) -> SampledCandidate:
-        """The candidate with the highest score, the first of equals; truncated only if no complete one has a score."""
+        """The candidate that the selector picks; truncated only if no complete one has a score."""
         return self.candidates[0]
 
 
@@ -84,6 +104,8 @@ class _Run:
         self._candidates: list[SampledCandidate] = []
         self._problems: list[GatewayError] = []
         self._limit: Limit | None = None
+        self._second_start: int | None = None
+        """Index of the first candidate of the second LLM."""
         self._started = time.monotonic()
 
     async def outcome(self) -> GatewayOutcome:
@@ -95,7 +117,8 @@ class _Run:
         if not self._candidates:
             raise self._no_candidate_error()
         kind = await self._decide_outcome()
-        ranked_candidates = sorted(self._candidates, key=_ranking_key)
+        second = self._second_start if self._second_start is not None else len(self._candidates)
+        ranked_candidates = order_pools([self._candidates[:second], self._candidates[second:]])
         return GatewayOutcome(
             request=self._request,
             candidates=ranked_candidates,
@@ -115,7 +138,7 @@ class _Run:
         if floor is None or (best is not None and best >= floor):
             return "answered" if best is not None else "unscored"
         if gateway.second_upstream is not None:
-            num_before = len(self._candidates)
+            num_before = self._second_start = len(self._candidates)
             await self._sample(gateway.second_upstream, gateway.second_candidates)
             return "escalated" if len(self._candidates) > num_before else "escalation-failed"
         return "abstained" if best is not None else "unscored"
@@ -124,11 +147,13 @@ class _Run:
         """Samples an LLM in rounds until the policy or a limit stops it."""
         start, num_requested = len(self._candidates), 0
         while True:
-            values = _values(self._candidates[start:])
+            candidates = self._candidates[start:]
+            best = best_candidate(candidates)
             num_received = len(self._candidates) - start
             decision = decide(
                 self._gateway.policy,
-                values,
+                [] if best is None or best.value is None else [best.value],
+                gain=expected_gain_of(candidates, self._gateway.scoring) if self._gateway.policy.min_gain else math.inf,
                 num_requested=num_requested,
                 num_received=num_received,
                 min_candidates=min(self._request.count, max_candidates),
@@ -140,15 +165,25 @@ class _Run:
             if not allowance.count:
                 self._limit = allowance.limit
                 return "limit"
-            await self._round(upstream, allowance, first_index=num_requested)
+            greedy_first = num_requested == 0 and self._draws_greedily(max_candidates)
+            await self._round(upstream, allowance, start, first_index=num_requested, greedy_first=greedy_first)
             num_requested += allowance.count
             if self._limit:
                 return "limit"
             if len(self._candidates) - start == num_received:
                 return "upstream"
 
-    async def _round(self, upstream: Upstream, allowance: Allowance, *, first_index: int) -> None:
-        """Samples and scores one round; records its problems and the limit that it reached."""
+    def _draws_greedily(self, max_candidates: int) -> bool:
+        """Whether the first candidate is decoded greedily: only if there are others that are sampled."""
+        return self._gateway.policy.greedy and max_candidates > 1 and self._request.temperature != 0
+
+    async def _round(
+        self, upstream: Upstream, allowance: Allowance, start: int, *, first_index: int, greedy_first: bool
+    ) -> None:
+        """Samples and scores one round; records its problems and the limit that it reached.
+
+        `start` is the index of this LLM's first candidate: its candidates are a pool of their own.
+        """
         deadline = self._started + SAMPLING_SHARE * self._gateway.limits.max_seconds
         result = RoundResult()
         parameters = SamplingParameters(
@@ -157,18 +192,27 @@ class _Run:
             ledger=self._ledger,
             max_tokens=allowance.max_tokens,
             seconds=self._gateway.limits.max_seconds,
+            wants_likelihoods=self._gateway.scoring.selector.uses_likelihoods,
         )
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                await upstream.sample(parameters, result, count=allowance.count, first_index=first_index)
+                await upstream.sample(
+                    parameters, result, count=allowance.count, first_index=first_index, greedy_first=greedy_first
+                )
         except TimeoutError:
             self._limit = "seconds"
         self._problems += result.problems
         if self._is_truncated(result, allowance):
             self._limit = self._limit or allowance.limit
-        self._candidates = with_values(
-            [*self._candidates, *await self._score(result.candidates)], self._gateway.scoring
-        )
+        pool = [*self._candidates[start:], *await self._score(result.candidates)]
+        self._candidates = [*self._candidates[:start], *await self._value(pool)]
+
+    async def _value(self, pool: Sequence[SampledCandidate]) -> list[SampledCandidate]:
+        """The candidates with their values; in a thread if their texts are long, because MBR compares all of them."""
+        value = partial(with_values, pool, self._gateway.scoring)
+        if sum(len(candidate.text) for candidate in pool) < MAX_CHARACTERS_IN_LOOP:
+            return value()
+        return await asyncio.to_thread(value)
 
     async def _score(self, candidates: Sequence[SampledCandidate]) -> list[SampledCandidate]:
         """Scores candidates; returns them without scores if the time is up and earlier candidates have scores."""
@@ -222,7 +266,9 @@ class _Run:
         )
 
     def _best(self) -> float | None:
-        return max(_values(self._candidates), default=None)
+        """The value of the candidate that the selector picks; None if none could be scored."""
+        best = best_candidate(self._candidates)
+        return None if best is None else best.value
 
     def _no_candidate_error(self) -> GatewayError:
         """The error that explains why there is no candidate."""
@@ -245,29 +291,18 @@ class _Run:
         return GatewayError(400, text, code="limit_too_low")
 
 
-def with_values(candidates: Sequence[SampledCandidate], scoring: Scoring) -> list[SampledCandidate]:
-    """Sets each candidate's `value`: its score, calibrated for the best of n candidates with distinct texts."""
-    scores = {index: candidate.score for index, candidate in enumerate(candidates) if candidate.score is not None}
-    if not scores:
-        return list(candidates)
-    calibrated = scoring.calibrate(list(scores.values()), n=len({candidates[index].text for index in scores}))
-    values = dict(zip(scores, calibrated, strict=True))
-    return [replace(candidate, value=values.get(index)) for index, candidate in enumerate(candidates)]
+def order_pools(pools: Sequence[Sequence[SampledCandidate]]) -> list[SampledCandidate]:
+    """The candidates of several LLMs, best first: the pool whose pick has the highest value comes first.
 
-
-def _ranking_key(candidate: SampledCandidate) -> tuple[bool, bool, float]:
-    """Sorts best first: complete responses by their logit, then truncated ones, then those without a score.
-
-    A scorer does not see that a response is truncated, but a complete response is more useful to a client.
+    Truncated candidates, and then those without a score, come after the others of all pools.
     """
-    return candidate.logit is None, candidate.status == "truncated", -(candidate.logit or 0.0)
 
+    def value(pool: Sequence[SampledCandidate]) -> float:
+        best = best_candidate(pool)
+        return -math.inf if best is None or best.value is None else best.value
 
-def _values(candidates: Sequence[SampledCandidate]) -> list[float]:
-    """The `value` of each complete candidate, or of each truncated one if no complete one has a score."""
-    scored_candidates = [(candidate.status, candidate.value) for candidate in candidates if candidate.value is not None]
-    complete = [value for status, value in scored_candidates if status != "truncated"]
-    return complete or [value for _, value in scored_candidates]
+    ranked = [each for pool in sorted(pools, key=value, reverse=True) for each in sorted(pool, key=ranking_key)]
+    return sorted(ranked, key=lambda candidate: ranking_key(candidate)[:2])
 
 
 def _tokens(usage: dict[str, object], name: str) -> int:

@@ -90,13 +90,16 @@ def _candidates(outcome: GatewayOutcome) -> list[dict[str, object]]:
     """All candidates with their scores, best first.
 
     `score` is the scorer's score, null if the candidate could not be scored. `calibrated_score` is its `value`, the
-    expected label if it is the best of all candidates; null without a calibration.
+    expected label if it is the best of all candidates; null without a calibration. `selector_value` is the value by
+    which the selector picked.
     """
     return [
         {
             "content": candidate.text,
             "score": candidate.score,
             "calibrated_score": candidate.value if outcome.calibrated else None,
+            "selector_value": candidate.selector_value,
+            "greedy": candidate.greedy,
             "status": candidate.status,
             "finish_reason": candidate.choice.get("finish_reason"),
             "model": candidate.model,

@@ -38,20 +38,31 @@ class ScorerSource:
     calibration: Annotated[
         Path | None, ADVANCED, Field(description="Folder with calibration.json; default: the scorer's own folder")
     ] = None
+    selector: Annotated[
+        Path | None, ADVANCED, Field(description="Folder with selector.json; default: the scorer's own folder")
+    ] = None
 
 
 @settings
 class Policy:
     """How many candidates to sample and when to stop early.
 
-    Sampling stops at a score of `threshold` (None: never), and when another sample is expected to raise the best score
-    by less than `min_gain` (0: never). If the best score is below `floor`, the answer is a refusal or comes from the
-    second LLM (None: never).
+    If there are several candidates and `greedy` is true, the first one is decoded greedily (temperature 0), because a
+    selector may know how good the LLM's greedy response is. Sampling stops at a score of `threshold` (None: never), and
+    when another sample is expected to raise the best score by less than `min_gain` (0: never). If the score of the pick
+    is below `floor`, the answer is a refusal or comes from the second LLM (None: never).
     """
 
     candidates: Annotated[int, Field(ge=1, le=128, description="Maximum candidates per request")] = 8
+    greedy: Annotated[
+        bool,
+        ADVANCED,
+        Field(description="Decode one of several candidates greedily (temperature 0), in a call of its own"),
+    ] = True
     round_size: Annotated[int, ADVANCED, Field(ge=1, description="Candidates requested at once")] = 4
-    threshold: Annotated[float | None, Field(description="Stop sampling once a candidate reaches this score")] = None
+    threshold: Annotated[float | None, Field(description="Stop sampling once the score of the pick reaches this")] = (
+        None
+    )
     min_gain: Annotated[
         float,
         ADVANCED,

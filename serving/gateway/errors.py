@@ -1,14 +1,17 @@
-"""Errors of the gateway as OpenAI's error object with a status."""
+"""Errors of the gateway as OpenAI's error object with a status, and masking of keys in what is passed on."""
 
+import base64
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 
 import httpx2
 
-from cappy.redaction import one_line, redact
+from cappy.redaction import MIN_SECRET_LENGTH, one_line, redact
 from cappy.sampling.endpoint.answers import NotACompletionError
 from cappy.sampling.endpoint.client import UnreadableResponseError
 from cappy.sampling.endpoint.faults import embedded_status, read_embedded_error, read_error_body
+from cappy.untrusted import to_utf8
 
 INVALID_REQUEST = "invalid_request_error"
 _NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,6})?")
@@ -133,3 +136,26 @@ def _select_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def _shorten(text: str) -> str:
     """Truncates a text from which secrets have been removed."""
     return text[:_MAX_MESSAGE_CHARACTERS]
+
+
+def secrets_of(authorization: str) -> tuple[str, ...]:
+    """The secret parts of the header, which must not appear in any text."""
+    scheme, _, key = authorization.strip().partition(" ")
+    secrets = [key.strip() or scheme]
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            secrets.append(base64.b64decode(key).decode("utf-8", "replace").partition(":")[2])
+    return tuple(secrets)
+
+
+def body_as_utf8(response: httpx2.Response) -> bytes:
+    """The body converted to UTF-8 if possible, otherwise unchanged."""
+    return to_utf8(response.content, response.headers.get("content-type", ""))
+
+
+def mask_key(body: bytes, authorization: str) -> bytes:
+    """Masks the key in a body, in case the server repeats it."""
+    for key in secrets_of(authorization):
+        if len(key) >= MIN_SECRET_LENGTH:
+            body = body.replace(key.encode("latin-1", "replace"), b"***")
+    return body

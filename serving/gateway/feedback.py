@@ -38,7 +38,7 @@ from serving.bodies import Bounds
 from serving.gateway.answering import GatewayOutcome
 from serving.gateway.errors import GatewayError
 from serving.gateway.requests import read_object, validation_error
-from serving.gateway.upstream import SampledCandidate
+from serving.gateway.scoring import SampledCandidate
 
 FLUSH_SECONDS = 5.0
 LOGGER = logging.getLogger("serving.gateway")
@@ -334,7 +334,7 @@ def _candidate(candidate: SampledCandidate, outcome: GatewayOutcome) -> Candidat
         response=candidate.text,
         generator=candidate.generator,
         revision=candidate.model,
-        decoding=_decoding_name(outcome.request.body),
+        decoding=_decoding_name(outcome.request.body, greedy=candidate.greedy),
         seed=candidate.seed,
         status=candidate.status,
         logprob_sum=candidate.logprob_sum,
@@ -344,7 +344,9 @@ def _candidate(candidate: SampledCandidate, outcome: GatewayOutcome) -> Candidat
     )
 
 
-def _decoding_name(body: Mapping[str, object]) -> str:
-    """The sampling parameters in the client's request, as `name=value`."""
+def _decoding_name(body: Mapping[str, object], *, greedy: bool) -> str:
+    """The sampling parameters in the client's request, as `name=value`; `greedy` if the gateway decoded greedily."""
+    if greedy:
+        return "greedy"
     parameters = ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens")
     return ",".join(f"{name}={body[name]}" for name in parameters if body.get(name) is not None)

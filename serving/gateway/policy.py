@@ -50,10 +50,12 @@ class SamplingDecision:
     stop: Stop | None = None
 
 
-def expected_gain(scores: Sequence[float]) -> float:
+def expected_gain(scores: Sequence[float], best: float | None = None) -> float:
     """Expected improvement of the best score by one more sample, in the scores' units, at least 0.
 
-    Infinite for fewer than three scores; 0 if all are equal. See the module's docstring for the formula.
+    `best` is the best score so far, by default the highest of `scores`; it is higher if the greedy response, which no
+    further sample resembles, is the best one. Infinite for fewer than three scores; 0 if all are equal and one of them
+    is the best. See the module's docstring for the formula.
     """
     count = len(scores)
     if count < 3:
@@ -62,7 +64,7 @@ def expected_gain(scores: Sequence[float]) -> float:
     if scale == 0:
         return 0.0
     degrees = count - 1
-    z = (max(scores) - statistics.fmean(scores)) / scale
+    z = ((max(scores) if best is None else best) - statistics.fmean(scores)) / scale
     tail = float(stdtr(degrees, -z))
     gain = scale * ((degrees + z * z) / (degrees - 1) * _density(z, degrees) - z * tail)
     return max(0.0, gain)
@@ -72,6 +74,7 @@ def decide(
     policy: Policy,
     scores: Sequence[float],
     *,
+    gain: float | None = None,
     num_requested: int,
     num_received: int,
     min_candidates: int,
@@ -79,7 +82,8 @@ def decide(
 ) -> SamplingDecision:
     """Decides whether to continue after `num_requested` candidates were requested and `num_received` received.
 
-    `scores` are those of the candidates that could be scored. At least `min_candidates` are sampled if possible, and at
+    `scores` are those of the candidates that could be scored, and `gain` is the expected gain of one more sample, by
+    default that of the scores. At least `min_candidates` are sampled if possible, and at
     most `max_candidates` are requested.
     """
     if num_requested >= max_candidates:
@@ -87,7 +91,7 @@ def decide(
     if num_received >= min_candidates and scores:
         if policy.threshold is not None and max(scores) >= policy.threshold:
             return SamplingDecision(0, "threshold")
-        if expected_gain(scores) < policy.min_gain:
+        if (expected_gain(scores) if gain is None else gain) < policy.min_gain:
             return SamplingDecision(0, "gain")
     return SamplingDecision(min(max(policy.round_size, min_candidates - num_received), max_candidates - num_requested))
 

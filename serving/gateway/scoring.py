@@ -1,16 +1,19 @@
 """Scores for the gateway, from a scorer in this process (in its own thread) or from a running `cappy serve`."""
 
 import asyncio
+import math
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
 from cappy.errors import ConfigError
+from cappy.records.instance import SELECTABLE, Status
 from cappy.redaction import one_line, redact_address, register_address
 from cappy.sampling.endpoint.client import (
     MAX_BYTES,
@@ -21,9 +24,13 @@ from cappy.sampling.endpoint.client import (
     max_connections,
     sync_settings,
 )
-from cappy.scoring.calibration import Calibration, read_calibration
+from cappy.scoring.calibration import Calibration, parse_calibration, read_calibration
+from cappy.selection.linear import Candidates, PoolFeatures, Selector, parse_selector, require_selector
+from cappy.selection.pools import is_greedy
 from cappy.untrusted import read_json
+from serving.config import EVALUATION_HEADER
 from serving.gateway.errors import GatewayError
+from serving.gateway.policy import expected_gain
 
 Pair = tuple[str, str]
 ScoreAndLogit = tuple[float, float]
@@ -45,21 +52,43 @@ async def _close_nothing() -> None:
     """Does nothing: this scorer needs no closing."""
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What was fitted for a scorer when it was evaluated."""
+
+    selector: Selector = field(default_factory=Selector)
+    calibration: Calibration | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """A scoring function, the scorer's version, and its calibration."""
+    """A scoring function, the scorer's version, and what was fitted for the scorer.
+
+    Version and `evaluated` may change while a running `cappy serve` is used.
+    """
 
     score: ScoreFunction
     version: Callable[[], str]
-    calibration: Calibration | None = None
+    evaluated: Callable[[], Evaluated] = Evaluated
     close: Callable[[], Awaitable[None]] = _close_nothing
+
+    @property
+    def selector(self) -> Selector:
+        """The selector of the scorer's present version."""
+        return self.evaluated().selector
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration of the scorer's present version; None if it has none."""
+        return self.evaluated().calibration
 
     def calibrate(self, scores: Sequence[float], *, n: int) -> list[float]:
         """The expected label for each score, 0 to 1, if it is the best of `n` distinct candidates.
 
         Without a calibration, returns the scores themselves.
         """
-        return self.calibration.apply(scores, n=n) if self.calibration else list(scores)
+        calibration = self.calibration
+        return calibration.apply(scores, n=n) if calibration else list(scores)
 
     async def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         """Scores pairs; raises GatewayError 500 unless the scorer returns one finite score per pair."""
@@ -75,17 +104,128 @@ class Scoring:
         return [(float(score), float(logit)) for score, logit in results]
 
 
-def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
+@dataclass(frozen=True, kw_only=True)
+class SampledCandidate:
+    """One candidate: the choice as the server sent it, the fields of its record, and its score.
+
+    `logit` is the score before the activation. `value` is the calibrated score: the expected label if this is the best
+    of all candidates scored so far. Without a calibration it is the score. `rank` is its place among these candidates
+    by the selector, 0 for the best one, and `selector_value` the value that the selector gives it. `greedy` says
+    whether it was decoded greedily.
+    """
+
+    choice: Mapping[str, Any]
+    text: str
+    status: Status
+    model: str
+    generator: str
+    seed: int | None = None
+    logprob_sum: float | None = None
+    num_tokens: int | None = None
+    score: float | None = None
+    value: float | None = None
+    logit: float | None = None
+    selector_value: float | None = None
+    rank: int | None = None
+    greedy: bool = False
+
+    @property
+    def likelihood(self) -> float | None:
+        """Log-likelihood per token; None if it is unknown."""
+        return self.logprob_sum / self.num_tokens if self.logprob_sum is not None and self.num_tokens else None
+
+    @property
+    def scorable(self) -> bool:
+        """Whether it can be scored and selected: it has a text and is neither refused nor filtered."""
+        return self.status in SELECTABLE
+
+
+def with_values(candidates: Sequence[SampledCandidate], scoring: Scoring) -> list[SampledCandidate]:
+    """Sets `value`, `selector_value` and `rank` of each candidate that has a score.
+
+    The value is the score, calibrated for the best of n candidates with distinct texts.
+    """
+    scored, pool = _pool(candidates, scoring.selector)
+    if pool is None:
+        return list(candidates)
+    calibrated = scoring.calibrate(pool.scores.tolist(), n=len(set(pool.responses)))
+    ranking = scoring.selector.rank(pool)
+    place = {index: rank for rank, index in enumerate(ranking.order)}
+    changed = {
+        id(candidate): replace(
+            candidate, value=calibrated[index], selector_value=float(ranking.values[index]), rank=place[index]
+        )
+        for index, candidate in enumerate(scored)
+    }
+    return [changed.get(id(candidate), candidate) for candidate in candidates]
+
+
+def expected_gain_of(candidates: Sequence[SampledCandidate], scoring: Scoring) -> float:
+    """Expected gain in label by one more sample, or in score if no selector was fitted.
+
+    The greedy response counts as the best so far if it is, but not as one that further samples resemble.
+    """
+    complete = [each for each in candidates if each.status != "truncated" and each.score is not None] or candidates
+    scored, pool = _pool(complete, scoring.selector)
+    if pool is None:
+        return math.inf
+    values = scoring.selector.label_values(pool)
+    numbers = [candidate.value or 0.0 for candidate in scored] if values is None else values.tolist()
+    sampled = [number for number, candidate in zip(numbers, scored, strict=True) if not candidate.greedy]
+    return expected_gain(sampled, max(numbers))
+
+
+def _pool(
+    candidates: Sequence[SampledCandidate], selector: Selector
+) -> tuple[list[SampledCandidate], PoolFeatures | None]:
+    """The candidates that have a score, and what is known of them; None if there are none."""
+    scored = [candidate for candidate in candidates if candidate.score is not None and candidate.logit is not None]
+    if not scored:
+        return [], None
+    # The weight of another decoding than the greedy one says nothing of the greedy response.
+    knows_greedy = not selector.decoding or is_greedy(selector.decoding)
+    likelihoods = [candidate.likelihood for candidate in scored]
+    known = [likelihood for likelihood in likelihoods if likelihood is not None]
+    pool = Candidates(
+        responses=[candidate.text for candidate in scored],
+        likelihoods=known if len(known) == len(scored) else None,
+        greedy=next((index for index, each in enumerate(scored) if each.greedy and knows_greedy), None),
+    )
+    scores, logits = [each.score or 0.0 for each in scored], [each.logit or 0.0 for each in scored]
+    return scored, pool.with_scores(scores, logits)
+
+
+def ranking_key(candidate: SampledCandidate) -> tuple[bool, bool, int]:
+    """Sorts best first: complete responses by their rank, then truncated ones, then those without a score.
+
+    A selector does not see that a response is truncated, but a complete response is more useful to a client.
+    """
+    return candidate.rank is None, candidate.status == "truncated", candidate.rank or 0
+
+
+def best_candidate(candidates: Sequence[SampledCandidate]) -> SampledCandidate | None:
+    """The best candidate that has a score; None if there is none."""
+    return min((each for each in candidates if each.rank is not None), key=ranking_key, default=None)
+
+
+def load(spec: str, calibration: Path | None = None, selector: Path | None = None, key: str = "") -> Scoring:
     """Loads the scorer of a spec, or connects to a running `cappy serve`, and probes it; raises CappyError on failure.
 
-    `key` is an API key of that service. `calibration` is a folder with calibration.json; by default the scorer's own
-    folder is searched.
+    `key` is an API key of that service. `calibration` and `selector` are folders with calibration.json and
+    selector.json; by default those of the scorer are used.
     """
-    override = read_calibration(calibration) if calibration is not None else None
-    if calibration is not None and override is None:
+    given = read_calibration(calibration) if calibration is not None else None
+    if calibration is not None and given is None:
         raise ConfigError(f"{calibration}: has no calibration.json; give the folder of a scorer or of a report")
     scoring = _connect(spec, key) if spec.startswith(("http://", "https://")) else _load_scorer(spec)
-    return replace(scoring, calibration=override or scoring.calibration)
+    own, given_selector = scoring.evaluated, None if selector is None else require_selector(selector, scoring.version())
+
+    def evaluated() -> Evaluated:
+        # A running service may change its scorer, which the given selector does not belong to.
+        belongs = given_selector is not None and given_selector.scorer in ("", scoring.version())
+        return Evaluated(given_selector if belongs and given_selector else own().selector, given or own().calibration)
+
+    return replace(scoring, evaluated=evaluated)
 
 
 def _load_scorer(spec: str) -> Scoring:
@@ -108,8 +248,8 @@ def _load_scorer(spec: str) -> Scoring:
     async def close() -> None:
         worker.shutdown(wait=False, cancel_futures=True)
 
-    own_calibration = read_calibration(scorer_folder(spec))
-    return Scoring(score=score, version=lambda: scorer.version, calibration=own_calibration, close=close)
+    own = Evaluated(scorer.selector, read_calibration(scorer_folder(spec)))
+    return Scoring(score=score, version=lambda: scorer.version, evaluated=lambda: own, close=close)
 
 
 def _connect(url: str, key: str = "") -> Scoring:
@@ -119,9 +259,10 @@ def _connect(url: str, key: str = "") -> Scoring:
     """
     register_address(url)
     address, location = f"{url.rstrip('/')}/score", redact_address(url)
+    selector_address = f"{url.rstrip('/')}/selector"
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        status, body = _request_once(address, headers)
+        status, body, evaluation = _request_once(address, headers)
         if status == 401:
             raise ConfigError(
                 f"{location}: needs a valid API key; put one into an environment variable and give its name with "
@@ -129,7 +270,10 @@ def _connect(url: str, key: str = "") -> Scoring:
             )
         if status != 200:
             raise ValueError(f"status {status}")
-        latest_version = [_parse_scores(body)[1]]
+        version = _parse_scores(body)[1]
+        latest = [
+            _Latest(version, evaluation, _parse_evaluated(*_request_once(selector_address, headers, get=True)[:2]))
+        ]
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
         reason = one_line(str(error), MAX_REASON_CHARACTERS, key) or type(error).__name__
         raise ConfigError(f"{location}: no scorer answers ({reason}); start one: cappy serve --port ...") from None
@@ -137,10 +281,17 @@ def _connect(url: str, key: str = "") -> Scoring:
     client = httpx2.AsyncClient(timeout=REQUEST_SECONDS, limits=limits, **_add_headers(async_settings(), headers))
 
     async def request_scores(chunk: Sequence[Pair]) -> list[ScoreAndLogit]:
+        extensions = {MAX_BYTES: MAX_SCORES_BYTES}
         async with asyncio.timeout(REQUEST_SECONDS):
-            answer = await client.post(address, json={"pairs": chunk}, extensions={MAX_BYTES: MAX_SCORES_BYTES})
-        answer.raise_for_status()
-        scores, latest_version[0] = _parse_scores(answer.content)
+            answer = await client.post(address, json={"pairs": chunk}, extensions=extensions)
+            answer.raise_for_status()
+            scores, version = _parse_scores(answer.content)
+            evaluation = answer.headers.get(EVALUATION_HEADER, "")
+            if (version, evaluation) != (latest[0].version, latest[0].evaluation):
+                # The service has another scorer now, or another selector of this one.
+                answer = await client.get(selector_address, extensions=extensions)
+                evaluated = _parse_evaluated(answer.status_code, answer.content, evaluation)
+                latest[0] = _Latest(version, evaluation, evaluated)
         return scores
 
     async def score(pairs: Sequence[Pair]) -> Sequence[ScoreAndLogit]:
@@ -154,11 +305,22 @@ def _connect(url: str, key: str = "") -> Scoring:
             raise GatewayError(503, text, kind="scorer_error", code="scorer_unreachable") from None
         return scores
 
-    return Scoring(score=score, version=lambda: latest_version[0], close=client.aclose)
+    return Scoring(
+        score=score, version=lambda: latest[0].version, evaluated=lambda: latest[0].evaluated, close=client.aclose
+    )
 
 
-def _request_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
-    """Scores the probe pair; returns the status and body of the response."""
+@dataclass(frozen=True)
+class _Latest:
+    """The version of a service, the sha256 of what was fitted for it, and that itself."""
+
+    version: str
+    evaluation: str
+    evaluated: Evaluated
+
+
+def _request_once(address: str, headers: Mapping[str, str], *, get: bool = False) -> tuple[int, bytes, str]:
+    """Scores the probe pair, or gets an address; returns status, body and `EVALUATION_HEADER` of the response."""
     connection, deadlines = Connection(), Deadlines()
     connection.max_bytes = MAX_SCORES_BYTES
     try:
@@ -167,10 +329,10 @@ def _request_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]
             httpx2.Client(timeout=REQUEST_SECONDS, **client_settings) as client,
             deadlines.within(REQUEST_SECONDS, connection),
         ):
-            answer = client.post(address, json={"pairs": [PROBE]})
+            answer = client.get(address) if get else client.post(address, json={"pairs": [PROBE]})
         if connection.timed_out:
             raise ValueError(f"no answer within {REQUEST_SECONDS:g} s")
-        return answer.status_code, answer.content
+        return answer.status_code, answer.content, answer.headers.get(EVALUATION_HEADER, "")
     finally:
         deadlines.close()
 
@@ -194,6 +356,28 @@ def _parse_scores(body: bytes) -> tuple[list[ScoreAndLogit], str]:
     if not isinstance(version, str) or not VALID_VERSION.fullmatch(version):
         raise ValueError("the response has no valid scorer version")
     return list(zip(scores, logits, strict=True)), version
+
+
+def _parse_evaluated(status: int, body: bytes, evaluation: str = "") -> Evaluated:
+    """Parses the selector and the calibration of a service; raises ValueError for an invalid response.
+
+    `evaluation` is the sha256 that they must have, empty for any: another one belongs to scores of another version.
+    Services of earlier releases have neither.
+    """
+    if status in (404, 405, 501):
+        return Evaluated()
+    try:
+        if status != 200:
+            raise ValueError(f"status {status} for the selector")
+        values: Any = read_json(body)
+        if evaluation and values["evaluation"] != evaluation:
+            raise ValueError("the service changed its scorer during the request")
+        calibration = values["calibration"]
+        return Evaluated(
+            parse_selector(values["selector"]), None if calibration is None else parse_calibration(calibration)
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError("the response has no valid selector") from error
 
 
 def _parse_numbers(values: object) -> list[float]:

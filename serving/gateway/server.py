@@ -4,6 +4,11 @@ import logging
 import socket
 import sys
 
+import httpx2
+
+from cappy.errors import ConfigError, quote
+from cappy.sampling.endpoint.address import NO_KEY, api_key, base_address, refuse_secrets
+from cappy.selection.linear import Selector
 from serving.access import start_tracing
 from serving.connections import max_upstream_connections
 from serving.gateway.answering import Gateway
@@ -12,7 +17,7 @@ from serving.gateway.config import GatewayConfig
 from serving.gateway.feedback import FeedbackLog
 from serving.gateway.policy import Prices
 from serving.gateway.scoring import Scoring, load
-from serving.gateway.upstream import LLM, Upstream, make_llm, read_key
+from serving.gateway.upstream import LLM, Upstream
 from serving.guards import hosts_of, read_keys
 from serving.listener import GracefulServer, ShutdownFlag, bind, format_url, http_config, prepare_process
 
@@ -30,7 +35,7 @@ def run(config: GatewayConfig) -> None:
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     with bind(config.host, config.port) as listener:
         feedback = FeedbackLog(config.feedback) if config.feedback is not None else None
-        scoring = load(config.scorer, config.calibration, scorer_key)
+        scoring = load(config.scorer, config.calibration, config.selector, scorer_key)
         listener.listen()
         shutdown = ShutdownFlag()
         app = create_app(
@@ -63,6 +68,27 @@ def _make_llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
     return llm, second_llm
 
 
+def make_llm(url: str, *, model: str = "", key_variable: str = "", passes_key: bool = True, prices: Prices) -> LLM:
+    """Creates an LLM with its key from the environment; raises ConfigError for an invalid address or a missing key."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{quote(url)}: not an LLM's address; give one such as http://host:port/v1")
+    refuse_secrets(url)
+    try:
+        httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise ConfigError(f"{quote(url)}: not an address ({error}); give one such as http://host:port/v1") from error
+    key = read_key(url, key_variable)
+    return LLM(url=base_address(url), model=model, key=key, passes_key=passes_key, prices=prices)
+
+
+def read_key(url: str, variable: str) -> str:
+    """Reads a server's key from an environment variable; empty if `variable` is; ConfigError if unset."""
+    key = api_key(variable) if variable else ""
+    if key == NO_KEY:
+        raise ConfigError(f"{variable} is not set; put the key of {url} there, or leave the flag out")
+    return key
+
+
 def assemble(config: GatewayConfig, llm: LLM, second_llm: LLM | None, scoring: Scoring) -> Gateway:
     """Creates the gateway; its LLMs share the connections that the process may open."""
     connections = max_upstream_connections() // (1 if second_llm is None else 2)
@@ -82,9 +108,9 @@ def assemble(config: GatewayConfig, llm: LLM, second_llm: LLM | None, scoring: S
 
 def describe_start(config: GatewayConfig, llm: LLM, scoring: Scoring, listener: socket.socket) -> str:
     """The line that is printed at the start: the LLM, the scorer, the address, and whether scores are calibrated."""
-    calibration = scoring.calibration
+    calibration, rules = scoring.calibration, scoring.selector.rules
     scores = f"calibrated to {calibration.metric}" if calibration else "raw scores: no calibration.json"
+    picks = "picks by the score alone" if rules == Selector().rules else "picks by its selector"
     what = f"best of {config.candidates} from {llm.url}"
-    return (
-        f"cappy gateway: {what} by scorer {scoring.version() or config.scorer} ({scores}) at {format_url(listener)}/v1"
-    )
+    scorer = f"scorer {scoring.version() or config.scorer} ({scores}; {picks})"
+    return f"cappy gateway: {what} by {scorer} at {format_url(listener)}/v1"

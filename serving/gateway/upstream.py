@@ -5,8 +5,6 @@ Calls are never streamed, even if the client streams, because a response that th
 """
 
 import asyncio
-import base64
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,25 +12,41 @@ from typing import Any
 
 import httpx2
 
-from cappy.errors import ConfigError, quote
 from cappy.reasoning import has_reasoning, strip_reasoning
-from cappy.records.instance import SELECTABLE, Status
-from cappy.redaction import MIN_SECRET_LENGTH
+from cappy.records.instance import Status
 from cappy.sampling.endpoint import answers
-from cappy.sampling.endpoint.address import NO_KEY, api_key, base_address, join_path, key_headers, refuse_secrets
+from cappy.sampling.endpoint.address import base_address, join_path, key_headers
 from cappy.sampling.endpoint.client import MAX_BYTES, async_settings, max_connections
-from cappy.sampling.endpoint.faults import MAX_COMPLETION_TOKENS, MAX_TOKENS, Capabilities, refused_parameter
+from cappy.sampling.endpoint.faults import (
+    MAX_COMPLETION_TOKENS,
+    MAX_TOKENS,
+    Capabilities,
+    refused_parameter,
+)
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
 from cappy.sampling.generators import estimate_tokens
-from cappy.untrusted import is_utf8, to_utf8
-from serving.gateway.errors import GatewayError, answer_error, network_error, refusal_error, timeout_error, utf8_error
+from cappy.untrusted import is_utf8
+from serving.gateway.errors import (
+    GatewayError,
+    answer_error,
+    body_as_utf8,
+    mask_key,
+    network_error,
+    refusal_error,
+    secrets_of,
+    timeout_error,
+    utf8_error,
+)
 from serving.gateway.policy import Ledger, Prices, read_usage
 from serving.gateway.requests import ChatRequest
+from serving.gateway.scoring import SampledCandidate
 
 CONNECT_SECONDS = 10.0
 MAX_REMEMBERED_MODELS = 256
 """Clients choose the models' names, so the number of models with remembered capabilities is limited."""
 GATEWAY_FIELDS = ("stream", "stream_options", "n")
+GREEDY = "greedy"
+"""Name of the capability to decode greedily, at temperature 0."""
 LOGGER = logging.getLogger("serving.gateway")
 ParsedChoice = tuple[str, Status, list[float]]
 """Text, status and log-probabilities of a choice."""
@@ -56,53 +70,6 @@ class LLM:
         return f"Bearer {self.key}" if self.key else client_header if self.passes_key else ""
 
 
-def make_llm(url: str, *, model: str = "", key_variable: str = "", passes_key: bool = True, prices: Prices) -> LLM:
-    """Creates an LLM with its key from the environment; raises ConfigError for an invalid address or a missing key."""
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"{quote(url)}: not an LLM's address; give one such as http://host:port/v1")
-    refuse_secrets(url)
-    try:
-        httpx2.URL(url)
-    except httpx2.InvalidURL as error:
-        raise ConfigError(f"{quote(url)}: not an address ({error}); give one such as http://host:port/v1") from error
-    key = read_key(url, key_variable)
-    return LLM(url=base_address(url), model=model, key=key, passes_key=passes_key, prices=prices)
-
-
-def read_key(url: str, variable: str) -> str:
-    """Reads a server's key from an environment variable; empty if `variable` is; ConfigError if unset."""
-    key = api_key(variable) if variable else ""
-    if key == NO_KEY:
-        raise ConfigError(f"{variable} is not set; put the key of {url} there, or leave the flag out")
-    return key
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampledCandidate:
-    """One candidate: the choice as the server sent it, the fields of its record, and its score.
-
-    `logit` is the score before the activation; candidates are ranked by it. `value` is the calibrated score: the
-    expected label if this is the best of all candidates scored so far. Without a calibration it is the score.
-    """
-
-    choice: Mapping[str, Any]
-    text: str
-    status: Status
-    model: str
-    generator: str
-    seed: int | None = None
-    logprob_sum: float | None = None
-    num_tokens: int | None = None
-    score: float | None = None
-    value: float | None = None
-    logit: float | None = None
-
-    @property
-    def scorable(self) -> bool:
-        """Whether it can be scored and selected: it has a text and is neither refused nor filtered."""
-        return self.status in SELECTABLE
-
-
 @dataclass
 class RoundResult:
     """Candidates and errors of a round's calls so far."""
@@ -113,22 +80,37 @@ class RoundResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParameters:
-    """The parameters of calls to an LLM; `max_tokens` limits each response (None: only the client's limit applies)."""
+    """The parameters of calls to an LLM; `max_tokens` limits each response (None: only the client's limit applies).
+
+    With `wants_likelihoods` log-probabilities are requested, because the selector uses them; the client gets them only
+    if it asked for them.
+    """
 
     request: ChatRequest
     authorization: str
     ledger: Ledger
     max_tokens: int | None = None
     seconds: float = 60.0
+    wants_likelihoods: bool = False
 
-    def body(self, model: str, *, count: int, first_index: int) -> tuple[dict[str, Any], frozenset[str]]:
-        """The body for `count` samples from `first_index` on, and the names of fields that the client did not send."""
+    def body(
+        self, model: str, *, count: int, first_index: int, greedy: bool = False
+    ) -> tuple[dict[str, Any], frozenset[str]]:
+        """The body for `count` samples from `first_index` on, and the names of fields that the client did not send.
+
+        With `greedy`, the temperature is 0 whatever the client sent.
+        """
         payload = {name: value for name, value in self.request.body.items() if name not in GATEWAY_FIELDS}
         payload["model"] = model
         added_fields = set()
         if count > 1:
             payload["n"] = count
             added_fields.add("n")
+        if greedy:
+            payload["temperature"] = 0
+        if self.wants_likelihoods and not payload.get("logprobs"):
+            payload["logprobs"] = True
+            added_fields.add("logprobs")
         if self.request.seed is not None:
             payload["seed"] = self.request.seed + first_index
         if self.max_tokens is not None:
@@ -163,13 +145,27 @@ class Upstream:
         await self._client.aclose()
 
     async def sample(
-        self, parameters: SamplingParameters, result: RoundResult, *, count: int, first_index: int
+        self,
+        parameters: SamplingParameters,
+        result: RoundResult,
+        *,
+        count: int,
+        first_index: int,
+        greedy_first: bool = False,
     ) -> None:
         """Adds `count` candidates to `result` as they arrive, and a problem for each failed call.
 
-        Uses one call with `n` unless the model refuses or ignores `n`, else one concurrent call per candidate.
+        Uses one call with `n` unless the model refuses or ignores `n`, else one concurrent call per candidate. With
+        `greedy_first` the first candidate is decoded greedily, in a concurrent call of its own; if the model refuses
+        temperature 0, it is sampled like the others.
         """
         capabilities = self._capabilities_of(self.llm.model or parameters.request.model)
+        if greedy_first and capabilities.supports(GREEDY):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._sample_greedily(parameters, capabilities, result, first_index=first_index))
+                if count > 1:
+                    group.create_task(self.sample(parameters, result, count=count - 1, first_index=first_index + 1))
+            return
         if count > 1 and not capabilities.supports("n"):
             async with asyncio.TaskGroup() as group:
                 for index in range(count):
@@ -185,35 +181,58 @@ class Upstream:
             capabilities.mark_unsupported("n")
             await self.sample(parameters, result, count=count - num_answered, first_index=first_index + num_answered)
 
+    async def _sample_greedily(
+        self, parameters: SamplingParameters, capabilities: Capabilities, result: RoundResult, *, first_index: int
+    ) -> None:
+        """Adds a greedy candidate to `result`, or a sampled one if the model refuses temperature 0."""
+        try:
+            candidates, _ = await self._call(parameters, capabilities, count=1, first_index=first_index, greedy=True)
+        except GatewayError as problem:
+            result.problems.append(problem)
+            return
+        result.candidates += [replace(candidate, greedy=True) for candidate in candidates]
+        if not capabilities.supports(GREEDY):
+            await self.sample(parameters, result, count=1, first_index=first_index)
+
     async def models(self, authorization: str) -> bytes:
         """The server's list of models as JSON; raises GatewayError on failure."""
         key = self.llm.authorization(authorization)
         response = await self._send("GET", "/models", None, key, seconds=CONNECT_SECONDS, max_bytes=MAX_LIST_BYTES)
         if response.status_code != 200:
-            raise refusal_error(self._name, response, _secrets(key))
-        body = _mask_key(_body_as_utf8(response), key)
+            raise refusal_error(self._name, response, secrets_of(key))
+        body = mask_key(body_as_utf8(response), key)
         if not is_utf8(body):
             raise utf8_error(self._name)
         return body
 
     async def _call(
-        self, parameters: SamplingParameters, capabilities: Capabilities, *, count: int, first_index: int
+        self,
+        parameters: SamplingParameters,
+        capabilities: Capabilities,
+        *,
+        count: int,
+        first_index: int,
+        greedy: bool = False,
     ) -> tuple[list[SampledCandidate], int]:
         """The candidates of one call and the number of its choices, including those that ended with an error.
 
-        Returns no candidates if the model refuses `n`; raises GatewayError if there is no candidate.
+        Returns no candidates if the model refuses `n` or greedy decoding; raises GatewayError if there is no candidate.
         """
         body, added_fields = parameters.body(
-            self.llm.model or parameters.request.model, count=count, first_index=first_index
+            self.llm.model or parameters.request.model, count=count, first_index=first_index, greedy=greedy
         )
         key = self.llm.authorization(parameters.authorization)
         while True:
             payload = _trim_body(body, capabilities, added_fields)
             response = await self._call_within_budget(parameters, payload, key, count)
             if response.status_code == 200:
-                return self._read_response(parameters, _mask_key(_body_as_utf8(response), key), payload, count)
-            problem = refusal_error(self._name, response, _secrets(key))
+                return self._read_response(parameters, mask_key(body_as_utf8(response), key), payload, count)
+            problem = refusal_error(self._name, response, secrets_of(key))
             parameter = refused_parameter(payload, str(problem), problem.error["param"])
+            if greedy and response.status_code in (400, 422) and parameter == "temperature":
+                capabilities.mark_unsupported(GREEDY)
+                parameters.ledger.uncount_call()
+                return [], 0
             if (
                 response.status_code not in (400, 422)
                 or parameter not in added_fields
@@ -263,13 +282,13 @@ class Upstream:
             responses = _read_choices(choices)
         except answers.NotACompletionError as error:
             parameters.ledger.fail(self._max_cost(parameters, count), may_be_billed=True)
-            keys = _secrets(self.llm.authorization(parameters.authorization))
+            keys = secrets_of(self.llm.authorization(parameters.authorization))
             raise answer_error(self._name, error, keys) from None
         self._settle(parameters, values.get("usage"), [text for _, (text, _, _) in responses], count)
         model = answers.model_name(values.get("model")) or str(payload["model"])
         candidates = [
             SampledCandidate(
-                choice=_to_chat_choice(choice, text),
+                choice=_to_chat_choice(choice, text, with_logprobs=bool(parameters.request.body.get("logprobs"))),
                 text=text,
                 status=status,
                 model=model,
@@ -335,7 +354,7 @@ class Upstream:
         except TimeoutError:
             raise timeout_error(self._name, seconds) from None
         except httpx2.HTTPError as error:
-            raise network_error(self._name, error, seconds, _secrets(key)) from None
+            raise network_error(self._name, error, seconds, secrets_of(key)) from None
 
     def _capabilities_of(self, model: str) -> Capabilities:
         if len(self._capabilities) >= MAX_REMEMBERED_MODELS and model not in self._capabilities:
@@ -369,32 +388,11 @@ def _read_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping
     return responses
 
 
-def _to_chat_choice(choice: Mapping[str, object], text: str) -> Mapping[str, object]:
+def _to_chat_choice(choice: Mapping[str, object], text: str, *, with_logprobs: bool) -> Mapping[str, object]:
     """The choice with a message, as chat clients expect, even if the server sent only a text."""
+    if choice.get("logprobs") and not with_logprobs:
+        choice = {**choice, "logprobs": None}
     if isinstance(choice.get("message"), dict):
         return choice
     other_fields = {name: value for name, value in choice.items() if name not in ("message", "text")}
     return {**other_fields, "message": {"role": "assistant", "content": text}}
-
-
-def _secrets(authorization: str) -> tuple[str, ...]:
-    """The secret parts of the header, which must not appear in any text."""
-    scheme, _, key = authorization.strip().partition(" ")
-    secrets = [key.strip() or scheme]
-    if scheme.lower() == "basic":
-        with contextlib.suppress(ValueError):
-            secrets.append(base64.b64decode(key).decode("utf-8", "replace").partition(":")[2])
-    return tuple(secrets)
-
-
-def _body_as_utf8(response: httpx2.Response) -> bytes:
-    """The body converted to UTF-8 if possible, otherwise unchanged."""
-    return to_utf8(response.content, response.headers.get("content-type", ""))
-
-
-def _mask_key(body: bytes, authorization: str) -> bytes:
-    """Masks the key in a body, in case the server repeats it."""
-    for key in _secrets(authorization):
-        if len(key) >= MIN_SECRET_LENGTH:
-            body = body.replace(key.encode("latin-1", "replace"), b"***")
-    return body

@@ -5,26 +5,35 @@ import random
 import re
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from chat_server import Model, serving
 from wording import assert_names, raises_naming
 
-from cappy.cli.adapt import AdaptConfig, adapt, generators_for
+from cappy.cli.adapt import SAMPLING_FLAGS, AdaptConfig, adapt, generators_for
 from cappy.cli.outcome import describe, describe_step, facts
 from cappy.cli.pipeline import PIPELINE_NAMES, settings_by_step
 from cappy.cli.steps import summary
-from cappy.config import build
+from cappy.config import build, flag, to_values
 from cappy.errors import ConfigError
 from cappy.evaluation import evaluate
+from cappy.evaluation.findings import OUT_OF_FOLD
 from cappy.records import Candidate, Instance, Manifest, write
 from cappy.records.folder import describe_files, write_manifest
+from cappy.registry.models import EVALUATION_TAGS, Version
+from cappy.runs import StepRecord
 from cappy.sampling.step import SamplingConfig
+from cappy.scorers import scorer_folder
+from cappy.training.meter import estimate_seconds
 from pipelines.definitions import PIPELINES
 from pipelines.local import RunOutcome
+from pipelines.planning import configs_of
+from pipelines.preview import describe_seconds, measured_seconds
+from pipelines.recipe import check_recipe
 
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -316,8 +325,210 @@ def test_a_step_says_what_came_of_it(step: str, result: dict[str, Any], lines: l
 
 def test_folds_reach_the_evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[Mapping[str, Any]] = []
-    monkeypatch.setattr("cappy.cli.pipeline.run_and_print", lambda recipe, *rest: given.append(recipe.settings))
+    monkeypatch.setattr("cappy.cli.pipeline.run_and_print", lambda recipe, *_, **__: given.append(recipe.settings))
     adapt(folds=5, setting=["evaluation.probe=false"])
     assert given[0]["evaluation"] == {"probe": False, "folds": 5}
+    assert given[0]["preparation"] == {"test": 0.0}, "the scorer is trained on all but a held-out share"
+    adapt(folds=5, setting=["preparation.test=0.3"])
+    assert given[1]["preparation"] == {"test": 0.3}
     adapt()
-    assert "evaluation" not in given[1]
+    assert "evaluation" not in given[2]
+
+
+def own_rows(path: Path, count: int, **fields: object) -> str:
+    """A file of a user's own instances with two responses each."""
+    rows = [
+        {
+            "instruction": f"Say {index}.",
+            "references": [f"say {index}"],
+            "candidates": [{"text": f"say {index}"}, {"text": "no"}],
+            **fields,
+        }
+        for index in range(count)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("count", "values", "fields", "folds", "text"),
+    [
+        (150, {}, {}, 5, "150 groups, of which a test split would have 30; 5 folds test on all of them"),
+        (150, {"folds": 0}, {}, None, ""),
+        (150, {"cross_fitting_minutes": 0.0}, {}, None, "over the limit of 0 min: --cross-fitting-minutes or --folds"),
+        (150, {"setting": ["preparation.test=0.1"]}, {}, None, ""),
+        (150, {"setting": ["evaluation.split=validation"]}, {}, None, ""),
+        (150, {}, {"split": "train"}, None, ""),
+        (500, {}, {}, None, ""),
+        (4, {}, {}, None, ""),
+    ],
+)
+def test_cross_fitting_is_chosen_where_a_test_split_would_be_small_and_there_is_time(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    count: int,
+    values: dict[str, Any],
+    fields: dict[str, object],
+    folds: int | None,
+    text: str,
+) -> None:
+    given: list[Mapping[str, Any]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cappy.cli.pipeline.run_and_print", lambda recipe, *_, **__: given.append(recipe.settings))
+    adapt(instances=own_rows(tmp_path / "own.jsonl", count, **fields), work=tmp_path / "work", **values)
+    assert given[0].get("evaluation", {}).get("folds") == folds
+    assert (given[0].get("preparation", {}).get("test") == 0.0) is (folds is not None)
+    printed = capsys.readouterr().err
+    assert text in printed
+    assert bool(printed) is bool(text)
+    assert printed.count("\n") == bool(text)
+
+
+def test_a_rerun_decides_the_same_even_if_the_machine_is_slower_then(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[Mapping[str, Any]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cappy.cli.pipeline.run_and_print", lambda recipe, *_, **__: given.append(recipe.settings))
+    source, work = own_rows(tmp_path / "own.jsonl", 150), tmp_path / "work"
+    for seconds in (60.0, 1e6):
+        monkeypatch.setattr("cappy.training.meter.estimate_seconds", lambda *_: seconds)  # noqa: B023
+        adapt(instances=source, work=work)
+    assert [settings["evaluation"]["folds"] for settings in given] == [5, 5]
+    adapt(instances=own_rows(tmp_path / "own.jsonl", 151), work=work)
+    assert "evaluation" not in given[2], "other instances are estimated anew"
+
+
+@pytest.mark.parametrize("tags", [{}, {EVALUATION_TAGS[OUT_OF_FOLD]: "0" * 64}])
+def test_where_the_champion_was_not_cross_fitted_a_report_must_be_on_a_test_split_to_compare(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tags: dict[str, str]
+) -> None:
+    given: list[Mapping[str, Any]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cappy.cli.pipeline.run_and_print", lambda recipe, *_, **__: given.append(recipe.settings))
+    version = Version(name="cappy", number=1, source="s", tags=tags)
+    monkeypatch.setattr("cappy.registry.champion", lambda name, tracking_uri: version)
+    monkeypatch.setattr("cappy.registry.models.no_database_yet", lambda uri: False)
+    adapt(instances=own_rows(tmp_path / "own.jsonl", 150), work=tmp_path / "work")
+    assert given[0].get("evaluation", {}).get("folds") == (5 if tags else None)
+
+
+def test_the_estimated_time_of_training_grows_with_pairs_and_tokens() -> None:
+    folder = scorer_folder("builtin")
+    once, twice = estimate_seconds(folder, 1000, 60), estimate_seconds(folder, 4000, 60)
+    assert 2 < twice / once < 8, "the rate is measured each time"
+    assert estimate_seconds(folder, 1000, 240) > 2 * once > 0
+
+
+def test_flags_of_what_requests_may_cost_reach_sampling_and_only_if_they_are_passed(
+    here: Cappy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Mapping[str, Any]] = []
+    monkeypatch.setattr("cappy.cli.pipeline.run_and_print", lambda recipe, *_, **__: given.append(recipe.settings))
+    flags = "--concurrency 3 --max-total-cost 2.5 --price-input 1 --price-output 2 --max-total-requests 9".split()
+    assert here("adapt", *flags, "--max-total-tokens", "99", "--set", "sampling.timeout=5").returncode == 0
+    assert here("adapt").returncode == 0
+    assert given[0]["sampling"] == {
+        "concurrency": 3,
+        "max_total_cost": 2.5,
+        "price_input": 1.0,
+        "price_output": 2.0,
+        "max_total_requests": 9,
+        "max_total_tokens": 99,
+        "timeout": 5,
+    }
+    assert not given[1].get("sampling")
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--concurrency", "8", "--set", "sampling.concurrency=4"], ("--concurrency", "sampling.concurrency")),
+        (["--columns", "id=a", "--set", 'preparation.columns=["id=b"]'], ("--columns", "preparation.columns")),
+    ],
+)
+def test_a_setting_that_is_passed_twice_is_refused(here: Cappy, tmp_path: Path, flags: list[str], names: Any) -> None:
+    write(tmp_path / "records", instances())
+    done = here("adapt", "--instances", "records", *flags)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert_names(done.stderr, *names, "leave one of them out")
+
+
+def test_the_flags_of_the_budget_are_those_of_sampling_in_both_helps(
+    here: Cappy, flag_rows: Callable[[str], dict[str, str]]
+) -> None:
+    for help_flag, shown in (("--help", 4), ("--help-all", 6)):
+        ours, others = (flag_rows(here(verb, help_flag).stdout) for verb in ("adapt", "sampling"))
+        common = [name for name in map(flag, SAMPLING_FLAGS) if name in others]
+        assert len(common) == shown
+        assert {name: ours.get(name) for name in common} == {name: others[name] for name in common}
+
+
+def test_an_estimate_knows_cached_answers_and_sends_and_writes_nothing(here: Cappy, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"instruction": f"prompt {index}", "reference": "x"} for index in range(60)]
+    rows += [{"instruction": "choose", "reference": "x", "choices": ["x", "y"]}]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = Model()
+    with serving(model) as url:
+        words = ["adapt", "--instances", "tasks.jsonl", "--generator", f"openai:m@{url}", "--estimate"]
+        printed = here(*words, "--price-output", "2")
+        values = json.loads(here(*words, "--json").stdout)
+        assert model.asked == []
+        assert [path.name for path in tmp_path.iterdir()] == ["tasks.jsonl"]
+        write(tmp_path / "in", [Instance(instance_id="1", instruction="prompt 7", references=("x",))])
+        assert here("sampling", "--source", "in", "--target", "out", "--generator", f"openai:m@{url}").returncode == 0
+        after = json.loads(here(*words, "--json").stdout)
+    lines = {line.split()[0]: line for line in printed.stdout.splitlines()}
+    assert_names(lines["requests"], "480", "180")
+    assert lines["cost"].split() == ["cost", "0.49"]
+    assert_names(printed.stdout, "finetuning", "not estimated")
+    assert (values["sampling"][0]["requests"], values["seconds"]) == (480, {})
+    assert (after["sampling"][0]["requests"], after["sampling"][0]["answered"]) == (472, 8)
+
+
+def test_an_estimate_of_a_source_that_is_not_here_says_so(here: Cappy) -> None:
+    words = ["adapt", "--generator", "openai:m@http://h/v1", "--estimate", "--instances"]
+    done = here(*words, f"hub:org/name@{'a' * 40}")
+    assert done.returncode == 0
+    assert_names(done.stdout, "sampling: not estimated", "cappy sampling --estimate")
+
+
+def test_several_problems_are_one_line_each_and_nothing_is_written(here: Cappy, tmp_path: Path) -> None:
+    write(tmp_path / "records", instances())
+    flags = ["--instances", "records", "--set", "annotation.colour=red", "--set", "finetuning.epoch=2"]
+    done = here("adapt", *flags, "--scorer", "nowhere")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["cappy adapt"] * 3
+    for line, names in zip(lines, (("--colour",), ("--epoch", "epochs"), ("--scorer", "nowhere")), strict=True):
+        assert_names(line, *names)
+    assert [path.name for path in tmp_path.iterdir()] == ["records"]
+    no_checks = here("adapt", *flags, "--no-checks", "--estimate")
+    assert no_checks.returncode == 2
+    assert_names(no_checks.stderr, "--no-checks")
+
+
+def test_the_time_of_other_steps_is_that_of_an_earlier_run_with_equal_settings(tmp_path: Path) -> None:
+    recipe = check_recipe({"pipeline": "adapt", "work": str(tmp_path)})
+    configs = configs_of(recipe)
+    (tmp_path / "records").mkdir()
+    for step, seconds, metrics in (("annotation", 2.0, {"instances": 20.0}), ("finetuning", 40.0, {})):
+        record = StepRecord(
+            step=step,
+            fingerprint=step,
+            run="adapt-1",
+            status="done",
+            started=1.0,
+            seconds=seconds,
+            config=to_values(configs[step]),
+            target="made",
+            metrics=metrics,
+        )
+        (tmp_path / "records" / f"{step}.json").write_text(json.dumps(asdict(record)))
+    (tmp_path / "records" / "damaged.json").write_text("{")
+    assert measured_seconds(configs, tmp_path, 60) == {"annotation": 6.0, "finetuning": 120.0}
+    lines = describe_seconds(recipe.steps, measured_seconds(configs, tmp_path, 60))
+    assert_names("\n".join(lines), "finetuning   about 2 min 00 s", "evaluation: not estimated")
+    other = configs_of(replace(recipe, settings={"finetuning": {"epochs": 7}}))
+    assert measured_seconds(other, tmp_path, 60) == {"annotation": 6.0}

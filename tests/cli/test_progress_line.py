@@ -2,6 +2,7 @@
 
 import pytest
 
+from cappy import progress as progress_module
 from cappy.progress import ProgressLine, ProgressState, describe, duration
 
 
@@ -42,3 +43,15 @@ def test_without_a_terminal_lines_are_plain_and_rare(capsys: pytest.CaptureFixtu
         for done in range(1000):
             progress(done, 1000)
     assert capsys.readouterr().err == ""
+
+
+def test_the_first_plain_line_comes_soon_and_the_next_ones_are_rare(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress_module, "FIRST_PLAIN_SECONDS", 0.0)
+    with ProgressLine("cappy brewing") as progress:
+        for done in range(1000):
+            progress(done, 1000, note="last error: 429 slow down")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cappy brewing: 0 of 1,000 rows")
+    assert line.endswith("last error: 429 slow down")

@@ -9,6 +9,7 @@ import pytest
 from wording import assert_names
 
 from cappy.scoring import Scorer
+from cappy.selection.linear import SELECTOR, Rule, Selector
 
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -54,6 +55,43 @@ def test_a5_select_ranks_by_logits_where_the_sigmoid_is_1_for_several(here: Capp
     answer = json.loads(here("select", "--scorer", saturated, "--source", rows).stdout)
     assert (answer["selected"], answer["response"]) == (2, best)
     assert answer["scores"] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"likelihoods": [-1.0]}, ("likelihoods", "1 for 2 responses")),
+        ({"likelihoods": "-1"}, ("likelihoods", "list of numbers")),
+        ({"greedy": 2}, ("greedy", "0 to 1", "2")),
+        ({"greedy": True}, ("greedy", "index of a response")),
+        ({"closed_choices": "yes"}, ("closed_choices", "true or false")),
+    ],
+)
+def test_select_refuses_what_does_not_fit_the_responses(
+    here: Cappy, tmp_path: Path, fields: dict[str, object], names: tuple[str, ...]
+) -> None:
+    (tmp_path / "line.jsonl").write_text(jsonl([{"instruction": "Say yes.", "responses": ["yes", "no"], **fields}]))
+    done = here("select", "--source", tmp_path / "line.jsonl")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert_names(done.stderr, "line.jsonl:1: ", *names)
+
+
+def test_select_takes_the_selector_of_a_report_and_refuses_that_of_another_scorer(
+    here: Cappy, tmp_path: Path, scorer_folder: Path
+) -> None:
+    rules = (Rule(features=("score", "mbr", "greedy"), weights=(0.0, 0.0, 1.0)),)
+    line = {"instruction": "Say yes.", "responses": ["yes", "no", "maybe"], "greedy": 2}
+    (tmp_path / "line.jsonl").write_text(jsonl([line]))
+    flags = ("select", "--scorer", scorer_folder, "--source", tmp_path / "line.jsonl", "--selector", tmp_path)
+    missing = here(*flags)
+    assert_names(missing.stderr, "has no selector.json", "report")
+    for version, status in ((Scorer.load(str(scorer_folder)).version, 0), ("another", 1)):
+        (tmp_path / SELECTOR).write_text(Selector(rules=rules, scorer=version).to_json())
+        done = here(*flags)
+        assert done.returncode == status
+    assert_names(done.stderr, "belongs to the scorer another", "evaluate")
+    (tmp_path / SELECTOR).write_text(Selector(rules=rules).to_json())
+    assert json.loads(here(*flags).stdout)["response"] == "maybe"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from wording import assert_names
 
-from cappy.cli.work import clean, explain
+from cappy.cli.tools import clean, explain
 from cappy.errors import ConfigError, FolderError
 from cappy.records.work import claim, lock_folder
 from cappy.sampling.store import DRAWING_VERSION, CandidateStore, Origin

@@ -104,7 +104,7 @@ def test_a_component_module_imports_kfp_and_the_standard_library_alone(path: Pat
 
 
 def test_images_carry_the_version_and_a_name_that_the_local_runner_accepts() -> None:
-    from components.component import TRAINER_IMAGE, WORKER_IMAGE
+    from components import TRAINER_IMAGE, WORKER_IMAGE
 
     for image in (TRAINER_IMAGE, WORKER_IMAGE):
         assert image.endswith(f":{cappy.__version__}")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from manifests import OVERLAYS, containers, matches, namespace, only, pods, quantity, rendered, variables
 
-from components.component import TRAINER_IMAGE, VERSION, WORKER_IMAGE
+from components import TRAINER_IMAGE, VERSION, WORKER_IMAGE
 
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 SELECTOR = {

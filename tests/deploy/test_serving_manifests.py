@@ -7,7 +7,7 @@ from manifests import Object, containers, flags, matches, only, pods, rendered, 
 from scoring_function import model
 from vertex_scenario import version
 
-from cappy.cli.serve import service_command
+from cappy.cli.tools import service_command
 from cappy.config import build
 from cappy.deployment.kserve import inference_service
 from cappy.deployment.step import DeploymentConfig

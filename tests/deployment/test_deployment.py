@@ -41,7 +41,7 @@ def write_report(folder: Path, scorer: Path, probes: list[list[object]]) -> None
     folder.mkdir()
     values = {
         "schema": SCHEMA,
-        "comparisons": {"scorer-random": difference(0.1)},
+        "comparisons": {"selector-random": difference(0.1)},
         "facts": {"groups": 100},
         "tested_groups": "00000001",
         "versions": {"challenger": read_manifest(scorer).hash[:12]},

@@ -11,7 +11,7 @@ import locks
 import pytest
 from wording import raises_naming
 
-from components.component import TRAINER_IMAGE, WORKER_IMAGE
+from components import TRAINER_IMAGE, WORKER_IMAGE
 
 DOCKER = Path(__file__).parents[2] / "docker"
 LAYERS = {

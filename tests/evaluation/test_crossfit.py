@@ -15,7 +15,7 @@ from cappy.config import build
 from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import crossfit, read_report
 from cappy.evaluation.findings import OUT_OF_FOLD
-from cappy.evaluation.protocol import EvaluatedSplit, build_report
+from cappy.evaluation.protocol import EvaluatedSplit, ScoredSplit, build_report, select_split
 from cappy.evaluation.step import EvaluationConfig, run
 from cappy.progress import silent
 from cappy.records import Instance, Manifest, prompt_hash, read, write
@@ -24,8 +24,9 @@ from cappy.registry.gate import decide
 from cappy.scoring import TRAINED_ON, Scorer
 from cappy.scoring.calibration import read_calibration
 from cappy.scoring.training_data import count_seen, training_data, write_training_data
-from cappy.selection.pools import Pool, collect_pools, pick_labels, with_scores
-from cappy.selection.selectors import select
+from cappy.selection import read_selector
+from cappy.selection.linear import standardize
+from cappy.selection.pools import Pool, collect_pools, pick_labels, score_pools, with_scores
 from cappy.training.loop import TrainingRun
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
@@ -175,7 +176,7 @@ def scored(pools: Sequence[Pool], seed: int) -> list[np.ndarray]:
 
 def evaluated_split(pools: Sequence[Pool], seed: int) -> EvaluatedSplit:
     pools = with_scores(pools, "scorer", scored(pools, seed))
-    return EvaluatedSplit(pools=pools, held_out=[], selection=select([], pools), calibration=None)
+    return select_split(ScoredSplit(pools=pools, held_out=[]), metric="rougeL", seed=0)
 
 
 @pytest.fixture
@@ -196,11 +197,30 @@ def test_two_recipes_are_compared_on_their_picks_of_the_same_instances(grouped: 
     report = build_report(joined, metric="rougeL", split="cross-fitted", seed=0, folds=5)
     expected = pick_labels(pools, scored(pools, seed=7)).mean()
     assert report.selectors["champion"].estimate.mean == pytest.approx(expected)
-    assert report.comparisons["scorer-champion"].groups == 30
+    assert report.comparisons["selector-champion"].groups == 30
 
 
-def fewer(grouped: list[Instance]) -> list[Instance]:
-    return grouped[:-1]
+def test_of_a_champion_only_the_instances_of_the_report_count_and_new_ones_are_scored_by_it(
+    grouped: list[Instance], champion: Path
+) -> None:
+    kept = grouped[:-2]
+    new = replace(grouped[0], instance_id="new", group_id="new", instruction="Another one.")
+    pools = collect_pools([*kept, new], metric="rougeL", splits={one.split for one in grouped})
+    asked: list[str] = []
+
+    def value(unseen: Sequence[Pool]) -> list[np.ndarray]:
+        asked.extend(pool.instance.instance_id for pool in unseen)
+        return [np.arange(len(pool.labels), dtype=float) for pool in unseen]
+
+    (split,), _ = crossfit.add_champion_scores([evaluated_split(pools, 1)], champion, "rougeL", value)
+    assert asked == ["new"]
+    values = split.selection.values["champion"]
+    assert values[-1].tolist() == list(range(len(pools[-1].labels)))
+    of_all = collect_pools(grouped, metric="rougeL", splits={one.split for one in grouped})
+    stored = [standardize(each) for each in scored(of_all, seed=7)[:-2]]
+    assert [each.tolist() for each in values[:-1]] == [each.tolist() for each in stored]
+    (split,), _ = crossfit.add_champion_scores([evaluated_split(pools, 1)], champion, "rougeL", lambda unseen: None)
+    assert "only 58 of them" in split.selection.unavailable["champion"]
 
 
 def reworded(grouped: list[Instance]) -> list[Instance]:
@@ -212,7 +232,7 @@ def sampled_again(grouped: list[Instance]) -> list[Instance]:
     return [first, *grouped[1:]]
 
 
-@pytest.mark.parametrize("changed", [fewer, reworded, sampled_again])
+@pytest.mark.parametrize("changed", [reworded, sampled_again])
 def test_picks_of_other_instances_compare_nothing_and_the_gate_holds(
     grouped: list[Instance], champion: Path, changed: Callable[[list[Instance]], list[Instance]]
 ) -> None:
@@ -221,7 +241,7 @@ def test_picks_of_other_instances_compare_nothing_and_the_gate_holds(
     splits, leaks = crossfit.add_champion_scores([evaluated_split(pools, 1)], champion, "rougeL")
     report = build_report(splits, metric="rougeL", split="cross-fitted", seed=0, folds=5)
     assert leaks == {}
-    assert "scorer-champion" not in report.comparisons
+    assert "selector-champion" not in report.comparisons
     assert_names(report.unavailable["champion"], "60 instances", f"this report {len(pools)}", "59 of them")
     decision = decide(report.to_dict(), has_champion=True)
     assert decision.decision == "hold"
@@ -273,17 +293,24 @@ def test_a_real_recipe_is_trained_for_each_fold_and_leaves_its_picks(
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         messages.append(note)
 
-    config = build(EvaluationConfig, {"target": tmp_path / "report", "folds": 3, **places})
+    values = {"target": tmp_path / "report", "folds": 3, "initial": str(scorer_folder), **places}
+    config = build(EvaluationConfig, values)
     first = run(config, progress)
     report = read_report(tmp_path / "report")
     assert (report.folds, report.facts["instances"], report.split) == (3, 30, "cross-fitted")
     assert report.leaks == {"challenger": 0}
+    pools = collect_pools(grouped[:30], metric="rougeL", splits={one.split for one in grouped})
+    initial = score_pools(pools, Scorer.load(str(scorer_folder), precision="fp32").score, lambda count: None)
+    assert report.selectors["initial"].estimate.mean == pytest.approx(pick_labels(pools, initial).mean())
+    assert "scorer-initial" in report.comparisons
     assert {note.split(",")[0] for note in messages} >= {"fold 1 of 3", "fold 2 of 3", "fold 3 of 3"}
     left = crossfit.read_out_of_fold(tmp_path / "report")
     assert left is not None
     assert (left.folds, left.leaks, len(left.scores)) == (3, 0, 30)
+    assert left.values.keys() == left.scores.keys()
     calibration = read_calibration(tmp_path / "report")
     assert calibration is None, "15 groups are too few for a map"
+    assert read_selector(tmp_path / "report").groups == 15, "the selector of all folds is fitted on all of them"
     trained = Counter(updates)
     assert trained[0] == 3, "each fold is trained from its first update"
     assert set(trained.values()) == {3}

@@ -27,8 +27,8 @@ def report(instances: list[Instance], score: Score) -> Report:
 
 
 def judged(report: Report, **bounds: tuple[float, float]) -> Report:
-    """The report with these intervals of the scorer's difference to others."""
-    values = {f"scorer-{other}": difference(ends[0], sum(ends) / 2) for other, ends in bounds.items()}
+    """The report with these intervals of the selector's difference to others."""
+    values = {f"selector-{other}": difference(ends[0], sum(ends) / 2) for other, ends in bounds.items()}
     made = TypeAdapter(dict[str, Difference]).validate_python(values)
     return replace(report, comparisons=made)
 
@@ -83,7 +83,7 @@ def test_an_interval_that_touches_zero_is_no_win(report: Report) -> None:
 
 def test_comparisons_that_do_not_survive_holms_correction_are_named_as_a_person_reads_them(report: Report) -> None:
     """Both have a p-value of 0.01, and there are more than ten others with less."""
-    weak = ("hybrid_mbr-mbr", "scorer-likelihood")
+    weak = ("scorer-mbr", "selector-likelihood")
     made = {
         key: replace(value, difference=0.02, low=0.01, high=0.03, p_value=0.03 if key in weak else 1e-6)
         for key, value in report.comparisons.items()
@@ -91,7 +91,7 @@ def test_comparisons_that_do_not_survive_holms_correction_are_named_as_a_person_
     adjusted = adjust_p_values({key: value.p_value for key, value in made.items()})
     sentences = [one for one in verdict(replace(report, comparisons=made, adjusted=adjusted)) if "Holm" in one]
     (sentence,) = sentences
-    assert_names(sentence, f"{len(made)} comparisons", "scorer against better likelihood", "scorer + MBR against MBR")
+    assert_names(sentence, f"{len(made)} comparisons", "selector against better likelihood", "score alone against MBR")
 
 
 def test_a_leak_is_said_in_words(report: Report) -> None:
@@ -111,8 +111,8 @@ def test_the_table_has_the_selectors_that_a_person_compares(report: Report) -> N
     names = [row[0] for row in rows]
     assert [name for name in names if name.startswith("likelihood")] == [names[3]]
     shown = [name.split(" (")[0] for name in (*names[:3], *names[4:])]
-    expected = "random choice, longest, best single system, MBR, champion, scorer, scorer + likelihood, scorer + MBR"
-    assert [name for name in shown if name in expected.split(", ")] == expected.split(", ")
+    expected = "random choice, longest, best single system, MBR, score alone, champion, selector, texts only, selector"
+    assert ", ".join(name for name in shown if name in expected) == expected
     assert shown[-1] == "oracle"
     assert not {"first response", "shortest"} & {*shown}
     assert rows[0][1] == f"{100 * report.selectors['random'].estimate.mean:.1f}"
@@ -148,7 +148,7 @@ def test_the_page_needs_nothing_from_elsewhere(report: Report) -> None:
 def test_the_plot_takes_its_colours_from_the_page(report: Report) -> None:
     html = page.render(report)
     drawn = html[html.index("<svg") :]
-    assert "var(--scorer)" in drawn
+    assert "var(--selector)" in drawn
     assert "#1d5fd0" not in drawn
 
 
@@ -158,7 +158,7 @@ def test_equal_reports_make_equal_pages(report: Report) -> None:
 
 def test_the_page_says_what_was_not_available(instances: list[Instance]) -> None:
     html = page.render(evaluate(instances, score=None))
-    assert re.search(r"no scorer \+ MBR.*needs scorer", html)
+    assert re.search(r"no selector.*none was given", html)
 
 
 def test_labels_that_users_brought_need_no_reference(instances: list[Instance], score: Score) -> None:

@@ -18,8 +18,9 @@ from cappy.evaluation.step import EvaluationConfig, evaluate_folder
 from cappy.evaluation.threshold import find_threshold
 from cappy.progress import silent
 from cappy.records import Candidate, Instance, Manifest, prompt_hash, write
-from cappy.records.folder import describe_files, verify, write_manifest
+from cappy.records.folder import describe_files, sha256_of, verify, write_manifest
 from cappy.records.instance import Status
+from cappy.selection import read_selector
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 STARTS = (("test", 0), ("validation", 100))
@@ -77,16 +78,65 @@ def test_the_step_writes_a_report_that_can_be_verified_and_read(
     assert {file.name for file in manifest.files} == {
         *("report.json", "report.html", "report.md", "table.txt"),
         *("curve.png", "curve.svg", "calibration.png", "calibration.svg"),
-        *("calibration.json", "picks.json", "probe.json"),
+        *("selector.json", "calibration.json", "picks.json", "probe.json"),
     }
     report = read_report(folders / "report")
     assert report.leaks == {"challenger": 0, "champion": 3}
     assert report.versions == {"challenger": "abcdef123456", "champion": "abcdef123456"}
-    assert manifest.metrics["rougeL_scorer"] == report.selectors["scorer"].estimate.mean
-    assert manifest.metrics["gain_over_random_low"] == report.comparisons["scorer-random"].low
+    assert report.selector_hashes == {"challenger": sha256_of(folders / "report/selector.json"), "champion": ""}
+    assert read_selector(folders / "report", "abcdef123456").groups == 20
+    assert manifest.metrics["rougeL_selector"] == report.selectors["selector"].estimate.mean
+    assert manifest.metrics["gain_over_random_low"] == report.comparisons["selector-random"].low
     assert manifest.metrics["num_instances"] == 40
     assert len(manifest.parents) == 3
     assert (folders / "report" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def initial_folder(folders: Path, architecture: str) -> str:
+    folder = folders / "initial"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": [architecture]}))
+    write_manifest(folder, Manifest(step="pretraining", files=describe_files(folder)))
+    return str(folder)
+
+
+def test_the_report_shows_what_adaptation_gained(folders: Path, instances: list[Instance], score: Score) -> None:
+    def load(path: str) -> FakeScorer:
+        return FakeScorer((lambda pairs: [-value for value in score(pairs)]) if path.endswith("initial") else score)
+
+    initial = initial_folder(folders, "BertForSequenceClassification")
+    unseen = trained_on_first_three(instances, "")
+    manifest = evaluate_folder(config(folders, initial=initial), silent, load=load, trained_on=unseen)
+    report = read_report(folders / "report")
+    before, after = (report.selectors[name].estimate.mean for name in ("initial", "scorer"))
+    assert report.comparisons["scorer-initial"].difference == pytest.approx(after - before)
+    assert report.comparisons["scorer-initial"].low > 0
+    assert manifest.metrics["scorer_gain_over_initial"] == report.comparisons["scorer-initial"].difference
+    table = (folders / "report/table.txt").read_text()
+    assert "scorer before adaptation" in table
+    assert "Adaptation improved the scorer's picks: " in table
+    assert len(manifest.parents) == 3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "leaking", "reason"),
+    [
+        ("BertModel", "", "an encoder"),
+        ("BertForSequenceClassification", "initial", "trained on 3 of the reported instances"),
+    ],
+)
+def test_an_initial_scorer_that_cannot_be_compared_has_a_reason_instead_of_a_row(
+    folders: Path, instances: list[Instance], score: Score, architecture: str, leaking: str, reason: str
+) -> None:
+    initial = initial_folder(folders, architecture)
+    trained = trained_on_first_three(instances, leaking)
+    own = config(folders, initial=initial)
+    evaluate_folder(own, silent, load=lambda path: FakeScorer(score), trained_on=trained)
+    report = read_report(folders / "report")
+    assert "initial" not in report.selectors
+    assert reason in report.unavailable["initial"]
+    assert reason in (folders / "report/table.txt").read_text()
+    assert set(report.leaks) == {"challenger"}
 
 
 def test_a_threshold_is_detected_in_the_picks_and_knows_their_groups(
@@ -181,14 +231,12 @@ def test_what_sampling_could_not_get_leaves_a_report_that_says_so(
     assert "4 more skipped" in page
     # The first three instances are among those that are not reported.
     assert values["leaks"] == {"challenger": 0, "champion": 0}
-    for name in ("likelihood_sum", "likelihood_mean", "hybrid_likelihood"):
-        there = known == "reported" and name != "hybrid_likelihood"
-        assert (name in values["selectors"]) is there
-        assert (name in values["unavailable"]) is not there
-    without = {"reported": "on the held-out split, 16 of 16"}.get(known, "36 of 36")
-    assert re.search(f"{without} .*log-likelihood", page)
-    assert ("scorer-likelihood" in values["comparisons"]) is (known == "reported")
-    assert "hybrid_mbr" in values["selectors"]
+    for name in ("likelihood_sum", "likelihood_mean"):
+        assert (name in values["selectors"]) is (known == "reported")
+        assert (name in values["unavailable"]) is (known != "reported")
+    assert known == "reported" or re.search("36 of 36 .*log-likelihood", page)
+    assert ("selector-likelihood" in values["comparisons"]) is (known == "reported")
+    assert {"selector", "scorer"} <= values["selectors"].keys()
     assert all(math.isfinite(value) for value in manifest.metrics.values())
     probed = {instruction for instruction, _, _ in json.loads((folders / "report/probe.json").read_text())}
     assert probed.isdisjoint(i.instruction for i in instances if i.instance_id in hollow)

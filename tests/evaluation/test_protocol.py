@@ -11,8 +11,10 @@ from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError, RecordError
 from cappy.evaluation import Report, evaluate
+from cappy.evaluation.protocol import score_split, select_split, split_pools
 from cappy.evaluation.tables import PUBLISHED
 from cappy.records import Candidate, Instance
+from cappy.selection.fitting import out_of_fold_selectors
 from cappy.selection.pools import CHUNK_PAIRS
 from cappy.selection.selectors import SELECTORS
 
@@ -24,7 +26,7 @@ def means(report: Report) -> dict[str, float]:
 
 
 def test_every_selector_lies_between_the_worst_and_the_oracle(instances: list[Instance], score: Score) -> None:
-    report = evaluate(instances, score=score, champion=score)
+    report = evaluate(instances, score=score, champion=score, initial=score)
     worst = np.mean([min(c.labels["rougeL"] for c in i.candidates) for i in instances if i.split == "test"])
     result = means(report)
     assert set(report.unavailable) == {"greedy"}
@@ -52,13 +54,25 @@ def test_a_planted_reference_is_never_picked(instances: list[Instance], score: S
     assert means(evaluate(planted, score=score)) == means(evaluate(instances, score=score))
 
 
-def test_a_scorer_that_knows_the_labels_is_the_oracle_and_its_hybrids_are_it(instances: list[Instance]) -> None:
+def test_a_scorer_that_knows_the_labels_is_the_oracle_and_the_selector_picks_by_it(
+    instances: list[Instance],
+) -> None:
     labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
     report = evaluate(instances, score=lambda pairs: [labels.get(pair, 0.0) for pair in pairs])
     result = means(report)
-    assert result["scorer"] == result["hybrid_mbr"] == result["hybrid_likelihood"] == result["oracle"]
-    assert report.selectors["hybrid_mbr"].detail == "weight 0"
-    assert report.curve["scorer"] == report.curve["oracle"]
+    assert result["scorer"] == result["selector"] == result["selector_texts"] == result["oracle"]
+    assert report.selectors["selector"].detail == "score"
+    assert report.curve["scorer"] == report.curve["selector"] == report.curve["oracle"]
+
+
+def test_the_calibration_is_fitted_on_picks_of_selectors_that_did_not_see_them(
+    make_instance: Callable[..., Instance], score: Score
+) -> None:
+    instances = [make_instance(index, split="validation") for index in range(40)]
+    pools, held_out, _ = split_pools([*instances, make_instance(99)], metric="rougeL", split="test")
+    scored = score_split(pools, held_out, lambda pairs: [len(text) / 99 for _, text in pairs], seed=0)
+    split = select_split(scored, metric="rougeL", seed=0)
+    assert split.held_out_selectors == out_of_fold_selectors(scored.held_out, metric="rougeL")
 
 
 def test_equal_instances_give_an_equal_report(instances: list[Instance], score: Score) -> None:
@@ -73,10 +87,17 @@ def test_training_instances_are_passed_over(
     assert evaluate([*train, unlabelled, *instances], score=score) == evaluate(instances, score=score)
 
 
+def test_an_initial_scorer_may_give_the_same_score_to_all(instances: list[Instance], score: Score) -> None:
+    report = evaluate(instances, score=score, initial=lambda pairs: [0.5] * len(pairs))
+    assert means(report)["initial"] == pytest.approx(means(report)["random"])
+    with pytest.raises(ConfigError, match="the champion gave the same score"):
+        evaluate(instances, score=score, champion=lambda pairs: [0.5] * len(pairs))
+
+
 def test_test_instances_choose_no_weight_and_no_system(instances: list[Instance], score: Score) -> None:
     report = evaluate([i for i in instances if i.split == "test"], score=score)
-    assert set(report.unavailable) == {"champion", "best_system", "greedy", "hybrid_mbr", "hybrid_likelihood"}
-    assert "held-out" in report.unavailable["hybrid_mbr"]
+    assert set(report.unavailable) == {"champion", "initial", "best_system", "greedy"}
+    assert report.selectors["selector"].detail == "score"
     reported = evaluate(instances, score=score, split="validation")
     assert "held-out" in reported.unavailable["best_system"]
 
@@ -95,8 +116,8 @@ def test_the_greedy_response_is_what_a_user_has_without_a_selector(instances: li
     expected = np.mean([one.candidates[1].labels["rougeL"] for one in given if one.split == "test"])
     assert means(report)["greedy"] == pytest.approx(expected)
     assert report.selectors["greedy"].detail == "llm greedy"
-    result = report.comparisons["scorer-greedy"]
-    assert result.difference == pytest.approx(means(report)["scorer"] - expected)
+    result = report.comparisons["selector-greedy"]
+    assert result.difference == pytest.approx(means(report)["selector"] - expected)
 
 
 def test_of_several_greedy_responses_the_better_one_on_held_out_instances_is_compared(
@@ -115,7 +136,7 @@ def test_a_greedy_response_that_some_instance_lacks_is_not_compared(instances: l
     given[lacking] = instances[lacking]
     report = evaluate(given, score=score)
     assert "not every instance" in report.unavailable["greedy"]
-    assert "scorer-greedy" not in report.comparisons
+    assert "selector-greedy" not in report.comparisons
 
 
 def test_a_missing_likelihood_makes_the_selector_unavailable_and_says_why(
@@ -124,7 +145,7 @@ def test_a_missing_likelihood_makes_the_selector_unavailable_and_says_why(
     candidates = (replace(instances[0].candidates[0], logprob_mean=None), *instances[0].candidates[1:])
     report = evaluate([replace(instances[0], candidates=candidates), *instances[1:]], score=score)
     assert_names(report.unavailable["likelihood_mean"], "1 of 40", "log-likelihood")
-    assert "likelihood_mean" in report.unavailable["hybrid_likelihood"]
+    assert "selector" in report.selectors
     assert report.better_likelihood_selector == "likelihood_sum"
 
 
@@ -139,16 +160,16 @@ def test_the_gate_finds_its_comparisons(instances: list[Instance], score: Score)
     report = evaluate(instances, score=score, champion=lambda pairs: [-value for value in score(pairs)])
     result = means(report)
     for key, other in {
-        "scorer-random": "random",
-        "scorer-likelihood": report.better_likelihood_selector,
-        "scorer-mbr": "mbr",
-        "scorer-champion": "champion",
+        "selector-random": "random",
+        "selector-likelihood": report.better_likelihood_selector,
+        "selector-mbr": "mbr",
+        "selector-champion": "champion",
     }.items():
         difference = report.comparisons[key]
-        assert difference.difference == pytest.approx(result["scorer"] - result[other])
+        assert difference.difference == pytest.approx(result["selector"] - result[other])
         assert difference.low <= difference.difference <= difference.high
     assert result[report.better_likelihood_selector] == max(result["likelihood_sum"], result["likelihood_mean"])
-    assert report.comparisons["scorer-champion"].low > 0
+    assert report.comparisons["selector-champion"].low > 0
 
 
 def test_instances_without_candidates_are_skipped_and_counted(instances: list[Instance], score: Score) -> None:
@@ -265,16 +286,16 @@ def test_an_average_over_tasks_is_as_unsure_as_its_tasks_differ(make_instance: C
     )
 
 
-def test_the_worst_instances_come_first_with_their_candidates_by_score(instances: list[Instance], score: Score) -> None:
+def test_the_worst_instances_come_first_with_their_candidates_by_value(instances: list[Instance], score: Score) -> None:
     report = evaluate(instances, score=score)
     lost = [{pick.selector: pick.label for pick in example.picks} for example in report.worst]
-    regrets = [picks["oracle"] - picks["scorer"] for picks in lost]
+    regrets = [picks["oracle"] - picks["selector"] for picks in lost]
     assert regrets == sorted(regrets, reverse=True)
     assert regrets[-1] > 0
     for example in report.worst:
-        scores = [candidate.score for candidate in example.candidates]
-        assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
-        assert len(scores) + example.left_out == 6
+        values = [candidate.value for candidate in example.candidates]
+        assert values == sorted(values, reverse=True)  # type: ignore[type-var]
+        assert len(values) + example.left_out == 6
 
 
 def test_a_long_pool_is_cut_but_its_picks_stay(make_instance: Callable[..., Instance]) -> None:

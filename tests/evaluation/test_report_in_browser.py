@@ -57,7 +57,7 @@ def test_the_page_needs_nothing_and_fits_the_width(opened: tuple[Any, list[str]]
     assert width <= env
     shown = [plot for plot in view.locator("section svg").all() if plot.is_visible()]
     assert len(shown) == 2
-    assert view.locator("h1").inner_text().startswith("The scorer")
+    assert view.locator("h1").inner_text().startswith("The selector")
 
 
 def test_a_click_on_a_head_sorts_by_numbers_and_a_second_turns_the_order(opened: tuple[Any, list[str]]) -> None:

@@ -12,8 +12,9 @@ from waiting import wait_until
 from cappy.scoring.calibration import Calibration
 from serving.gateway.answering import Gateway
 from serving.gateway.app import create_app
+from serving.gateway.config import Policy
 from serving.gateway.policy import Prices
-from serving.gateway.scoring import Scoring
+from serving.gateway.scoring import Evaluated, Scoring
 from serving.gateway.upstream import LLM, Upstream
 
 PRICES = Prices(input=100.0, output=1000.0)
@@ -32,13 +33,18 @@ def scoring(score: Any = by_number, calibration: Calibration | None = None) -> S
     async def scores(pairs: Sequence[tuple[str, str]]) -> list[float]:
         return [score(response) for _, response in pairs]
 
-    return Scoring(score=scores, version=lambda: "0123456789ab", calibration=calibration)
+    return Scoring(score=scores, version=lambda: "0123456789ab", evaluated=lambda: Evaluated(calibration=calibration))
+
+
+def sampled(**settings: Any) -> Policy:
+    """A policy whose candidates are all sampled, so that the fake server counts them in order."""
+    return Policy(greedy=False, **settings)
 
 
 def gateway(url: str, *, key: str = "", **settings: Any) -> Gateway:
-    """A gateway in front of the LLM at this address."""
+    """A gateway in front of the LLM at this address; by default its candidates are all sampled."""
     upstream = Upstream(LLM(url=url, key=key, prices=PRICES))
-    return Gateway(**{"upstream": upstream, "scoring": scoring(), **settings})
+    return Gateway(**{"upstream": upstream, "scoring": scoring(), "policy": sampled(), **settings})
 
 
 @contextmanager

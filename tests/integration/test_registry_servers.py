@@ -64,7 +64,7 @@ def evaluated(folder: Path, scorer: Path, champion: Path | None = None) -> Path:
         versions["champion"] = read_manifest(champion).hash[:12]
         others.append("champion")
     folder.mkdir()
-    comparisons = {f"scorer-{other}": GAINS for other in others}
+    comparisons = {f"selector-{other}": GAINS for other in others}
     values = {
         "schema": SCHEMA,
         "comparisons": comparisons,

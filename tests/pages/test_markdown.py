@@ -15,7 +15,7 @@ from cappy.evaluation import Report, evaluate
 from cappy.evaluation.findings import Probe
 from cappy.pages import escape_code, escape_text, table
 from cappy.records import Candidate, Instance, Manifest
-from cappy.registry.recording import model_card
+from cappy.registry.card import model_card
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",

@@ -81,7 +81,7 @@ PIPELINE = '''
     from kfp import dsl
     from kfp.dsl import Dataset, Input, Output
 
-    from components.component import component
+    from components import component
 
     RUN = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 

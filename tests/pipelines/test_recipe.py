@@ -10,6 +10,7 @@ from cappy.config import decode
 from cappy.errors import ConfigError, UnreachableError
 from pipelines.builder import build as built
 from pipelines.builder import compile_pipeline as compiled
+from pipelines.definitions import PIPELINES
 from pipelines.planning import check, registry_of, settings_of, submission_of, work_of
 from pipelines.preview import describe_graph, estimate_steps, to_json, to_text
 from pipelines.recipe import Platform, Recipe, check_recipe, read_recipe
@@ -22,10 +23,32 @@ PLACES = {"tracking_uri": "https://mlflow.example", "kubeflow": {"endpoint": "ht
 def test_every_recipe_of_the_repository_is_one_that_kubeflow_would_get(path: Path) -> None:
     recipe = read_recipe(path)
     assert len(list(built(recipe, "kubeflow").pipeline_spec.components)) > 3
-    if path.stem not in ("adapt", "batch-score"):  # These are for a person to fill.
+    if path.stem not in ("adapt", "batch-score", "pretrain-minilm"):  # These are for a person to fill.
         check(recipe, "kubeflow")
         actual = path.read_text()
         assert_names(" ".join(actual.replace("#", " ").split()), "published number", "reproduced")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "initial"),
+    [
+        ({}, "models:/mine@champion"),
+        ({"finetuning": {"scorer": "another"}}, "another"),
+        ({"evaluation": {"initial": ""}}, ""),
+    ],
+)
+def test_adapt_reports_the_scorer_that_finetuning_starts_from(overrides: dict[str, Any], initial: str) -> None:
+    settings = PIPELINES["adapt"].settings({"source": "tasks.jsonl", "scorer": "models:/mine@champion"}, overrides)
+    assert settings["evaluation"]["initial"] == initial
+
+
+def test_a_missing_scorer_is_one_error(tmp_path: Path) -> None:
+    source = tmp_path / "tasks.jsonl"
+    source.touch()
+    recipe = check_recipe({"pipeline": "adapt", "parameters": {"source": str(source), "scorer": "absent"}})
+    with pytest.raises(ConfigError, match="finetuning: --scorer: absent: no such file") as caught:
+        check(recipe)
+    assert "initial" not in str(caught.value)
 
 
 def test_the_recipes_of_the_paper_are_those_of_the_paper() -> None:
@@ -112,6 +135,11 @@ def test_a_wrong_parameter_and_a_wrong_setting_are_refused_without_a_registry() 
             {"parameters": {"generator": "vllm:/mine/llm", "strategy": "greedy"}},
             ("sampling: --generator: /mine/llm ", "under /data"),
         ),
+        (
+            {"parameters": {"generator": "recorded:/mine/samples.jsonl"}},
+            ("sampling: --generator: /mine/samples.jsonl ", "under /data"),
+        ),
+        ({"parameters": {"generator": "recorded:/data/mine.jsonl"}}, ("/data/mine.jsonl", "revision:")),
         ({"parameters": {"source": "mine.jsonl"}}, ("preparation: --source: mine.jsonl ", "under /data")),
         ({"settings": {"preparation": {"templates": "mine"}}}, ("preparation: --templates: mine ", "under /data")),
         ({"parameters": {"source": "/data/mine.jsonl"}}, ("/data/mine.jsonl", "revision:")),

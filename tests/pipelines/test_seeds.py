@@ -9,8 +9,7 @@ from wording import raises_naming
 
 from cappy.config import build, result_settings
 from cappy.errors import ConfigError
-from cappy.keys import work_key
-from cappy.steps import STEP_SPECS
+from cappy.steps import STEP_SPECS, work_key
 from cappy.worker import config_class
 from pipelines.builder import build_pipeline
 from pipelines.customize import customize_nothing

@@ -5,11 +5,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 from wording import assert_names
 
 from cappy.progress import ProgressState
 from cappy.runs import StepRecord, record_path
-from pipelines.states import StepState, describe_progress, log_section, read_states
+from pipelines import states
+from pipelines.states import StepState, StepTable, describe_progress, log_section, read_states
 
 STEPS = {"preparation": "f1", "annotation": "f2", "registration": "f3", "deployment": "f4"}
 
@@ -30,8 +32,8 @@ def progress(folder: Path, step: str, done: int) -> None:
 
 
 def seen(folder: Path, *, alive: bool = True, succeeded: bool = False) -> list[str]:
-    states = read_states(STEPS, work=folder, progress=folder, run="mine", alive=alive, succeeded=succeeded)
-    return [state.state for state in states]
+    last = read_states(STEPS, work=folder, progress=folder, run="mine", alive=alive, succeeded=succeeded)
+    return [state.state for state in last]
 
 
 def test_the_first_step_runs_before_it_says_a_word(tmp_path: Path) -> None:
@@ -70,8 +72,8 @@ def test_what_a_finished_run_did_not_call_for_is_skipped(tmp_path: Path) -> None
 def test_a_skipped_step_has_no_folder_although_an_older_run_left_one(tmp_path: Path) -> None:
     record(tmp_path, "f3", "mine")
     record(tmp_path, "f4", "older")
-    states = read_states(STEPS, work=tmp_path, progress=tmp_path, run="mine", alive=False, succeeded=True)
-    assert (states[-1].state, states[-1].target) == ("skipped", None)
+    last = read_states(STEPS, work=tmp_path, progress=tmp_path, run="mine", alive=False, succeeded=True)
+    assert (last[-1].state, last[-1].target) == ("skipped", None)
 
 
 def test_a_running_step_tells_done_of_total_rate_and_time_left() -> None:
@@ -94,3 +96,18 @@ def test_a_step_that_began_twice_has_all_its_lines(tmp_path: Path) -> None:
     )
     assert log_section(log, "scoring")[-1] == "a line"
     assert log_section(log, "tracking", whole=False) == []
+
+
+def test_the_first_line_about_a_running_step_comes_soon_with_its_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(states, "FIRST_PLAIN_SECONDS", 0.0)
+    note = "last error: 429 slow down"
+    progress = ProgressState(done=0, total=9, unit="instances", resumed=0, started=0.0, updated=1.0, note=note)
+    running = [StepState(step="sampling", state="running", progress=progress)]
+    with StepTable("cappy adapt", tmp_path / "run.log", show=True) as table:
+        for _ in range(100):
+            table.update(running)
+    _, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("cappy adapt: sampling: running, 0 of 9 instances")
+    assert note in line

@@ -76,6 +76,26 @@ def test_a_generator_folder_that_changes_is_sampled_again(file: Path, tmp_path: 
         assert changed(before, after) == list(PIPELINES["adapt"].steps)[1:]
 
 
+def test_an_initial_scorer_that_changes_is_evaluated_again(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "initial"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    settings = {"evaluation": {"initial": str(folder)}}
+    before = fingerprints(_with_paths(plan(file, settings=settings), tmp_path))
+    (folder / "model.safetensors").write_bytes(b"two")
+    after = fingerprints(_with_paths(plan(file, settings=settings), tmp_path))
+    assert changed(before, after) == ["evaluation", "registration", "promotion", "deployment"]
+
+
+def test_recorded_samples_that_change_are_sampled_again(file: Path, tmp_path: Path) -> None:
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text('{"prompt": "Add 1 and 1.", "response": "2"}\n')
+    before = fingerprints(_with_paths(plan(file, generator=(f"recorded:{samples}",)), tmp_path))
+    samples.write_text('{"prompt": "Add 1 and 1.", "response": "3"}\n')
+    after = fingerprints(_with_paths(plan(file, generator=(f"recorded:{samples}",)), tmp_path))
+    assert changed(before, after) == list(PIPELINES["adapt"].steps)[1:]
+
+
 def test_a_file_of_decodings_that_changes_is_sampled_again(file: Path, tmp_path: Path) -> None:
     decodings = tmp_path / "mine.yaml"
     decodings.write_text("- topk40x4")

@@ -1,5 +1,6 @@
 """What the step promises of every source."""
 
+import csv
 import gzip
 import hashlib
 import json
@@ -137,6 +138,39 @@ def test_every_field_that_the_record_knows_is_kept_and_others_are_ignored(
             Candidate(response="z", revision="imported", generator="n"),
         ),
     )
+
+
+@pytest.mark.parametrize("form", ["JSON Lines", "JSON", "CSV", "Parquet", "records"])
+def test_a_likelihood_is_complete_whatever_of_it_is_given(
+    prepare: Prepare, json_lines: JsonLines, tmp_path: Path, form: str
+) -> None:
+    """Evaluation ranks by the sum and by the mean per token, so that both must be there where either can be known."""
+    cases: list[tuple[dict[str, float], tuple[float | None, float | None]]] = [
+        ({"logprob_sum": -6.0, "num_tokens": 4}, (-6.0, -1.5)),
+        ({"logprob_mean": -0.5, "num_tokens": 6}, (-3.0, -0.5)),
+        ({"logprob_sum": -6.0, "logprob_mean": -2.0, "num_tokens": 4}, (-6.0, -2.0)),
+        ({"logprob_sum": -6.0, "num_tokens": 0}, (-6.0, None)),
+        ({"logprob_sum": -6.0}, (-6.0, None)),
+        ({"num_tokens": 4}, (None, None)),
+    ]
+    candidates = [{"text": f"t{n}", **values} for n, (values, _) in enumerate(cases)]
+    row: dict[str, Any] = {"instruction": "Ask.", "reference": "x", "candidates": candidates}
+    path = tmp_path / {"JSON": "rows.json", "CSV": "rows.csv", "Parquet": "rows.parquet"}.get(form, "rows")
+    if form == "JSON Lines":
+        path = json_lines(row)
+    elif form == "JSON":
+        path.write_text(json.dumps([row], indent=1))
+    elif form == "CSV":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([row, [*list(row.values())[:2], json.dumps(candidates)]])
+    elif form == "Parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        given = tuple(Candidate(response=str(each.pop("text")), **each) for each in candidates)  # type: ignore[arg-type]
+        write(path, [Instance(instance_id="1", instruction="Ask.", references=("x",), candidates=given)])
+    settings = {} if form == "records" else {"test": 0, "validation": 0}
+    _, (instance,) = prepare(path, **settings)
+    assert [(one.logprob_sum, one.logprob_mean) for one in instance.candidates] == [result for _, result in cases]
 
 
 def test_choices_become_candidates_where_none_are_given(prepare: Prepare, json_lines: JsonLines) -> None:
@@ -383,3 +417,11 @@ def test_the_candidates_of_excluded_systems_are_left_out(prepare: Prepare, json_
     assert len(instances) == 4
     for instance in instances:
         assert [candidate.generator for candidate in instance.candidates] == ["all/x"]
+
+
+def test_choices_stay_candidates_whatever_is_excluded(prepare: Prepare, json_lines: JsonLines) -> None:
+    closed = {"instruction": "Yes or no?", "references": ["no"], "choices": ["yes", "no"]}
+    sampled = {**closed, "instruction": "No or yes?", "candidates": [{"system": "m", "text": "no"}]}
+    _, instances = prepare(json_lines(closed, sampled), exclude=("*",), test=0, validation=0)
+    for instance in instances:
+        assert [(one.response, one.source) for one in instance.candidates] == [("yes", "choice"), ("no", "choice")]

@@ -18,7 +18,6 @@ from wording import assert_names
 
 from cappy.errors import FolderError
 from cappy.files import remove_folder
-from cappy.keys import KEY, work_key
 from cappy.progress import silent
 from cappy.records import File, Instance, Manifest, read
 from cappy.records import work as work_module
@@ -35,7 +34,7 @@ from cappy.records.work import (
     mark_finished,
     read_key,
 )
-from cappy.steps import STEP_SPECS
+from cappy.steps import KEY, STEP_SPECS, work_key
 
 HOLD = """
 import sys, time

@@ -57,8 +57,8 @@ class RegistryEnv:
             "split": "test",
             "facts": {"instances": 240, "groups": 100},
             "tested_groups": "0000000100000002",
-            "selectors": {"scorer": {"estimate": {"mean": 0.5, "low": 0.4, "high": 0.6}}},
-            "comparisons": {f"scorer-{other}": result for other in others},
+            "selectors": {"selector": {"estimate": {"mean": 0.5, "low": 0.4, "high": 0.6}}},
+            "comparisons": {f"selector-{other}": result for other in others},
             "leaks": {"challenger": 0},
             "versions": {"challenger": version_of(scorer), **({"champion": version_of(champion)} if champion else {})},
         }

@@ -23,7 +23,7 @@ from cappy.registry.gate import decide, parse_guards
 
 
 def report(leaks: Mapping[str, int] | None = None, **lows: float) -> dict[str, Any]:
-    comparisons = {f"scorer-{name}": difference(low) for name, low in lows.items()}
+    comparisons = {f"selector-{name}": difference(low) for name, low in lows.items()}
     return {"comparisons": comparisons, "leaks": leaks or {"challenger": 0}, "split": "test", "facts": {"groups": 100}}
 
 
@@ -52,6 +52,8 @@ def report(leaks: Mapping[str, int] | None = None, **lows: float) -> dict[str, A
         (report(random=0.1, best_system=-0.01), False, 0.0, "hold"),
         (report(random=0.1, greedy=0.01, best_system=-0.01), False, 0.0, "promote"),
         (report(champion=0.1, greedy=-0.01), True, 0.0, "promote"),
+        (report(champion=0.1, greedy=-0.3), True, 0.0, "hold"),
+        (report(champion=0.1, greedy=0.1, best_system=-0.3), True, 0.0, "promote"),
         ({**report(random=0.1), "facts": {"groups": 29}}, False, 0.0, "hold"),
         ({**report(random=0.1), "facts": {"groups": 30}}, False, 0.0, "promote"),
         ({**report(random=0.1), "facts": {}}, False, 0.0, "hold"),
@@ -97,13 +99,14 @@ def test_a_later_attempt_on_the_same_groups_must_be_surer(attempt: int, expected
 @pytest.mark.parametrize("error", [0.0, None])
 def test_differences_that_do_not_vary_prove_nothing(error: float | None) -> None:
     result = report()
-    result["comparisons"]["scorer-random"] = difference(0.1, 0.1, standard_error=error)
+    result["comparisons"]["selector-random"] = difference(0.1, 0.1, standard_error=error)
     decision = decide(result, has_champion=False)
     assert (decision.decision, "no standard error" in decision.reasons[0]) == ("hold", True)
 
 
 @pytest.mark.parametrize(
-    "comparisons", [None, [], {"scorer-random": None}, {"scorer-random": {"low": 0.1}}, {"scorer-random": {"low": "x"}}]
+    "comparisons",
+    [None, [], {"selector-random": None}, {"selector-random": {"low": 0.1}}, {"selector-random": {"low": "x"}}],
 )
 def test_comparisons_of_another_form_are_one_line(comparisons: Any) -> None:
     with raises_naming(RecordError, "report: comparisons", "evaluate again"):
@@ -322,7 +325,7 @@ def test_hold_leaves_its_evidence(env: Any, registered: Any) -> None:
     env.promote(result, baseline="mbr", margin=0.05)
     actual = json.loads((env.folder / "decision-0" / "decision.json").read_text())["basis"]
     assert (actual["baseline"], actual["margin"], actual["leaks"]) == ("mbr", 0.05, {"challenger": 1})
-    assert set(actual["comparisons"]) == {"scorer-random", "scorer-likelihood", "scorer-mbr"}
+    assert set(actual["comparisons"]) == {"selector-random", "selector-likelihood", "selector-mbr"}
 
 
 def test_a_dry_run_explains_and_moves_nothing(env: Any, registered: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,10 @@ from cappy.errors import FolderError, RecordError, RegistryError
 from cappy.evaluation.crossfit import read_out_of_fold
 from cappy.evaluation.findings import OUT_OF_FOLD
 from cappy.records import Manifest, read_manifest
-from cappy.records.folder import describe_files, verify, write_manifest
+from cappy.records.folder import describe_files, sha256_of, verify, write_manifest
 from cappy.scoring.calibration import read_calibration, read_verification_pairs
+from cappy.selection import Selector, read_selector
+from cappy.selection.linear import SELECTOR, Rule
 
 
 def test_the_same_scorer_twice_is_one_version_with_the_alias_challenger(env: Any) -> None:
@@ -77,7 +79,7 @@ def test_the_version_has_card_signature_report_and_no_pickle(env: Any, registere
     registered("a")
     source = Path(registry.resolve("models:/cappy/1", tracking_uri=env.uri).source.removeprefix("file://"))
     card = (source / "MODEL_CARD.md").read_text()
-    assert "| scorer | 50.0 | 40.0 to 60.0 |" in card
+    assert "| selector | 50.0 | 40.0 to 60.0 |" in card
     assert "The scorer beats random choice." in card
     described = (source / "MLmodel").read_text()
     assert all(word in described for word in ("instruction", "response", "score", "model_code_path"))
@@ -157,6 +159,41 @@ def calibrated(report: Path, top: float = 0.9) -> Path:
     (report / "calibration.json").write_text(straight({1: top}, low=0.1).to_json())
     write_manifest(report, Manifest(step="evaluation", files=describe_files(report)))
     return report
+
+
+def selecting(report: Path, weight: float) -> Path:
+    """The report with a selector of its own."""
+    rules = (Rule(features=("score", "mbr"), weights=(1.0, weight)),)
+    (report / SELECTOR).write_text(Selector(rules=rules, metric="rougeL", groups=99, evidence="held-out").to_json())
+    values = json.loads((report / "report.json").read_text())
+    values["selector_hashes"] = {"challenger": sha256_of(report / SELECTOR)}
+    (report / "report.json").write_text(json.dumps(values))
+    write_manifest(report, Manifest(step="evaluation", files=describe_files(report)))
+    return report
+
+
+def test_the_selector_travels_with_the_scorer_and_another_one_is_another_version(env: Any) -> None:
+    scorer = env.scorer("a")
+    first = selecting(env.report("report", scorer), 0.5)
+    assert env.register(scorer, first)["version"] == 1
+    assert env.register(scorer, first)["version"] == 1
+    assert env.register(scorer, selecting(env.report("other", scorer), 2.0))["version"] == 2
+    for number, weight in ((1, 0.5), (2, 2.0)):
+        folder = registry.download(f"models:/cappy/{number}", tracking_uri=env.uri, cache=env.folder / "models")
+        assert read_selector(folder).rule(frozenset({"score", "mbr"})).weights == (1.0, weight)
+    card = next(env.folder.rglob("MODEL_CARD.md")).read_text()
+    assert "## How it picks" in card
+    assert "score 1, mbr" in card
+
+
+def test_a_report_on_another_selector_promotes_nothing(env: Any) -> None:
+    scorer = env.scorer("a")
+    registered = selecting(env.report("report", scorer), 0.5)
+    env.register(scorer, registered)
+    assert env.promote(selecting(env.report("other", scorer), 2.0))["decision"] == "hold"
+    decision = env.promote(selecting(env.report("third", scorer), 2.0))
+    assert_names(decision["reasons"][0], "another selector", "version 1")
+    assert env.promote(registered)["decision"] == "promote"
 
 
 def test_a_calibration_that_an_earlier_evaluation_left_is_not_taken(env: Any) -> None:

@@ -239,6 +239,7 @@ def test_two_halves_are_one_character() -> None:
         {"content": [{"logprob": -1.0}, {"logprob": float("nan")}]},
         {"content": [{"logprob": -1.0}, {"logprob": float("-inf")}]},
         {"content": [{"logprob": -1.0}, {"logprob": 10**400}]},
+        {"content": [{"logprob": -1.0}, {"logprob": -1.5e308}]},
         {"content": [{"logprob": -1.0}, {}]},
         {"content": [{"logprob": -1.0}, None]},
         {"content": []},

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from chat_server import Model, serving
 from wording import assert_names
 
 from cappy.model_folder import open_model_folder
@@ -16,6 +18,9 @@ from cappy.progress import PLAIN_SECONDS, ProgressLine, ProgressState, describe,
 from cappy.records import Instance, write
 from cappy.sampling import local, statistics
 from cappy.sampling.architectures import Causal, Seq2Seq
+from cappy.sampling.endpoint import limits
+from cappy.sampling.endpoint.limits import UsageMeter
+from cappy.sampling.generators import EndpointConfig
 from cappy.sampling.local import LocalLLM
 from cappy.sampling.statistics import HEARTBEAT_SECONDS, SamplingProgress
 from cappy.sampling.step import SamplingConfig, run
@@ -191,3 +196,46 @@ def test_a_batch_on_a_cpu_is_bounded_by_the_work_that_it_is(
     assert [[[one.tokens for one in own] for own in drawn] for drawn in alone] == [
         [[one.tokens for one in own] for own in drawn] for drawn in whole
     ]
+
+
+class Busy(Model):
+    """Refuses the first two requests, and repeats the key as some servers do."""
+
+    def reply(self, body: dict[str, Any], key: str, path: str) -> tuple[int, dict[str, Any]]:
+        status, answer = super().reply(body, key, path)
+        if len(self.asked) > 2:
+            return status, answer
+        return 429, {"error": {"message": f"slow down,\n{key}"}}
+
+
+def test_the_last_error_of_an_endpoint_is_in_the_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key-that-is-secret")
+    write(tmp_path / "in", [Instance(instance_id="1", instruction="say", references=("x",))])
+    progress = Records()
+    with serving(Busy()) as url:
+        config = SamplingConfig(
+            source=tmp_path / "in",
+            target=tmp_path / "out",
+            generator=(f"openai:m@{url}",),
+            concurrency=1,
+            work=tmp_path / "work",
+        )
+        run(config, progress)
+    assert any("0 of 1 instances, last error: 429 slow down, ***" in line for line in progress.lines)
+    assert "2 errors" in progress.lines[-1]
+    assert not [line for line in progress.lines if "secret" in line or "\n" in line]
+
+
+def test_an_error_is_shown_until_the_endpoint_has_answered_for_some_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = UsageMeter(EndpointConfig())
+    assert meter.usage.last_error == ""
+    meter.add_error("503 loading")
+    monkeypatch.setattr(limits, "ERROR_SECONDS", 0.0)
+    assert meter.usage.last_error == "503 loading"
+    meter.add(requests=1, output_tokens=3)
+    assert (meter.usage.last_error, meter.usage.errors) == ("", 1)
+    monkeypatch.setattr(limits, "ERROR_SECONDS", 600.0)
+    assert meter.usage.last_error == "503 loading"
+    monkeypatch.setattr(limits, "ERROR_SECONDS", 0.0)
+    meter.add_error("429 slow down")
+    assert (meter.usage.last_error, meter.usage.errors) == ("429 slow down", 2)

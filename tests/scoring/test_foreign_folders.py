@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import save_encoder
 from other_loaders import PAIRS, by_cross_encoder, by_transformers
-from sentence_transformers import CrossEncoder
+from safetensors.torch import load_file
+from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,13 +22,16 @@ from transformers import (
     XLNetConfig,
     XLNetForSequenceClassification,
 )
-from wording import assert_names
+from wording import assert_names, raises_naming
 
 from cappy.builtin import SCORER_FOLDER
 from cappy.errors import FolderError
+from cappy.model_folder import open_model_folder
 from cappy.scoring import Scorer
 from cappy.scoring.config import ScorerConfig
 from cappy.scoring.folder import ACTIVATIONS
+from cappy.scoring.model import is_encoder
+from cappy.training import finetuning
 
 IDENTITY, SIGMOID = ACTIVATIONS["mse"], ACTIVATIONS["bce"]
 NO_FILE = "absent"
@@ -176,15 +181,103 @@ def test_a2_an_empty_default_prompt_changes_nothing(modular: Any) -> None:
     assert load(folder).score(PAIRS) == pytest.approx(by_cross_encoder(folder), abs=1e-4)
 
 
-@pytest.mark.parametrize("second", ["sentence_transformers.cross_encoder.modules.logit_score.LogitScore", None])
-def test_a2_a_cross_encoder_of_other_modules_is_refused_in_one_line(second: str | None, modular: Any) -> None:
+def peer_modules(kind: str, encoder: Path) -> Any:
+    """A model of sentence-transformers of several modules on an encoder."""
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.cross_encoder.modules import LogitScore
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    if kind == "static":
+        backend = AutoTokenizer.from_pretrained(SCORER_FOLDER).backend_tokenizer
+        return SentenceTransformer(modules=[StaticEmbedding(backend, embedding_dim=8)], device="cpu")
+    if kind == "splade":
+        body = Transformer(str(encoder), transformer_task="fill-mask")
+        return SparseEncoder(modules=[body, SpladePooling()], device="cpu")
+    if kind == "logits":
+        body = Transformer(str(encoder), transformer_task="text-generation")
+        return CrossEncoder(modules=[body, LogitScore(5, 6)], device="cpu")
+    body = Transformer(str(encoder), transformer_task="feature-extraction")
+    if kind == "sentences":
+        return SentenceTransformer(modules=[body, Pooling(32), Normalize()], device="cpu")
+    scores = Dense(32, 1, activation_function=torch.nn.Identity(), module_output_name="scores")
+    return CrossEncoder(modules=[body, Pooling(32, "cls"), scores], device="cpu")
+
+
+@pytest.fixture
+def save_modules(tmp_path: Path) -> Callable[[str], Path]:
+    """save_modules("dense") -> the folder that sentence-transformers writes for such a model."""
+
+    def save(kind: str) -> Path:
+        encoder = tmp_path / "encoder"
+        if kind == "logits":
+            reranker(encoder, pad=0, tokenizer_pad="<pad>")
+            edit(encoder / "config.json", architectures=["GPT2LMHeadModel"], sentence_transformers=None)
+        else:
+            save_encoder("bert", encoder, masked_lm=kind == "splade")
+        peer_modules(kind, encoder).save_pretrained(str(tmp_path / kind))
+        return tmp_path / kind
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("dense", ("modules.json", "Transformer, Pooling, Dense", "Pooling is not applied here", "new head", "delete")),
+        ("logits", ("modules.json", "Transformer, LogitScore", "LogitScore is not applied here", "causal LLM")),
+        ("splade", ("is an encoder with SpladePooling, not a scorer", "cappy finetuning --scorer")),
+        ("sentences", ("is an encoder with Pooling, Normalize, not a scorer", "cappy finetuning --scorer")),
+        ("static", ("not a scorer", "no config.json", "StaticEmbedding", "first module is a Transformer")),
+    ],
+)
+def test_models_of_several_modules_are_refused_by_the_module_when_they_score(
+    kind: str, names: tuple[str, ...], save_modules: Callable[[str], Path]
+) -> None:
+    folder = save_modules(kind)
+    with raises_naming(FolderError, str(folder), *names):
+        load(folder)
+
+
+@pytest.mark.parametrize("kind", ["dense", "logits", "static"])
+def test_training_does_not_drop_the_head_of_a_modular_cross_encoder(
+    kind: str, save_modules: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with raises_naming(FolderError, "Transformer"):
+        finetuning.run(finetuning.FinetuningConfig(scorer=str(save_modules(kind)), source=tmp_path, target=tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["sentences", "splade"])
+def test_the_encoder_of_an_embedding_model_is_an_encoder(kind: str, save_modules: Callable[[str], Path]) -> None:
+    folder = open_model_folder(save_modules(kind), pinned=True)
+    assert is_encoder(folder, folder.config())
+    scorer = Scorer.from_encoder(folder, head="bce", max_length=512)
+    assert scorer.has_new_head
+    body = scorer.model.base_model.state_dict()
+    saved = load_file(folder.path / "model.safetensors")
+    same = [
+        name for name, value in saved.items() if torch.equal(value, body.get(name.removeprefix("bert."), value[:0]))
+    ]
+    assert len(same) > 20, "the encoder's own weights, whatever modules follow it"
+
+
+def test_a_transformer_in_a_folder_of_its_own_is_named(save_modules: Callable[[str], Path]) -> None:
+    folder = save_modules("sentences")
+    inner = folder / "0_Transformer"
+    inner.mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file() and "modules" not in path.name]:
+        path.rename(inner / path.name)
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([{**modules[0], "path": "0_Transformer"}, *modules[1:]]))
+    with raises_naming(FolderError, "not a scorer", "give its folder 0_Transformer"):
+        load(folder)
+
+
+def test_a_cross_encoder_in_a_folder_of_its_own_is_refused(modular: Any) -> None:
     folder = modular(torch.nn.Identity())
     modules = json.loads((folder / "modules.json").read_text())
-    modules = (
-        [*modules, {"idx": 1, "name": "1", "path": "1_", "type": second}] if second else [{**modules[0], "path": "0"}]
-    )
-    (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(FolderError, match=r"modules.json: .*.Transformer.*one Transformer"):
+    (folder / "modules.json").write_text(json.dumps([{**modules[0], "path": "0"}]))
+    with pytest.raises(FolderError, match=r"modules.json: .*.Transformer.*one Transformer in the folder itself"):
         load(folder)
 
 

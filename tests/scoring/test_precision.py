@@ -21,7 +21,7 @@ from cappy.errors import ConfigError
 from cappy.scoring import Scorer
 from cappy.scoring.config import ChosenPrecision, ScorerConfig
 from cappy.scoring.encoding import EncodedPair
-from cappy.scoring.forward import choose_precision, collate, has_bf16, has_prepacking
+from cappy.scoring.model import choose_precision, collate, has_bf16, has_prepacking
 
 CPU = torch.device("cpu")
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
@@ -207,7 +207,7 @@ def test_weights_put_in_order_once_give_what_bf16_gives_without(act: str, monkey
     ordered = bert(precision="bf16", hidden_act=act)
     maps = [module for module in ordered.model.base_model.encoder.modules() if isinstance(module, torch.nn.Linear)]
     assert not maps, "each of an encoder's linear maps"
-    monkeypatch.setattr("cappy.scoring.forward.has_prepacking", lambda: False)
+    monkeypatch.setattr("cappy.scoring.packed.has_prepacking", lambda: False)
     plain, exact = bert(precision="bf16", hidden_act=act), bert(hidden_act=act)
     near, far = (
         (torch.tensor(ordered.score(pairs(40))) - torch.tensor(other.score(pairs(40)))).abs().mean()

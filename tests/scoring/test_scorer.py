@@ -17,7 +17,7 @@ from cappy.records import Instance, write
 from cappy.scoring import Scorer
 from cappy.scoring.config import ChosenPrecision, ScorerConfig
 from cappy.scoring.encoding import EncodedPair, PairEncoder
-from cappy.scoring.forward import batch_by_length
+from cappy.scoring.model import batch_by_length
 
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
 
@@ -208,7 +208,7 @@ def test_a_configuration_that_is_no_models_is_one_line(text: str, make_scorer: C
         ("hub:org/name", "hub:org/name@revision"),
         ("hub:org/name@main", "revision.*commit hash"),
         ("openai:m@http://x/v1", "endpoint can sample"),
-        ("openai:m", "openai:model@http"),
+        ("openai:m", "openai:m@URL"),
         ("models:/cappy", "models:/name@alias"),
         ("", "empty"),
     ],

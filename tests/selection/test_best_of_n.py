@@ -1,23 +1,22 @@
 """Best-of-n equals what all subsets give."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from cappy.records import Candidate, Instance
-from cappy.selection.pools import (
-    Pool,
+from cappy.selection.curves import (
     best_of_n_curve,
     best_probabilities,
     extend_curve,
-    mbr,
     mbr_curve,
     num_worthwhile_candidates,
-    pick,
-    pick_label,
-    pick_labels,
+    sample_picks,
 )
+from cappy.selection.linear import Feature, PoolFeatures, Rule, Selector
+from cappy.selection.pools import Pool, mbr, pick, pick_label, pick_labels
 
 RNG = np.random.default_rng(0)
 
@@ -108,3 +107,63 @@ def test_more_candidates_pay_as_long_as_one_adds_a_tenth_of_a_point() -> None:
     assert num_worthwhile_candidates([0.5, 0.5, 0.5, 0.6]) == 4
     assert num_worthwhile_candidates([0.5, 0.5]) == 1
     assert num_worthwhile_candidates([0.5]) == 1
+
+
+def features(size: int, *, greedy: int | None = None) -> PoolFeatures:
+    """A pool whose responses resemble each other more or less."""
+    words = "a b c d e f g h".split()
+    responses = [" ".join(RNG.choice(words, size=5)) for _ in range(size)]
+    return PoolFeatures(
+        responses=responses, scores=RNG.random(size), likelihoods=RNG.normal(size=size).tolist(), greedy=greedy
+    )
+
+
+ALL_FEATURES = Selector(
+    rules=(Rule(features=("score", "mbr", "likelihood", "greedy"), weights=(2.0, 1.0, 0.5, 1.5), scales=(1.0,) * 4),)
+)
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_the_selectors_pick_of_a_subset_is_that_of_the_selector_itself(size: int) -> None:
+    pool, labels = features(size, greedy=size - 1), RNG.random(size)
+    expected = {
+        frozenset(subset): ALL_FEATURES.values(_part(pool, subset))
+        for n in range(1, size + 1)
+        for subset in itertools.permutations(range(size), n)
+    }
+    orders = np.random.default_rng(3)
+    picks = sample_picks(ALL_FEATURES, pool, labels, np.random.default_rng(3), greedy_first=False, num_orders=40)
+    for row in range(40):
+        order = orders.permutation(size)
+        for n in range(1, size + 1):
+            subset = list(order[:n])
+            values = ALL_FEATURES.values(_part(pool, subset))
+            assert expected[frozenset(subset)].max() == pytest.approx(values.max())
+            assert picks.labels[row, n - 1] == pytest.approx(pick_label(values, labels[subset]))
+            assert picks.scores[row, n - 1] == pytest.approx(pick_label(values, pool.scores[subset]))
+
+
+def _part(pool: PoolFeatures, subset: Sequence[int]) -> PoolFeatures:
+    """The candidates of a subset; the greedy response is known to be absent if it is not among them."""
+    likelihoods = None if pool.likelihoods is None else [pool.likelihoods[index] for index in subset]
+    part = PoolFeatures(
+        responses=[pool.responses[index] for index in subset],
+        scores=pool.scores[list(subset)],
+        likelihoods=likelihoods,
+        greedy=next((place for place, index in enumerate(subset) if index == pool.greedy), None),
+    )
+    # A rule without the greedy response has the same other weights here, as if no candidate were greedy.
+    return part if part.greedy is not None else _AbsentGreedy(**vars(part))
+
+
+class _AbsentGreedy(PoolFeatures):
+    @property
+    def available(self) -> frozenset[Feature]:
+        return frozenset({"score", "mbr", "likelihood", "greedy"})
+
+
+def test_a_curve_that_starts_with_the_greedy_response_has_its_label_at_one_and_the_whole_pool_at_the_end() -> None:
+    pool, labels = features(7, greedy=2), RNG.random(7)
+    picks = sample_picks(ALL_FEATURES, pool, labels, RNG, greedy_first=True)
+    assert set(picks.labels[:, 0]) == {labels[2]}
+    assert set(picks.labels[:, -1]) == {pick_label(ALL_FEATURES.values(pool), labels)}

@@ -1,5 +1,6 @@
 """Selectors pick by what a user would have, the first of equal values."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,8 +9,18 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from cappy.records import Candidate, Instance
-from cappy.selection.pools import Pool, collect_pools, is_tied, mbr, pick
-from cappy.selection.selectors import SELECTORS, choose_system, choose_weight, prefer_system
+from cappy.selection.pools import (
+    Pool,
+    choose_decoding,
+    choose_system,
+    collect_pools,
+    greedy_systems,
+    is_tied,
+    mbr,
+    pick,
+    system_index,
+)
+from cappy.selection.selectors import SELECTORS, Fitting
 
 TEXTS = (
     "Blue Spice is a coffee shop in the city centre.",
@@ -59,7 +70,10 @@ def test_a_tie_is_one_that_changes_the_label(values: list[float], labels: list[f
 
 def test_lengths_are_characters() -> None:
     pool = pool_of([Candidate(response=text) for text in ("four", "a b c d e", "ü")])
-    picks = {name: pick(SELECTORS[name].fit([], [pool]).values(pool)) for name in ("longest", "shortest", "first")}
+    picks = {
+        name: pick(SELECTORS[name].fit(Fitting(held_out=[], pools=[pool])).values(pool))
+        for name in ("longest", "shortest", "first")
+    }
     assert picks == {"longest": 1, "shortest": 2, "first": 0}
 
 
@@ -71,10 +85,42 @@ def test_likelihood_needs_every_candidates_logprob() -> None:
     assert pool.likelihood_mean is None
 
 
-def test_a_system_is_its_first_candidate_or_the_pools_first() -> None:
-    candidates = [Candidate(response=str(i), generator="g", decoding=d) for i, d in enumerate(("x", "y", "y"))]
-    assert pick(prefer_system(pool_of(candidates), "g y")) == 1
-    assert pick(prefer_system(pool_of(candidates), "g z")) == 0
+@pytest.mark.parametrize("impossible", [math.nan, -math.inf, -1e200])
+def test_what_is_no_log_probability_counts_as_missing(impossible: float) -> None:
+    pool = pool_of([Candidate(response="a", logprob_mean=-1.0), Candidate(response="b", logprob_mean=impossible)])
+    assert pool.likelihood_mean is None
+
+
+def test_a_system_is_its_first_candidate() -> None:
+    pool = pool_of([Candidate(response=str(i), generator="g", decoding=d) for i, d in enumerate(("x", "y", "y"))])
+    assert system_index(pool, "g y") == 1
+    assert system_index(pool, "g z") is None
+    assert system_index(pool_of([Candidate(response="a")]), "") is None
+
+
+def test_the_single_decoding_is_the_greedy_one_even_if_another_is_better() -> None:
+    def instance(index: int, decodings: dict[str, float]) -> Instance:
+        candidates = tuple(
+            Candidate(response=name, generator="g", decoding=name, labels={"rougeL": label})
+            for name, label in decodings.items()
+        )
+        return Instance(instance_id=str(index), instruction="i", references=("r",), candidates=candidates)
+
+    rows = [{"topk": 0.9, "temperature0": 0.3}, {"topk": 0.8, "temperature0": 0.4}]
+    pools = collect_pools([instance(i, row) for i, row in enumerate(rows)], metric="rougeL", splits={"train"})
+    assert greedy_systems(pools) == {"g temperature0"}
+    assert choose_decoding(pools) == "g temperature0"
+    without = collect_pools([instance(2, {"topk": 0.5, "beam": 0.4})], metric="rougeL", splits={"train"})
+    assert choose_decoding([*pools, *without]) == "g topk"
+    assert greedy_systems([]) == set()
+
+
+def test_a_system_that_gave_several_responses_is_no_single_decoding() -> None:
+    def pool(*decodings: str) -> Pool:
+        return pool_of([Candidate(response=str(i), generator="g", decoding=name) for i, name in enumerate(decodings)])
+
+    assert choose_decoding([pool("topp", "topp"), pool("topp", "topp")]) is None
+    assert choose_decoding([pool("topp", "beam"), pool("topp", "topp")]) == "g beam"
 
 
 def test_the_best_system_has_the_best_mean_label_and_not_one_lucky_one() -> None:
@@ -85,14 +131,6 @@ def test_the_best_system_has_the_best_mean_label_and_not_one_lucky_one() -> None
     rows = [{"weak": 0.1, "good": 0.6}, {"weak": 0.2, "good": 0.7}, {"weak": 0.1, "good": 0.5, "lucky": 0.9}]
     pools = collect_pools([instance(i, row) for i, row in enumerate(rows)], metric="rougeL", splits={"train"})
     assert choose_system(pools) == "good"
-
-
-def test_the_weight_is_chosen_by_label_and_zero_where_the_other_adds_nothing() -> None:
-    labels = [np.array([0.0, 1.0]), np.array([1.0, 0.0])]
-    right, wrong = labels, [-values for values in labels]
-    flat = [np.zeros(2), np.zeros(2)]
-    assert choose_weight(right, flat, labels) == 0
-    assert choose_weight(wrong, right, labels) == 2.0
 
 
 def test_references_and_planted_candidates_are_never_in_a_pool() -> None:

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from calibrations import straight
@@ -15,6 +16,7 @@ from waiting import wait_until
 from wording import assert_names
 
 from cappy.scoring.encoding import Pair
+from cappy.selection.linear import Rule, Selector, parse_selector
 from serving.app import Options, create_app
 from serving.config import RequestLimits
 from serving.engine import Models
@@ -52,6 +54,44 @@ def test_what_is_expected_of_a_pick_depends_on_how_many_distinct_responses_it_is
     assert (index, expected) == (2, pytest.approx([0.05, 0.1, 0.4, 0.15]))
     assert of("1", "2", "8", "3", "4", "5")[1][2] == pytest.approx(0.4), "beyond the largest n its map holds"
     assert of("2", "8")[1] == pytest.approx([0.15, 0.6]), "between two n it is interpolated"
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"likelihoods": [-1.0]}, "there are 1 for 2 responses"),
+        ({"likelihoods": [-1.0, None]}, "likelihoods"),
+        ({"greedy": 2}, "0 to 1, got 2"),
+        ({"greedy": "0"}, "greedy"),
+        ({"closed_choices": 1}, "closed_choices"),
+    ],
+)
+def test_what_does_not_fit_the_responses_is_refused(serve: Serve, fields: dict[str, Any], problem: str) -> None:
+    answer = serve().post("/select", json={"instruction": "i", "responses": ["a", "b"], **fields})
+    assert answer.status_code == 422
+    assert problem in answer.json()["detail"]
+
+
+def test_select_picks_by_the_rule_for_what_is_known_and_says_by_what(serve: Serve) -> None:
+    rules = (
+        Rule(features=("score",), weights=(1.0,)),
+        Rule(features=("score", "mbr", "greedy"), weights=(0.0, 0.0, 1.0)),
+        Rule(features=("score", "likelihood"), weights=(0.0, 1.0)),
+    )
+    client = serve(selector=Selector(rules=rules))
+    pool = {"instruction": "i", "responses": ["a", "bbb", "cc"]}
+    for fields, picked, by in (
+        ({}, 1, "score"),
+        ({"greedy": 0}, 0, "greedy"),
+        ({"likelihoods": [-3.0, -2.0, -1.0]}, 2, "likelihood"),
+        ({"greedy": 0, "closed_choices": True}, 1, "score"),
+    ):
+        answer = client.post("/select", json={**pool, **fields}).json()
+        assert (answer["index"], answer["picked_by"]) == (picked, by), fields
+        assert max(range(3), key=answer["values"].__getitem__) == picked
+    served = client.get("/selector").json()
+    assert parse_selector(served["selector"]).rules == rules
+    assert served["calibration"] is None
 
 
 def test_select_gives_the_first_of_the_best(serve: Serve) -> None:

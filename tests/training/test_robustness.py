@@ -341,7 +341,12 @@ def test_finetuning_refuses_an_encoder_whose_head_would_be_made_up(
     (tmp_path / "encoder" / "manifest.json").unlink()
     path = tmp_path / "encoder" / "model.safetensors"
     save_file({name: value for name, value in load_file(path).items() if "classifier" not in name}, path)
-    refused(plan(scorer=str(tmp_path / "encoder")), str(tmp_path / "encoder"), "an encoder", "classifier")
+    refused(
+        plan(scorer=str(tmp_path / "encoder")),
+        str(tmp_path / "encoder"),
+        "its weights lack classifier",
+        "to train a new head",
+    )
 
 
 def test_pretraining_refuses_an_encoder_without_a_tokenizer(source: Path, scorer_folder: Path, tmp_path: Path) -> None:

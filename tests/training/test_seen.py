@@ -14,7 +14,7 @@ from wording import assert_names
 from cappy.cli import main
 from cappy.config import to_values
 from cappy.records import Instance, write
-from cappy.scoring.forward import keep_heads_in_fp32
+from cappy.scoring.model import keep_heads_in_fp32
 from cappy.scoring.scorer import Scorer
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.meter import Meter, count_layer_weights, describe_progress, pair_flops, peak_flops, read_curves

@@ -78,7 +78,7 @@ class RequestSender:
             if fault.kind == "fail" or (fault.only_if_unanswered and self.refusals.has_answered):
                 return self._fail_or_abort(request, sample_numbers, fault, stop)
             attempt += 1
-            self.meter.add(errors=1)
+            self.meter.add_error(truncate(fault.reason, _MAX_REASON_CHARACTERS, self._clients.key))
             if fault.kind == "abort":
                 raise self._abort_error(fault, attempt, stop)
             if attempt > self._config.max_retries:

@@ -6,9 +6,7 @@ choice is an error as well, and so is an unknown `finish_reason` (null is accept
 """
 
 import json
-import math
 import re
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +18,7 @@ from cappy.errors import quote
 from cappy.files import lock_shared
 from cappy.records import Candidate
 from cappy.records.folder import disk_errors, write_bytes
-from cappy.records.instance import Status
+from cappy.records.instance import MAX_LOGPROB, Status
 from cappy.sampling.generators import EndpointConfig, estimate_tokens
 from cappy.sampling.store import LOCK
 from cappy.sampling.strategies import Decoding
@@ -340,9 +338,9 @@ def _logprobs(value: object) -> list[float]:
     if not isinstance(values, list):
         return []
     # Foreign JSON may hold NaN, Infinity and integers that no float can represent.
-    numbers = [float(v) for v in values if _is_number(v) and abs(v) <= sys.float_info.max]
+    numbers = [float(v) for v in values if _is_number(v) and abs(v) <= MAX_LOGPROB]
     # The sum is only valid if no token is missing.
-    return numbers if len(numbers) == len(values) and math.isfinite(sum(numbers)) else []
+    return numbers if len(numbers) == len(values) and abs(sum(numbers)) <= MAX_LOGPROB else []
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

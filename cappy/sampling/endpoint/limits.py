@@ -204,22 +204,41 @@ def _cost(spent: Spending, config: EndpointConfig) -> float:
     return config.cost(spent.input_tokens, spent.output_tokens)
 
 
+ERROR_SECONDS = 30.0
+"""Time for which an error is shown although the endpoint has answered since."""
+
+
 class UsageMeter:
-    """Counts the usage of an endpoint; thread-safe."""
+    """Counts the usage of an endpoint, and keeps the reason of its last failed attempt; thread-safe."""
 
     def __init__(self, config: EndpointConfig) -> None:
         self._config = config
         self._lock = threading.Lock()
         self._usage = Usage()
+        self._failed_at = self._answered_at = 0.0
+
+    def add_error(self, reason: str) -> None:
+        """Counts a failed attempt."""
+        with self._lock:
+            self._usage = replace(self._usage, errors=self._usage.errors + 1, last_error=reason)
+            self._failed_at = time.monotonic()
 
     def add(self, **increments: int) -> None:
-        """Adds to these fields of `Usage`."""
+        """Adds to these fields of `Usage`; `requests` are answered ones."""
         with self._lock:
+            if "requests" in increments:
+                self._answered_at = time.monotonic()
             totals = {name: getattr(self._usage, name) + value for name, value in increments.items()}
             self._usage = replace(self._usage, **totals)
 
     @property
     def usage(self) -> Usage:
-        """The usage so far, with its cost."""
-        usage = self._usage
-        return replace(usage, cost=self._config.cost(usage.input_tokens, usage.output_tokens))
+        """The usage so far, with its cost, and with the last error if that is still of interest."""
+        with self._lock:
+            usage, failed_at, answered_at = self._usage, self._failed_at, self._answered_at
+        is_old = answered_at > failed_at and time.monotonic() - failed_at > ERROR_SECONDS
+        return replace(
+            usage,
+            last_error="" if is_old else usage.last_error,
+            cost=self._config.cost(usage.input_tokens, usage.output_tokens),
+        )

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from cappy.errors import FolderError, TrainingError
-from cappy.keys import work_key
 from cappy.progress import Progress, read_state
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, publish, verify
 from cappy.records.work import JOBS, begin, job_name, lock_folder, mark_finished, must_start_over
 from cappy.redaction import has_secret, redact
 from cappy.runs import PROGRESS_VARIABLE
-from cappy.steps import step_version
+from cappy.steps import step_version, work_key
 from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUE_REMEDY
 from cappy.training.launch import NO_REPORT, UNEXPECTED_ERROR, VERSION_VARIABLE

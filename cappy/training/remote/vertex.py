@@ -26,7 +26,7 @@ try:
     from google.rpc.status_pb2 import Status as JobError  # type: ignore[import-untyped]
     from requests.exceptions import RequestException
 
-    from cappy.vertex import silence_sdk, translate_errors
+    from cappy.google_cloud import silence_sdk, translate_errors
 except ModuleNotFoundError as missing:
     raise ConfigError(f"--launcher customjob: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
 

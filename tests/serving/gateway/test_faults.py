@@ -16,12 +16,12 @@ import openai
 import pytest
 from chat_server import Model, serving
 from fault_proxy import Weather, proxying
-from gateway_server import gateway, listening
+from gateway_server import gateway, listening, sampled
 from local_server import handled_by
 from waiting import wait_until
 from wording import assert_names
 
-from serving.gateway.config import Policy, SpendingLimits
+from serving.gateway.config import SpendingLimits
 
 CANARY = "sk-canary-4f1d9a"
 ONE_BY_ONE: dict[str, Any] = {"refused": ("n",)}
@@ -78,7 +78,7 @@ def test_openais_client_outlasts_a_storm_of_429s() -> None:
 
 def test_candidates_that_came_are_used_where_others_of_the_round_failed() -> None:
     weather = Weather()
-    policy = Policy(candidates=4, min_gain=0)
+    policy = sampled(candidates=4, min_gain=0)
     with behind(weather, Model(**ONE_BY_ONE), policy=policy) as url:
         ask(url)
         weather.plan = ["500", "", "429", ""]
@@ -93,7 +93,7 @@ def test_candidates_that_came_are_used_where_others_of_the_round_failed() -> Non
 
 def test_a_later_round_that_fails_leaves_the_best_of_the_earlier_ones() -> None:
     weather = Weather(plan=["", "500"])
-    with behind(weather, Model(), policy=Policy(candidates=8, min_gain=0)) as url:
+    with behind(weather, Model(), policy=sampled(candidates=8, min_gain=0)) as url:
         answer = ask(url)
     assert (answer.status_code, answer.headers["x-cappy-stop"]) == (200, "upstream")
     assert answer.headers["x-cappy-sampled"] == "4"

@@ -12,7 +12,7 @@ import httpx
 import pyarrow.parquet as pq
 import pytest
 from chat_server import Model, serving
-from gateway_server import gateway, listening
+from gateway_server import gateway, listening, sampled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wording import raises_naming
@@ -22,14 +22,13 @@ from cappy.errors import FolderError, RecordError
 from cappy.preparation import step as preparation
 from cappy.records import Candidate, Instance, read, read_manifest
 from cappy.records.folder import verify
-from serving.gateway.config import Policy
 from serving.gateway.feedback import AppendableDataset, FeedbackLog, FeedbackRow
 
 
 @contextlib.contextmanager
 def kept(folder: Path) -> Iterator[str]:
     """The base URL of a gateway that keeps its answers there."""
-    made: dict[str, Any] = {"policy": Policy(candidates=3, min_gain=0)}
+    made: dict[str, Any] = {"policy": sampled(candidates=3, min_gain=0)}
     with serving(Model()) as upstream, listening(gateway(upstream, **made), feedback=FeedbackLog(folder)) as url:
         yield url
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from foreign_server import BODIES, COMPRESSED, RESPONSES, Foreign, answering, completion, mutated, response, usage
 from gateway_server import gateway as plain_gateway
-from gateway_server import listening, scoring
+from gateway_server import listening, sampled, scoring
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wording import raises_naming
@@ -21,12 +21,12 @@ from cappy.errors import ConfigError
 from cappy.sampling.endpoint import client as http_client
 from serving.gateway import upstream
 from serving.gateway.answering import MAX_SCORED_CHARACTERS, Gateway
-from serving.gateway.config import Policy, SpendingLimits
+from serving.gateway.config import SpendingLimits
 from serving.gateway.errors import GatewayError
 from serving.gateway.scoring import load
 from serving.gateway.upstream import LLM, Upstream
 
-POLICY = Policy(candidates=2, round_size=2)
+POLICY = sampled(candidates=2, round_size=2)
 FAILED = {400, 422, 429, 502, 503}
 """What a client may get for a server that answers nonsense; 500 is a defect of ours."""
 
@@ -230,7 +230,7 @@ def test_a_scoring_service_that_answers_nonsense_is_no_scorer(body: bytes) -> No
 
 
 def test_a_scoring_service_that_turns_to_nonsense_is_unreachable() -> None:
-    foreign = Foreign(parts=[response(b'{"scores": [1.0], "version": "v"}')])
+    foreign = Foreign(parts=[response(b'{"scores": [1.0], "version": "v", "selector": {}, "calibration": null}')])
     with answering(Foreign(parts=[response(completion())])) as llm, answering(foreign) as server:
         result = load(server)
         with listening(gateway(llm, scoring=result)) as front:
@@ -270,7 +270,7 @@ def test_a_key_that_a_completion_or_a_list_repeats_reaches_no_client(foreign: Fo
 
 def test_an_address_that_is_none_is_refused_at_the_start() -> None:
     from serving.gateway.policy import Prices
-    from serving.gateway.upstream import make_llm
+    from serving.gateway.server import make_llm
 
     with raises_naming(ConfigError, "http://[::1/v1", "http://host:port/v1"):
         make_llm("http://[::1/v1", prices=Prices())

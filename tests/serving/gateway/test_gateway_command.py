@@ -102,7 +102,7 @@ def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request
         process, url, line = start(*words, "--calibration", tmp_path, MY_KEY=CANARY)
         assert line.startswith("cappy gateway: ")
         assert_names(line, "best of 8", upstream, "aaaaaaaaaaaa")
-        assert "(calibrated to rougeL)" in line
+        assert "(calibrated to rougeL; picks by the score alone)" in line
         answers: list[httpx.Response] = []
         request = threading.Thread(target=lambda: answers.append(ask(url)))
         request.start()

@@ -3,10 +3,9 @@
 import pytest
 from chat_server import Model, serving
 from chromium import launched, needs_chromium
-from gateway_server import gateway, listening
+from gateway_server import gateway, listening, sampled
 from wording import assert_names
 
-from serving.gateway.config import Policy
 from serving.gateway.upstream import LLM, Upstream
 
 
@@ -14,7 +13,7 @@ from serving.gateway.upstream import LLM, Upstream
 @pytest.mark.parametrize("width", [1100, 390], ids=["laptop", "phone"])
 def test_the_page_asks_the_llm_and_shows_every_candidate_with_its_score(width: int) -> None:
     messages: list[str] = []
-    policy = Policy(candidates=3, min_gain=0)
+    policy = sampled(candidates=3, min_gain=0)
     with (
         serving(Model()) as llm,
         launched() as browser,

@@ -8,12 +8,11 @@ import openai
 import pytest
 from chat_server import Model, serving
 from fault_proxy import Weather, proxying
-from gateway_server import gateway, listening
+from gateway_server import gateway, listening, sampled
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.gateway.completion import split_text
-from serving.gateway.config import Policy
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello  there\nyou"}]
 
@@ -37,7 +36,7 @@ def test_pieces_add_up_to_the_text(text: str) -> None:
 
 
 def test_openais_client_reads_the_stream_of_the_best_candidate_and_the_usage_of_all() -> None:
-    made: dict[str, Any] = {"policy": Policy(candidates=4, min_gain=0)}
+    made: dict[str, Any] = {"policy": sampled(candidates=4, min_gain=0)}
     usage: Any = {"include_usage": True}
     with serving(Model()) as upstream, listening(gateway(upstream, **made)) as url, client_of(url) as client:
         stream = client.chat.completions.create(model="m", messages=MESSAGES, seed=0, stream=True, stream_options=usage)
@@ -108,7 +107,7 @@ def test_logprobs_and_a_refusal_stream_too() -> None:
     with serving(Model()) as upstream:
         with listening(gateway(upstream)) as url:
             chunks = [json.loads(part) for part in events(streamed(url, logprobs=True).text)[:-1]]
-        with listening(gateway(upstream, policy=Policy(floor=5.0))) as url:
+        with listening(gateway(upstream, policy=sampled(floor=5.0))) as url:
             refused = [json.loads(part) for part in events(streamed(url).text)[:-1]]
     actual = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["logprobs"]]
     assert [(len(one["logprobs"]["content"]), one["delta"]["content"][:6]) for one in actual] == [(2, " HELLO")]

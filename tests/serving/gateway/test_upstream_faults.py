@@ -6,14 +6,14 @@ from typing import Any
 
 import httpx
 import pytest
-from gateway_server import PRICES, gateway, listening, scoring
+from gateway_server import PRICES, gateway, listening, sampled, scoring
 from scripted_server import Reply, Script, refusing, saying, scripted
 
 from serving.gateway.config import GatewayConfig, Policy
-from serving.gateway.server import assemble
-from serving.gateway.upstream import LLM, Upstream, make_llm
+from serving.gateway.server import assemble, make_llm
+from serving.gateway.upstream import LLM, Upstream
 
-ROUND = Policy(candidates=4, round_size=4, min_gain=0)
+ROUND = sampled(candidates=4, round_size=4, min_gain=0)
 BY_LENGTH = scoring(lambda text: len(text) / 1000)
 """A scorer that likes long texts, and so half of a long one better than a whole short one."""
 
@@ -69,13 +69,14 @@ def test_d1_a_whole_response_goes_before_one_that_was_cut_and_a_cut_one_before_n
     assert [one["status"] for one in body["cappy"]["candidates"][:3]] == ["ok", "truncated", "empty"]
     assert body["choices"][0]["message"]["content"] == "short"
     cut = answer_of(
-        (200, choices(("a long response that is cu", "length"), ("cut too", "length"))), policy=Policy(candidates=2)
+        (200, choices(("a long response that is cu", "length"), ("cut too", "length"))),
+        policy=sampled(candidates=2),
     )
     assert cut.json()["choices"][0]["message"]["content"].startswith("a long")
 
 
 def test_d1_a_cut_response_does_not_stop_sampling_where_a_whole_one_is_not_good_enough() -> None:
-    policy = Policy(candidates=4, round_size=2, threshold=0.02, min_gain=0)
+    policy = sampled(candidates=4, round_size=2, threshold=0.02, min_gain=0)
     answer = answer_of((200, choices(("a very long response that is cu", "length"), ("short", "stop"))), policy=policy)
     assert (answer.headers["x-cappy-stop"], answer.headers["x-cappy-sampled"]) == ("candidates", "4")
 
@@ -88,7 +89,7 @@ def test_d6_a_query_stays_behind_the_path_and_azures_key_goes_into_its_header(gi
     with scripted(script) as server:
         for key, sent in (("gateway-key", "gateway-key"), ("", "client-key")):
             first = Upstream(LLM(url=server + given, key=key, prices=PRICES))
-            with listening(gateway(server, upstream=first, scoring=BY_LENGTH, policy=Policy(candidates=1))) as url:
+            with listening(gateway(server, upstream=first, scoring=BY_LENGTH, policy=sampled(candidates=1))) as url:
                 assert ask(url).status_code == 200
                 headers = {"Authorization": "Bearer client-key"}
                 assert httpx.get(f"{url}/models", headers=headers).status_code == 200
@@ -104,7 +105,7 @@ def test_d6_an_address_is_taken_with_or_without_its_version(given: str) -> None:
     script = Script(lambda body: (200, choices(("short", "stop"))))
     with scripted(script) as server:
         first = Upstream(LLM(url=server + given, prices=PRICES))
-        with listening(gateway(server, upstream=first, scoring=BY_LENGTH, policy=Policy(candidates=1))) as url:
+        with listening(gateway(server, upstream=first, scoring=BY_LENGTH, policy=sampled(candidates=1))) as url:
             assert ask(url).status_code == 200
     assert script.paths == ["/v1/chat/completions"]
     assert script.headers[0]["authorization"] == "Bearer client-key"
@@ -156,7 +157,7 @@ THINKING = "<think>It could be Rome, or Athens, or Paris, or any other place.</t
 
 def test_c10_with_strip_reasoning_the_answer_alone_is_scored_and_given() -> None:
     result = ((THINKING, "stop"), ("It is Paris.", "stop"), ("<think>It could be Rome, or", "length"))
-    answer = answer_of((200, choices(*result)), strip=True, n=3, policy=Policy(candidates=3))
+    answer = answer_of((200, choices(*result)), strip=True, n=3, policy=sampled(candidates=3))
     assert [one["content"] for one in answer.json()["cappy"]["candidates"]][:2] == ["It is Paris.", "Paris"]
     assert [one["message"]["content"] for one in answer.json()["choices"]][:2] == ["It is Paris.", "Paris"]
     last = answer.json()["cappy"]["candidates"][2]
@@ -175,7 +176,7 @@ def test_c10_the_setting_of_the_gateway_is_that_of_both_llms() -> None:
 
 
 def test_c10_where_reasoning_never_ended_the_servers_own_answer_is_given() -> None:
-    answer = answer_of((200, choices(("<think>It could be Rome", "length"))), strip=True, policy=Policy(candidates=1))
+    answer = answer_of((200, choices(("<think>It could be Rome", "length"))), strip=True, policy=sampled(candidates=1))
     assert answer.headers["x-cappy-outcome"] == "unscored"
     assert answer.json()["choices"][0]["message"]["content"] == "<think>It could be Rome"
 
@@ -189,5 +190,5 @@ def test_c10_without_it_reasoning_is_scored_passed_on_and_warned_of_once(caplog:
 
 def test_c10_reasoning_beside_the_content_passes_through() -> None:
     message = {"role": "assistant", "content": "Paris", "reasoning_content": "It could be Rome."}
-    answer = answer_of((200, saying("", message=message)), strip=True, policy=Policy(candidates=1))
+    answer = answer_of((200, saying("", message=message)), strip=True, policy=sampled(candidates=1))
     assert answer.json()["choices"][0]["message"] == message
