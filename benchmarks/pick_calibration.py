@@ -102,7 +102,7 @@ def load(name: str, scorer: str, work: Path) -> tuple[list[Pool], list[Vector]]:
         if scorer == "mbr":
             scores = [pool.mbr for pool in pools]
         else:
-            scores = score_pools(pools, Scorer.load("builtin", precision="fp32").score, lambda done: None)
+            scores = score_pools(pools, Scorer.load("builtin:tiny", precision="fp32").score, lambda done: None)
         np.savez(stored, *scores)
     with np.load(stored) as arrays:
         return pools, [arrays[key] for key in arrays.files]

@@ -176,7 +176,7 @@ def train(name: str, arm: str, seed: int, annotated: Path, folder: Path) -> tupl
         **ARMS[arm],
     }
     if arm == "builtin, not adapted":
-        return Scorer.load("builtin", precision="fp32"), {}
+        return Scorer.load("builtin:tiny", precision="fp32"), {}
     if arm == "t0, not adapted":
         return Scorer.load(str(pretrain(folder.parents[2], RATE, progress)), precision="fp32"), {}
     if arm in ("builtin", "t0"):

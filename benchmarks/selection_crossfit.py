@@ -85,7 +85,7 @@ def measure(name: str, seed: int, folder: Path) -> dict[str, Any]:
     exclude = SETS.get(name, ())
     preparation(PreparationConfig(source=str(source), target=folder / "prepared", exclude=exclude, work=work))
     annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", work=work))
-    settings: dict[str, Any] = {"scorer": "builtin", "seed": seed, "epochs": EPOCHS.get(name, 4.0)}
+    settings: dict[str, Any] = {"scorer": "builtin:tiny", "seed": seed, "epochs": EPOCHS.get(name, 4.0)}
     cross_fitting = CrossFitting(folds=FOLDS, seed=seed, metric="rougeL", with_probes=False, work=work)
     (folder / "folds").mkdir(exist_ok=True)
     splits, _ = evaluate_folds(

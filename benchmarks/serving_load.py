@@ -47,12 +47,12 @@ def main() -> None:
         if pool
     ]
     pairs = dict.fromkeys(pair for pool in pools for pair in pool)
-    scorer = Scorer.load("builtin")
+    scorer = Scorer.load("builtin:tiny")
     scores = dict(zip(pairs, scorer.score(list(pairs)), strict=True))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile() as log:
-        options = ["-m", "serving", "--scorer", "builtin", "--port", str(port)]
+        options = ["-m", "serving", "--scorer", "builtin:tiny", "--port", str(port)]
         process = subprocess.Popen([sys.executable, *options], stderr=log, cwd=ROOT)
         address = f"http://127.0.0.1:{port}"
         wait_until_ready(address)

@@ -71,9 +71,9 @@ def scorer_folder(text: str) -> Path:
 
 def _local_folder(spec: Spec) -> Path:
     if spec.kind == "builtin":
-        from cappy.builtin import SCORER_FOLDER
+        from cappy.builtin import TINY_SCORER_FOLDER
 
-        return SCORER_FOLDER
+        return TINY_SCORER_FOLDER
     if spec.kind == "models":
         from cappy.registry import download
 

@@ -1,6 +1,7 @@
 """Specs: one syntax for the names of models, LLMs and scorers.
 
 builtin                        the model that comes with the project
+builtin:tiny                   a scorer for tests that comes with the project, of 1.7M parameters
 path/to/folder                 a folder on this machine
 hub:org/name@revision          a Hugging Face repository at a pinned commit
 openai:model@http://host/v1    an LLM behind an OpenAI-compatible endpoint
@@ -51,8 +52,8 @@ class Spec:
 
 def parse_spec(text: str) -> Spec:
     """Parses a spec. Raises ConfigError, which names the valid form, if the text is not one."""
-    if text == "builtin":
-        return Spec(text=text, kind="builtin", name="builtin")
+    if text in ("builtin", "builtin:tiny"):
+        return Spec(text=text, kind="builtin", name=text.removeprefix("builtin:"))
     if text.startswith("hub:"):
         name, _, revision = text.removeprefix("hub:").partition("@")
         if not _REPOSITORY.fullmatch(name) or ".." in name or not _REVISION.fullmatch(revision):

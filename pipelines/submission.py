@@ -184,7 +184,7 @@ def configs(settings: Mapping[str, StepSettings]) -> dict[str, StepConfig]:
 
 def hash_content(text: str, *, tracking_uri: str = "") -> str:
     """The hash of the content that a spec or path has now; the text itself if its content cannot change."""
-    if text == "builtin":
+    if text in ("builtin", "builtin:tiny"):
         return _hash_builtin_weights()
     if text.startswith("models:/"):
         from cappy.registry import resolve

@@ -31,7 +31,7 @@ ROOT = Path(cappy.__file__).parent
 DATA = {
     "preparation": ("preparation/mixtures/data/*.json", "preparation/templates/hashes.json"),
     "sampling": ("builtin/weights/llm/*",),
-    "scoring": ("builtin/weights/scorer/*",),
+    "scoring": ("builtin/weights/tiny/*",),
     "evaluation": ("evaluation/data/*.json", "evaluation/*.jinja", "pages/*.jinja"),
 }
 """Files of the package that decide what a step writes."""
@@ -173,7 +173,7 @@ def annotation(run: Runner) -> dict[str, Any]:
 
 
 def scoring(run: Runner) -> dict[str, Any]:
-    target = run("scoring", source=run.written("pool", labelled(8)), scorer="builtin", precision="fp32")
+    target = run("scoring", source=run.written("pool", labelled(8)), scorer="builtin:tiny", precision="fp32")
     return {"scores": [next(iter(one.scores.values())) for each in read(target) for one in each.candidates]}
 
 
@@ -199,14 +199,14 @@ def pretraining(run: Runner) -> dict[str, Any]:
 
 
 def finetuning(run: Runner) -> dict[str, Any]:
-    return _trained(run, "finetuning", scorer="builtin", learning_rate=1e-4)
+    return _trained(run, "finetuning", scorer="builtin:tiny", learning_rate=1e-4)
 
 
 def evaluation(run: Runner) -> dict[str, Any]:
-    from cappy.builtin import SCORER_FOLDER
+    from cappy.builtin import TINY_SCORER_FOLDER
 
     scorer = run.place / "scorer"
-    shutil.copytree(SCORER_FOLDER, scorer)
+    shutil.copytree(TINY_SCORER_FOLDER, scorer)
     report = run("evaluation", source=run.written("judged", labelled(120)), scorer=scorer, seed=1)
     values = json.loads((report / "report.json").read_text())
     return {"selectors": values["selectors"], "comparisons": values["comparisons"], "best of n": values["curve"]}

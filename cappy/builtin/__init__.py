@@ -9,10 +9,10 @@ from pathlib import Path
 
 from cappy.errors import FolderError, quote
 
-__all__ = ["LLM_FOLDER", "SCORER_FOLDER", "verify"]
+__all__ = ["LLM_FOLDER", "TINY_SCORER_FOLDER", "verify"]
 
 LLM_FOLDER = Path(__file__).parent / "weights" / "llm"
-SCORER_FOLDER = Path(__file__).parent / "weights" / "scorer"
+TINY_SCORER_FOLDER = Path(__file__).parent / "weights" / "tiny"
 TRAINING_RECORD = "training.json"
 
 

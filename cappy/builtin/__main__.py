@@ -1,7 +1,7 @@
 """Trains the built-in models, records samples of a real LLM, and draws prompts of T0's mixture.
 
     python -m cappy.builtin llm --target cappy/builtin/weights/llm
-    python -m cappy.builtin scorer --target cappy/builtin/weights/scorer
+    python -m cappy.builtin scorer --target cappy/builtin/weights/tiny
     python -m cappy.builtin samples --target cappy/builtin/samples --llm FOLDER --gsm8k FILE --commongen FILE
     python -m cappy.builtin prompts --target prompts.jsonl --t0 FILE
 

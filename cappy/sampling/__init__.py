@@ -70,8 +70,7 @@ def load_generator(text: str, config: "EndpointConfig | None" = None, *, work: P
 def _load_local(text: str, spec: Spec) -> "LocalGenerator":
     from cappy.model_folder import open_model_folder
 
-    if spec.kind == "models":
-        raise _registry_error(text)
+    _refuse_scorer(text, spec)
     if spec.kind == "vllm":
         from cappy.sampling.vllm_generator import VLLM
 
@@ -95,11 +94,12 @@ def _existing_folder(spec: Spec) -> Path:
     return Path(spec.name)
 
 
-def _registry_error(text: str) -> ConfigError:
-    return ConfigError(
-        f"{quote(text)}: the registry holds scorers; choose a generator: builtin, a folder, hub:, vllm:, openai: or "
-        "recorded:"
-    )
+def _refuse_scorer(text: str, spec: Spec) -> None:
+    if spec.kind == "models" or text == "builtin:tiny":
+        source = "the registry holds scorers" if spec.kind == "models" else "it is a scorer"
+        raise ConfigError(
+            f"{quote(text)}: {source}; choose a generator: builtin, a folder, hub:, vllm:, openai: or recorded:"
+        )
 
 
 def _load_transformers(name: str, folder: "ModelFolder", revision: str = "") -> "LocalGenerator":
@@ -137,8 +137,7 @@ def check_generator(text: str, config: "EndpointConfig", decodings: Sequence["De
 
         Recorded(spec).check(decodings)
         return 0
-    if spec.kind == "models":
-        raise _registry_error(text)
+    _refuse_scorer(text, spec)
     inner = parse_spec(spec.name) if spec.kind == "vllm" else spec
     if spec.kind == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"{text}: vLLM is not installed; pip install vllm where there is a GPU")

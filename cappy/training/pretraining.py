@@ -68,7 +68,7 @@ def run(config: PretrainingConfig, progress: Progress = silent) -> Manifest:
 def _open_encoder(encoder: str) -> ModelFolder:
     """Opens the encoder's folder; for `builtin`, that of the built-in LLM, whose tokenizer the new encoder uses."""
     spec = parse_spec(encoder)
-    if spec.kind == "builtin":
+    if spec.text == "builtin":
         from cappy.builtin import LLM_FOLDER
 
         return open_model_folder(LLM_FOLDER, pinned=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cappy.annotation import rouge_l
-from cappy.builtin import LLM_FOLDER, SCORER_FOLDER, verify
+from cappy.builtin import LLM_FOLDER, TINY_SCORER_FOLDER, verify
 from cappy.builtin.tasks import FAMILIES, instances
 from cappy.errors import FolderError
 from cappy.records import prompt_hash
@@ -21,8 +21,8 @@ MOST_BYTES = 12_000_000
 
 def test_the_folders_hold_what_their_seals_name_and_are_small() -> None:
     verify(LLM_FOLDER)
-    verify_manifest(SCORER_FOLDER)
-    for folder in (LLM_FOLDER, SCORER_FOLDER):
+    verify_manifest(TINY_SCORER_FOLDER)
+    for folder in (LLM_FOLDER, TINY_SCORER_FOLDER):
         assert sum(path.stat().st_size for path in folder.iterdir()) < MOST_BYTES
         assert (folder / "model.safetensors").is_file()
     seal = json.loads((LLM_FOLDER / "training.json").read_text())
@@ -51,14 +51,14 @@ def test_the_llm_answers_and_there_is_something_to_select() -> None:
 
 
 def test_the_scorer_was_trained_on_the_pretraining_pool_alone() -> None:
-    hashes = set(training_prompts(SCORER_FOLDER).tolist())
+    hashes = set(training_prompts(TINY_SCORER_FOLDER).tolist())
     assert len(hashes) > 1000
     for pool in ("adaptation", "llm"):
         assert not hashes & {prompt_hash(row.instruction) for row in instances(pool, num_per_family=100)}
 
 
 def test_the_scorer_prefers_a_reference_to_another_instances_reference() -> None:
-    scorer = Scorer.load("builtin")
+    scorer = Scorer.load("builtin:tiny")
     rows = [row for row in instances("adaptation", num_per_family=12, seed=9) if not FAMILIES[row.task].held_out]
     by_task: dict[str, list[int]] = {}
     for row in rows:

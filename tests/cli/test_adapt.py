@@ -415,7 +415,7 @@ def test_where_the_champion_was_not_cross_fitted_a_report_must_be_on_a_test_spli
 
 
 def test_the_estimated_time_of_training_grows_with_pairs_and_tokens() -> None:
-    folder = scorer_folder("builtin")
+    folder = scorer_folder("builtin:tiny")
     once, twice = estimate_seconds(folder, 1000, 60), estimate_seconds(folder, 4000, 60)
     assert 2 < twice / once < 8, "the rate is measured each time"
     assert estimate_seconds(folder, 1000, 240) > 2 * once > 0

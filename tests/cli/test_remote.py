@@ -401,7 +401,7 @@ def test_a_run_on_this_machine_is_checked_as_a_submission_is(here: Here, tmp_pat
         "--set",
         f"preparation.source={asked}",
         "--set",
-        "scoring.scorer=builtin",
+        "scoring.scorer=builtin:tiny",
     )
     for setting, names in (
         ("scoring.target=mine", ("scoring: --target", "leave it out")),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from wording import assert_names
 
-from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
+from cappy.builtin import LLM_FOLDER, TINY_SCORER_FOLDER
 from cappy.costing import DEFAULT_THROUGHPUT_PATH, Measurement, PlanConfig, TextLengths, Throughput, read_throughput
 from cappy.costing.costs import (
     GENERATORS,
@@ -94,7 +94,7 @@ def test_operations_are_counted_as_training_counts_them() -> None:
     from cappy.scoring import Scorer
     from cappy.training.meter import count_layer_weights, pair_flops
 
-    model, shape = Scorer.load(str(SCORER_FOLDER), precision="fp32").model, SCORERS["builtin"]
+    model, shape = Scorer.load(str(TINY_SCORER_FOLDER), precision="fp32").model, SCORERS["builtin"]
     assert shape.layer_weights == count_layer_weights(model)
     expected = sum(pair_flops(model.config, count_layer_weights(model), tokens) for tokens in (10, 250))
     assert 2 * shape.training_flops(130, (10**2 + 250**2) / 2) == pytest.approx(expected)

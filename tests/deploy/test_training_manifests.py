@@ -74,7 +74,7 @@ def client_of(cluster: Cluster) -> Any:
 def followed(client: Any, folder: Path) -> str:
     """Starts a job of two nodes as a step does, follows it and reads its logs; returns its name."""
     places = {"source": folder / "annotated", "target": folder / "scorer", "work": folder / "work"}
-    plan = build(FinetuningConfig, {**places, "scorer": "builtin", "nodes": 2, "parallelism": "ddp"})
+    plan = build(FinetuningConfig, {**places, "scorer": "builtin:tiny", "nodes": 2, "parallelism": "ddp"})
     name: str = client.train(runtime=client.get_runtime("cappy-torch"), trainer=trainer("finetuning", plan))
     assert client.wait_for_job_status(name, status={"Running", "Created"}, polling_interval=1).num_nodes == 2
     assert list(client.get_job_logs(name)) == ["one line", "another"]
@@ -99,7 +99,7 @@ def test_the_trainer_sdk_starts_our_runtime_with_our_image_and_two_nodes(tmp_pat
 def driven(actual: Cluster, folder: Path) -> None:
     """Starts a job as a step does, follows it, reads its logs and ends it."""
     places = {"source": folder / "annotated", "target": folder / "scorer", "work": folder / "work"}
-    settings = {"scorer": "builtin", "nodes": 2, "parallelism": "ddp", "launcher": "trainjob"}
+    settings = {"scorer": "builtin:tiny", "nodes": 2, "parallelism": "ddp", "launcher": "trainjob"}
     plan = build(FinetuningConfig, {**places, **settings, "trainjob": {"namespace": "kubeflow"}})
     jobs = TrainJobs("finetuning", plan, plan, {}, client=client_of(actual))
     assert jobs.status("cappy-finetuning-0") is None

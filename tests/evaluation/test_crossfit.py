@@ -138,7 +138,7 @@ def test_no_instance_is_tested_or_held_out_by_a_scorer_that_saw_it(
     evaluated, skipped = crossfit.evaluate_folds(
         four,
         grouped,
-        ("finetuning", {"scorer": "builtin", "epochs": 3.0}),
+        ("finetuning", {"scorer": "builtin:tiny", "epochs": 3.0}),
         tmp_path,
         load=lambda folder: Fold(Path(folder), score),
         progress=silent,

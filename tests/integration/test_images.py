@@ -22,7 +22,7 @@ from waiting import wait_until
 import cappy
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
-from cappy.builtin import SCORER_FOLDER
+from cappy.builtin import TINY_SCORER_FOLDER
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import read
@@ -242,7 +242,7 @@ def test_the_command_of_our_kserve_manifest_is_in_the_serving_image(containers: 
 
 def test_the_serving_image_keeps_the_contract_of_vertex(containers: Containers, folder: Path) -> None:
     model, place, port = folder / "scorer", "/v1/endpoints/1/deployedModels/2", free_port()
-    subprocess.run(["cp", "-r", str(SCORER_FOLDER), str(model)], check=True)
+    subprocess.run(["cp", "-r", str(TINY_SCORER_FOLDER), str(model)], check=True)
     variables = {
         "AIP_HTTP_PORT": "9000",
         "AIP_HEALTH_ROUTE": place,
@@ -289,7 +289,7 @@ def test_a_trainer_trains_the_builtin_scorer(
     work.chmod(0o777)
     jax = ("--env", "JAX_PLATFORMS=cpu", "--env", "XLA_FLAGS=--xla_force_host_platform_device_count=2")
     places = ("--source", str(annotated), "--target", str(work / "scorer"), "--work", str(work))
-    plan = ("--scorer", "builtin", "--batch-instances", "2", "--dry-run")
+    plan = ("--scorer", "builtin:tiny", "--batch-instances", "2", "--dry-run")
     options = (*mounted(folder), *options, *(jax if "jax" in flags else ()), "--env", "OMP_NUM_THREADS=1")
     printed = containers.run(name, "cappy", "finetuning", *places, *plan, *flags, options=options)
     assert "pairs" in printed
@@ -327,7 +327,7 @@ def test_the_verb_runs_a_pipeline_in_the_images(containers: Containers, folder: 
     (place / "asked.jsonl").write_text(json.dumps({"instruction": "Add 1 and 1.", "responses": ["2", "fish"]}) + "\n")
     words = ("pipeline", "run", "batch_score", "--on", "docker", "--json", "--set", "preparation.source=asked.jsonl")
     environment = {**containers.environment, "PYTHONPATH": str(ROOT)}
-    command = [CAPPY, *words, "--set", "scoring.scorer=builtin"]
+    command = [CAPPY, *words, "--set", "scoring.scorer=builtin:tiny"]
     done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr + "".join(path.read_text() for path in place.glob(".cappy/runs/*/run.log"))
     actual = json.loads(done.stdout)

@@ -13,7 +13,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import pytest
 from processes import free_port, running, wait_for
 
-from cappy.builtin import SCORER_FOLDER
+from cappy.builtin import TINY_SCORER_FOLDER
 
 FAKES = Path(__file__).parents[1] / "fakes"
 ROOT = Path(__file__).parents[2]
@@ -104,9 +104,9 @@ def test_mlflows_client_of_its_scoring_server_gets_the_scores(address: str) -> N
 
 
 def test_cappy_serve_reads_its_scorer_from_a_bucket_of_googles(gcs: Any, tmp_path: Path) -> None:
-    for path in SCORER_FOLDER.rglob("*"):
+    for path in TINY_SCORER_FOLDER.rglob("*"):
         if path.is_file():
-            gcs.write(f"models/7/{path.relative_to(SCORER_FOLDER).as_posix()}", path.read_bytes())
+            gcs.write(f"models/7/{path.relative_to(TINY_SCORER_FOLDER).as_posix()}", path.read_bytes())
     port, log = free_port(), tmp_path / "log"
     place = {"AIP_STORAGE_URI": f"{gcs.address}/models/7", "AIP_HTTP_PORT": str(port), "PYTHONPATH": str(ROOT)}
     credentials = {"GOOGLE_CLOUD_PROJECT": "test"}

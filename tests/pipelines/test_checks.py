@@ -13,7 +13,7 @@ from chat_server import serving as serving_chat
 from local_server import handled_by
 from wording import assert_names, raises_naming
 
-from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
+from cappy.builtin import LLM_FOLDER, TINY_SCORER_FOLDER
 from cappy.config import build
 from cappy.errors import CappyError, ProblemsError, error_lines
 from cappy.records import Instance, write
@@ -86,8 +86,8 @@ def problems(**values: Any) -> list[str]:
 def test_what_can_work_has_no_problem() -> None:
     with listing(lambda path, key: models("m", "n")) as url:
         assert problems(generator=[f"openai:m@{url}"]) == []
-    assert problems(generator=["builtin"], scorer="builtin") == []
-    assert problems(generator=[str(LLM_FOLDER)], scorer=str(SCORER_FOLDER)) == []
+    assert problems(generator=["builtin"], scorer="builtin:tiny") == []
+    assert problems(generator=[str(LLM_FOLDER)], scorer=str(TINY_SCORER_FOLDER)) == []
 
 
 def test_all_problems_are_shown_together_one_line_each() -> None:
@@ -196,9 +196,9 @@ def test_a_folder_that_is_no_llm_or_no_scorer_is_refused(folder: Path) -> None:
         (folder / name).mkdir()
     (folder / "pickled" / "config.json").write_text("{}")
     (folder / "pickled" / "pytorch_model.bin").write_bytes(b"")
-    lines = problems(generator=[str(SCORER_FOLDER), "empty"], scorer="pickled")
+    lines = problems(generator=[str(TINY_SCORER_FOLDER), "empty"], scorer="pickled")
     assert len(lines) == 3
-    assert_names(lines[0], str(SCORER_FOLDER), "ForSequenceClassification", "cannot generate text")
+    assert_names(lines[0], str(TINY_SCORER_FOLDER), "ForSequenceClassification", "cannot generate text")
     assert_names(lines[1], "empty", "config.json")
     assert_names(lines[2], "pickled/pytorch_model.bin", "safetensors")
 

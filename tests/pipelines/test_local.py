@@ -196,7 +196,7 @@ def test_shards_have_names_and_caches_of_their_own_and_an_edited_input_is_never_
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "rows.jsonl"
     rows = [{"instruction": f"Add {index} and 1.", "responses": ["2", "3"]} for index in range(4)]
-    parameters = {"source": str(file), "scorer": "builtin"}
+    parameters = {"source": str(file), "scorer": "builtin:tiny"}
     work = str(tmp_path / "work")
     recipe = check_recipe({"pipeline": "batch_score", "shards": 2, "parameters": parameters, "work": work})
 
@@ -258,7 +258,7 @@ def test_a_fresh_start_that_was_ended_goes_on_under_its_name_and_a_new_one_does_
     plain = check_recipe(
         {
             "pipeline": "batch_score",
-            "parameters": {"source": "builtin", "scorer": "builtin"},
+            "parameters": {"source": "builtin", "scorer": "builtin:tiny"},
             "work": str(tmp_path / "work"),
         }
     )

@@ -295,7 +295,7 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
             ("preparation: --local: missing: ",),
         ),
         ({"settings": {"sampling": {"target": "x"}}}, ("sampling: --target ", "leave it out")),
-        ({"settings": {"evaluation": {"scorer": "builtin"}}}, ("evaluation: --scorer ", "leave it out")),
+        ({"settings": {"evaluation": {"scorer": "builtin:tiny"}}}, ("evaluation: --scorer ", "leave it out")),
         ({"settings": {"annotation": {"work": "x"}}}, ("annotation: --work ", "leave it out")),
     ],
 )

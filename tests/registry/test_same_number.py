@@ -11,7 +11,7 @@ from cappy.scoring import Scorer
 
 def test_a1_a_downloaded_scorer_has_one_number_everywhere(env: Any) -> None:
     folder = env.folder / "scorer"
-    scorer = Scorer.load("builtin", device="cpu", precision="fp32")
+    scorer = Scorer.load("builtin:tiny", device="cpu", precision="fp32")
     scorer.save(folder)
     env.register(folder, env.report("report", folder))
     env.promote(env.folder / "report")

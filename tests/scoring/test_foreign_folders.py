@@ -24,7 +24,7 @@ from transformers import (
 )
 from wording import assert_names, raises_naming
 
-from cappy.builtin import SCORER_FOLDER
+from cappy.builtin import TINY_SCORER_FOLDER
 from cappy.errors import FolderError
 from cappy.model_folder import open_model_folder
 from cappy.scoring import Scorer
@@ -52,7 +52,7 @@ def edit(path: Path, **values: Any) -> None:
 def bare(tmp_path: Path) -> Path:
     """The built-in weights as if others had written them: no manifest, no word of ours, no activation."""
     folder = tmp_path / "bare"
-    shutil.copytree(SCORER_FOLDER, folder)
+    shutil.copytree(TINY_SCORER_FOLDER, folder)
     for name in ("manifest.json", "trained_on.u64", "training.json"):
         (folder / name).unlink()
     old = dict.fromkeys(("cappy", "sentence_transformers", "sbert_ce_default_activation_function", "problem_type"))
@@ -119,7 +119,7 @@ def test_a2_our_own_word_counts_where_no_activation_is_stated(bare: Path) -> Non
 
 def test_a2_an_activation_that_was_changed_by_others_counts_before_our_own_word(tmp_path: Path) -> None:
     folder = tmp_path / "changed"
-    CrossEncoder(str(SCORER_FOLDER), device="cpu", activation_fn=torch.nn.Identity()).save_pretrained(str(folder))
+    CrossEncoder(str(TINY_SCORER_FOLDER), device="cpu", activation_fn=torch.nn.Identity()).save_pretrained(str(folder))
     assert load(folder).score(PAIRS) == pytest.approx(by_cross_encoder(folder), abs=1e-4)
     assert load(folder).head == "mse"
 
@@ -189,7 +189,7 @@ def peer_modules(kind: str, encoder: Path) -> Any:
     from sentence_transformers.sparse_encoder.modules import SpladePooling
 
     if kind == "static":
-        backend = AutoTokenizer.from_pretrained(SCORER_FOLDER).backend_tokenizer
+        backend = AutoTokenizer.from_pretrained(TINY_SCORER_FOLDER).backend_tokenizer
         return SentenceTransformer(modules=[StaticEmbedding(backend, embedding_dim=8)], device="cpu")
     if kind == "splade":
         body = Transformer(str(encoder), transformer_task="fill-mask")
@@ -315,7 +315,7 @@ def test_token_types_are_given_as_the_tokenizer_gives_them_unasked(bare: Path) -
 
 def reranker(folder: Path, *, pad: int | None, tokenizer_pad: str | None = None, positions: int = 2048) -> Path:
     """A random GPT-2 with a head: a reranker that finds its last token by the padding's number."""
-    known = AutoTokenizer.from_pretrained(SCORER_FOLDER)
+    known = AutoTokenizer.from_pretrained(TINY_SCORER_FOLDER)
     PreTrainedTokenizerFast(
         tokenizer_object=known.backend_tokenizer, pad_token=tokenizer_pad, eos_token="</s>"
     ).save_pretrained(folder)
@@ -351,7 +351,7 @@ def test_a3_a_reranker_without_padding_scores_as_transformers_does_one_pair_at_a
 def test_a3_a_model_that_reads_the_last_place_is_given_no_padding(tmp_path: Path) -> None:
     """XLNet: its own tokenizer pads on the left, and token types come with a number of their own for its last token."""
     folder = tmp_path / "xlnet"
-    tokenizer = AutoTokenizer.from_pretrained(SCORER_FOLDER, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(TINY_SCORER_FOLDER, padding_side="left")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = XLNetConfig(
@@ -421,7 +421,7 @@ def test_a4_a_length_in_which_no_pair_fits_is_refused(length: int, bare: Path) -
 
 
 def test_a4_a_cut_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    scorer = Scorer.load("builtin", device="cpu", precision="fp32")
+    scorer = Scorer.load("builtin:tiny", device="cpu", precision="fp32")
     pairs = [("cat", "dog"), ("cat " * 400, "dog"), ("cat", "dog " * 400), ("cat", "dog " * 400)]
     for _ in range(2):
         scorer.score(pairs)

@@ -10,7 +10,7 @@ import torch
 from other_loaders import PAIRS, by_cross_encoder, by_transformers
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from cappy.builtin import SCORER_FOLDER
+from cappy.builtin import TINY_SCORER_FOLDER
 from cappy.config import build
 from cappy.errors import ConfigError, FolderError
 from cappy.records import Candidate, Instance, write
@@ -78,12 +78,12 @@ def trained(annotated: Path, tmp_path: Path) -> Trained:
 
 
 def test_a1_the_committed_built_in_weights_have_one_number_everywhere() -> None:
-    assert_one_number(SCORER_FOLDER)
+    assert_one_number(TINY_SCORER_FOLDER)
 
 
 @pytest.mark.parametrize("head", ["bce", "mse"])
 def test_a1_a_saved_copy_of_either_head_has_one_number_everywhere(head: str, tmp_path: Path) -> None:
-    scorer = Scorer.load("builtin", device="cpu", precision="fp32")
+    scorer = Scorer.load("builtin:tiny", device="cpu", precision="fp32")
     scorer.head = head  # type: ignore[assignment]
     scorer.save(tmp_path / "copy")
     assert_one_number(tmp_path / "copy")
@@ -91,9 +91,9 @@ def test_a1_a_saved_copy_of_either_head_has_one_number_everywhere(head: str, tmp
 
 
 def test_a1_a_scorer_finetuned_from_the_built_in_one_has_one_number_everywhere(trained: Trained) -> None:
-    folder = trained("finetuning", scorer="builtin")
+    folder = trained("finetuning", scorer="builtin:tiny")
     assert_one_number(folder)
-    assert here(folder) != pytest.approx(here(SCORER_FOLDER), abs=1e-3)
+    assert here(folder) != pytest.approx(here(TINY_SCORER_FOLDER), abs=1e-3)
 
 
 @pytest.mark.parametrize("head", ["bce", "mse"])
@@ -105,7 +105,7 @@ def test_a1_a_scorer_of_a_new_built_in_encoder_has_one_number_everywhere(head: s
 def encoder(tmp_path: Path) -> Path:
     """A BERT of 40 positions; its tokenizer makes token types, says nothing of them, and has a chat template."""
     folder = tmp_path / "encoder"
-    tokenizer = AutoTokenizer.from_pretrained(SCORER_FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_SCORER_FOLDER)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     bare = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", cls_token="<s>", sep_token="</s>"
@@ -134,7 +134,7 @@ def test_a1_a_folder_says_its_length_and_inputs_in_the_tokenizers_own_file(
     make_scorer: Callable[..., Path],
 ) -> None:
     """By names that every version of transformers knows, whatever was known when it was written."""
-    for folder, names in ((SCORER_FOLDER, 3), (make_scorer(max_length=32), 2)):
+    for folder, names in ((TINY_SCORER_FOLDER, 3), (make_scorer(max_length=32), 2)):
         values = json.loads((folder / "tokenizer_config.json").read_text())
         assert values["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert len(values["model_input_names"]) == names
@@ -144,7 +144,7 @@ def test_a1_a_folder_says_its_length_and_inputs_in_the_tokenizers_own_file(
 @pytest.fixture
 def earlier(trained: Trained) -> Path:
     """A scorer finetuned from the built-in one, its files as the release before wrote them, and its scores beside."""
-    folder = trained("finetuning", scorer="builtin")
+    folder = trained("finetuning", scorer="builtin:tiny")
     (folder.parent / "scores.json").write_text(json.dumps(here(folder)))
     values = json.loads((folder / "tokenizer_config.json").read_text())
     values.pop("model_input_names")
@@ -177,11 +177,11 @@ def test_a1_the_same_files_from_others_are_scored_as_others_read_them(earlier: P
 
 
 def test_a6_a_scorer_loaded_in_bf16_saves_what_was_loaded(tmp_path: Path) -> None:
-    exact = here(SCORER_FOLDER)
-    scorer = Scorer.load("builtin", device="cpu", precision="bf16")
+    exact = here(TINY_SCORER_FOLDER)
+    scorer = Scorer.load("builtin:tiny", device="cpu", precision="bf16")
     assert scorer.score(PAIRS) != exact
     scorer.save(tmp_path / "copy")
-    assert (tmp_path / "copy/model.safetensors").read_bytes() == (SCORER_FOLDER / "model.safetensors").read_bytes()
+    assert (tmp_path / "copy/model.safetensors").read_bytes() == (TINY_SCORER_FOLDER / "model.safetensors").read_bytes()
     assert here(tmp_path / "copy") == exact
     assert here(tmp_path / "copy", precision="bf16") == pytest.approx(scorer.score(PAIRS), abs=1e-6)
 
@@ -199,7 +199,7 @@ def test_a6_a_folder_that_changed_since_it_was_loaded_in_bf16_is_not_saved(
 
 
 def test_a6_a_scorer_made_in_bf16_without_a_folder_is_not_saved(tmp_path: Path) -> None:
-    exact = Scorer.load("builtin", device="cpu", precision="fp32")
+    exact = Scorer.load("builtin:tiny", device="cpu", precision="fp32")
     low = Scorer(exact.model, exact.tokenizer, ScorerConfig(head="bce", max_length=64), precision="bf16")
     with pytest.raises(ConfigError, match="bf16.*precision fp32"):
         low.save(tmp_path / "copy")
@@ -210,5 +210,5 @@ def test_a6_a_scorer_made_in_bf16_without_a_folder_is_not_saved(tmp_path: Path) 
 def test_nothing_is_saved_beside_files_that_would_change_its_number(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
     with pytest.raises(FolderError, match=f"{name}: "):
-        Scorer.load("builtin", precision="fp32").save(tmp_path)
+        Scorer.load("builtin:tiny", precision="fp32").save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -45,7 +45,7 @@ def scored(instances: Path, tmp_path: Path, **more: Any) -> dict[tuple[str, str]
 
 
 def test_every_response_has_the_scorers_score_under_its_version(instances: Path, tmp_path: Path) -> None:
-    scorer = Scorer.load("builtin", precision="fp32")
+    scorer = Scorer.load("builtin:tiny", precision="fp32")
     result = scored(instances, tmp_path)
     assert len(result) == 6
     for (instruction, response), scores in result.items():
@@ -68,7 +68,7 @@ def test_shards_score_what_the_whole_does(instances: Path, tmp_path: Path) -> No
 def test_a_second_scorer_adds_its_score_and_leaves_the_firsts(instances: Path, tmp_path: Path) -> None:
     first = scored(instances, tmp_path)
     other = tmp_path / "other"
-    shutil.copytree(scorer_folder("builtin"), other)
+    shutil.copytree(scorer_folder("builtin:tiny"), other)
     weights = load_file(other / "model.safetensors")
     weights = {name: values * 0.5 if name.startswith("classifier") else values for name, values in weights.items()}
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})

@@ -36,7 +36,7 @@ if kind == "few":
     connections.MIN_CONNECTIONS, connections.MAX_CONNECTIONS = 4, 4
 if kind == "gateway":
     from cappy.cli import main
-    main(["gateway", "--upstream", "http://127.0.0.1:9/v1", "--scorer", "builtin", "--port", "0"])
+    main(["gateway", "--upstream", "http://127.0.0.1:9/v1", "--scorer", "builtin:tiny", "--port", "0"])
 engine = FakeEngine(score=lambda pair: float(len(pair[1])), delay=6.0 if kind == "few" else 0.0)
 pem = Path(sys.argv[4]) if len(sys.argv) > 4 else None
 server.serve(lambda: model(engine), ServeConfig(port=0, tls_certificate=pem, tls_key=pem))

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from processes import free_port, running, wait_for
 from wording import raises_naming
 
-from cappy.builtin import SCORER_FOLDER
+from cappy.builtin import TINY_SCORER_FOLDER
 from cappy.cli import main
 from cappy.errors import ConfigError, FolderError
 from cappy.scoring import Scorer
@@ -90,7 +90,7 @@ def test_a_buckets_folder_is_copied_whole_and_gone_afterwards() -> None:
         assert result == {"manifest.json", "deep/weights"}
         assert Path(place).name == "7"
     assert not Path(place).exists()
-    with local_scorer("builtin") as place:
+    with local_scorer("builtin:tiny") as place:
         assert place == "builtin"
 
 
@@ -110,7 +110,7 @@ def test_cappy_serve_without_flags_serves_what_the_variables_say(tmp_path: Path)
     port, log = free_port(), tmp_path / "log"
     address = f"http://127.0.0.1:{port}"
     variables = {
-        "AIP_STORAGE_URI": SCORER_FOLDER.as_uri(),
+        "AIP_STORAGE_URI": TINY_SCORER_FOLDER.as_uri(),
         "AIP_HTTP_PORT": str(port),
         "AIP_PREDICT_ROUTE": f"{PLACE}:predict",
         "AIP_HEALTH_ROUTE": PLACE,
@@ -120,7 +120,7 @@ def test_cappy_serve_without_flags_serves_what_the_variables_say(tmp_path: Path)
         wait_for(f"{address}{PLACE}", process, log)
         answer = httpx.post(f"{address}{PLACE}:predict", json={"instances": PAIRS})
     scores = [prediction["score"] for prediction in answer.json()["predictions"]]
-    expected = Scorer.load("builtin").score([(pair[0], pair[1]) for pair in PAIRS])
+    expected = Scorer.load("builtin:tiny").score([(pair[0], pair[1]) for pair in PAIRS])
     assert scores == pytest.approx(expected, abs=5e-3)
 
 

@@ -31,7 +31,7 @@ def trained(
         asked.append(settings)
         Path(settings["target"]).mkdir(parents=True)
 
-    made: Any = ("finetuning", {"scorer": "builtin", "seed": training})
+    made: Any = ("finetuning", {"scorer": "builtin:tiny", "seed": training})
     crossfit.evaluate_folds(four, instances, made, folder, load=lambda _: Lengths(), progress=silent, train=train)
     return [read_manifest(settings["source"]).hash for settings in asked], asked
 

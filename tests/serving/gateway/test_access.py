@@ -72,5 +72,5 @@ def test_the_keys_come_from_the_variable_for_the_gateway_too(
 
     monkeypatch.setenv("CAPPY_API_KEYS", "short")
     with pytest.raises(SystemExit):
-        main(["gateway", "--upstream", "http://127.0.0.1:9/v1", "--scorer", "builtin", "--port", "0"])
+        main(["gateway", "--upstream", "http://127.0.0.1:9/v1", "--scorer", "builtin:tiny", "--port", "0"])
     assert_names(capsys.readouterr().err, "CAPPY_API_KEYS", " 8 ")

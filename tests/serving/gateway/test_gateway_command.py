@@ -135,13 +135,13 @@ def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request
             ["NOT_SET is not set", "http://g"],
         ),
         (
-            ["--upstream", "http://h/v1", "--scorer", "builtin", "--scorer-key-variable", "X"],
+            ["--upstream", "http://h/v1", "--scorer", "builtin:tiny", "--scorer-key-variable", "X"],
             ["--scorer-key-variable", "--scorer http://host:port"],
         ),
         (["--upstream", "http://h/v1", "--max-cost", "1"], ["--max-cost", "--price-input", "--price-output"]),
         (["--upstream", "http://h/v1", "--floor", "0.9", "--threshold", "0.5"], ["--floor 0.9", "--threshold 0.5"]),
         (["--upstream", "http://h/v1", "--scorer", "http://127.0.0.1:9"], ["http://127.0.0.1:9: ", "cappy serve"]),
-        (["--upstream", "http://h/v1", "--scorer", "builtin", "--calibration", "."], [".: ", "calibration.json"]),
+        (["--upstream", "http://h/v1", "--scorer", "builtin:tiny", "--calibration", "."], [".: ", "calibration.json"]),
     ],
 )
 def test_what_a_person_can_mend_is_one_line(
@@ -171,9 +171,9 @@ def test_the_builtin_scorer_scores_as_it_does_alone_and_has_no_calibration() -> 
 
     result = load("builtin")
     pairs = [("Sort: pear fig", "fig pear"), ("Sort: pear fig", "pear fig")]
-    assert asyncio.run(result(pairs)) == Scorer.load("builtin").score(pairs)
+    assert asyncio.run(result(pairs)) == Scorer.load("builtin:tiny").score(pairs)
     assert result.calibration is None
-    assert result.version() == Scorer.load("builtin").version
+    assert result.version() == Scorer.load("builtin:tiny").version
 
 
 async def close(result: Scoring) -> None:

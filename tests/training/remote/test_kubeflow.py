@@ -74,7 +74,7 @@ def test_the_trainjob_asks_for_the_nodes_their_devices_the_volume_and_an_end(
             "volume": f"shared:{tmp_path}",
         },
         image="trainer:1",
-        scorer="builtin",
+        scorer="builtin:tiny",
         service_account="trainer",
         timeout_hours=2.0,
     )

@@ -81,7 +81,7 @@ def test_the_job_asks_for_machines_their_accelerators_the_volume_spot_and_an_end
             "network": "projects/1/global/networks/default",
         },
         work="/mnt/nfs/work/cappy",
-        scorer="builtin",
+        scorer="builtin:tiny",
         service_account="trainer@my-project.iam.gserviceaccount.com",
         timeout_hours=2.0,
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from cappy.builtin import SCORER_FOLDER
+from cappy.builtin import TINY_SCORER_FOLDER
 from cappy.scoring import Scorer
 from cappy.scoring.config import ScorerConfig
 
@@ -18,7 +18,7 @@ Load = Callable[..., Scorer]
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of two layers with the head `bce` and two token types, without dropout."""
     folder = tmp_path_factory.mktemp("bert")
-    tokenizer = AutoTokenizer.from_pretrained(SCORER_FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_SCORER_FOLDER)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),
