@@ -74,7 +74,17 @@ def time_repeatedly(action: Callable[[], object]) -> dict[str, float]:
 def time_until_ready(environment: Mapping[str, str], image: str) -> float:
     """Seconds from `docker run` to the first status 200 of /ready, with the built-in scorer."""
     started = time.monotonic()
-    arguments = ("run", "--detach", "--publish", "127.0.0.1::8080", *LOCKED_DOWN, image, "serve", "--scorer", "builtin:tiny")
+    arguments = (
+        "run",
+        "--detach",
+        "--publish",
+        "127.0.0.1::8080",
+        *LOCKED_DOWN,
+        image,
+        "serve",
+        "--scorer",
+        "builtin:tiny",
+    )
     container = run_docker(environment, *arguments)
     try:
         port = run_docker(environment, "port", container, "8080").rpartition(":")[2]

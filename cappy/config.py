@@ -8,12 +8,15 @@ import base64
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 
 import pydantic
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from cappy.errors import ConfigError, Problems, quote, suggest
 
@@ -53,6 +56,36 @@ Fresh = Annotated[
 ]
 """On the command line this is a flag without a value. The config stores a generated run name instead, so that a retry
 continues the same run."""
+
+
+def _cores(value: object) -> str:
+    """Cores in the form that every platform takes: a whole number, or thousandths such as 500m."""
+    if value == "":
+        return ""
+    text = f"{value}".strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)(m?)", text)
+    thousandths = Decimal(match[1]) * (1 if match[2] else 1000) if match else Decimal(0)
+    if thousandths < 1 or thousandths != int(thousandths):
+        raise ValueError(f"{quote(value)}: is not a number of cores; give for example 2, 0.5 or 500m")
+    return f"{int(thousandths)}m" if thousandths % 1000 else f"{int(thousandths) // 1000}"
+
+
+def _memory(value: object) -> str:
+    """Memory in the form that every platform takes: whole Mi or Gi, rounded up to a whole Mi."""
+    if value == "":
+        return ""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)(Mi|Gi|Ti)", value.strip()) if isinstance(value, str) else None
+    mebibytes = Decimal(match[1]) * 1024 ** ("Mi", "Gi", "Ti").index(match[2]) if match else Decimal(0)
+    if not mebibytes:
+        raise ValueError(f"{quote(value)}: is not an amount of memory; give for example 512Mi or 1.5Gi")
+    whole = math.ceil(mebibytes)
+    return f"{whole}Mi" if whole % 1024 else f"{whole // 1024}Gi"
+
+
+Cores = Annotated[str, BeforeValidator(_cores)]
+"""Processor cores: 2, 0.5 or 500m; empty: not given."""
+Memory = Annotated[str, BeforeValidator(_memory)]
+"""Memory: 512Mi, 1.5Gi or 1Ti; empty: not given."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))

@@ -18,6 +18,11 @@ RUN_PACKAGE_FILE = "pipeline.yaml"
 """File name of the compiled pipeline of a local run, in the same folder."""
 PARENT_VARIABLE = "CAPPY_PARENT"
 """Environment variable: lock file that the parent process of a local run holds while it runs."""
+RUN_VARIABLE = "CAPPY_RUN"
+"""Environment variable: id of the pipeline run. It is no parameter of cached steps, and no constant of their
+containers, because both belong to the key of kfp's cache (Kubeflow Pipelines, backend/src/v2/cacheutils/cache.go): no
+run would reuse a step of another. On Kubeflow it is a label of the pod. Steps of a Vertex AI pipeline do not have it.
+"""
 TIMEOUT_VARIABLE = "CAPPY_TIMEOUT"
 """Environment variable: time limit of a step in seconds; Vertex AI has no limit for steps of a pipeline."""
 ORCHESTRATOR: ContextVar[int | None] = ContextVar("orchestrator", default=None)
@@ -35,9 +40,9 @@ _DEFAULT_THRESHOLDS = gc.get_threshold()
 class StepRecord:
     """The record of one execution of a step; tracking turns it into an MLflow run.
 
-    `fingerprint` identifies the work, with `-i/N` for a shard. `run` is the id of the pipeline run that executed it: a
-    later run that takes the step from the cache reads the same record, with the id of the earlier run. `status` is
-    `done` or `failed`. `started` is in seconds of `time.time`.
+    `fingerprint` identifies the work, with `-i/N` for a shard. `run` is the id of the pipeline run that executed it,
+    empty if the step did not know it: a later run that takes the step from the cache reads the same record, with the id
+    of the earlier run. `status` is `done` or `failed`. `started` is in seconds of `time.time`.
     """
 
     step: str

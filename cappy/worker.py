@@ -25,6 +25,7 @@ from cappy.runs import (
     ORCHESTRATOR,
     PARENT_VARIABLE,
     PROGRESS_VARIABLE,
+    RUN_VARIABLE,
     TIMEOUT_VARIABLE,
     StepRecord,
     progress_path,
@@ -82,9 +83,9 @@ def launch(
     """Runs a step in a worker; writes progress to a file, and a record of the execution, and returns the manifest.
 
     `settings` is a text of `cappy.config.encode`, `values` are further settings. `fingerprint` identifies the work, and
-    `run` is the id of the pipeline run. `part` is the shard i/N of this execution; every shard writes its own record. A
-    CappyError ends the process with status 1 and one line on stderr. If a local run started the process, it exits when
-    that run exits.
+    `run` is the id of the pipeline run, by default that of the environment. `part` is the shard i/N of this
+    execution; every shard writes its own record. A CappyError ends the process with status 1 and one line on stderr. If
+    a local run started the process, it exits when that run exits.
     """
     ORCHESTRATOR.set(os.getppid())
     redact_output()
@@ -120,7 +121,7 @@ def launch(
         record = StepRecord(
             step=step,
             fingerprint=fingerprint,
-            run=run,
+            run=run or os.environ.get(RUN_VARIABLE, ""),
             started=started,
             seconds=time.time() - started,
             config=config_values,

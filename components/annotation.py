@@ -13,11 +13,10 @@ def annotation(
     settings: str = "",
     fingerprint: str = "",
     shard: str = "",
-    run: str = "",
 ) -> None:
     """Label every candidate with its similarity to the references, from 0 to 1."""
     from cappy.worker import launch
 
     folders = {"source": candidates.path, "target": annotated.path}
-    manifest = launch("annotation", settings, fingerprint=fingerprint, part=shard, run=run, metric=metric, **folders)
+    manifest = launch("annotation", settings, fingerprint=fingerprint, part=shard, metric=metric, **folders)
     annotated.metadata.update(manifest=manifest.hash, rows=manifest.rows, candidates=manifest.candidates)

@@ -18,7 +18,6 @@ def evaluation(
     metric: str = "rougeL",
     settings: str = "",
     fingerprint: str = "",
-    run: str = "",
 ) -> None:
     """Compare the run's scorer, else the one in the settings, and the champion with the other selectors."""
     import shutil
@@ -29,7 +28,7 @@ def evaluation(
     trained = {"scorer": scorer.path} if scorer is not None else {}
     values: dict[str, Any] = {"champion": champion, "metric": metric, **trained}
     folders = {"source": annotated.path, "target": report.path}
-    manifest = launch("evaluation", settings, fingerprint=fingerprint, run=run, **values, **folders)
+    manifest = launch("evaluation", settings, fingerprint=fingerprint, **values, **folders)
     report.metadata.update(manifest=manifest.hash)
     metrics.metadata.update(manifest.metrics)
     shutil.copyfile(f"{report.path}/report.html", page.path)

@@ -13,11 +13,10 @@ def finetuning(
     seed: int = 0,
     settings: str = "",
     fingerprint: str = "",
-    run: str = "",
 ) -> None:
     """Train a scorer further on the labelled candidates of one task."""
     from cappy.worker import launch
 
     folders = {"source": annotated.path, "target": finetuned.path}
-    manifest = launch("finetuning", settings, fingerprint=fingerprint, run=run, scorer=scorer, seed=seed, **folders)
+    manifest = launch("finetuning", settings, fingerprint=fingerprint, scorer=scorer, seed=seed, **folders)
     finetuned.metadata.update(manifest=manifest.hash)

@@ -13,11 +13,10 @@ def gathering(
     gathered: Output[Dataset],
     settings: str = "",
     fingerprint: str = "",
-    run: str = "",
 ) -> None:
     """Join the folders that the shards of a step wrote, in the order of the shards."""
     from cappy.worker import launch
 
     folders = {"source": [part.path for part in parts], "target": gathered.path}
-    manifest = launch("gathering", settings, fingerprint=fingerprint, run=run, **folders)
+    manifest = launch("gathering", settings, fingerprint=fingerprint, **folders)
     gathered.metadata.update(manifest=manifest.hash, rows=manifest.rows, candidates=manifest.candidates)

@@ -12,12 +12,9 @@ def preparation(
     seed: int = 0,
     settings: str = "",
     fingerprint: str = "",
-    run: str = "",
 ) -> None:
     """Turn a source of tasks into instances, with a fixed split for each group."""
     from cappy.worker import launch
 
-    manifest = launch(
-        "preparation", settings, fingerprint=fingerprint, run=run, source=source, seed=seed, target=instances.path
-    )
+    manifest = launch("preparation", settings, fingerprint=fingerprint, source=source, seed=seed, target=instances.path)
     instances.metadata.update(manifest=manifest.hash, rows=manifest.rows)

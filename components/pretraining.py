@@ -12,11 +12,10 @@ def pretraining(
     seed: int = 0,
     settings: str = "",
     fingerprint: str = "",
-    run: str = "",
 ) -> None:
     """Train a scorer on labelled candidates of many tasks."""
     from cappy.worker import launch
 
     folders = {"source": annotated.path, "target": pretrained.path}
-    manifest = launch("pretraining", settings, fingerprint=fingerprint, run=run, seed=seed, **folders)
+    manifest = launch("pretraining", settings, fingerprint=fingerprint, seed=seed, **folders)
     pretrained.metadata.update(manifest=manifest.hash)

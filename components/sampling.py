@@ -15,12 +15,11 @@ def sampling(
     settings: str = "",
     fingerprint: str = "",
     shard: str = "",
-    run: str = "",
 ) -> None:
     """Sample responses to every instruction, or to those of shard i/N, from one or several LLMs."""
     from cappy.worker import launch
 
     values = {"generator": generator, "strategy": strategy, "shard": shard, "seed": seed}
     folders = {"source": instances.path, "target": candidates.path}
-    manifest = launch("sampling", settings, fingerprint=fingerprint, part=shard, run=run, **values, **folders)
+    manifest = launch("sampling", settings, fingerprint=fingerprint, part=shard, **values, **folders)
     candidates.metadata.update(manifest=manifest.hash, rows=manifest.rows, candidates=manifest.candidates)

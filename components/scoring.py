@@ -13,12 +13,11 @@ def scoring(
     settings: str = "",
     fingerprint: str = "",
     shard: str = "",
-    run: str = "",
 ) -> None:
     """Score the candidates of a dataset, or of its shard i/N."""
     from cappy.worker import launch
 
     values = {"scorer": scorer, "shard": shard}
     folders = {"source": instances.path, "target": scored.path}
-    manifest = launch("scoring", settings, fingerprint=fingerprint, part=shard, run=run, **values, **folders)
+    manifest = launch("scoring", settings, fingerprint=fingerprint, part=shard, **values, **folders)
     scored.metadata.update(manifest=manifest.hash, rows=manifest.rows, candidates=manifest.candidates)

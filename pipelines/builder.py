@@ -45,15 +45,20 @@ def build(recipe: Recipe, platform: Platform = "local") -> Pipeline:
     Raises ConfigError for a resource that the platform does not support.
     """
     definition, shards = PIPELINES[recipe.pipeline], shards_of(recipe.shards)
-    return build_pipeline(definition, shards, customizer_for(platform, recipe))
+    # Steps do not know their run on Vertex AI: those that started after its creation belong to it.
+    created = dsl.PIPELINE_JOB_CREATE_TIME_UTC_PLACEHOLDER if platform == "vertex" else ""
+    return build_pipeline(definition, shards, customizer_for(platform, recipe), created)
 
 
-def build_pipeline(definition: Definition, shards: Sequence[str], customize: TaskCustomizer) -> Pipeline:
+def build_pipeline(
+    definition: Definition, shards: Sequence[str], customize: TaskCustomizer, created: str = ""
+) -> Pipeline:
     """Builds the kfp pipeline of a definition.
 
     It has the components' parameters, with their types, under their pipeline names (`StepSpec.parameters`), and two
     more per step: `STEP_settings` (encoded) and `STEP_fingerprint`. Defaults come from the definition, otherwise from
-    the components. `source` is required if the definition has no default for it.
+    the components. `source` is required if the definition has no default for it. `created` is the placeholder of the
+    run's creation time, for platforms where steps do not know their run.
     """
     signature = _signature(definition, len(shards))
 
@@ -64,6 +69,7 @@ def build_pipeline(definition: Definition, shards: Sequence[str], customize: Tas
             fingerprints=arguments["fingerprints"],
             settings=arguments["tracking_settings"],
             run=RUN_ID_PLACEHOLDER,
+            created=created,
         )
         exit_task.set_caching_options(False)
         customize(TRACKING_TASK, exit_task)
@@ -112,7 +118,7 @@ class _TaskGraph:
             **(self._shard_argument if spec.sharded else {}),
             settings=self._arguments[f"{step}_settings"],
             fingerprint=self._arguments[f"{step}_fingerprint"],
-            run=RUN_ID_PLACEHOLDER,
+            **({} if spec.cached else {"run": RUN_ID_PLACEHOLDER}),
         )
         if not spec.cached:
             task.set_caching_options(False)

@@ -6,16 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 from cappy.errors import ConfigError
+from cappy.runs import RUN_VARIABLE
 from cappy.steps import TRAINING_STEPS
 from components import TRAINER_IMAGE, TRAINER_TPU_IMAGE, WORKER_IMAGE
 from pipelines.definitions import TRACKING_TASK
 from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, Resources, kubernetes_resource, refuse_password
 
-BACKOFF = {"backoff_duration": "30s", "backoff_factor": 2.0, "backoff_max_duration": "600s"}
+BACKOFF = {"backoff_duration": "30s", "backoff_factor": 2.0}
 """Pauses between attempts: it takes minutes to replace a lost node."""
+MAX_PAUSE_SECONDS = 600
+"""Longest pause between attempts on Vertex AI, whose `backoff_max_duration` limits the pause."""
+MIN_RETRY_SECONDS = 30 * 24 * 3600
+"""On Kubeflow `backoff_max_duration` limits all attempts together, from the start of the first one: Argo starts none
+after that, and ends one that still runs (argo-workflows, workflow/controller/operator.go)."""
+GRACE_SECONDS = 120
+"""Time that a pod gets beyond `hours`, in which the step ends by itself."""
 FOLLOWER_RESOURCES = ("1", "2Gi")
 """Cores and memory of a step that submits a job and follows it."""
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 (in the pod)
+RUN_LABEL_PATH = "metadata.labels['pipeline/runid']"
+"""Where a pod has the id of its run: Kubeflow Pipelines labels every pod with it."""
 SECRET_VERSION = re.compile(r"projects/[^/]+/secrets/[^/]+/versions/[^/]+")
 
 TaskCustomizer = Callable[[str, Any], None]
@@ -55,15 +65,17 @@ def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
     def customize(step: str, task: Any) -> None:
         from kfp import kubernetes
 
-        resources = _customize_common(recipe, step, task, {"HF_HOME": f"{recipe.kubeflow.mount}/hub"})
-        kubeflow = recipe.kubeflow
+        resources, kubeflow = recipe.resources_of(step), recipe.kubeflow
+        environment = {"HF_HOME": f"{kubeflow.mount}/hub"}
+        _customize_common(recipe, step, task, environment, max_backoff=_all_attempts_seconds(resources))
         kubernetes.mount_pvc(task, pvc_name=kubeflow.volume, mount_path=kubeflow.mount)
         # Data loader workers and ranks exchange tensors there; the default of a pod is 64 MiB.
         shared = {"mount_path": SHARED_MEMORY, "medium": "Memory", "size_limit": kubeflow.shared_memory}
         kubernetes.empty_dir_mount(task, volume_name="shared-memory", **shared)
         if kubeflow.pull_secret:
             kubernetes.set_image_pull_secrets(task, [kubeflow.pull_secret])
-        kubernetes.set_timeout(task, int(resources.hours * 3600) + 120)
+        kubernetes.use_field_path_as_env(task, RUN_VARIABLE, RUN_LABEL_PATH)
+        kubernetes.set_timeout(task, _attempt_seconds(resources))
         for secret in resources.secrets:
             kubernetes.use_secret_as_env(task, secret.name, {secret.key: secret.variable})
         if resources.nodes > 1:
@@ -83,6 +95,17 @@ def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
                 kubernetes.add_toleration(task, key=label, operator="Equal", value=value, effect="NoSchedule")
 
     return customize
+
+
+def _attempt_seconds(resources: Resources) -> int:
+    """Time limit of one attempt on Kubeflow."""
+    return int(resources.hours * 3600) + GRACE_SECONDS
+
+
+def _all_attempts_seconds(resources: Resources) -> int:
+    """Time limit of all attempts on Kubeflow together: each may use its own."""
+    attempts = resources.retries + 1
+    return max(MIN_RETRY_SECONDS, attempts * (_attempt_seconds(resources) + MAX_PAUSE_SECONDS))
 
 
 def _refuse_on_kubeflow(recipe: Recipe, step: str) -> None:
@@ -117,7 +140,8 @@ def _for_vertex(recipe: Recipe) -> TaskCustomizer:
     def customize(step: str, task: Any) -> None:
         resources = recipe.resources_of(step)
         secrets = {"CAPPY_SECRETS": _secrets_as_text(resources)} if resources.secrets else {}
-        _customize_common(recipe, step, task, {"HF_HOME": "/tmp/hub", **secrets})  # noqa: S108 (in the step's container)
+        environment = {"HF_HOME": "/tmp/hub", **secrets}  # noqa: S108 (in the step's container)
+        _customize_common(recipe, step, task, environment, max_backoff=MAX_PAUSE_SECONDS)
         if resources.accelerator != "none" and resources.nodes == 1:
             task.set_accelerator_type(VERTEX_TYPES[resources.accelerator]).set_accelerator_limit(resources.count)
 
@@ -152,8 +176,11 @@ def _refuse_on_vertex(recipe: Recipe, step: str) -> None:
             )
 
 
-def _customize_common(recipe: Recipe, step: str, task: Any, environment: dict[str, str]) -> Resources:
-    """Sets what Kubeflow and Vertex AI both need: image, cores, memory, retries, environment variables."""
+def _customize_common(recipe: Recipe, step: str, task: Any, environment: dict[str, str], *, max_backoff: int) -> None:
+    """Sets what Kubeflow and Vertex AI both need: image, cores, memory, retries, environment variables.
+
+    `max_backoff` is the platform's `backoff_max_duration` in seconds.
+    """
     resources = recipe.resources_of(step)
     task.set_container_image(image(recipe, step))
     # With several nodes the step only follows a job, and the recipe's resources are those of each node of the job.
@@ -163,13 +190,12 @@ def _customize_common(recipe: Recipe, step: str, task: Any, environment: dict[st
     if memory:
         task.set_memory_request(memory).set_memory_limit(memory)
     if resources.retries and step != TRACKING_TASK:
-        task.set_retry(num_retries=resources.retries, **BACKOFF)
+        task.set_retry(num_retries=resources.retries, **BACKOFF, backoff_max_duration=f"{max_backoff}s")
     limit = {"CAPPY_TIMEOUT": f"{resources.hours * 3600:.0f}"}
     refuse_password("tracking_uri", recipe.tracking_uri)
     address = {"MLFLOW_TRACKING_URI": recipe.tracking_uri} if recipe.tracking_uri else {}
     for name, value in {**limit, **address, **environment}.items():
         task.set_env_variable(name, value)
-    return resources
 
 
 def _refuse_on_any_cluster(recipe: Recipe, step: str) -> None:

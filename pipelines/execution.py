@@ -13,7 +13,7 @@ from kfp import local
 from kfp.compiler import Compiler
 from kfp.local import placeholder_utils
 
-from cappy.runs import PROGRESS_VARIABLE, RUN_PACKAGE_FILE, tune_garbage_collector
+from cappy.runs import PROGRESS_VARIABLE, RUN_PACKAGE_FILE, RUN_VARIABLE, tune_garbage_collector
 from cappy.worker import die_with_parent
 from pipelines.clients.local import Request
 
@@ -29,6 +29,7 @@ def main(path: Path) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s - %(levelname)s - %(message)s")
     # kfp would choose eight random digits as the run's id, which may repeat and which the parent does not know.
     placeholder_utils.make_random_id = lambda: request["run"]
+    os.environ[RUN_VARIABLE] = request["run"]  # Steps in processes of this machine inherit it.
     local.init(
         _container_runner(request["recipe"], request["run"])
         if request.get("platform") == "docker"
@@ -74,7 +75,8 @@ def _container_runner(recipe: Mapping[str, object], run: str) -> object:
     current_folder = str(Path.cwd())
     secrets = key_variables(check_recipe(recipe))
     # No CAPPY_PARENT: a container cannot see the lock of a process outside it.
-    forwarded = {name: os.environ[name] for name in (PROGRESS_VARIABLE, "MLFLOW_TRACKING_URI") if name in os.environ}
+    names = (PROGRESS_VARIABLE, RUN_VARIABLE, "MLFLOW_TRACKING_URI")
+    forwarded = {name: os.environ[name] for name in names if name in os.environ}
     return local.DockerRunner(
         user=f"{os.getuid()}:{os.getgid()}",
         working_dir=current_folder,

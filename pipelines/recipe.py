@@ -9,7 +9,7 @@ import pydantic
 import yaml
 from pydantic import Field, model_validator
 
-from cappy.config import settings
+from cappy.config import Cores, Memory, settings
 from cappy.errors import ConfigError, quote, suggest
 from cappy.redaction import has_secret
 from cappy.untrusted import load_yaml
@@ -73,13 +73,13 @@ class Secret:
 class Resources:
     """The resources of one step; if a training step has several nodes, those of each node.
 
-    `cpu` is in cores, `memory` in Mi or Gi, and `count` is the number of accelerators. A step on Kubeflow or Vertex AI
-    is stopped after `hours`; `retries` is how often the platform repeats a failed step, which continues from the work
-    folder.
+    `cpu` is in cores (2, 0.5, 500m), `memory` in Mi, Gi or Ti (1.5Gi), and `count` is the number of
+    accelerators. A step on Kubeflow or Vertex AI is stopped after `hours`; `retries` is how often the platform repeats
+    a failed step, which continues from the work folder.
     """
 
-    cpu: Annotated[str, Field(pattern=r"^([0-9]+m?)?$")] = ""
-    memory: Annotated[str, Field(pattern=r"^([0-9]+(Mi|Gi))?$")] = ""
+    cpu: Cores = ""
+    memory: Memory = ""
     accelerator: Accelerator = "none"
     count: Annotated[int, Field(strict=True, ge=1, le=16)] = 1
     nodes: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
@@ -119,7 +119,7 @@ class Kubeflow:
     service_account: str = ""
     spot: dict[str, str] = Field(default_factory=lambda: {"cloud.google.com/gke-spot": "true"})
     runtime: str = "cappy-torch"
-    shared_memory: Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi)$")] = "2Gi"
+    shared_memory: Annotated[Memory, Field(min_length=1)] = "2Gi"
 
 
 @settings

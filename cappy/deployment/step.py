@@ -16,8 +16,10 @@ from cappy.config import (
     ADVANCED,
     DEFAULT_WORK,
     RESULT_NEUTRAL,
+    Cores,
     Fresh,
     Location,
+    Memory,
     Renames,
     Work,
     changed_settings,
@@ -50,8 +52,8 @@ class KServeSettings:
     """Settings of an InferenceService."""
 
     gpus: Annotated[int, Field(ge=0, le=8, description="GPUs of a replica")] = 0
-    cpu: Annotated[str, Field(pattern=r"^[0-9]+m?$", description="CPUs of a replica")] = "2"
-    memory: Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi)$", description="Memory of a replica")] = "4Gi"
+    cpu: Annotated[Cores, Field(min_length=1, description="CPUs of a replica")] = "2"
+    memory: Annotated[Memory, Field(min_length=1, description="Memory of a replica")] = "4Gi"
     namespace: Annotated[
         str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="Kubernetes namespace")
     ] = "default"

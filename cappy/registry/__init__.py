@@ -62,16 +62,19 @@ def history(name: str, *, tracking_uri: str = "") -> list["Move"]:
     return aliases.history(name, tracking_uri=tracking_uri)
 
 
-def track_run(fingerprints: Mapping[str, str], settings: str = "", *, run: str, state: str = "SUCCEEDED") -> None:
+def track_run(
+    fingerprints: Mapping[str, str], settings: str = "", *, run: str, state: str = "SUCCEEDED", created: str = ""
+) -> None:
     """Logs every step of a pipeline run to MLflow; a CappyError ends the process with one line on stderr.
 
     `fingerprints` maps each step to the fingerprint of its work. `settings` is a string returned by
-    `cappy.config.encode`. `run` is the id of the pipeline run, `state` its final state.
+    `cappy.config.encode`. `run` is the id of the pipeline run, `state` its final state. `created` (ISO 8601) is
+    when it was created: of the steps that do not know their run, those that started later belong to it.
     """
     tune_garbage_collector()
     from cappy.registry import tracking
 
-    tracking.track_run(fingerprints, settings, run=run, state=state)
+    tracking.track_run(fingerprints, settings, run=run, state=state, created=created)
 
 
 def attach(

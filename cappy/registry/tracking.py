@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 from mlflow.entities import Metric, Param, RunTag
@@ -24,7 +25,7 @@ MAX_METRICS_PER_REQUEST = 1000
 """Metrics that MLflow accepts in one request."""
 
 
-def track_run(fingerprints: Mapping[str, str], settings: str, *, run: str, state: str) -> None:
+def track_run(fingerprints: Mapping[str, str], settings: str, *, run: str, state: str, created: str = "") -> None:
     """Tracks a pipeline run in the exit step of an orchestrator.
 
     `worker.launch` is not used here, so the secrets, such as MLflow's password, are read here. A CappyError ends the
@@ -40,6 +41,7 @@ def track_run(fingerprints: Mapping[str, str], settings: str, *, run: str, state
             tracking_uri=values.get("tracking_uri", ""),
             experiment=values.get("experiment", "cappy"),
             succeeded=state == "SUCCEEDED",
+            created=_seconds(created),
         )
     except CappyError as error:
         sys.stderr.write(f"cappy tracking: {error}\n")
@@ -54,16 +56,24 @@ def track(
     tracking_uri: str = "",
     experiment: str = "cappy",
     succeeded: bool = True,
+    created: float = 0.0,
 ) -> None:
-    """Logs parameters, metrics, manifest and report of every step that has a record, and whether it was cached."""
+    """Logs parameters, metrics, manifest and report of every step that has a record, and whether it was cached.
+
+    `created`, in seconds of `time.time`, decides about steps that did not know their run: older ones were cached.
+    """
     with connect(tracking_uri) as client:
         experiment_key = experiment_id(client, experiment, tracking_uri)
         parent = pipeline_run(client, experiment_key, run)
         for step, fingerprint in fingerprints.items():
             record = read_record(work, fingerprint)
-            if record is not None and _belongs_to_run(record, run):
+            if record is None:
+                continue
+            executed = record.run == run if record.run else record.started >= created
+            # A failed step of an earlier run says nothing about this one.
+            if executed or record.status == "done":
                 nested = step_run(client, experiment_key, run, step)
-                _log_step(client, nested, record, cached=record.run != run)
+                _log_step(client, nested, record, cached=not executed)
                 if step == "evaluation":
                     client.log_batch(parent, metrics=_metrics(record.metrics, record.started))
         run_folder = os.environ.get(PROGRESS_VARIABLE)
@@ -117,11 +127,6 @@ def _find_run(client: MlflowClient, experiment: str, run: str, step: str) -> str
     return str(runs[0].info.run_id) if runs else None
 
 
-def _belongs_to_run(record: StepRecord, run: str) -> bool:
-    """Whether the record is of this run, or of a success of an earlier run, which this run took from the cache."""
-    return record.run == run or record.status == "done"
-
-
 def _log_step(client: MlflowClient, run_id: str, record: StepRecord, *, cached: bool) -> None:
     params = [Param(name, str(value)[:MAX_PARAM_CHARACTERS]) for name, value in record.config.items()]
     tags = {"cappy.fingerprint": record.fingerprint, "cappy.manifest": record.manifest_hash}
@@ -172,6 +177,15 @@ def _log_curve(client: MlflowClient, run_id: str, record: StepRecord) -> None:
 def _metrics(values: Mapping[str, float], started: float) -> list[Metric]:
     # Repeated calls use the same timestamp: MLflow drops duplicate points.
     return [Metric(metric_key(name), float(value), _milliseconds(started), 0) for name, value in values.items()]
+
+
+def _seconds(created: str) -> float:
+    """The time of `time.time` of an ISO 8601 text; 0 if it is not one."""
+    try:
+        time = datetime.fromisoformat(created)
+    except ValueError:
+        return 0.0
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 def _milliseconds(seconds: float) -> int:

@@ -13,8 +13,10 @@ from cappy.config import (
     ADVANCED,
     DEFAULT_WORK,
     RESULT_NEUTRAL,
+    Cores,
     Fresh,
     Location,
+    Memory,
     Renames,
     Work,
     changed_settings,
@@ -196,8 +198,8 @@ class TrainJobSettings:
 
     volume: Annotated[str, Field(description=f"Shared volume to mount, CLAIM:/path; {_NO_VOLUME}")] = ""
     accelerator: Annotated[str, Field(description="Accelerator per device: gpu or a resource name; default: CPU")] = ""
-    cpu: Annotated[str, Field(description="Cores per node, such as 8; default: the runtime's")] = ""
-    memory: Annotated[str, Field(description="Memory per node, such as 64Gi; default: the runtime's")] = ""
+    cpu: Annotated[Cores, Field(description="Cores per node, such as 8; default: the runtime's")] = ""
+    memory: Annotated[Memory, Field(description="Memory per node, such as 64Gi; default: the runtime's")] = ""
     namespace: Annotated[str, Field(description="Kubernetes namespace; default: the current one")] = ""
     runtime: Annotated[str, Field(description="Training runtime of the job")] = "cappy-torch"
 
@@ -211,9 +213,7 @@ class TrainJobSettings:
 class CustomJobSettings:
     """Settings of a Vertex AI CustomJob, in addition to those of every job."""
 
-    volume: Annotated[str, Field(description=f"Shared volume to mount, SERVER:/export:/mnt/nfs/name; {_NO_VOLUME}")] = (
-        ""
-    )
+    volume: Annotated[str, Field(description=f"Shared volume, SERVER:/export:/mnt/nfs/name; {_NO_VOLUME}")] = ""
     accelerator: Annotated[str, Field(description="Accelerator per device, such as NVIDIA_L4; default: CPU")] = ""
     project: Annotated[str, Field(description="Google Cloud project")] = ""
     region: Annotated[str, Field(description="Region of the job")] = "us-central1"

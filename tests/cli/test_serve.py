@@ -56,7 +56,11 @@ def test_a_name_that_another_verb_renamed_is_no_flag(here: Cappy) -> None:
         ("serve", {"port": 65536}, ["--port", "65536"]),
         ("serve", {"max_pairs": 0}, ["--max-pairs", "0"]),
         ("serve", {"tls_key": "k.pem"}, ["--tls-certificate", "--tls-key"]),
-        ("serve", {"scorer": "builtin:tiny", "follow_seconds": 1}, ["--follow-seconds 1", "builtin", "models:/name@alias"]),
+        (
+            "serve",
+            {"scorer": "builtin:tiny", "follow_seconds": 1},
+            ["--follow-seconds 1", "builtin", "models:/name@alias"],
+        ),
         ("serve", {"allow_origin": ("a.example",)}, ["--allow-origin a.example", "https://"]),
         ("serve", {"allowed_hosts": ("a.example:80",)}, ["--allowed-hosts 'a.example:80'"]),
         ("gateway", {**LLM, "candidates": 129}, ["--candidates", "129"]),

@@ -77,7 +77,7 @@ ROOMS = '''
 '''
 
 PIPELINE = '''
-    """preparation -> annotation, with the components of the house and rooms that are made up."""
+    """preparation -> annotation, whose steps do the work of a test."""
     from kfp import dsl
     from kfp.dsl import Dataset, Input, Output
 
@@ -87,25 +87,24 @@ PIPELINE = '''
 
 
     @component()
-    def preparation(instances: Output[Dataset], settings: str = "", fingerprint: str = "", run: str = ""):
+    def preparation(instances: Output[Dataset], settings: str = "", fingerprint: str = ""):
         from dataclasses import replace
 
         from cappy import worker
 
         worker.STEP_SPECS["preparation"] = replace(worker.STEP_SPECS["preparation"], module="made_rooms")
-        worker.launch("preparation", settings, fingerprint=fingerprint, run=run, target=instances.path)
+        worker.launch("preparation", settings, fingerprint=fingerprint, target=instances.path)
 
 
     @component()
-    def annotation(candidates: Input[Dataset], annotated: Output[Dataset], settings: str = "", fingerprint: str = "",
-                   run: str = ""):
+    def annotation(candidates: Input[Dataset], annotated: Output[Dataset], settings: str = "", fingerprint: str = ""):
         from dataclasses import replace
 
         from cappy import worker
 
         worker.STEP_SPECS["annotation"] = replace(worker.STEP_SPECS["annotation"], module="made_rooms")
         folders = {"source": candidates.path, "target": annotated.path}
-        worker.launch("annotation", settings, fingerprint=fingerprint, run=run, **folders)
+        worker.launch("annotation", settings, fingerprint=fingerprint, **folders)
 
 
     @component()
@@ -120,8 +119,8 @@ PIPELINE = '''
     def made_up(first: str = "", second: str = "", one: str = "", two: str = ""):
         last = farewell(run=RUN).set_caching_options(False)
         with dsl.ExitHandler(last):
-            prepared = preparation(settings=first, fingerprint=one, run=RUN)
-            annotation(candidates=prepared.outputs["instances"], settings=second, fingerprint=two, run=RUN)
+            prepared = preparation(settings=first, fingerprint=one)
+            annotation(candidates=prepared.outputs["instances"], settings=second, fingerprint=two)
 '''
 
 

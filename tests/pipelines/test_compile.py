@@ -1,9 +1,11 @@
 """Pipelines compile where nothing but kfp is installed, and quickly."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import yaml
 from wording import raises_naming
 
 from cappy.errors import ConfigError
+from cappy.steps import STEP_SPECS
 from pipelines.builder import compile_pipeline as compiled_recipe
 from pipelines.definitions import PIPELINES
 from pipelines.recipe import VERTEX_TYPES, Platform, check_recipe
@@ -110,6 +113,8 @@ def test_platforms_change_neither_what_a_task_reads_nor_what_its_container_runs(
         result = core(platform)
         if platform == "vertex":  # It names a run by the job, not by its number.
             result = json.loads(json.dumps(result).replace("pipeline_job_name", "pipeline_job_uuid"))
+            created = result[1]["tracking"][0]["parameters"]["created"]["runtimeValue"]
+            created["constant"] = ""  # And its steps belong to a run by their time.
             assert result == json.loads(json.dumps(local))
         else:
             assert result == local, platform
@@ -183,6 +188,73 @@ def test_every_attempt_but_the_exit_steps_is_repeated_and_every_step_has_a_limit
         for container in (each["container"] for each in document["deploymentSpec"]["executors"].values()):
             values = {each["name"]: each["value"] for each in container["env"]}
             assert float(values["CAPPY_TIMEOUT"]) == 24 * 3600
+
+
+@pytest.mark.parametrize(("hours", "retries"), [(0.1, 2), (24.0, 2), (24.0 * 28, 5)])
+def test_every_attempt_on_kubeflow_can_use_its_own_hours(hours: float, retries: int) -> None:
+    text = compiled("adapt", "kubeflow", resources={"default": {"hours": hours, "retries": retries}})
+    _, pods = executors(text)
+    policy = tasks(next(yaml.safe_load_all(text)))["sampling"]["retryPolicy"]
+    first_to_last = float(policy["backoffMaxDuration"].removesuffix("s"))
+    assert first_to_last >= (retries + 1) * int(pods["exec-sampling"]["activeDeadlineSeconds"])
+    assert first_to_last >= 30 * 24 * 3600
+
+
+def cache_keys(text: str, run: Mapping[str, str], arguments: Mapping[str, str]) -> dict[str, str]:
+    """Step -> hash of all that Kubeflow Pipelines' cache compares (backend/src/v2/cacheutils/cache.go) and that a
+    compiled pipeline decides: image, command, environment, volumes, and parameters with their values.
+
+    The driver puts the values of `run` for placeholders first, and `arguments` for parameters of the pipeline.
+    """
+
+    def value(given: Mapping[str, Any]) -> object:
+        if "componentInputParameter" in given:
+            name = given["componentInputParameter"].removeprefix("pipelinechannel--")
+            return arguments.get(name, name)
+        constant = json.dumps(given["runtimeValue"]["constant"])
+        for placeholder, actual in run.items():
+            constant = constant.replace(placeholder, actual)
+        return constant
+
+    document, *_ = yaml.safe_load_all(text)
+    containers, pods = executors(text)
+    keys = {}
+    for name, task in tasks(document).items():
+        if not task.get("cachingOptions", {}).get("enableCache"):
+            continue
+        executor = document["components"][task["componentRef"]["name"]].get("executorLabel")
+        if executor is None:  # A loop or a condition, whose tasks are counted by themselves.
+            continue
+        inputs = {key: value(given) for key, given in task["inputs"]["parameters"].items()}
+        container = {key: containers[executor].get(key) for key in ("image", "command", "args", "env")}
+        volumes = [each["mountPath"] for each in pods.get(executor, {}).get("pvcMount", [])]
+        content = json.dumps([inputs, container, volumes], sort_keys=True)
+        keys[name] = hashlib.sha256(content.encode()).hexdigest()
+    return keys
+
+
+@pytest.mark.parametrize("platform", ["kubeflow", "vertex"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_later_run_can_reuse_every_cached_step(name: str, platform: Platform) -> None:
+    def keys(run: str, fingerprint: str) -> dict[str, str]:
+        names = ("uuid", "name", "resource_name", "create_time_utc", "schedule_time_utc")
+        values = {f"{{{{$.pipeline_job_{key}}}}}": f"{key} of {run}" for key in names}
+        text = compiled(name, platform, shards=2, resources=NEEDS[platform])
+        return cache_keys(text, values, {f"{step}_fingerprint": fingerprint for step in STEP_SPECS})
+
+    cached = {step for step in PIPELINES[name].steps_in(2) if STEP_SPECS[step].cached}
+    first = keys("first run", "f")
+    assert set(first) == cached
+    assert keys("second run", "f") == first
+    other = keys("first run", "other work")
+    assert all(other[step] != first[step] for step in cached)
+
+
+def test_a_step_on_kubeflow_knows_its_run_by_the_label_of_its_pod() -> None:
+    _, pods = executors(compiled("adapt", "kubeflow"))
+    assert pods
+    for pod in pods.values():
+        assert {"name": "CAPPY_RUN", "fieldPath": "metadata.labels['pipeline/runid']"} in pod["fieldPathAsEnv"]
 
 
 def test_vertex_gets_its_own_names_and_secrets_by_reference() -> None:

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from wording import assert_names, raises_naming
 
-from cappy.config import decode
+from cappy.config import build, decode
+from cappy.deployment.step import KServeSettings
 from cappy.errors import ConfigError, UnreachableError
+from cappy.training.settings import TrainJobSettings
 from pipelines.builder import build as built
 from pipelines.builder import compile_pipeline as compiled
 from pipelines.definitions import PIPELINES
@@ -70,7 +72,9 @@ def test_the_recipes_of_the_paper_are_those_of_the_paper() -> None:
         ({"pipeline": "adapt", "shards": 65}, ("shards: ", "64", "got 65")),
         ({"pipeline": "adapt", "resources": {"sampling": {"gpus": 1}}}, ("resources.sampling.gpus: ", "key")),
         ({"pipeline": "adapt", "resources": {"sampling": {"memroy": "1Gi"}}}, ("memroy", "did you mean memory?")),
-        ({"pipeline": "adapt", "resources": {"sampling": {"memory": "1GB"}}}, ("sampling.memory: ", "got '1GB'")),
+        ({"pipeline": "adapt", "resources": {"sampling": {"memory": "1GB"}}}, ("sampling.memory: ", "'1GB'", "1.5Gi")),
+        ({"pipeline": "adapt", "resources": {"sampling": {"cpu": "two"}}}, ("sampling.cpu: ", "'two'", "500m")),
+        ({"pipeline": "adapt", "kubeflow": {"shared_memory": "much"}}, ("shared_memory: ", "'much'", "512Mi")),
         ({"pipeline": "adapt", "resources": {"pretraining": {}}}, ("resources.pretraining: adapt ", "step")),
         ({"pipeline": "adapt", "settings": {"tuning": {}}}, ("settings.tuning: adapt ", "did you mean finetuning")),
         ({"pipeline": "adapt", "vertex": {"bucket": "mine"}}, ("vertex.bucket: ", "got 'mine'")),
@@ -87,6 +91,25 @@ def test_a_wrong_key_or_value_is_one_line(values: dict[str, Any], names: tuple[s
         check_recipe(values, where="mine.yaml")
     assert str(caught.value).startswith("mine.yaml: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "used"),
+    [
+        ("cpu", 2, "2"),
+        ("cpu", 0.5, "500m"),
+        ("cpu", "1.25", "1250m"),
+        ("cpu", "3000m", "3"),
+        ("memory", "1.5Gi", "1536Mi"),
+        ("memory", "1.3Gi", "1332Mi"),
+        ("memory", "2048Mi", "2Gi"),
+    ],
+)
+def test_cores_and_memory_are_taken_as_people_write_them(key: str, given: object, used: str) -> None:
+    recipe = check_recipe({"pipeline": "adapt", "resources": {"default": {key: given}}})
+    assert getattr(recipe.resources_of("sampling"), key) == used
+    for settings in (KServeSettings, TrainJobSettings):
+        assert getattr(build(settings, {key: given}), key) == used
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,14 @@ def record(env: Any, step: str, fingerprint: str, run: str, status: str = "done"
     path.write_text(json.dumps(asdict(actual)))
 
 
-def track(env: Any, fingerprints: dict[str, str], run: str, state: str = "SUCCEEDED") -> dict[str, Any]:
+def track(
+    env: Any, fingerprints: dict[str, str], run: str, state: str = "SUCCEEDED", created: str = ""
+) -> dict[str, Any]:
     """The MLflow runs of a pipeline run by step, after it was tracked."""
     from mlflow import MlflowClient
 
     settings = encode({"work": str(env.folder / "work"), "tracking_uri": env.uri})
-    track_run(fingerprints, settings, run=run, state=state)
+    track_run(fingerprints, settings, run=run, state=state, created=created)
     client = MlflowClient(tracking_uri=env.uri)
     experiment = client.get_experiment_by_name("cappy")
     result = client.search_runs([experiment.experiment_id], filter_string=f"tags.`cappy.run` = '{run}'")
@@ -100,6 +102,24 @@ def test_reported_twice_it_is_there_once(env: Any) -> None:
 
     history = MlflowClient(tracking_uri=env.uri).get_metric_history(first["preparation"].info.run_id, "seconds")
     assert len(history) == 1
+
+
+def test_a_step_that_did_not_know_its_run_belongs_to_it_if_it_started_later(env: Any) -> None:
+    """As on Vertex AI, where only the exit step knows the run."""
+    record(env, "preparation", "f1", run="")
+    record(env, "sampling", "f2", run="", status="failed", error="no memory")
+    now = time.time()
+
+    def iso(seconds: float) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+    fingerprints = {"preparation": "f1", "sampling": "f2"}
+    runs = track(env, fingerprints, "job-1", created=iso(now - 60))
+    assert runs["preparation"].data.tags["cappy.cached"] == "false"
+    assert runs["sampling"].info.status == "FAILED"
+    later = track(env, fingerprints, "job-2", created=iso(now + 60))
+    assert later["preparation"].data.tags["cappy.cached"] == "true"
+    assert "sampling" not in later
 
 
 def test_a_step_from_the_cache_is_marked_with_the_run_that_did_it(env: Any) -> None:
