@@ -25,6 +25,8 @@ run would reuse a step of another. On Kubeflow it is a label of the pod. Steps o
 """
 TIMEOUT_VARIABLE = "CAPPY_TIMEOUT"
 """Environment variable: time limit of a step in seconds; Vertex AI has no limit for steps of a pipeline."""
+ACCELERATORS_VARIABLE = "CAPPY_ACCELERATORS"
+"""Environment variable: type and number of the accelerators of a step, such as nvidia-l4:2."""
 ORCHESTRATOR: ContextVar[int | None] = ContextVar("orchestrator", default=None)
 """Id of the process that started this one to run a step; None if a person ran it.
 

@@ -22,6 +22,7 @@ from cappy.records import Manifest
 from cappy.records.folder import write_bytes
 from cappy.redaction import redact, redact_output
 from cappy.runs import (
+    ACCELERATORS_VARIABLE,
     ORCHESTRATOR,
     PARENT_VARIABLE,
     PROGRESS_VARIABLE,
@@ -95,6 +96,7 @@ def launch(
     fingerprint = f"{fingerprint}-{part}" if part else fingerprint
     try:
         fill_environment()
+        check_accelerators()
         config = build(config_class(step), {**decode(settings), **values})
         if getattr(config, "dry_run", False):
             raise ConfigError(
@@ -135,6 +137,38 @@ def launch(
             sys.stderr.write(f"cappy {step}: {error}\n")
             raise SystemExit(1) from error
     return manifest
+
+
+def check_accelerators() -> None:
+    """Raises ConfigError unless this process sees the accelerators that its recipe requested.
+
+    Otherwise the step would compute on the processor, beside accelerators that are paid for.
+    """
+    kind, _, number = os.environ.get(ACCELERATORS_VARIABLE, "").partition(":")
+    if not kind:
+        return
+    count = _count_tpus() if kind.startswith("tpu-") else _count_gpus()
+    if count < int(number):
+        image = "trainer-tpu" if kind.startswith("tpu-") else "CUDA (worker-cuda, trainer-cuda)"
+        raise ConfigError(
+            f"the recipe requests {number} {kind}, but this container sees {count}; use an image with {image}, and "
+            "check the node's driver and device plugin"
+        )
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _count_tpus() -> int:
+    import jax
+
+    try:
+        return len(jax.devices("tpu"))
+    except RuntimeError:  # There is no such backend.
+        return 0
 
 
 def hold_parent_lock(path: Path) -> int:

@@ -15,6 +15,9 @@ VERSION = "0.1.0"
 # The local runner warns about an image whose name does not contain "python".
 WORKER_IMAGE = f"cappy-python-worker:{VERSION}"
 TRAINER_IMAGE = f"cappy-python-trainer:{VERSION}"
+# With CUDA's build of torch, for steps that have a GPU.
+WORKER_CUDA_IMAGE = f"cappy-python-worker-cuda:{VERSION}"
+TRAINER_CUDA_IMAGE = f"cappy-python-trainer-cuda:{VERSION}"
 TRAINER_TPU_IMAGE = f"cappy-python-trainer-tpu:{VERSION}"
 
 

@@ -1,5 +1,7 @@
 """Sampling: adds candidates to every instance."""
 
+from typing import Any
+
 from kfp.dsl import Dataset, Input, Output
 
 from components import component
@@ -19,7 +21,7 @@ def sampling(
     """Sample responses to every instruction, or to those of shard i/N, from one or several LLMs."""
     from cappy.worker import launch
 
-    values = {"generator": generator, "strategy": strategy, "shard": shard, "seed": seed}
+    values: dict[str, Any] = {"generator": generator, "strategy": strategy, "shard": shard, "seed": seed}
     folders = {"source": instances.path, "target": candidates.path}
     manifest = launch("sampling", settings, fingerprint=fingerprint, part=shard, **values, **folders)
     candidates.metadata.update(manifest=manifest.hash, rows=manifest.rows, candidates=manifest.candidates)

@@ -24,9 +24,10 @@ ARGUMENTS = ("PYTHON", "TORCH", "JAX")
 """Build arguments that are read from the environment."""
 
 
-def tag(name: str) -> str:
-    """The image name of a Dockerfile with the version of this source tree as tag."""
-    return f"{IMAGES[name]}:{cappy.__version__}"
+def tag(name: str, torch: str = "cpu") -> str:
+    """The image name of a Dockerfile and a build of torch, with the version of this source tree as tag."""
+    suffix = "" if torch == "cpu" or name == "trainer-tpu" else f"-{torch}"
+    return f"{IMAGES[name]}{suffix}:{cappy.__version__}"
 
 
 def commit() -> str:
@@ -74,8 +75,9 @@ def download_torch(kind: str) -> None:
 
 
 def build(names: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
-    """Builds these images; returns seconds by name. CalledProcessError if a build fails, after its output."""
-    download_torch(environment.get("TORCH", "cpu"))
+    """Builds these images; returns seconds by image. CalledProcessError if a build fails, after its output."""
+    torch = environment.get("TORCH") or "cpu"
+    download_torch(torch)
     source_arguments = {"VERSION": cappy.__version__, "COMMIT": commit(), "SOURCE": source()}
     build_arguments = {name: environment[name] for name in ARGUMENTS if environment.get(name)}
     options = [
@@ -86,11 +88,12 @@ def build(names: Sequence[str], environment: dict[str, str]) -> dict[str, float]
     seconds = {}
     for name in names:
         started = time.monotonic()
-        print(f"==> {tag(name)}", file=sys.stderr, flush=True)
+        image = tag(name, torch)
+        print(f"==> {image}", file=sys.stderr, flush=True)
         file = ["--file", str(ROOT / "docker" / f"{name}.Dockerfile")]
-        command = [engine.find_docker(), "build", "--quiet", *file, "--tag", tag(name), *options, str(ROOT)]
+        command = [engine.find_docker(), "build", "--quiet", *file, "--tag", image, *options, str(ROOT)]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-        seconds[name] = time.monotonic() - started
+        seconds[image] = time.monotonic() - started
     return seconds
 
 
@@ -107,8 +110,8 @@ def main() -> int:
         return 1
     except subprocess.CalledProcessError as error:
         return error.returncode
-    for name, duration in seconds.items():
-        print(f"{tag(name)}: built in {duration:.0f} s")
+    for image, duration in seconds.items():
+        print(f"{image}: built in {duration:.0f} s")
     return 0
 
 

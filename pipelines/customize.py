@@ -6,11 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 from cappy.errors import ConfigError
-from cappy.runs import RUN_VARIABLE
-from cappy.steps import TRAINING_STEPS
-from components import TRAINER_IMAGE, TRAINER_TPU_IMAGE, WORKER_IMAGE
+from cappy.runs import ACCELERATORS_VARIABLE, RUN_VARIABLE
+from cappy.steps import STEP_SPECS, TRAINING_STEPS
+from components import TRAINER_CUDA_IMAGE, TRAINER_IMAGE, TRAINER_TPU_IMAGE, WORKER_CUDA_IMAGE, WORKER_IMAGE
 from pipelines.definitions import TRACKING_TASK
-from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, Resources, kubernetes_resource, refuse_password
+from pipelines.recipe import (
+    ACCELERATED_STEPS,
+    VERTEX_TYPES,
+    Platform,
+    Recipe,
+    Resources,
+    kubernetes_resource,
+    refuse_password,
+)
 
 BACKOFF = {"backoff_duration": "30s", "backoff_factor": 2.0}
 """Pauses between attempts: it takes minutes to replace a lost node."""
@@ -82,7 +90,8 @@ def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
             return  # The step only follows a job, and the job has the accelerators.
         if resources.accelerator != "none":
             task.set_accelerator_type(kubernetes_resource(resources.accelerator)).set_accelerator_limit(resources.count)
-        for label, value in resources.node_selector.items():
+        labels = {**kubeflow.accelerator_labels.get(resources.accelerator, {}), **resources.node_selector}
+        for label, value in labels.items():
             kubernetes.add_node_selector(task, label, value)
         for taint in resources.tolerations:
             operator = "Equal" if taint.value else "Exists"
@@ -192,15 +201,23 @@ def _customize_common(recipe: Recipe, step: str, task: Any, environment: dict[st
     if resources.retries and step != TRACKING_TASK:
         task.set_retry(num_retries=resources.retries, **BACKOFF, backoff_max_duration=f"{max_backoff}s")
     limit = {"CAPPY_TIMEOUT": f"{resources.hours * 3600:.0f}"}
+    has_accelerator = resources.accelerator != "none" and resources.nodes == 1
+    given = {ACCELERATORS_VARIABLE: f"{resources.accelerator}:{resources.count}"} if has_accelerator else {}
     refuse_password("tracking_uri", recipe.tracking_uri)
     address = {"MLFLOW_TRACKING_URI": recipe.tracking_uri} if recipe.tracking_uri else {}
-    for name, value in {**limit, **address, **environment}.items():
+    for name, value in {**limit, **given, **address, **environment}.items():
         task.set_env_variable(name, value)
 
 
 def _refuse_on_any_cluster(recipe: Recipe, step: str) -> None:
-    """Raises ConfigError for what no cluster supports: several nodes without training, or a TPU without JAX."""
-    resources, where = recipe.resources_of(step), f"resources.{step}"
+    """Raises ConfigError for what no cluster supports: nodes or accelerators that a step does not use."""
+    resources = recipe.resources_of(step)
+    where = f"resources.{step if step in recipe.resources else 'default'}"
+    if resources.accelerator != "none" and step not in ACCELERATED_STEPS:
+        raise ConfigError(f"{where}.accelerator: {step} runs no model; leave it out")
+    if resources.count > 1 and step not in TRAINING_STEPS:
+        remedy = "use shards to run it in parallel" if STEP_SPECS[step].sharded else "give count: 1"
+        raise ConfigError(f"{where}.count: {resources.count}: {step} uses one accelerator; {remedy}")
     if resources.nodes > 1 and step not in TRAINING_STEPS:
         remedy = "use shards to run it in parallel"
         raise ConfigError(f"{where}.nodes: {resources.nodes}: only training can use several nodes; {remedy}")
@@ -214,15 +231,21 @@ def _refuse_on_any_cluster(recipe: Recipe, step: str) -> None:
 
 
 def image(recipe: Recipe, step: str) -> str:
-    """The image of a step: its own, otherwise the recipe's for its kind, otherwise the default of this version."""
-    resources = recipe.resources_of(step)
+    """The image of a step: its own, otherwise the recipe's for its kind, otherwise the default of this version.
+
+    A step with a GPU gets an image with CUDA. If the recipe names only an image without that word, it is for all steps.
+    """
+    resources, images = recipe.resources_of(step), recipe.images
     if resources.image:
         return resources.image
     if step in TRAINING_STEPS and resources.accelerator.startswith("tpu-"):
-        return recipe.images.get("trainer-tpu") or TRAINER_TPU_IMAGE
+        return images.get("trainer-tpu") or TRAINER_TPU_IMAGE
+    has_gpu = resources.accelerator.startswith("nvidia-")
     if step in TRAINING_STEPS:
-        return recipe.images.get("trainer") or TRAINER_IMAGE
-    return recipe.images.get("worker") or WORKER_IMAGE
+        given, default = images.get("trainer"), TRAINER_CUDA_IMAGE if has_gpu else TRAINER_IMAGE
+        return (images.get("trainer-cuda") if has_gpu else "") or given or default
+    given, default = images.get("worker"), WORKER_CUDA_IMAGE if has_gpu else WORKER_IMAGE
+    return (images.get("worker-cuda") if has_gpu else "") or given or default
 
 
 def unpinned_images(recipe: Recipe) -> list[str]:

@@ -1,13 +1,14 @@
 """Turns a recipe into a submission: the settings of each step, the work folder, and checks for the platform."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cappy.config import DEFAULT_WORK
 from cappy.errors import CappyError, ConfigError, Problems, quote
 from cappy.specs import missing_generator
-from cappy.steps import TRAINING_STEPS
+from cappy.steps import STEP_SPECS, TRAINING_STEPS
 from cappy.worker import StepConfig
 from pipelines.customize import image
 from pipelines.definitions import PIPELINES, Settings, StepSettings
@@ -22,6 +23,8 @@ from pipelines.recipe import (
 from pipelines.submission import Submission, configs, external_references, prepare, refuse_artifacts
 
 LOCAL_PLATFORMS = ("local", "docker")
+ADDRESS = re.compile(r"(gs|s3|s3a|az|abfss?|https?|hdfs)://")
+"""Beginning of an address in a store that steps do not mount."""
 
 
 def settings_of(recipe: Recipe, platform: Platform = "local") -> Settings:
@@ -32,7 +35,20 @@ def settings_of(recipe: Recipe, platform: Platform = "local") -> Settings:
     settings = plan_settings(recipe.pipeline, recipe.parameters, recipe.settings, tracking_uri=recipe.tracking_uri)
     extra = {step: values for step, values in recipe.settings.items() if step not in settings}
     launchers = _launchers(recipe, platform)
-    return {step: _merge(launchers.get(step, {}), values) for step, values in {**settings, **extra}.items()}
+    merged = {step: _merge(launchers.get(step, {}), values) for step, values in {**settings, **extra}.items()}
+    return {step: _mounted(step, values) for step, values in merged.items()} if platform == "vertex" else merged
+
+
+def _mounted(step: str, values: Mapping[str, object]) -> dict[str, object]:
+    """The settings with gs://BUCKET/PATH replaced by /gcs/BUCKET/PATH, where Vertex AI mounts it in every step."""
+
+    def path(value: object) -> object:
+        if isinstance(value, list | tuple):
+            return [path(each) for each in value]
+        return f"/gcs/{value.removeprefix('gs://')}" if isinstance(value, str) and value.startswith("gs://") else value
+
+    external = STEP_SPECS[step].external_settings if step in STEP_SPECS else ()
+    return {name: path(value) if name in external else value for name, value in values.items()}
 
 
 def _merge(base: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, object]:
@@ -143,19 +159,27 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
         tracking_uri=recipe.tracking_uri,
         revision=recipe.revision,
         registry=registry_of(recipe, platform),
-        images={step: image(recipe, step) for step in recipe.steps},
+        images={step: _image_content(image(recipe, step)) for step in recipe.steps},
     )
+
+
+def _image_content(name: str) -> str:
+    """What identifies an image's content: its digest if the name has one, in whatever registry, else the name."""
+    return name.partition("@")[2] or name
 
 
 def check_references(settings: Mapping[str, StepSettings]) -> None:
     """Raises ConfigError for a missing file or folder on this machine; ProblemsError for several."""
     problems = Problems()
     for step, name, text in _all_external_references(settings):
-        if text != "builtin" and ":" not in text and not Path(text).exists():
-            problem: CappyError = ConfigError(f"{text}: no such file or folder; check the path")
-            if name == "generator":
-                problem = missing_generator(text)
+        if ADDRESS.match(text):
+            problem = f"{text} is not a file of this machine; download it and give its path"
             problems.errors.append(ConfigError(f"{step}: --{name}: {problem}"))
+        elif text != "builtin" and ":" not in text and not Path(text).exists():
+            missing: CappyError = ConfigError(f"{text}: no such file or folder; check the path")
+            if name == "generator":
+                missing = missing_generator(text)
+            problems.errors.append(ConfigError(f"{step}: --{name}: {missing}"))
     problems.raise_all()
 
 
@@ -170,9 +194,13 @@ def _all_external_references(settings: Mapping[str, StepSettings]) -> Iterator[t
 
 def _refuse_local_file(recipe: Recipe, where: str, text: str, root: str) -> None:
     """Raises ConfigError for a file outside the shared folder, or not visible from here while `revision` is empty."""
+    if ADDRESS.match(text):
+        raise ConfigError(f"{where}: {text} is not a file of a shared folder; copy it there and give {root}/...")
     if text == "builtin" or ":" in text:
         return
-    if not Path(text).is_relative_to(root):
+    # Vertex AI mounts every bucket.
+    shared = "/gcs" if root.startswith("/gcs/") else root
+    if not Path(text).is_relative_to(shared):
         remedy = f"copy it there and give {root}/..."
         raise ConfigError(f"{where}: {text} is not under {root}, the only folder that all steps share; {remedy}")
     if not Path(text).exists() and not recipe.revision:
@@ -196,17 +224,24 @@ def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, StepSettings])
 
 
 def _launchers(recipe: Recipe, platform: Platform) -> Settings:
-    """Step -> launcher settings of each training step with several nodes; others train in their own pod.
+    """Step -> settings of where it trains: several nodes in a job of the platform, others in their own pod.
 
-    The recipe's `retries` apply to both the job and the step that monitors it, as do `hours`, of which the job gets
-    95%.
+    Each trains on all of its accelerators; raises ConfigError if the step's settings say otherwise. The recipe's
+    `retries` apply to both the job and the step that monitors it, as do `hours`, of which the job gets 95%.
     """
-    multi_node_steps = [step for step in recipe.steps if step in TRAINING_STEPS and recipe.resources_of(step).nodes > 1]
-    if platform == "kubeflow":
-        return {step: _trainjob(recipe, step) for step in multi_node_steps}
-    if platform == "vertex":
-        return {step: _customjob(recipe, step) for step in multi_node_steps}
-    return {}
+    if platform in LOCAL_PLATFORMS:
+        return {}
+    launchers: Settings = {}
+    for step in (step for step in recipe.steps if step in TRAINING_STEPS):
+        resources, devices = recipe.resources_of(step), recipe.settings.get(step, {}).get("devices")
+        if devices not in (None, resources.count) and resources.accelerator != "none":
+            problem = f"{resources.count} {resources.accelerator}, but settings.{step}.devices is {devices}"
+            raise ConfigError(f"resources.{step}.count: {problem}; leave devices out")
+        if resources.nodes > 1:
+            launchers[step] = _trainjob(recipe, step) if platform == "kubeflow" else _customjob(recipe, step)
+        elif resources.count > 1:
+            launchers[step] = {"devices": resources.count}
+    return launchers
 
 
 def _job_settings(recipe: Recipe, step: str) -> dict[str, object]:

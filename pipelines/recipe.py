@@ -1,7 +1,7 @@
 """A recipe: the YAML file that describes a run. It is validated before anything is submitted."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +31,8 @@ Accelerator = Literal[
     "tpu-v6e",
 ]
 
+Image = Literal["worker", "worker-cuda", "trainer", "trainer-cuda", "trainer-tpu"]
+
 VERTEX_TYPES: dict[str, str] = {
     "nvidia-t4": "NVIDIA_TESLA_T4",
     "nvidia-l4": "NVIDIA_L4",
@@ -40,6 +42,19 @@ VERTEX_TYPES: dict[str, str] = {
     "nvidia-h200": "NVIDIA_H200_141GB",
 }
 """Accelerator -> its name in Vertex AI's AcceleratorType, which has none for TPUs: they belong to machine types."""
+
+
+GKE_ACCELERATORS: dict[str, str] = {
+    "nvidia-t4": "nvidia-tesla-t4",
+    "nvidia-l4": "nvidia-l4",
+    "nvidia-a100-40gb": "nvidia-tesla-a100",
+    "nvidia-a100-80gb": "nvidia-a100-80gb",
+    "nvidia-h100-80gb": "nvidia-h100-80gb",
+    "nvidia-h200": "nvidia-h200-141gb",
+}
+"""GPU -> the value of the label cloud.google.com/gke-accelerator of nodes with it, on GKE."""
+ACCELERATED_STEPS = ("sampling", "pretraining", "finetuning", "evaluation", "scoring")
+"""Steps that run a model."""
 
 
 def kubernetes_resource(accelerator: str) -> str:
@@ -107,7 +122,8 @@ class Kubeflow:
 
     `volume` is a ReadWriteMany PersistentVolumeClaim; it is mounted at `mount` and holds the work folder. `runtime` is
     the TrainingRuntime of steps that train on several nodes. `spot` is the label of spot nodes, which is also their
-    taint; the default is GKE's.
+    taint, and `accelerator_labels` has the labels of nodes with each accelerator; the defaults are GKE's. A label in a
+    step's own `node_selector` takes precedence.
     """
 
     endpoint: str = ""
@@ -118,6 +134,11 @@ class Kubeflow:
     pull_secret: str = ""
     service_account: str = ""
     spot: dict[str, str] = Field(default_factory=lambda: {"cloud.google.com/gke-spot": "true"})
+    accelerator_labels: dict[str, dict[str, str]] = Field(
+        default_factory=lambda: {
+            name: {"cloud.google.com/gke-accelerator": label} for name, label in GKE_ACCELERATORS.items()
+        }
+    )
     runtime: str = "cappy-torch"
     shared_memory: Annotated[Memory, Field(min_length=1)] = "2Gi"
 
@@ -164,7 +185,7 @@ class Recipe:
     work: str = ""
     tracking_uri: str = ""
     revision: str = ""
-    images: dict[Literal["worker", "trainer", "trainer-tpu"], str] = Field(default_factory=dict)
+    images: dict[Image, str] = Field(default_factory=dict)
     resources: dict[str, Resources] = Field(default_factory=dict)
     prices: dict[Accelerator, Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict
@@ -173,8 +194,14 @@ class Recipe:
     vertex: Vertex = Field(default_factory=Vertex)
 
     def resources_of(self, step: str) -> Resources:
-        """The resources of a step: its own entry, otherwise the default one."""
-        return self.resources.get(step) or self.resources.get("default") or Resources()
+        """The resources of a step: its own entry, otherwise the default one.
+
+        A default accelerator is for the steps that run a model.
+        """
+        if step in self.resources:
+            return self.resources[step]
+        default = self.resources.get("default") or Resources()
+        return default if step in ACCELERATED_STEPS else replace(default, accelerator="none", count=1)
 
     @property
     def steps(self) -> tuple[str, ...]:

@@ -15,9 +15,17 @@ from wording import assert_names
 from cappy.config import encode
 from cappy.progress import FileProgress, LogProgress, ProgressState, read_state
 from cappy.records import read_manifest
-from cappy.runs import PARENT_VARIABLE, PROGRESS_VARIABLE, TIMEOUT_VARIABLE, progress_path, read_record, record_path
+from cappy.runs import (
+    ACCELERATORS_VARIABLE,
+    PARENT_VARIABLE,
+    PROGRESS_VARIABLE,
+    TIMEOUT_VARIABLE,
+    progress_path,
+    read_record,
+    record_path,
+)
 from cappy.steps import STEP_SPECS
-from cappy.worker import config_class, hold_parent_lock, launch, runner
+from cappy.worker import check_accelerators, config_class, hold_parent_lock, launch, runner
 
 
 @pytest.fixture
@@ -253,3 +261,18 @@ def test_a_step_that_takes_too_long_is_asked_to_end_and_says_why(tmp_path: Path)
     assert done.returncode == -signal.SIGTERM
     assert done.stderr.count("\n") == 1
     assert_names(done.stderr, "cappy sampling: ", "0.2 seconds", "more hours")
+
+
+@pytest.mark.parametrize("kind", ["nvidia-l4", "tpu-v5e"])
+def test_a_step_whose_accelerators_are_not_there_ends_at_its_start(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ACCELERATORS_VARIABLE, f"{kind}:2")
+    monkeypatch.setattr(f"cappy.worker._count_{'tpus' if kind.startswith('tpu') else 'gpus'}", lambda: 1)
+    with pytest.raises(SystemExit) as ended:
+        launch("preparation", "", source="builtin", target=str(tmp_path / "target"))
+    assert ended.value.code == 1
+    assert_names(capsys.readouterr().err, "cappy preparation: ", f"2 {kind}", "sees 1", "image")
+    assert not (tmp_path / "target").exists()
+    monkeypatch.setenv(ACCELERATORS_VARIABLE, f"{kind}:1")
+    check_accelerators()

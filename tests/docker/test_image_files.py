@@ -11,7 +11,7 @@ import locks
 import pytest
 from wording import raises_naming
 
-from components import TRAINER_IMAGE, WORKER_IMAGE
+from components import TRAINER_CUDA_IMAGE, TRAINER_IMAGE, TRAINER_TPU_IMAGE, WORKER_CUDA_IMAGE, WORKER_IMAGE
 
 DOCKER = Path(__file__).parents[2] / "docker"
 LAYERS = {
@@ -101,6 +101,8 @@ def test_an_image_runs_as_a_number_and_asks_no_registry_for_a_frontend(name: str
 
 def test_the_components_name_the_images_that_are_built() -> None:
     assert (images.tag("worker"), images.tag("trainer")) == (WORKER_IMAGE, TRAINER_IMAGE)
+    assert (images.tag("worker", "cuda"), images.tag("trainer", "cuda")) == (WORKER_CUDA_IMAGE, TRAINER_CUDA_IMAGE)
+    assert images.tag("trainer-tpu", "cuda") == images.tag("trainer-tpu") == TRAINER_TPU_IMAGE
 
 
 def test_an_engine_that_cannot_be_started_is_a_line_with_the_remedy(

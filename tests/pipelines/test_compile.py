@@ -23,13 +23,13 @@ from pipelines.recipe import VERTEX_TYPES, Platform, check_recipe
 BLOCKED = ["torch", "transformers", "mlflow", "deepspeed", "google.cloud.aiplatform", "pyarrow"]
 PLATFORMS: tuple[Platform, ...] = ("local", "docker", "kubeflow", "vertex")
 GOLDEN = Path(__file__).parent / "golden"
-GPU = {"accelerator": "nvidia-l4", "count": 2, "cpu": "8", "memory": "32Gi", "hours": 2.0, "retries": 3}
+LARGE = {"cpu": "8", "memory": "32Gi", "hours": 2.0, "retries": 3}
 NEEDS: dict[str, dict[str, Any]] = {
     "local": {},
     "docker": {"default": {"image": "registry.example/cappy-worker:1"}},
     "kubeflow": {
         "preparation": {
-            **GPU,
+            **LARGE,
             "spot": True,
             "node_selector": {"pool": "gpu"},
             "tolerations": [{"key": "gpu", "value": "yes"}],
@@ -38,7 +38,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     },
     "vertex": {
         "preparation": {
-            **GPU,
+            **LARGE,
             "secrets": [{"variable": "OPENAI_API_KEY", "name": "projects/p/secrets/llm/versions/3"}],
         }
     },
@@ -162,10 +162,8 @@ def executors(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_a_step_gets_what_its_recipe_says_and_the_others_do_not() -> None:
     containers, pods = executors(compiled("adapt", "kubeflow", resources=NEEDS["kubeflow"]))
-    asked = containers["exec-preparation"]["resources"]
-    assert asked["accelerator"]["resourceType"] == "nvidia.com/gpu"
-    assert asked["accelerator"]["resourceCount"] == "2"
-    assert "accelerator" not in containers["exec-sampling"].get("resources", {})
+    assert containers["exec-preparation"]["resources"]["resourceCpuLimit"] == "8"
+    assert "resourceCpuLimit" not in containers["exec-sampling"].get("resources", {})
     pod = pods["exec-preparation"]
     assert pod["nodeSelector"]["labels"] == {"pool": "gpu", "cloud.google.com/gke-spot": "true"}
     assert {taint["key"] for taint in pod["tolerations"]} == {"gpu", "cloud.google.com/gke-spot"}
@@ -176,6 +174,57 @@ def test_a_step_gets_what_its_recipe_says_and_the_others_do_not() -> None:
     for each in pods.values():
         (volume,) = each["pvcMount"]
         assert volume["mountPath"] == "/data"
+
+
+def environment(container: Mapping[str, Any]) -> dict[str, str]:
+    return {each["name"]: each["value"] for each in container["env"]}
+
+
+@pytest.mark.parametrize("platform", ["kubeflow", "vertex"])
+def test_an_accelerator_is_for_the_steps_that_run_a_model_which_know_of_it(platform: Platform) -> None:
+    text = compiled("adapt", platform, resources={"default": {"accelerator": "nvidia-a100-40gb"}})
+    containers, pods = executors(text)
+    with_gpu = {name for name, each in containers.items() if "accelerator" in each.get("resources", {})}
+    assert with_gpu == {"exec-sampling", "exec-finetuning", "exec-evaluation"}
+    for name, container in containers.items():
+        assert environment(container).get("CAPPY_ACCELERATORS") == ("nvidia-a100-40gb:1" if name in with_gpu else None)
+        assert ("-cuda:" in container["image"]) is (name in with_gpu)
+        labels = pods.get(name, {}).get("nodeSelector", {}).get("labels", {})
+        expected = name in with_gpu and platform == "kubeflow"
+        assert (labels == {"cloud.google.com/gke-accelerator": "nvidia-tesla-a100"}) is expected, name
+
+
+def test_the_labels_of_nodes_with_an_accelerator_can_be_replaced() -> None:
+    gpu = {"finetuning": {"accelerator": "nvidia-l4"}}
+
+    def labels(**more: Any) -> dict[str, str]:
+        _, pods = executors(compiled("adapt", "kubeflow", **more))
+        own_labels: dict[str, str] = pods["exec-finetuning"].get("nodeSelector", {}).get("labels", {})
+        return own_labels
+
+    own = {"nvidia.com/gpu.product": "NVIDIA-L4"}
+    assert labels(resources=gpu, kubeflow={"accelerator_labels": {"nvidia-l4": own}}) == own
+    assert labels(resources=gpu, kubeflow={"accelerator_labels": {}}) == {}
+    selector = {
+        "finetuning": {"accelerator": "nvidia-l4", "node_selector": {"cloud.google.com/gke-accelerator": "mine"}}
+    }
+    assert labels(resources=selector) == {"cloud.google.com/gke-accelerator": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("named", "training", "sampling"),
+    [
+        ({}, "cappy-python-trainer-cuda:0.1.0", "cappy-python-worker-cuda:0.1.0"),
+        ({"trainer": "t", "worker": "w"}, "t", "w"),
+        ({"trainer": "t", "trainer-cuda": "tc", "worker-cuda": "wc"}, "tc", "wc"),
+    ],
+)
+def test_a_step_with_a_gpu_gets_an_image_with_cuda(named: dict[str, str], training: str, sampling: str) -> None:
+    needs = {"resources": {"default": {"accelerator": "nvidia-l4"}}, "images": named}
+    containers, _ = executors(compiled("adapt", "kubeflow", **needs))
+    assert containers["exec-finetuning"]["image"] == training
+    assert containers["exec-sampling"]["image"] == sampling
+    assert containers["exec-annotation"]["image"] == named.get("worker", "cappy-python-worker:0.1.0")
 
 
 def test_every_attempt_but_the_exit_steps_is_repeated_and_every_step_has_a_limit() -> None:
@@ -258,8 +307,9 @@ def test_a_step_on_kubeflow_knows_its_run_by_the_label_of_its_pod() -> None:
 
 
 def test_vertex_gets_its_own_names_and_secrets_by_reference() -> None:
-    containers, _ = executors(compiled("adapt", "vertex", resources=NEEDS["vertex"]))
-    assert containers["exec-preparation"]["resources"]["accelerator"]["resourceType"] == "NVIDIA_L4"
+    resources = {**NEEDS["vertex"], "sampling": {"accelerator": "nvidia-l4"}}
+    containers, _ = executors(compiled("adapt", "vertex", resources=resources))
+    assert containers["exec-sampling"]["resources"]["accelerator"]["resourceType"] == "NVIDIA_L4"
     values = {each["name"]: each["value"] for each in containers["exec-preparation"]["env"]}
     assert json.loads(values["CAPPY_SECRETS"]) == {"OPENAI_API_KEY": "projects/p/secrets/llm/versions/3"}
 
@@ -280,6 +330,8 @@ def test_vertexs_names_of_accelerators_are_those_of_its_sdk() -> None:
         ("vertex", {"nodes": 2}, ("resources.sampling.nodes: 2", "training")),
         ("kubeflow", {"nodes": 2}, ("resources.sampling.nodes: 2", "training")),
         ("kubeflow", {"accelerator": "tpu-v6e"}, ("JAX", "tpu-v6e", "GPU")),
+        ("kubeflow", {"accelerator": "nvidia-l4", "count": 8}, ("sampling.count: 8", "one accelerator", "shards")),
+        ("vertex", {"accelerator": "nvidia-l4", "count": 2}, ("sampling.count: 2", "one accelerator")),
         ("kubeflow", {"machine_type": "a3"}, ("sampling.machine_type", "Kubernetes", "give cpu and memory")),
         ("kubeflow", {"secrets": [{"variable": "A", "name": "s"}]}, ("A ", "Secret of the namespace")),
     ],
@@ -289,6 +341,20 @@ def test_what_a_platform_lacks_is_refused_before_submission(
 ) -> None:
     with raises_naming(ConfigError, *names):
         compiled("adapt", platform, resources={"sampling": needs})
+
+
+@pytest.mark.parametrize(
+    ("resources", "names"),
+    [
+        ({"annotation": {"accelerator": "nvidia-l4"}}, ("resources.annotation.accelerator", "runs no model")),
+        ({"default": {"accelerator": "nvidia-l4", "count": 4}}, ("resources.default.count: 4", "sampling")),
+        ({"evaluation": {"accelerator": "nvidia-l4", "count": 4}}, ("evaluation.count: 4", "give count: 1")),
+    ],
+)
+def test_accelerators_that_a_step_would_not_use_are_refused(resources: dict[str, Any], names: tuple[str, ...]) -> None:
+    for platform in ("kubeflow", "vertex"):
+        with raises_naming(ConfigError, *names):
+            compiled("adapt", platform, resources=resources)
 
 
 def test_a_tpu_is_for_training_by_jax_on_one_machine_and_has_an_image_of_its_own() -> None:

@@ -1,5 +1,6 @@
 """Recipes: what is wrong with one is said with file, key and remedy, before anything is submitted."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,51 @@ def test_a_cluster_is_reported_its_own_address_and_this_machine_asks_at_its_own(
         submission_of(recipe, "kubeflow")
     result = submission_of(check_recipe({"pipeline": "pretrain", **PLACES}), "kubeflow").arguments
     assert decode(str(result["registration_settings"]))["tracking_uri"] == PLACES["tracking_uri"]
+
+
+@pytest.mark.parametrize("platform", ["kubeflow", "vertex"])
+def test_training_in_its_own_pod_uses_all_of_its_accelerators(platform: Platform) -> None:
+    recipe = {"pipeline": "adapt", "resources": {"finetuning": {"accelerator": "nvidia-l4", "count": 8}}}
+    settings = settings_of(check_recipe(recipe), platform)
+    assert settings["finetuning"]["devices"] == 8
+    assert "launcher" not in settings["finetuning"]
+    assert "devices" not in settings_of(check_recipe(recipe))["finetuning"], "this machine has those that it has"
+    fewer = check_recipe({**recipe, "settings": {"finetuning": {"devices": 2}}})
+    with raises_naming(ConfigError, "finetuning.count: 8", "devices is 2"):
+        settings_of(fewer, platform)
+
+
+def test_buckets_are_where_vertex_mounts_them_and_nowhere_else() -> None:
+    recipe = check_recipe(
+        {
+            "pipeline": "adapt",
+            "parameters": {"source": "gs://data/tasks.jsonl", "generator": ["gs://models/llm"]},
+            "vertex": {"project": "p", "bucket": "gs://mine"},
+            "revision": "1",
+            **PLACES,
+        }
+    )
+    settings = settings_of(recipe, "vertex")
+    assert settings["preparation"]["source"] == "/gcs/data/tasks.jsonl"
+    assert settings["sampling"]["generator"] == ["/gcs/models/llm"]
+    check(recipe, "vertex")
+    for platform in ("kubeflow", "local"):
+        with raises_naming(ConfigError, "gs://data/tasks.jsonl", "preparation: --source"):
+            check(recipe, platform)  # type: ignore[arg-type]
+    stored = check_recipe({"pipeline": "adapt", "parameters": {"source": "s3://data/tasks.jsonl"}})
+    with raises_naming(ConfigError, "s3://data/tasks.jsonl", "/gcs/mine"):
+        check(replace(recipe, parameters=stored.parameters), "vertex")
+
+
+def test_two_registries_with_the_same_digest_share_work(tmp_path: Path) -> None:
+    def fingerprints(image: str) -> object:
+        place = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "work": str(tmp_path)}
+        recipe = {"pipeline": "adapt", "images": {"worker": image, "trainer": image}, **place}
+        return submission_of(check_recipe(recipe)).fingerprints
+
+    digest = "sha256:" + "0" * 64
+    assert fingerprints(f"one.example/worker@{digest}") == fingerprints(f"two.example/team/worker@{digest}")
+    assert fingerprints("one.example/worker:1") != fingerprints("two.example/worker:1")
 
 
 def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_has_no_accelerator() -> None:
