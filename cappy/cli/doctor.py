@@ -199,13 +199,14 @@ def _verify_scorer() -> Path:
 
 
 def _check_tracking(uri: str) -> Finding:
-    """Checks that MLflow's database can be written, or that its server answers; creates no database."""
+    """Checks that MLflow's database can be written, or that its server lets this user in; creates no database."""
     from cappy.redaction import redact_address
-    from cappy.registry.models import check_writable, no_database_yet, tracking_address
+    from cappy.registry import check_tracking
+    from cappy.registry.models import no_database_yet, tracking_address
 
     address = redact_address(tracking_address(uri))
     try:
-        check_writable(uri)
+        check_tracking(uri)
     except CappyError as error:
         return Finding(name="mlflow", status="failure", detail=str(error))
     if no_database_yet(uri):

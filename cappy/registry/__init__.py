@@ -10,7 +10,7 @@ from cappy.runs import tune_garbage_collector
 if TYPE_CHECKING:
     from cappy.registry.aliases import Move
 
-__all__ = ["Version", "attach", "champion", "download", "history", "resolve", "rollback", "track_run"]
+__all__ = ["Version", "attach", "champion", "check_tracking", "download", "history", "resolve", "rollback", "track_run"]
 
 MODELS = Path(".cappy/models")
 """Default folder of downloaded scorers."""
@@ -60,6 +60,23 @@ def history(name: str, *, tracking_uri: str = "") -> list["Move"]:
     from cappy.registry import aliases
 
     return aliases.history(name, tracking_uri=tracking_uri)
+
+
+def check_tracking(tracking_uri: str = "") -> None:
+    """Checks within seconds that MLflow answers and lets this user in, and creates nothing.
+
+    Raises UnreachableError, with the remedy, if not.
+    """
+    from cappy.registry import models
+
+    address = models.tracking_address(tracking_uri)
+    if (path := models.database(address)) is not None:
+        models.check_writable(address, path)
+        return
+    from cappy.registry.client import connect
+
+    with connect(address):
+        pass
 
 
 def track_run(

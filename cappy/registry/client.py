@@ -15,43 +15,110 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-import sqlalchemy.exc
+import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from cappy.errors import RegistryError, UnreachableError, quote
 from cappy.files import hold_lock
 from cappy.redaction import redact_address
-from cappy.registry.models import artifact_root, check_reachable, database, no_database_yet
+from cappy.registry.models import artifact_root, check_database, database, no_database_yet, tracking_address
 
 __all__ = ["MlflowClient", "MlflowException", "connect", "experiment_id", "metric_key"]
 
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+CHECK_SECONDS = 4
+"""Time limit of the first request to a server or a database."""
+_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(CHECK_SECONDS), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+_OTHER_ADDRESS = "give another address with --tracking-uri or MLFLOW_TRACKING_URI"
+_STATUS = re.compile(r"(?:error code|too many) (\d{3})\b")
+_NO_JSON = re.compile(r"not in a valid JSON format|JSONDecodeError")
+_NO_ANSWER = re.compile(r"Max retries|Connection|timed out|resolve", re.IGNORECASE)
 _INVALID_CHARACTERS = re.compile(r"[^\w\-. :/]")
 
 
 @contextlib.contextmanager
 def connect(tracking_uri: str) -> Iterator[MlflowClient]:
-    """Yields an MlflowClient. Raises UnreachableError for its errors, within seconds if MLflow cannot be reached."""
+    """Yields an MlflowClient. Raises UnreachableError for its errors, within seconds if MLflow cannot be reached.
+
+    The first request is authenticated and has a short time limit, whereas MLflow itself retries for minutes. It uses
+    MLflow's own settings for proxies and certificates.
+    """
     _trim_credentials()
-    address = check_reachable(tracking_uri)
+    address = tracking_address(tracking_uri)
+    if (path := database(address)) is not None:
+        check_database(address, path)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     try:
-        path = database(address)
-        with _lock_database(path), warnings.catch_warnings():
+        with _lock_database(path), _short_limits(address), warnings.catch_warnings():
             # MLflow 3.17 uses a loader that SQLAlchemy 2.1 warns about when the store is loaded.
             warnings.simplefilter("ignore")
             if path is not None and no_database_yet(address):
                 _create_tables(path)
+            if path is None and "://" in address and not address.startswith(("http://", "https://", "file:")):
+                _check_database_server(address)
             client = _client(address)
             client.search_experiments(max_results=1)
         yield client
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
-        reason = " ".join(str(error).split())
-        raise UnreachableError(
-            f"{redact_address(address)}: MLflow failed ({quote(reason, 200)}); see its log, then run again"
-        ) from error
+        raise UnreachableError(f"{redact_address(address)}: {_describe(error)}") from error
+
+
+def _describe(error: Exception) -> str:
+    """Problem and remedy of an error of MLflow or of its database."""
+    reason = " ".join(str(error).split())
+    status = _STATUS.search(reason)
+    shown = quote(reason.partition("(Caused by ")[2].rstrip(")") or reason, 200)
+    if isinstance(error, sqlalchemy.exc.SQLAlchemyError):
+        first = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        return f"MLflow's database does not answer ({quote(first, 200)}); start it, or {_OTHER_ADDRESS}"
+    if status and status[1] in ("401", "403"):
+        names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        return f"MLflow refuses these credentials (status {status[1]}); set {names}"
+    if status and status[1] in ("502", "503", "504"):
+        return f"a proxy answers that MLflow behind it does not (status {status[1]}); start MLflow, or try again later"
+    if status and status[1] == "421":
+        return f"MLflow does not serve this host name ({shown}); start it with --allowed-hosts"
+    if (status and status[1] in ("404", "405")) or _NO_JSON.search(reason):
+        return f"what answers is not MLflow ({shown}): a login page, a proxy or another path; {_OTHER_ADDRESS}"
+    if status is None and _NO_ANSWER.search(reason):
+        return f"MLflow does not answer ({shown}); start it, or {_OTHER_ADDRESS}; check HTTPS_PROXY and certificates"
+    return f"MLflow failed ({shown}); see its log, or {_OTHER_ADDRESS}"
+
+
+def _check_database_server(address: str) -> None:
+    """Connects once, with a time limit: MLflow would try for two minutes."""
+    try:
+        url = sqlalchemy.make_url(address)
+        limit = {"connect_timeout": CHECK_SECONDS} if url.get_backend_name() in ("postgresql", "mysql") else {}
+        engine = sqlalchemy.create_engine(url, connect_args=limit)
+    except sqlalchemy.exc.NoSuchModuleError:
+        return  # Not an address of a database; MLflow may know it.
+    except ModuleNotFoundError as missing:
+        raise _missing_module(address, missing) from missing
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def _short_limits(address: str) -> Iterator[None]:
+    """Limits each request of MLflow's client in this block, which reads these settings at each request."""
+    if not address.startswith(("http://", "https://")):
+        yield
+        return
+    former = {name: os.environ.get(name) for name in _LIMITS}
+    os.environ.update(_LIMITS)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def experiment_id(client: MlflowClient, name: str, tracking_uri: str) -> str:
@@ -72,10 +139,11 @@ def _client(address: str) -> MlflowClient:
     try:
         return MlflowClient(tracking_uri=address, registry_uri=address)
     except ModuleNotFoundError as missing:
-        shown_address = redact_address(address)
-        raise RegistryError(
-            f"{shown_address}: MLflow needs {missing.name} for this address; pip install it"
-        ) from missing
+        raise _missing_module(address, missing) from missing
+
+
+def _missing_module(address: str, missing: ModuleNotFoundError) -> RegistryError:
+    return RegistryError(f"{redact_address(address)}: MLflow needs {missing.name} for this address; pip install it")
 
 
 def _trim_credentials() -> None:

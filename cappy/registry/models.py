@@ -1,15 +1,11 @@
-"""The parts of the registry that work without MLflow: its address, names of tags and files, and `Version`.
+"""The parts of the registry that work without MLflow: its address, names of tags and files, and `Version`."""
 
-`check_reachable` takes seconds, whereas MLflow itself retries for minutes.
-"""
-
-import http.client
+import importlib.util
 import os
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from cappy.errors import UnreachableError
 from cappy.evaluation.findings import OUT_OF_FOLD, ReportValues
@@ -97,7 +93,6 @@ DATABASE = Path(".cappy/mlflow.db")
 CHECK_TIMEOUT_SECONDS = 4.0
 _SQLITE = "sqlite:///"
 _DATABASE_REMEDY = "choose a writable file with --tracking-uri or MLFLOW_TRACKING_URI"
-_REMEDY = "start it, or give another address with --tracking-uri or MLFLOW_TRACKING_URI"
 
 
 def tracking_address(uri: str = "") -> str:
@@ -106,6 +101,9 @@ def tracking_address(uri: str = "") -> str:
     Its secrets are redacted in all messages from now on.
     """
     address = (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).strip() or f"{_SQLITE}{DATABASE.absolute()}"
+    if address.startswith("postgresql://") and importlib.util.find_spec("psycopg") is None:
+        # SQLAlchemy's default driver; the extra `registry` has the older one.
+        address = address.replace("postgresql://", "postgresql+psycopg2://", 1)
     register_address(address)
     return address
 
@@ -128,24 +126,13 @@ def artifact_root(uri: str) -> str | None:
     return None if path is None else (path.absolute().parent / "mlartifacts").as_uri()
 
 
-def check_reachable(uri: str) -> str:
-    """Checks within seconds that MLflow can be reached, and returns its address. Raises UnreachableError if not."""
-    address = tracking_address(uri)
-    parts = urlsplit(address)
-    path = database(address)
-    if path is not None:
-        _check_database(address, path)
-    elif parts.scheme in ("http", "https"):
-        _check_server(address)
-    return address
+def check_writable(address: str, path: Path) -> None:
+    """Checks that the SQLite file can be written; of a missing one, which is not created, only the folder.
 
-
-def check_writable(uri: str) -> None:
-    """Checks as `check_reachable` does, but creates nothing: of a missing database only the folder is checked."""
-    address = tracking_address(uri)
-    path = database(address)
-    if path is None or path.exists():
-        check_reachable(uri)
+    Raises UnreachableError if not.
+    """
+    if path.exists():
+        check_database(address, path)
         return
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
@@ -153,7 +140,8 @@ def check_writable(uri: str) -> None:
         raise UnreachableError(f"{redact_address(address)}: {problem}; {_DATABASE_REMEDY}")
 
 
-def _check_database(address: str, path: Path) -> None:
+def check_database(address: str, path: Path) -> None:
+    """Checks that the SQLite file can be opened and written, and creates it. Raises UnreachableError if not."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(path, timeout=CHECK_TIMEOUT_SECONDS)
@@ -165,20 +153,4 @@ def _check_database(address: str, path: Path) -> None:
     except (OSError, sqlite3.Error) as error:
         raise UnreachableError(
             f"{redact_address(address)}: MLflow's database cannot be opened ({error}); {_DATABASE_REMEDY}"
-        ) from error
-
-
-def _check_server(address: str) -> None:
-    parts = urlsplit(address)
-    connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    try:
-        connection = connection_class(parts.hostname or "", parts.port, timeout=CHECK_TIMEOUT_SECONDS)
-        try:
-            connection.request("GET", f"{parts.path.rstrip('/')}/health")
-            connection.getresponse()
-        finally:
-            connection.close()
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UnreachableError(
-            f"{redact_address(address)}: MLflow does not answer ({error or type(error).__name__}); {_REMEDY}"
         ) from error

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from local_server import handled_by
 from waiting import wait_until
 from wording import raises_naming
 
+from cappy import registry
 from cappy.errors import RegistryError, UnreachableError
 from cappy.registry.client import connect
 
@@ -80,6 +82,73 @@ def test_the_newline_that_echo_puts_behind_a_secret_is_not_sent(monkeypatch: pyt
     assert "token-1" not in str(error.value)
     assert basic not in str(error.value)
     assert os.environ["MLFLOW_TRACKING_TOKEN"] in ("", "token-1")
+
+
+def answering(status: int, body: str, kind: str = "text/html") -> type[BaseHTTPRequestHandler]:
+    """A server that gives this answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    return Handler
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "names"),
+    [
+        (200, "<html><form>Sign in</form></html>", ("not MLflow", "login page", "MLFLOW_TRACKING_URI")),
+        (401, "who are you", ("credentials", "401", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_TOKEN")),
+        (403, "<html>Forbidden</html>", ("credentials", "403", "MLFLOW_TRACKING_TOKEN")),
+        (404, "<html>Not Found</html>", ("not MLflow", "another path")),
+        (502, "<html>Bad Gateway</html>", ("proxy", "502", "start MLflow")),
+        (503, "no healthy upstream", ("proxy", "503")),
+        (500, '{"error_code": "INTERNAL_ERROR", "message": "disk full"}', ("MLflow failed", "500", "see its log")),
+    ],
+)
+def test_what_answers_instead_of_mlflow_is_one_line_with_the_remedy(
+    status: int, body: str, names: tuple[str, ...]
+) -> None:
+    started = time.monotonic()
+    with handled_by(answering(status, body)) as url, raises_naming(UnreachableError, url, *names), connect(url):
+        pass
+    assert time.monotonic() - started < 10
+    with handled_by(answering(status, body)) as url, raises_naming(UnreachableError, url):
+        registry.check_tracking(url)
+
+
+@pytest.mark.parametrize(
+    ("address", "names"),
+    [
+        ("http://127.0.0.1:9", ("does not answer", "start it")),
+        ("postgresql://anna:secret-1@127.0.0.1:9/mlflow", ("database does not answer", "refused", "start it")),
+        ("mysql+pymysql://anna:secret-1@127.0.0.1:9/mlflow", ("pymysql", "pip install")),
+        ("nonsense://x", ("nonsense://x", "MLFLOW_TRACKING_URI")),
+        ("databricks", ("databricks", "MLFLOW_TRACKING_URI")),
+    ],
+)
+def test_an_address_where_nothing_answers_is_one_line_within_seconds(address: str, names: tuple[str, ...]) -> None:
+    started = time.monotonic()
+    with raises_naming(RegistryError, *names) as error, connect(address):
+        pass
+    assert "\n" not in str(error.value)
+    assert "secret-1" not in str(error.value)
+    assert time.monotonic() - started < 10
+
+
+def test_limits_of_the_first_request_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    body = '{"experiments": []}'
+    with handled_by(answering(200, body, "application/json")) as url, connect(url):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
 
 
 def test_a_database_whose_driver_is_missing_is_one_line_without_its_password() -> None:
