@@ -81,19 +81,25 @@ class SelectRequest(Body):
         Flag, Field(description="Whether the responses are all possible answers, so that they have no consensus")
     ] = False
 
+    truncated: Annotated[
+        tuple[Annotated[int, Field(strict=True)], ...],
+        Field(description="Indices of responses that a length limit cut off: chosen only if all are"),
+    ] = ()
+
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
         self.candidates()
         return self
 
     def candidates(self) -> Candidates:
-        """The candidates with what is known; raises ValueError if likelihoods or greedy do not fit the responses."""
+        """The candidates with what is known; raises ValueError if it does not fit the responses."""
         try:
             return Candidates(
                 responses=self.responses,
                 likelihoods=self.likelihoods,
                 greedy=self.greedy,
                 closed_choices=self.closed_choices,
+                truncated=self.truncated,
             )
         except ConfigError as error:
             raise ValueError(str(error)) from None
@@ -137,7 +143,7 @@ def _pick(request: SelectRequest, result: ScoredPairs) -> SelectResponse:
     return SelectResponse(
         index=ranking.picked,
         response=request.responses[ranking.picked],
-        picked_by=result.selector.rule(pool.available).text,
+        picked_by=result.selector.rule(result.selector.for_caller(pool).available).text,
         values=ranking.values.tolist(),
         scores=list(result.scores),
         expected=None if result.expected is None else list(result.expected),

@@ -37,7 +37,7 @@ SAMPLING_SHARE = 0.9
 """Share of a request's time limit for sampling; the rest is for scoring."""
 MAX_SCORED_CHARACTERS = 100_000
 """Characters of a response that are scored: scorers read about a thousand tokens; more would delay other requests."""
-MAX_CHARACTERS_IN_LOOP = 20_000
+MAX_CHARACTERS_IN_LOOP = 5_000
 """Characters of a pool up to which MBR takes about a millisecond, so that it may run in the event loop."""
 OutcomeKind = Literal["answered", "abstained", "escalated", "escalation-failed", "unscored"]
 
@@ -106,6 +106,8 @@ class _Run:
         self._limit: Limit | None = None
         self._second_start: int | None = None
         """Index of the first candidate of the second LLM."""
+        self._gain = math.inf
+        """Expected gain of one more sample of the present LLM."""
         self._started = time.monotonic()
 
     async def outcome(self) -> GatewayOutcome:
@@ -146,6 +148,7 @@ class _Run:
     async def _sample(self, upstream: Upstream, max_candidates: int) -> Stop:
         """Samples an LLM in rounds until the policy or a limit stops it."""
         start, num_requested = len(self._candidates), 0
+        self._gain = math.inf
         while True:
             candidates = self._candidates[start:]
             best = best_candidate(candidates)
@@ -153,7 +156,7 @@ class _Run:
             decision = decide(
                 self._gateway.policy,
                 [] if best is None or best.value is None else [best.value],
-                gain=expected_gain_of(candidates, self._gateway.scoring) if self._gateway.policy.min_gain else math.inf,
+                gain=self._gain,
                 num_requested=num_requested,
                 num_received=num_received,
                 min_candidates=min(self._request.count, max_candidates),
@@ -205,14 +208,11 @@ class _Run:
         if self._is_truncated(result, allowance):
             self._limit = self._limit or allowance.limit
         pool = [*self._candidates[start:], *await self._score(result.candidates)]
-        self._candidates = [*self._candidates[:start], *await self._value(pool)]
-
-    async def _value(self, pool: Sequence[SampledCandidate]) -> list[SampledCandidate]:
-        """The candidates with their values; in a thread if their texts are long, because MBR compares all of them."""
-        value = partial(with_values, pool, self._gateway.scoring)
-        if sum(len(candidate.text) for candidate in pool) < MAX_CHARACTERS_IN_LOOP:
-            return value()
-        return await asyncio.to_thread(value)
+        value = partial(_value, pool, self._gateway.scoring, with_gain=bool(self._gateway.policy.min_gain))
+        is_long = sum(len(candidate.text) for candidate in pool) > MAX_CHARACTERS_IN_LOOP
+        # MBR compares all texts.
+        valued, self._gain = await asyncio.to_thread(value) if is_long else value()
+        self._candidates = [*self._candidates[:start], *valued]
 
     async def _score(self, candidates: Sequence[SampledCandidate]) -> list[SampledCandidate]:
         """Scores candidates; returns them without scores if the time is up and earlier candidates have scores."""
@@ -291,6 +291,14 @@ class _Run:
         return GatewayError(400, text, code="limit_too_low")
 
 
+def _value(
+    pool: Sequence[SampledCandidate], scoring: Scoring, *, with_gain: bool
+) -> tuple[list[SampledCandidate], float]:
+    """The candidates with their values, and the expected gain of one more sample, which takes about as long."""
+    valued = with_values(pool, scoring)
+    return valued, expected_gain_of(valued, scoring) if with_gain else math.inf
+
+
 def order_pools(pools: Sequence[Sequence[SampledCandidate]]) -> list[SampledCandidate]:
     """The candidates of several LLMs, best first: the pool whose pick has the highest value comes first.
 
@@ -302,7 +310,7 @@ def order_pools(pools: Sequence[Sequence[SampledCandidate]]) -> list[SampledCand
         return -math.inf if best is None or best.value is None else best.value
 
     ranked = [each for pool in sorted(pools, key=value, reverse=True) for each in sorted(pool, key=ranking_key)]
-    return sorted(ranked, key=lambda candidate: ranking_key(candidate)[:2])
+    return sorted(ranked, key=lambda candidate: (candidate.rank is None, candidate.status == "truncated"))
 
 
 def _tokens(usage: dict[str, object], name: str) -> int:

@@ -1,9 +1,11 @@
 """Scores for the gateway, from a scorer in this process (in its own thread) or from a running `cappy serve`."""
 
 import asyncio
+import logging
 import math
 import re
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,7 +28,6 @@ from cappy.sampling.endpoint.client import (
 )
 from cappy.scoring.calibration import Calibration, parse_calibration, read_calibration
 from cappy.selection.linear import Candidates, PoolFeatures, Selector, parse_selector, require_selector
-from cappy.selection.pools import is_greedy
 from cappy.untrusted import read_json
 from serving.config import EVALUATION_HEADER
 from serving.gateway.errors import GatewayError
@@ -44,6 +45,11 @@ REQUEST_SECONDS = 60.0
 MAX_SCORES_BYTES = 1_000_000
 """Maximum size of a response of `cappy serve`: about 20 bytes per score, and the other fields."""
 MAX_REASON_CHARACTERS = 200
+SELECTOR_ATTEMPTS = 5
+SELECTOR_WAIT_SECONDS = 0.1
+"""Attempts to get the selector of the scores from a service whose replicas change, and the growth of the pauses."""
+MAX_KNOWN_EVALUATIONS = 16
+LOGGER = logging.getLogger("serving.gateway")
 VALID_VERSION = re.compile(r"[!-~]{0,200}")
 """A version must be safe to write into headers."""
 
@@ -182,25 +188,21 @@ def _pool(
     scored = [candidate for candidate in candidates if candidate.score is not None and candidate.logit is not None]
     if not scored:
         return [], None
-    # The weight of another decoding than the greedy one says nothing of the greedy response.
-    knows_greedy = not selector.decoding or is_greedy(selector.decoding)
     likelihoods = [candidate.likelihood for candidate in scored]
     known = [likelihood for likelihood in likelihoods if likelihood is not None]
     pool = Candidates(
         responses=[candidate.text for candidate in scored],
         likelihoods=known if len(known) == len(scored) else None,
-        greedy=next((index for index, each in enumerate(scored) if each.greedy and knows_greedy), None),
+        greedy=next((index for index, each in enumerate(scored) if each.greedy), None),
+        truncated=[index for index, each in enumerate(scored) if each.status == "truncated"],
     )
     scores, logits = [each.score or 0.0 for each in scored], [each.logit or 0.0 for each in scored]
-    return scored, pool.with_scores(scores, logits)
+    return scored, selector.for_caller(pool.with_scores(scores, logits))
 
 
-def ranking_key(candidate: SampledCandidate) -> tuple[bool, bool, int]:
-    """Sorts best first: complete responses by their rank, then truncated ones, then those without a score.
-
-    A selector does not see that a response is truncated, but a complete response is more useful to a client.
-    """
-    return candidate.rank is None, candidate.status == "truncated", candidate.rank or 0
+def ranking_key(candidate: SampledCandidate) -> tuple[bool, int]:
+    """Sorts best first, by rank; those without a score come last."""
+    return candidate.rank is None, candidate.rank or 0
 
 
 def best_candidate(candidates: Sequence[SampledCandidate]) -> SampledCandidate | None:
@@ -271,9 +273,8 @@ def _connect(url: str, key: str = "") -> Scoring:
         if status != 200:
             raise ValueError(f"status {status}")
         version = _parse_scores(body)[1]
-        latest = [
-            _Latest(version, evaluation, _parse_evaluated(*_request_once(selector_address, headers, get=True)[:2]))
-        ]
+        known = _fetch_first(lambda: _request_once(selector_address, headers, get=True)[:2], evaluation)
+        latest = [(version, known.get(evaluation, Evaluated()))]
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
         reason = one_line(str(error), MAX_REASON_CHARACTERS, key) or type(error).__name__
         raise ConfigError(f"{location}: no scorer answers ({reason}); start one: cappy serve --port ...") from None
@@ -287,11 +288,16 @@ def _connect(url: str, key: str = "") -> Scoring:
             answer.raise_for_status()
             scores, version = _parse_scores(answer.content)
             evaluation = answer.headers.get(EVALUATION_HEADER, "")
-            if (version, evaluation) != (latest[0].version, latest[0].evaluation):
-                # The service has another scorer now, or another selector of this one.
+            for attempt in range(SELECTOR_ATTEMPTS):
+                if evaluation in known:
+                    break
+                # The service has another scorer or selector now; the next replica asked may have the former one.
+                await asyncio.sleep(SELECTOR_WAIT_SECONDS * attempt)
                 answer = await client.get(selector_address, extensions=extensions)
-                evaluated = _parse_evaluated(answer.status_code, answer.content, evaluation)
-                latest[0] = _Latest(version, evaluation, evaluated)
+                _remember(known, *_parse_evaluated(answer.status_code, answer.content))
+        if evaluation not in known:
+            LOGGER.warning("%s changes its scorer: this pool is picked by the score alone", location)
+        latest[0] = version, known.get(evaluation, Evaluated())
         return scores
 
     async def score(pairs: Sequence[Pair]) -> Sequence[ScoreAndLogit]:
@@ -305,18 +311,25 @@ def _connect(url: str, key: str = "") -> Scoring:
             raise GatewayError(503, text, kind="scorer_error", code="scorer_unreachable") from None
         return scores
 
-    return Scoring(
-        score=score, version=lambda: latest[0].version, evaluated=lambda: latest[0].evaluated, close=client.aclose
-    )
+    return Scoring(score=score, version=lambda: latest[0][0], evaluated=lambda: latest[0][1], close=client.aclose)
 
 
-@dataclass(frozen=True)
-class _Latest:
-    """The version of a service, the sha256 of what was fitted for it, and that itself."""
+def _fetch_first(request: Callable[[], tuple[int, bytes]], evaluation: str) -> dict[str, Evaluated]:
+    """What the service has fitted, by its sha256; asks again while another replica answers than the one that scored."""
+    known: dict[str, Evaluated] = {}
+    for attempt in range(SELECTOR_ATTEMPTS):
+        time.sleep(SELECTOR_WAIT_SECONDS * attempt)
+        _remember(known, *_parse_evaluated(*request()))
+        if evaluation in known:
+            break
+    return known
 
-    version: str
-    evaluation: str
-    evaluated: Evaluated
+
+def _remember(known: dict[str, Evaluated], evaluation: str, evaluated: Evaluated) -> None:
+    """Adds what was fitted, and forgets the oldest of many."""
+    known[evaluation] = evaluated
+    if len(known) > MAX_KNOWN_EVALUATIONS:
+        del known[next(iter(known))]
 
 
 def _request_once(address: str, headers: Mapping[str, str], *, get: bool = False) -> tuple[int, bytes, str]:
@@ -358,22 +371,19 @@ def _parse_scores(body: bytes) -> tuple[list[ScoreAndLogit], str]:
     return list(zip(scores, logits, strict=True)), version
 
 
-def _parse_evaluated(status: int, body: bytes, evaluation: str = "") -> Evaluated:
-    """Parses the selector and the calibration of a service; raises ValueError for an invalid response.
+def _parse_evaluated(status: int, body: bytes) -> tuple[str, Evaluated]:
+    """The selector and the calibration of a service, and their sha256; raises ValueError for an invalid response.
 
-    `evaluation` is the sha256 that they must have, empty for any: another one belongs to scores of another version.
-    Services of earlier releases have neither.
+    Services of earlier releases have neither, and their scores name no sha256.
     """
     if status in (404, 405, 501):
-        return Evaluated()
+        return "", Evaluated()
     try:
         if status != 200:
             raise ValueError(f"status {status} for the selector")
         values: Any = read_json(body)
-        if evaluation and values["evaluation"] != evaluation:
-            raise ValueError("the service changed its scorer during the request")
         calibration = values["calibration"]
-        return Evaluated(
+        return str(values.get("evaluation", "")), Evaluated(
             parse_selector(values["selector"]), None if calibration is None else parse_calibration(calibration)
         )
     except (KeyError, TypeError) as error:

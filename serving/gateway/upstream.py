@@ -21,6 +21,7 @@ from cappy.sampling.endpoint.faults import (
     MAX_COMPLETION_TOKENS,
     MAX_TOKENS,
     Capabilities,
+    may_refuse_field,
     refused_parameter,
 )
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
@@ -45,6 +46,8 @@ CONNECT_SECONDS = 10.0
 MAX_REMEMBERED_MODELS = 256
 """Clients choose the models' names, so the number of models with remembered capabilities is limited."""
 GATEWAY_FIELDS = ("stream", "stream_options", "n")
+RESHAPING_FIELDS = ("top_p", "top_k", "min_p")
+"""Fields that change nothing at temperature 0, where some servers refuse them."""
 GREEDY = "greedy"
 """Name of the capability to decode greedily, at temperature 0."""
 LOGGER = logging.getLogger("serving.gateway")
@@ -100,7 +103,8 @@ class SamplingParameters:
 
         With `greedy`, the temperature is 0 whatever the client sent.
         """
-        payload = {name: value for name, value in self.request.body.items() if name not in GATEWAY_FIELDS}
+        left_out = (*GATEWAY_FIELDS, *(RESHAPING_FIELDS if greedy else ()))
+        payload = {name: value for name, value in self.request.body.items() if name not in left_out}
         payload["model"] = model
         added_fields = set()
         if count > 1:
@@ -156,8 +160,7 @@ class Upstream:
         """Adds `count` candidates to `result` as they arrive, and a problem for each failed call.
 
         Uses one call with `n` unless the model refuses or ignores `n`, else one concurrent call per candidate. With
-        `greedy_first` the first candidate is decoded greedily, in a concurrent call of its own; if the model refuses
-        temperature 0, it is sampled like the others.
+        `greedy_first` the first candidate is decoded greedily, in a concurrent call of its own, if the model can.
         """
         capabilities = self._capabilities_of(self.llm.model or parameters.request.model)
         if greedy_first and capabilities.supports(GREEDY):
@@ -184,14 +187,14 @@ class Upstream:
     async def _sample_greedily(
         self, parameters: SamplingParameters, capabilities: Capabilities, result: RoundResult, *, first_index: int
     ) -> None:
-        """Adds a greedy candidate to `result`, or a sampled one if the model refuses temperature 0."""
+        """Adds a greedy candidate to `result`, or a sampled one if the call is refused."""
         try:
             candidates, _ = await self._call(parameters, capabilities, count=1, first_index=first_index, greedy=True)
         except GatewayError as problem:
             result.problems.append(problem)
             return
         result.candidates += [replace(candidate, greedy=True) for candidate in candidates]
-        if not capabilities.supports(GREEDY):
+        if not candidates:
             await self.sample(parameters, result, count=1, first_index=first_index)
 
     async def models(self, authorization: str) -> bytes:
@@ -216,11 +219,10 @@ class Upstream:
     ) -> tuple[list[SampledCandidate], int]:
         """The candidates of one call and the number of its choices, including those that ended with an error.
 
-        Returns no candidates if the model refuses `n` or greedy decoding; raises GatewayError if there is no candidate.
+        Returns no candidates if the server refuses `n` or the greedy call; raises GatewayError if there is none.
         """
-        body, added_fields = parameters.body(
-            self.llm.model or parameters.request.model, count=count, first_index=first_index, greedy=greedy
-        )
+        model = self.llm.model or parameters.request.model
+        body, added_fields = parameters.body(model, count=count, first_index=first_index, greedy=greedy)
         key = self.llm.authorization(parameters.authorization)
         while True:
             payload = _trim_body(body, capabilities, added_fields)
@@ -229,20 +231,20 @@ class Upstream:
                 return self._read_response(parameters, mask_key(body_as_utf8(response), key), payload, count)
             problem = refusal_error(self._name, response, secrets_of(key))
             parameter = refused_parameter(payload, str(problem), problem.error["param"])
-            if greedy and response.status_code in (400, 422) and parameter == "temperature":
-                capabilities.mark_unsupported(GREEDY)
+            # Another call may know of the refusal meanwhile; this one was sent with the field all the same.
+            if parameter in added_fields and parameter in payload and may_refuse_field(response.status_code):
+                capabilities.mark_unsupported(str(parameter))
+                parameters.ledger.uncount_call()
+                if parameter == "n":
+                    return [], 0
+                if _trim_body(body, capabilities, added_fields) != payload:
+                    continue
+            elif greedy and response.status_code in (400, 422):
+                if parameter == "temperature":
+                    capabilities.mark_unsupported(GREEDY)
                 parameters.ledger.uncount_call()
                 return [], 0
-            if (
-                response.status_code not in (400, 422)
-                or parameter not in added_fields
-                or not capabilities.supports(parameter)
-            ):
-                raise problem
-            capabilities.mark_unsupported(parameter)
-            parameters.ledger.uncount_call()
-            if parameter == "n":
-                return [], 0
+            raise problem
 
     async def _call_within_budget(
         self, parameters: SamplingParameters, payload: Mapping[str, object], key: str, count: int

@@ -1,5 +1,6 @@
 """The gateway in front of a small server that counts: which answer comes back, and what is said of it."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
@@ -21,6 +22,8 @@ from serving.gateway.scoring import Evaluated, SampledCandidate, Scoring, with_v
 from serving.gateway.upstream import LLM, Upstream
 
 HALVES = straight({1: 0.5})
+LIKELIHOODS = Evaluated(Selector(rules=(Rule(features=("score", "likelihood"), weights=(1.0, 1.0)),)))
+"""What was fitted for a scorer whose selector uses likelihoods."""
 
 
 def ask(url: str, text: str = "hello", *, details: bool = True, **more: object) -> httpx.Response:
@@ -494,9 +497,59 @@ def test_the_second_llm_is_a_pool_of_its_own_whose_better_answer_wins() -> None:
     assert body["choices"][0]["message"]["content"] == "strong 9/5"
 
 
-def test_a_refusal_of_another_parameter_leaves_greedy_decoding_on() -> None:
-    script = refusing_model("top_p", 5)
+def test_fields_that_reshape_the_distribution_are_not_sent_with_temperature_0() -> None:
+    """Some servers refuse them there ("top_p must be 1 when using greedy sampling")."""
+    script = Script(lambda body: (200, saying("x 3/1")))
     with scripted(script) as upstream, listening(greedy_gateway(f"{upstream}/v1", candidates=2)) as url:
-        assert ask(url, top_p=5).status_code == 400
-        assert ask(url).status_code == 200
-    assert [one.get("temperature") for one in script.bodies].count(0) == 2
+        assert ask(url, top_p=0.9, top_k=40, min_p=0.1, frequency_penalty=0.5).status_code == 200
+    greedy, drawn = sorted(script.bodies, key=lambda body: "top_p" in body)
+    assert (greedy["temperature"], greedy["frequency_penalty"]) == (0, 0.5)
+    assert not {"top_p", "top_k", "min_p"} & {*greedy}
+    assert {name: drawn[name] for name in ("top_p", "top_k", "min_p")} == {"top_p": 0.9, "top_k": 40, "min_p": 0.1}
+
+
+def test_a_refused_greedy_call_gives_a_sample_and_is_tried_again_for_the_next_request() -> None:
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        if body.get("temperature") == 0 and "presence_penalty" in body:
+            return 400, refusing("presence_penalty must be 0 for greedy sampling", param="presence_penalty")
+        return 200, saying("x 3/1")
+
+    script = Script(reply)
+    with scripted(script) as upstream, listening(greedy_gateway(f"{upstream}/v1", candidates=3)) as url:
+        first, second = (ask(url, presence_penalty=1).json()["cappy"], ask(url).json()["cappy"])
+    assert [len(answer["candidates"]) for answer in (first, second)] == [3, 3]
+    assert [answer["failed_calls"] for answer in (first, second)] == [0, 0]
+    assert [sum(one["greedy"] for one in answer["candidates"]) for answer in (first, second)] == [0, 1]
+
+
+@pytest.mark.parametrize(("status", "field"), [(400, "logprobs"), (403, "logprobs"), (422, "max_tokens")])
+def test_a_field_that_two_calls_send_at_once_and_the_model_refuses_costs_no_candidate(status: int, field: str) -> None:
+    both = threading.Barrier(2)
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        if field in body:
+            both.wait(10)  # The greedy call and the others are on their way before one of them is refused.
+            text = f"'{field}' is not supported with this model"
+            return status, refusing(text, param=field)
+        choices = [saying(f"x {index}/1")["choices"][0] for index in range(body.get("n", 1))]
+        return 200, {**saying("x 3/1"), "choices": choices}
+
+    settings = {"policy": Policy(min_gain=0, candidates=4), "limits": SpendingLimits(max_tokens=1000)}
+    behind = replace(scoring(), evaluated=lambda: LIKELIHOODS)
+    with (
+        scripted(Script(reply)) as upstream,
+        listening(gateway(f"{upstream}/v1", scoring=behind, **settings)) as url,
+    ):
+        answer = ask(url).json()["cappy"]
+    assert (len(answer["candidates"]), answer["failed_calls"]) == (4, 0)
+
+
+@pytest.mark.parametrize("status", [401, 402, 429, 500])
+def test_an_error_of_the_key_or_the_moment_is_no_refusal_of_a_field(status: int) -> None:
+    script = Script(lambda body: (status, refusing("logprobs: no", param="logprobs")))
+    with (
+        scripted(script) as upstream,
+        listening(greedy_gateway(f"{upstream}/v1", evaluated=LIKELIHOODS, candidates=2)) as url,
+    ):
+        assert ask(url).status_code >= 400
+    assert all("logprobs" in body for body in script.bodies)

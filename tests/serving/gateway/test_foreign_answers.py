@@ -1,11 +1,14 @@
 """Whatever an LLM's server answers, the gateway's client gets an answer or a failed attempt, never a defect."""
 
+import asyncio
 import json
 import logging
 import resource
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import httpx
@@ -15,15 +18,17 @@ from gateway_server import gateway as plain_gateway
 from gateway_server import listening, sampled, scoring
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from local_server import handled_by
 from wording import raises_naming
 
 from cappy.errors import ConfigError
 from cappy.sampling.endpoint import client as http_client
+from serving.config import EVALUATION_HEADER
 from serving.gateway import upstream
 from serving.gateway.answering import MAX_SCORED_CHARACTERS, Gateway
 from serving.gateway.config import SpendingLimits
 from serving.gateway.errors import GatewayError
-from serving.gateway.scoring import load
+from serving.gateway.scoring import Scoring, load
 from serving.gateway.upstream import LLM, Upstream
 
 POLICY = sampled(candidates=2, round_size=2)
@@ -237,6 +242,56 @@ def test_a_scoring_service_that_turns_to_nonsense_is_unreachable() -> None:
             foreign.parts = [response(COMPRESSED, "Content-Encoding: gzip")]
             answer = ask(front)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "scorer_unreachable")
+
+
+@contextmanager
+def replicas(former_answers: int) -> Iterator[tuple[str, list[str]]]:
+    """A service whose scores have the later selector, while its first answers about it are a former replica's."""
+    served: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def send(self, values: object, evaluation: str) -> None:
+            body = json.dumps(values).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header(EVALUATION_HEADER, evaluation)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            name = "former" if len(served) < former_answers else "later"
+            served.append(name)
+            selector = {"rules": [{"features": ["score"], "weights": [1.0]}], "metric": name}
+            self.send({"version": "v", "evaluation": name, "selector": selector, "calibration": None}, name)
+
+        def do_POST(self) -> None:
+            pairs = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["pairs"]
+            self.send({"scores": [0.5] * len(pairs), "version": "v"}, "later")
+
+    with handled_by(Handler) as url:
+        yield url, served
+
+
+@pytest.mark.parametrize(("former_answers", "metric"), [(0, "later"), (3, "later"), (5, "later"), (100, "")])
+def test_while_replicas_change_the_selector_is_that_of_the_scores_or_the_score_alone(
+    former_answers: int, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.gateway.scoring.SELECTOR_WAIT_SECONDS", 0.001)
+
+    async def scores(result: Scoring) -> list[float]:
+        try:
+            return await result([("a", "b")])
+        finally:
+            await result.close()
+
+    with replicas(former_answers) as (url, served):
+        result = load(url)
+        assert asyncio.run(scores(result)) == [0.5]
+        assert result.selector.metric == metric
+        assert len(served) <= 10
 
 
 def test_a_refusal_is_shown_without_the_key_wherever_padding_puts_it(foreign: Foreign, url: str) -> None:
