@@ -28,6 +28,8 @@ MAX_UNSIZED_BYTES = 2**30
 
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 """Files of a model that are downloaded."""
+CONFIG_FILES = ("config.json", "modules.json", "config_sentence_transformers.json")
+"""Files that say what a model is."""
 CHECK_SECONDS = 4.0
 """Time limit of the request of `check_repository`."""
 
@@ -164,6 +166,19 @@ def check_repository(spec: Spec) -> int:
             "cappy convert"
         )
     return sum(size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in PATTERNS))
+
+
+def config_folder(spec: Spec) -> Path:
+    """Downloads the small files that describe a pinned repository's model, and returns their folder in the cache."""
+    from huggingface_hub import snapshot_download
+
+    guard_client()
+    try:
+        return Path(snapshot_download(spec.name, revision=_resolve_commit(spec), allow_patterns=list(CONFIG_FILES)))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise _download_error(spec, error) from error
 
 
 def _download_error(spec: Spec, error: Exception) -> ConfigError:

@@ -23,7 +23,6 @@ from pipelines.submission import configs, fingerprints, refuse_artifacts
 if TYPE_CHECKING:
     from cappy.preparation.step import PreparationConfig
     from cappy.sampling.step import SamplingConfig
-    from cappy.sampling.strategies import Decoding
 
 Check = Callable[[], int]
 """A check that raises a CappyError, or returns the bytes that the run would download."""
@@ -106,7 +105,7 @@ def _check_source(config: "PreparationConfig", *, needs_responses: bool) -> int:
 
 def _is_missing(text: str) -> bool:
     """Whether a path does not exist, which `check_references` reports."""
-    path = text.removeprefix("vllm:")
+    path = text.removeprefix("vllm:").removeprefix("recorded:")
     return path != "builtin" and ":" not in path and not Path(path).exists()
 
 
@@ -120,7 +119,6 @@ def _generator_checks(
     from cappy.sampling import check_generator
     from cappy.sampling.generators import EndpointConfig
     from cappy.sampling.step import SamplingConfig
-    from cappy.sampling.strategies import decodings_of
     from cappy.specs import parse_spec
 
     config = configs_by_step.get("sampling")
@@ -135,20 +133,19 @@ def _generator_checks(
         if _is_missing(text) or (platform == "docker" and text.startswith("vllm:")):
             continue
         is_endpoint = parse_spec(text).kind == "openai"
-        own_decodings = decodings_of(config.decodings, position)
-
         needs_requests = partial(_needs_requests, recipe, configs_by_step, settings, work, text)
-        yield partial(_check_generator, text, config, own_decodings, needs_requests if is_endpoint else None)
+        yield partial(_check_generator, position, config, needs_requests if is_endpoint else None)
 
 
-def _check_generator(
-    text: str, config: "SamplingConfig", decodings: "Sequence[Decoding]", needs_requests: Callable[[], bool] | None
-) -> int:
+def _check_generator(position: int, config: "SamplingConfig", needs_requests: Callable[[], bool] | None) -> int:
     from cappy.sampling import check_generator
     from cappy.sampling.step import endpoint_config
+    from cappy.sampling.strategies import decodings_of
 
     try:
-        return check_generator(text, endpoint_config(config), decodings)
+        # The decodings of recorded samples are in their file.
+        decodings = decodings_of(config.decodings, position)
+        return check_generator(config.generator[position], endpoint_config(config), decodings)
     except ConfigError:
         if needs_requests is not None and not needs_requests():
             return 0  # The results of earlier runs are used, without the endpoint.
@@ -181,8 +178,6 @@ def _needs_requests(
 
 def _scorer_checks(settings: Mapping[str, Mapping[str, object]], tracking_uri: str) -> Iterator[Check]:
     """The checks of scorers that a step reads, and one of MLflow and the versions in it."""
-    from cappy.scorers import check_scorer
-
     texts = [
         str(values[name])
         for step, name in (*SCORER_SETTINGS.items(), ("evaluation", "champion"), ("evaluation", "initial"))
@@ -190,10 +185,10 @@ def _scorer_checks(settings: Mapping[str, Mapping[str, object]], tracking_uri: s
     ]
 
     def check_registry() -> int:
-        from cappy.registry import resolve
-        from cappy.registry.models import check_writable, no_database_yet, tracking_address
+        from cappy.registry import check_tracking, resolve
+        from cappy.registry.models import no_database_yet, tracking_address
 
-        check_writable(tracking_uri)
+        check_tracking(tracking_uri)
         for text in texts:
             if not text.startswith("models:/"):
                 continue
@@ -204,8 +199,28 @@ def _scorer_checks(settings: Mapping[str, Mapping[str, object]], tracking_uri: s
 
     for text in dict.fromkeys(texts):
         if not _is_missing(text):
-            yield partial(check_scorer, text)
+            yield partial(_check_scorer, text)
     yield check_registry
+
+
+def _check_scorer(text: str) -> int:
+    """Checks what `cappy.scorers.check_scorer` does, and that it is a scorer or an encoder with a tokenizer."""
+    from cappy.hub_client import config_folder
+    from cappy.model_folder import ModelFolder
+    from cappy.scorers import check_scorer
+    from cappy.specs import parse_spec
+
+    downloads = check_scorer(text)
+    spec = parse_spec(text)
+    if spec.kind in ("path", "hub"):
+        from cappy.scoring.model import is_encoder, require_tokenizer
+
+        path = Path(spec.name) if spec.kind == "path" else config_folder(spec)
+        folder = ModelFolder(path=path, hash="", has_manifest=False)  # Only described here, not loaded.
+        is_encoder(folder, folder.config())
+        if spec.kind == "path":
+            require_tokenizer(path)
+    return downloads
 
 
 def _check_disk(settings: Mapping[str, Mapping[str, object]], work: Path, downloads: int) -> None:

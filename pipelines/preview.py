@@ -184,7 +184,7 @@ class CrossFittingEstimate:
 
     groups: int
     test_groups: int
-    seconds: float
+    seconds: float | None
 
 
 def estimate_cross_fitting(
@@ -192,14 +192,14 @@ def estimate_cross_fitting(
 ) -> CrossFittingEstimate | None:
     """Estimates cross-fitting from the source itself; `configs` are by step.
 
-    None if the source is known only after preparation, if the scorer is not on this machine, if the rows have splits
-    already, or if the test split would have
-    `enough_groups`. With `keep` the estimate is kept in `work`, so that a rerun, which must find the same work, decides
-    the same.
+    None if the source is known only after preparation, if the rows have splits already, or if the test split would have
+    `enough_groups`. The time is None if the scorer is not on this machine. With `keep` the estimate is kept in `work`,
+    so that a rerun, which must find the same work, decides the same.
     """
     from cappy.preparation.step import PreparationConfig
     from cappy.sampling.generators import estimate_tokens
     from cappy.sampling.step import SamplingConfig
+    from cappy.sampling.strategies import decodings_of
     from cappy.scorers import scorer_folder
     from cappy.training.finetuning import FinetuningConfig
     from cappy.training.meter import estimate_seconds
@@ -212,13 +212,16 @@ def estimate_cross_fitting(
         or preparation.source == "builtin"
         or preparation.source.startswith("hub:")
         or preparation.mixture
-        or parse_spec(finetuning.scorer).kind not in ("builtin", "path")
     ):
         return None
     rows = _rows_of(preparation)
     if rows is None:
         return None
-    sampled = sum(decoding.num_samples for decoding in sampling.decodings) if sampling.generator else 0
+    sampled = sum(
+        decoding.num_samples
+        for position in range(len(sampling.generator))
+        for decoding in decodings_of(sampling.decodings, position)
+    )
     groups: set[str] = set()
     responses, tokens = 0, 0.0
     for row in rows:
@@ -226,7 +229,7 @@ def estimate_cross_fitting(
             return None
         instance = row.instance
         texts = [candidate.response for candidate in instance.candidates] or [*instance.references, *instance.choices]
-        count = len(instance.references) + max(sampled, len(instance.candidates), len(instance.choices))
+        count = len(instance.references) + sampled + len(instance.candidates) + len(instance.choices)
         length = estimate_tokens(instance.instruction) + max((estimate_tokens(text) for text in texts), default=0)
         groups.add(instance.group_id)
         responses += count
@@ -234,6 +237,8 @@ def estimate_cross_fitting(
     test_groups = round(preparation.test * len(groups))
     if len(groups) < folds or test_groups >= enough_groups:
         return None
+    if parse_spec(finetuning.scorer).kind not in ("builtin", "path"):
+        return CrossFittingEstimate(groups=len(groups), test_groups=test_groups, seconds=None)
     # A fold holds out one part to test and one to stop early; scoring costs a third of training a pair once.
     trained = finetuning.train_rows or finetuning.epochs * responses * (folds - 2) / folds
     pairs = folds * trained + 2 * responses / 3

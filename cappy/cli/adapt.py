@@ -61,7 +61,7 @@ class AdaptConfig:
         Field(
             description="Responses to sample: paper17 (17, as in the paper), sampling8 (8 samples), greedy (1), "
             "endpoint8 (8 from an API); default: endpoint8 for openai: and vllm:, all samples of recorded:, else "
-            "paper17"
+            "greedy+paper17"
         ),
     ] = ""
     scorer: Annotated[
@@ -249,6 +249,10 @@ def _choose_folds(config: AdaptConfig, recipe: "Recipe", *, keep: bool) -> "Reci
     if estimate is None:
         return recipe
     groups = f"{estimate.groups:,} groups, of which a test split would have {estimate.test_groups:,}"
+    if estimate.seconds is None:
+        text = f"how long cross-fitting takes is not known before {config.scorer} is downloaded; --folds 5 does it"
+        typer.echo(f"cappy adapt: {groups}; {text}", err=True)
+        return recipe
     time = f"about {duration(estimate.seconds)}"
     if estimate.seconds > 60 * config.cross_fitting_minutes:
         limit = f"over the limit of {config.cross_fitting_minutes:g} min"

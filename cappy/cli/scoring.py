@@ -60,11 +60,18 @@ class Line:
             raise RecordError(f"{self.where}: likelihoods must be a list of numbers, got {quote(likelihoods)}")
         if greedy is not None and (not isinstance(greedy, int) or isinstance(greedy, bool)):
             raise RecordError(f"{self.where}: greedy must be the index of a response, got {quote(greedy)}")
+        truncated = self.value.get("truncated", [])
+        if not (isinstance(truncated, list) and all(map(_is_index, truncated))):
+            raise RecordError(f"{self.where}: truncated must be a list of indices of responses, got {quote(truncated)}")
         if not isinstance(closed_choices, bool):
             raise RecordError(f"{self.where}: closed_choices must be true or false, got {quote(closed_choices)}")
         try:
             return Candidates(
-                responses=responses, likelihoods=likelihoods, greedy=greedy, closed_choices=closed_choices
+                responses=responses,
+                likelihoods=likelihoods,
+                greedy=greedy,
+                closed_choices=closed_choices,
+                truncated=truncated,
             )
         except ConfigError as error:
             raise RecordError(f"{self.where}: {error}") from None
@@ -164,6 +171,10 @@ def _parse_object(where: str, raw: bytes) -> Mapping[str, object]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _refuse_constant(name: str) -> None:

@@ -1,7 +1,9 @@
 """Reads recorded samples from a file or a folder of records; every error names the row and the field."""
 
+import hashlib
+import json
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,14 +68,15 @@ def read_file(path: Path) -> Iterator[Sample]:
             f"{path}: is CSV, but samples are read from JSON Lines (also .gz, .xz) or Parquet; convert it"
         )
     unread: set[str] = set()
+    grouped = _GroupedRows()
     for where, values in reader(path):
-        yield from _read_row(where, values, unread)
+        yield from _read_row(where, values, unread, grouped)
     if unread:
         names = quote(", ".join(sorted(unread)), 200)
         _LOGGER.warning("%s: fields of samples that are not read: %s", path, names)
 
 
-def _read_row(where: str, values: "Values", unread: set[str]) -> Iterator[Sample]:
+def _read_row(where: str, values: "Values", unread: set[str], grouped: "_GroupedRows") -> Iterator[Sample]:
     """The samples of a row: one, or those in `candidates`. Raises RecordError that names the row and the field."""
     from cappy.preparation.columns import append_input
     from cappy.preparation.rows import RowFields
@@ -94,7 +97,7 @@ def _read_row(where: str, values: "Values", unread: set[str]) -> Iterator[Sample
         unread |= fields.values.keys() - _SAMPLE_FIELDS - _ROW_FIELDS
         yield _read_sample(fields, instruction, ("model", "generator"))
     elif items is not None:
-        yield from _number(list(_read_items(where, instruction, items, unread)))
+        yield from grouped.number(list(_read_items(where, instruction, items, unread)))
     elif not fields.has("choices"):  # Choices are scored, not sampled for.
         remedy = "give response (or text), or candidates: a list of objects with text"
         raise RecordError(f"{where}: has no response, fields: {fields.names()}; {remedy}")
@@ -139,9 +142,33 @@ def _with_names(candidate: Candidate) -> Candidate:
     return replace(candidate, decoding=UNNAMED)
 
 
-def _number(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """The samples of one prompt, each with its number in the order of its decoding and model unless it has one."""
-    counts: Counter[tuple[str, str]] = Counter()
+class _GroupedRows:
+    """Numbers the samples of rows that have several, over all rows of a prompt; a row that is repeated counts once."""
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[bytes, Counter[tuple[str, str]]] = defaultdict(Counter)
+        self._first_counts: dict[bytes, Counter[tuple[str, str]]] = {}
+        """Row -> the counts of its prompt before it was read first."""
+
+    def number(self, samples: Sequence[Sample]) -> Iterator[Sample]:
+        """The samples of the next row with their numbers."""
+        prompt = _digest([each.instruction for each in samples[:1]])
+        row = _digest([prompt.hex(), *(repr(each.candidate) for each in samples)])
+        counts = self._first_counts.setdefault(row, self._counts[prompt].copy()).copy()
+        yield from _number(samples, counts)
+        self._counts[prompt] |= counts
+
+
+def _digest(texts: Sequence[str]) -> bytes:
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
+
+
+def _number(samples: Iterable[Sample], counts: "Counter[tuple[str, str]] | None" = None) -> Iterator[Sample]:
+    """The samples of one prompt, each with its number in the order of its decoding and model unless it has one.
+
+    `counts` has the samples that were numbered before; those of `samples` are added.
+    """
+    counts = Counter() if counts is None else counts
     for sample in samples:
         key = (sample.candidate.decoding, sample.candidate.generator)
         yield sample if sample.number is not None else replace(sample, number=counts[key])

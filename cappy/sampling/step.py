@@ -94,7 +94,7 @@ class SamplingConfig:
             description="Responses to sample: paper17 (17, as in the paper), paper17-leaky (with the published code's "
             "top-k bug), paper-pretrain (5 from each of 2 LLMs), sampling8 (8), greedy (1), endpoint8 (8 from an API), "
             "an expression such as beam4+topk40x4, or a file. Default: endpoint8 for openai: and vllm:, all samples of "
-            "recorded:, else paper17"
+            "recorded:, else greedy+paper17"
         ),
     ] = ""
     max_new_tokens: Annotated[

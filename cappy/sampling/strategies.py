@@ -133,8 +133,11 @@ _PARAMETERS = re.compile(rf"({_PARAMETER}(?:-{_PARAMETER})*)(?:x({_NUMBER}))?")
 
 
 def default_strategy(kind: str) -> str:
-    """The default strategy for a kind of generator (see `cappy.specs`), one that this kind supports."""
-    return "endpoint8" if kind in ("openai", "vllm") else "paper17"
+    """The default strategy for a kind of generator (see `cappy.specs`), one that this kind supports.
+
+    Each has a greedy response: it is what a user has without selection, and the selector may use it.
+    """
+    return "endpoint8" if kind in ("openai", "vllm") else "greedy+paper17"
 
 
 def default_length(kind: str) -> int:

@@ -14,6 +14,7 @@ import typer
 from chat_server import Model, serving
 from wording import assert_names, raises_naming
 
+from cappy.builtin import LLM_FOLDER
 from cappy.cli.adapt import SAMPLING_FLAGS, AdaptConfig, adapt, generators_for
 from cappy.cli.outcome import describe, describe_step, facts
 from cappy.cli.pipeline import PIPELINE_NAMES, settings_by_step
@@ -356,6 +357,8 @@ def own_rows(path: Path, count: int, **fields: object) -> str:
         (150, {}, {}, 5, "150 groups, of which a test split would have 30; 5 folds test on all of them"),
         (150, {"folds": 0}, {}, None, ""),
         (150, {"cross_fitting_minutes": 0.0}, {}, None, "over the limit of 0 min: --cross-fitting-minutes or --folds"),
+        (150, {"scorer": "models:/mine@champion"}, {}, None, "not known before models:/mine@champion is downloaded"),
+        (500, {"scorer": "models:/mine@champion"}, {}, None, ""),
         (150, {"setting": ["preparation.test=0.1"]}, {}, None, ""),
         (150, {"setting": ["evaluation.split=validation"]}, {}, None, ""),
         (150, {}, {"split": "train"}, None, ""),
@@ -383,6 +386,21 @@ def test_cross_fitting_is_chosen_where_a_test_split_would_be_small_and_there_is_
     assert text in printed
     assert bool(printed) is bool(text)
     assert printed.count("\n") == bool(text)
+
+
+def test_the_estimate_counts_the_samples_of_every_llm_and_the_responses_in_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pairs: list[float] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cappy.cli.pipeline.run_and_print", lambda *_, **__: None)
+    monkeypatch.setattr("cappy.training.meter.estimate_seconds", lambda folder, count, tokens: pairs.append(count) or 1)
+    source = own_rows(tmp_path / "own.jsonl", 150)
+    for generator in ((), ("builtin",), ("builtin", str(LLM_FOLDER))):
+        work = tmp_path / str(len(generator))
+        adapt(instances=source, work=work, generator=generator, strategy="greedy+topp0.9x4")
+    # Each row has a reference and two responses, and five samples from each LLM.
+    assert [count / pairs[0] for count in pairs] == pytest.approx([1, 8 / 3, 13 / 3])
 
 
 def test_a_rerun_decides_the_same_even_if_the_machine_is_slower_then(

@@ -1,6 +1,7 @@
 """What a run on this machine checks before its first step: all problems together, nothing paid, nothing written."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -120,6 +121,25 @@ def test_all_problems_are_shown_together_one_line_each() -> None:
         matching = [line for line in lines if all(part.casefold() in line.casefold() for part in parts)]
         assert len(matching) == 1, parts
         assert "\n" not in matching[0]
+
+
+def test_recorded_samples_that_are_missing_hide_no_other_problem() -> None:
+    lines = problems(generator=["recorded:missing.jsonl"], scorer="nowhere", metric="rogueL")
+    assert len(lines) == 3
+    for parts in (("missing.jsonl",), ("nowhere",), ("rogueL",)):
+        assert any(all(part in line for part in parts) for line in lines), lines
+
+
+def test_a_folder_that_cannot_be_trained_is_no_scorer(tmp_path: Path, make_scorer: Callable[..., Path]) -> None:
+    (line,) = problems(generator=["builtin"], scorer=str(LLM_FOLDER))
+    assert_names(line, str(LLM_FOLDER), "ForConditionalGeneration", "neither a scorer nor an encoder")
+    bare = tmp_path / "bare"
+    shutil.copytree(make_scorer(), bare)
+    for path in bare.glob("*.json"):
+        if path.name != "config.json":
+            path.unlink()
+    (line,) = problems(generator=["builtin"], scorer=str(bare))
+    assert_names(line, str(bare), "no tokenizer")
 
 
 def test_an_endpoint_that_refuses_the_connection_or_the_key_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

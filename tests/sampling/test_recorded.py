@@ -210,7 +210,7 @@ def test_an_llm_and_a_record_are_one_pool_each_with_its_own_default(
 ) -> None:
     spec = write_lines(tmp_path / "s.jsonl", sample_rows())
     _, drawn = sample(spec, str(llm_folder), prompts=PROMPTS[:1])
-    assert [one.generator for one in drawn[PROMPTS[0]]] == ["m"] * 4 + [str(llm_folder)] * 17
+    assert [one.generator for one in drawn[PROMPTS[0]]] == ["m"] * 4 + [str(llm_folder)] * 18
 
 
 def test_prompts_without_samples_are_refused_before_anything_is_written(tmp_path: Path, sample: Run) -> None:
@@ -265,6 +265,15 @@ def test_a_sample_that_is_recorded_again_counts_once(tmp_path: Path, sample: Run
     assert all(one.response.startswith(prompt) for prompt, candidates in drawn.items() for one in candidates)
     (caution,) = manifest.facts["cautions"]
     assert_names(caution, "8 samples are recorded again with another response", "the first")
+
+
+def test_rows_of_several_samples_that_a_log_appends_are_all_drawn(tmp_path: Path, sample: Run) -> None:
+    def row(*texts: str) -> Row:
+        return {"prompt": PROMPTS[0], "candidates": [{"text": text, "decoding": "topp0.95"} for text in texts]}
+
+    rows = [row("a", "b"), row("c"), row("a", "b"), row("d", "e")]
+    _, drawn = sample(write_lines(tmp_path / "s.jsonl", rows), prompts=PROMPTS[:1])
+    assert [one.response for one in drawn[PROMPTS[0]]] == ["a", "b", "c", "d", "e"]
 
 
 def test_samples_without_numbers_and_names_are_taken_in_the_order_of_the_file(tmp_path: Path, sample: Run) -> None:

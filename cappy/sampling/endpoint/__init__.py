@@ -75,10 +75,10 @@ class RequestSender:
             if fault.kind == "drop":
                 self.capabilities.mark_unsupported(*fault.parameters, message=fault.reason, sent=fault.sent)
                 continue
+            self.meter.add_error(truncate(fault.reason, _MAX_REASON_CHARACTERS, self._clients.key))
             if fault.kind == "fail" or (fault.only_if_unanswered and self.refusals.has_answered):
                 return self._fail_or_abort(request, sample_numbers, fault, stop)
             attempt += 1
-            self.meter.add_error(truncate(fault.reason, _MAX_REASON_CHARACTERS, self._clients.key))
             if fault.kind == "abort":
                 raise self._abort_error(fault, attempt, stop)
             if attempt > self._config.max_retries:

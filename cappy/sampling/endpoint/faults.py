@@ -162,6 +162,11 @@ def refused_parameter(sent: Mapping[str, object], message: str, parameter: str |
     return refused
 
 
+def may_refuse_field(status: int) -> bool:
+    """Whether a refusal with this status may be about a field, and not about key, budget, size or the moment."""
+    return 400 <= status < 500 and status not in (401, 402, 413, *_TRANSIENT_STATUSES)
+
+
 def _mentions(message: str, name: str) -> bool:
     quoted_pattern = rf"['\"`]{name}['\"`]"
     # The letter n is only a parameter in quotes or before a statement about its value.
