@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,14 @@ from scripted_server import Script, scripted
 from typer.testing import CliRunner
 from waiting import wait_until
 
+from cappy.annotation import rouge_l
 from cappy.cli import app as command
-from cappy.records import Candidate, Instance
+from cappy.evaluation import read_report
+from cappy.evaluation import step as evaluation
+from cappy.records import Candidate, Instance, Manifest, Split, write
+from cappy.records.folder import MANIFEST, describe_files, write_manifest
+from cappy.records.instance import Status
+from cappy.registry import download, registration
 from cappy.scoring import Scorer
 from cappy.selection.linear import FEATURE_SETS, SELECTOR, Feature, Rule, Selector, read_selector
 from cappy.selection.pools import Pool, collect_pools, pick, score_pools, with_scores
@@ -38,19 +44,26 @@ from serving.gateway.scoring import load as load_scoring
 from serving.gateway.upstream import LLM, Upstream
 
 INSTRUCTION = "Put the words in order."
-WEIGHTS: dict[Feature, float] = {"score": 0.2, "mbr": 1.0, "likelihood": 0.9, "greedy": 1.5}
+WEIGHTS: dict[Feature, float] = {"score": 0.2, "mbr": 1.0, "likelihood": 2.0, "greedy": 3.0}
 SEEDS = 6
 """Enough pools that the rules pick differently, whether scores are computed in bf16 or in fp32."""
-KNOWN = (frozenset[str](), frozenset({"greedy"}), frozenset({"likelihood"}), frozenset({"greedy", "likelihood"}))
+KNOWN = (
+    *(frozenset[str](), frozenset({"greedy"}), frozenset({"likelihood"}), frozenset({"greedy", "likelihood"})),
+    frozenset({"greedy", "likelihood", "truncated"}),
+)
 
 
 @dataclass(frozen=True)
 class Question:
-    """Responses, the greedy one first, with the likelihood per token of each, as far as they are known."""
+    """Responses, with the likelihood per token of each and the index of the greedy one, as far as they are known.
+
+    `truncated` are the indices of those that a length limit cut off.
+    """
 
     responses: tuple[str, ...]
     likelihoods: tuple[float, ...] | None
     greedy: int | None
+    truncated: tuple[int, ...] = ()
 
 
 def ask(seed: int, known: frozenset[str]) -> Question:
@@ -59,7 +72,8 @@ def ask(seed: int, known: frozenset[str]) -> Question:
     words = "one two three four five six seven eight nine ten".split()
     responses = tuple(dict.fromkeys(" ".join(rng.sample(words, rng.randint(3, 6))) for _ in range(8)))
     likelihoods = tuple(-rng.random() for _ in responses) if "likelihood" in known else None
-    return Question(responses, likelihoods, 0 if "greedy" in known else None)
+    truncated = tuple(range(0, len(responses), 2)) if "truncated" in known else ()
+    return Question(responses, likelihoods, seed % 3 if "greedy" in known else None, truncated)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +99,7 @@ def evaluated(folder: Path, question: Question) -> str:
             decoding="greedy" if index == question.greedy else "topp0.95",
             logprob_mean=question.likelihoods[index] if question.likelihoods else None,
             labels={"rougeL": 0.0},
+            status="truncated" if index in question.truncated else "ok",
         )
         for index, response in enumerate(question.responses)
     )
@@ -99,21 +114,14 @@ def evaluated(folder: Path, question: Question) -> str:
 
 
 def in_python(folder: Path, question: Question) -> str:
-    return (
-        Scorer.load(str(folder))
-        .select(INSTRUCTION, question.responses, likelihoods=question.likelihoods, greedy=question.greedy)
-        .response
-    )
+    known = asdict(question)
+    return Scorer.load(str(folder)).select(INSTRUCTION, known.pop("responses"), **known).response
 
 
 def fields(question: Question) -> dict[str, Any]:
     """The fields of `cappy select` and of /select."""
-    known = {"likelihoods": question.likelihoods, "greedy": question.greedy}
-    return {
-        "instruction": INSTRUCTION,
-        "responses": question.responses,
-        **{name: value for name, value in known.items() if value is not None},
-    }
+    known = {name: value for name, value in asdict(question).items() if value not in (None, ())}
+    return {"instruction": INSTRUCTION, **known}
 
 
 def by_command(folder: Path, question: Question) -> str:
@@ -138,6 +146,8 @@ def by_pyfunc(folder: Path, question: Question, tmp_path: Path) -> str:
         rows["likelihood"] = question.likelihoods
     if question.greedy is not None:
         rows["greedy"] = [index == question.greedy for index in range(len(question.responses))]
+    if question.truncated:
+        rows["truncated"] = [index in question.truncated for index in range(len(question.responses))]
     with warnings.catch_warnings():
         # MLflow warns about its own type hints.
         warnings.simplefilter("ignore")
@@ -157,7 +167,8 @@ def choice(question: Question, index: int, *, logprobs: bool) -> dict[str, Any]:
     likelihood = None if question.likelihoods is None else question.likelihoods[index]
     known = {"content": [{"token": "x", "logprob": likelihood}]} if likelihood is not None and logprobs else None
     message = {"role": "assistant", "content": question.responses[index]}
-    return {"index": index, "message": message, "finish_reason": "stop", "logprobs": known}
+    reason = "length" if index in question.truncated else "stop"
+    return {"index": index, "message": message, "finish_reason": reason, "logprobs": known}
 
 
 def by_gateway(spec: str, question: Question) -> str:
@@ -165,8 +176,7 @@ def by_gateway(spec: str, question: Question) -> str:
 
     def reply(body: dict[str, Any]) -> tuple[int, Any]:
         greedy = body.get("temperature") == 0
-        first = 0 if greedy or question.greedy is None else 1
-        chosen = range(first, 1 if greedy else len(question.responses))
+        chosen = [index for index in range(len(question.responses)) if (index == question.greedy) is greedy]
         return 200, {
             "model": "m",
             "choices": [choice(question, index, logprobs=bool(body.get("logprobs"))) for index in chosen],
@@ -228,6 +238,98 @@ def test_every_way_to_select_picks_what_the_evaluation_is_credited_with(
             assert len(set(picks.values())) == 1, picks
 
 
+def test_a_selector_of_another_decoding_does_without_the_greedy_response(scorer: Path, tmp_path: Path) -> None:
+    """Its weight is that of a beam search, say, which is not what a caller marks as greedy."""
+    other = tmp_path / "scorer"
+    shutil.copytree(scorer, other)
+    (other / SELECTOR).write_text(replace(read_selector(scorer), decoding="g beam4").to_json())
+    different = 0
+    with served(Models(load(str(other)))) as service:
+        for seed in range(SEEDS):
+            question = ask(seed, frozenset({"greedy"}))
+            expected = in_python(scorer, replace(question, greedy=None))
+            different += in_python(scorer, question) != expected
+            picks = {
+                "python": in_python(other, question),
+                "command": by_command(other, question),
+                "service": by_service(other, question),
+                "gateway": by_gateway(str(other), question),
+                "gateway of a service": by_gateway(service, question),
+                "pyfunc": by_pyfunc(other, question, tmp_path / str(seed)),
+            }
+            assert set(picks.values()) == {expected}, picks
+    assert different, "greedy responses would be picked"
+
+
+@pytest.mark.parametrize("unknown", [float("-inf"), float("nan"), None])
+def test_a_model_of_mlflow_does_without_likelihoods_if_one_is_unknown(
+    scorer: Path, tmp_path: Path, unknown: float | None
+) -> None:
+    for seed in range(SEEDS):
+        question = ask(seed, KNOWN[-1])
+        assert question.likelihoods is not None
+        partly: Any = (unknown, *question.likelihoods[1:])
+        expected = in_python(scorer, replace(question, likelihoods=None))
+        assert by_pyfunc(scorer, replace(question, likelihoods=partly), tmp_path / str(seed)) == expected
+
+
+def test_a_registered_version_picks_what_its_report_is_about(make_scorer: Callable[..., Path], tmp_path: Path) -> None:
+    """The evaluation fits the selector; the version that is downloaded later gets the mean label of the report."""
+    uri, work = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "work"
+    scorer = tmp_path / "scorer"
+    shutil.copytree(make_scorer(seed=3), scorer)
+    (scorer / MANIFEST).unlink()
+    write_manifest(scorer, Manifest(step="finetuning", files=describe_files(scorer)))
+    instances = [labelled(number, "test" if number % 2 else "validation") for number in range(80)]
+    write(tmp_path / "annotated", instances)
+    evaluation.run(
+        evaluation.EvaluationConfig(
+            source=tmp_path / "annotated", scorer=scorer, target=tmp_path / "report", work=work, probe=False
+        )
+    )
+    registration.run(
+        registration.RegistrationConfig(
+            scorer=scorer, report=tmp_path / "report", target=tmp_path / "version", tracking_uri=uri, work=work
+        )
+    )
+    report = read_report(tmp_path / "report")
+    assert report.selectors["selector"].detail not in ("", "score"), "the score alone would prove less"
+    version = Scorer.load(str(download("models:/cappy/1", tracking_uri=uri, cache=tmp_path / "cache")))
+    picked = []
+    for instance in instances:
+        if instance.split == "test":
+            pick = version.select(
+                instance.instruction,
+                [candidate.response for candidate in instance.candidates],
+                likelihoods=[candidate.logprob_mean or 0.0 for candidate in instance.candidates],
+                greedy=next(index for index, each in enumerate(instance.candidates) if each.decoding == "greedy"),
+                truncated=[index for index, each in enumerate(instance.candidates) if each.status == "truncated"],
+            )
+            picked.append(instance.candidates[pick.index].labels["rougeL"])
+    assert sum(picked) / len(picked) == pytest.approx(report.selectors["selector"].estimate.mean)
+
+
+def labelled(number: int, split: Split) -> Instance:
+    """An instance with labelled responses whose likelihoods say something of the labels."""
+    question = ask(number, frozenset({"greedy"}))
+    rng = random.Random(number)
+    truncated = {rng.randrange(8)} if number % 3 == 0 else set()
+    candidates = []
+    for index, response in enumerate(question.responses):
+        label = rouge_l(["one two three four"], response)
+        known = {"logprob_mean": label - 1.5 + rng.random(), "labels": {"rougeL": label}}
+        status: Status = "truncated" if index in truncated else "ok"
+        decoding = "greedy" if index == question.greedy else "topp0.95"
+        candidates.append(Candidate(response=response, generator="g", decoding=decoding, status=status, **known))  # type: ignore[arg-type]
+    return Instance(
+        instance_id=f"i{number}",
+        instruction=f"{INSTRUCTION} {number}",
+        references=("one two three four",),
+        split=split,
+        candidates=tuple(candidates),
+    )
+
+
 def test_a_gateway_picks_by_the_selector_of_the_scores_after_the_service_got_another_one(scorer: Path) -> None:
     """The same scorer with another selector is another version in the registry, but has the same scores."""
     models = Models(load(str(scorer)))
@@ -254,7 +356,7 @@ def test_the_pools_tell_the_rules_apart(scorer: Path) -> None:
     seeds: Sequence[int] = range(SEEDS)
     by_known = [tuple(evaluated(scorer, ask(seed, known)) for seed in seeds) for known in KNOWN]
     scores = tuple(_best_score(scorer, ask(seed, frozenset())) for seed in seeds)
-    assert len({scores, *by_known}) == 5, (scores, by_known)
+    assert len({scores, *by_known}) == 1 + len(KNOWN), (scores, by_known)
 
 
 def _best_score(folder: Path, question: Question) -> str:

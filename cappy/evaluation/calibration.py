@@ -9,7 +9,7 @@ from scipy.optimize import isotonic_regression
 from cappy.evaluation.findings import Bin, CalibrationResult, Coverage, Reliability
 from cappy.scoring.calibration import Calibration, PickMap
 from cappy.selection.curves import average_ties, best_probabilities, sample_picks
-from cappy.selection.linear import Selector, features_of
+from cappy.selection.linear import PoolFeatures, Selector, features_for
 from cappy.selection.pools import Pool, PoolVectors, Vector, pick_label, pick_labels
 
 NUM_BINS = 10
@@ -63,7 +63,8 @@ def fit(pools: Sequence[Pool], selectors: Sequence[Selector], metric: str, *, se
     equal weight.
     """
     rng = np.random.default_rng(seed)
-    picks = [_weighted_picks(pool, selector, rng) for pool, selector in zip(pools, selectors, strict=True)]
+    known = zip(pools, selectors, features_for(pools, selectors), strict=True)
+    picks = [_weighted_picks(pool, selector, features, rng) for pool, selector, features in known]
     groups = np.array([pool.instance.group_id for pool in pools])
     maps = []
     for n in _choose_sizes([len(pool.labels) for pool in pools], groups):
@@ -77,11 +78,10 @@ def fit(pools: Sequence[Pool], selectors: Sequence[Selector], metric: str, *, se
 
 
 def _weighted_picks(
-    pool: Pool, selector: Selector, rng: np.random.Generator
+    pool: Pool, selector: Selector, features: PoolFeatures, rng: np.random.Generator
 ) -> Callable[[int], tuple[Vector, Vector, Vector]]:
     """A function from n to the scores, the labels and the weights of the picks among n candidates of the pool."""
-    features = features_of(pool, selector.decoding)
-    if selector.rule(features.available).single == "score":
+    if selector.rule(features.available).single == "score" and not features.truncated:
         scores, labels = _sort_candidates(features.scores, pool.labels)
         return lambda n: (scores, labels, best_probabilities(len(scores))[n - 1])
     size = len(pool.labels)

@@ -136,23 +136,24 @@ def select_split(
     fit_on: Sequence[Pool] | None = None,
     evidence: Evidence = "held-out",
     scorer: str = "",
+    selector: Selector | None = None,
     champion: Selector | None = None,
 ) -> EvaluatedSplit:
     """Fits the selectors on the pools `fit_on`, by default the held-out ones, and applies them to the reported pools.
 
-    The calibration is fitted on the picks of the held-out pools. `scorer` is the version of the scorer, `champion` the
-    selector of the champion.
+    The calibration is fitted on the picks of the held-out pools. `scorer` is the version of the scorer, `selector` its
+    selector if it has one already, and `champion` that of the champion.
     """
     fit_on = scored.held_out if fit_on is None else fit_on
     has_scorer = "scorer" in scored.pools[0].scores
     held_out_selectors: Sequence[Selector] = ()
-    selector = (
-        fit_selector(fit_on, metric=metric, evidence=evidence, scorer=scorer) if has_scorer else Selector(scorer=scorer)
-    )
-    if has_scorer and scored.held_out:
-        # Picks of pools that the selector was fitted on would look better than those of other pools.
-        own = out_of_fold_selectors(scored.held_out, metric=metric) if fit_on is scored.held_out else None
-        held_out_selectors = own or [selector] * len(scored.held_out)
+    if selector is not None:
+        held_out_selectors = [selector] * len(scored.held_out)
+    elif has_scorer:
+        selector = fit_selector(fit_on, metric=metric, evidence=evidence, scorer=scorer)
+        held_out_selectors = _held_out_selectors(scored.held_out, fit_on, selector, metric=metric, evidence=evidence)
+    else:
+        selector = Selector(scorer=scorer)
     fitting = Fitting(held_out=fit_on, pools=scored.pools, selector=selector, champion=champion or Selector())
     return EvaluatedSplit(
         pools=scored.pools,
@@ -165,6 +166,21 @@ def select_split(
         else None,
         probes=scored.probes,
     )
+
+
+def _held_out_selectors(
+    held_out: Sequence[Pool], fit_on: Sequence[Pool], selector: Selector, *, metric: str, evidence: Evidence
+) -> Sequence[Selector]:
+    """For each held-out pool, a selector that was not fitted on it: its picks would look better than those of others.
+
+    It is `selector`, fitted on `fit_on`, if there are too few groups for another one.
+    """
+    if fit_on is held_out:
+        return out_of_fold_selectors(held_out, metric=metric) or [selector] * len(held_out)
+    groups = {pool.instance.group_id for pool in held_out}
+    others = [pool for pool in fit_on if pool.instance.group_id not in groups]
+    fitted = selector if len(others) == len(fit_on) else fit_selector(others, metric=metric, evidence=evidence)
+    return [fitted] * len(held_out)
 
 
 def mark_unavailable(evaluated: EvaluatedSplit, name: str, reason: str) -> EvaluatedSplit:

@@ -35,6 +35,23 @@ class Report(Findings):
                 f"report: {field}: {first['msg']}, got {quote(first['input'])}; evaluate again"
             ) from error
 
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the run, by name, for the manifest and for tracking."""
+        numbers = {"num_instances": float(self.facts["instances"])}
+        for name, row in self.selectors.items():
+            numbers[f"{self.metric}_{name}"] = row.estimate.mean
+        for key, difference in self.comparisons.items():
+            subject, _, rival = key.partition("-")
+            if subject == "selector" or key == "scorer-initial":
+                prefix = "" if subject == "selector" else "scorer_"
+                numbers[f"{prefix}gain_over_{rival}"] = difference.difference
+                numbers[f"{prefix}gain_over_{rival}_low"] = difference.low
+        if self.calibration is not None:
+            best = self.calibration.calibrated or self.calibration.raw
+            numbers |= {"ece": best.ece, "brier": best.brier}
+        numbers |= {f"probe_{probe.name.replace(' ', '_')}": probe.value for probe in self.probes}
+        return numbers | {f"leaks_{name}": float(count) for name, count in self.leaks.items()}
+
     def table(self) -> list[tuple[str, str, str, str]]:
         """Rows for a terminal, header first: selector, mean x 100, its interval, gain over random with its interval."""
         rows = [("selector", f"{metric_name(self.metric)} x100", "95% interval", "gain over random")]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from cappy.config import DEFAULT_WORK, Fresh, Location, Work, fingerprint, result_settings, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, Fresh, Location, Work, fingerprint, result_settings, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read, read_manifest
 from cappy.records.folder import MANIFEST, describe_files, sha256_of, write_bytes
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cappy.evaluation.protocol import AnyScorer, EvaluatedSplit
     from cappy.evaluation.report import Report
     from cappy.scoring.training_data import ReadTrainingData
+    from cappy.selection.linear import Selector
     from cappy.selection.pools import Pool, ScoreFunction, Vector
 
 NUM_VERIFICATION_PAIRS = 32
@@ -64,6 +65,9 @@ class EvaluationConfig:
         ),
         AfterValidator(_check_folds),
     ] = 0
+    refit_selector: Annotated[
+        bool, ADVANCED, Field(description="Fit a new selector even if the scorer's folder has one (selector.json)")
+    ] = False
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
 
@@ -88,9 +92,9 @@ def evaluate_folder(
     if config.champion:
         folders["champion"] = scorer_folder(config.champion)
     initial_folder = scorer_folder(config.initial) if config.initial else None
-    contents = [_content_hash(path, with_selector=name == "champion") for name, path in folders.items()]
+    contents = [_content_hash(path) for path in folders.values()]
     if initial_folder is not None:
-        contents.append(_content_hash(initial_folder))
+        contents.append(_content_hash(initial_folder, with_selector=False))
     parents = (parent.hash, *contents)
     with claim(config.work, "evaluation", result_settings(config), parents, fresh=config.fresh) as folder:
         scorers = {name: load(str(path)) for name, path in folders.items()}
@@ -112,7 +116,7 @@ def evaluate_folder(
             skipped=skipped,
             folds=config.folds,
         )
-        _write_selector(folder, evaluated_splits, config, scorers["challenger"].version)
+        _write_selector(folder, evaluated_splits, config, scorers["challenger"].version, folders["challenger"])
         report = replace(
             report,
             leaks=leaks,
@@ -136,7 +140,7 @@ def evaluate_folder(
             seed=config.seed,
             generators=parent.generators,
             parents=parents,
-            metrics=collect_metrics(report),
+            metrics=report.metrics(),
             facts={
                 "leaks": dict(report.leaks),
                 "leak_check": {} if config.folds else _describe_leak_check(tested_instances, folders, trained_on),
@@ -176,7 +180,6 @@ def _evaluate_once(
 ) -> "tuple[list[EvaluatedSplit], int]":
     """Evaluates the split of the config, and counts its instances without candidates."""
     from cappy.evaluation.protocol import cached_scores, score_split, select_split, split_pools
-    from cappy.selection.linear import read_selector
 
     instances = read(config.source, splits=sorted({config.split, "validation"}))
     pools, held_out, skipped = split_pools(instances, metric=config.metric, split=config.split)
@@ -190,9 +193,23 @@ def _evaluate_once(
         with_probes=config.probe,
         progress=progress,
     )
-    champion = read_selector(folders["champion"], scorers["champion"].version) if config.champion else None
-    version = scorers["challenger"].version
-    return [select_split(scored, metric=config.metric, seed=config.seed, scorer=version, champion=champion)], skipped
+    own = {name: _own_selector(path, scorers[name].version) for name, path in folders.items()}
+    selected = select_split(
+        scored,
+        metric=config.metric,
+        seed=config.seed,
+        scorer=scorers["challenger"].version,
+        selector=None if config.refit_selector else own["challenger"],
+        champion=own.get("champion"),
+    )
+    return [selected], skipped
+
+
+def _own_selector(folder: Path, version: str) -> "Selector | None":
+    """The selector in a scorer's folder; None without one."""
+    from cappy.selection.linear import read_selector
+
+    return read_selector(folder, version) if _selector_hash(folder) else None
 
 
 def _evaluate_folds(
@@ -248,7 +265,8 @@ def _value_unseen(
     selector = read_selector(champion, scorer.version)
     score = cached_scores(scorer.score, work, "champion")
     scored = with_scores(pools, "champion", score_pools(pools, score, lambda count: None))
-    return [selector.values(features_of(pool, selector.decoding, "champion")) for pool in scored]
+    decoding = selector.decoding_in(scored)
+    return [selector.values(features_of(pool, decoding, "champion")) for pool in scored]
 
 
 def _count_leaks(
@@ -268,7 +286,7 @@ def _describe_leak_check(
     return describe_leak_check(tested_instances, {name: trained_on(path) for name, path in folders.items()})
 
 
-def _content_hash(folder: Path, *, with_selector: bool = False) -> str:
+def _content_hash(folder: Path, *, with_selector: bool = True) -> str:
     """Hash of a scorer's content: of its manifest or, if another tool wrote the folder, of its files.
 
     `with_selector` includes selector.json, which no manifest lists, because it is written by the evaluation.
@@ -305,7 +323,7 @@ def write_report(folder: Path, report: "Report") -> None:
 def _write_picks(folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]", *, folds: int, metric: str) -> None:
     """Writes picks.json: the selector's held-out and reported picks or, if cross-fitted, its out-of-fold picks."""
     from cappy.evaluation.threshold import PICKS, pick_rows
-    from cappy.selection.linear import features_of
+    from cappy.selection.linear import features_for
 
     reported = [
         row
@@ -315,24 +333,30 @@ def _write_picks(folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]", *, 
     rows = {"out_of_fold": reported}
     if not folds:
         (part,) = evaluated_splits
-        pairs = zip(part.held_out, part.held_out_selectors, strict=True)
-        values = [selector.values(features_of(pool, selector.decoding)) for pool, selector in pairs]
+        known = features_for(part.held_out, part.held_out_selectors)
+        values = [selector.values(each) for selector, each in zip(part.held_out_selectors, known, strict=True)]
         rows = {"held_out": pick_rows(part.held_out, values), "reported": reported}
     write_bytes(folder / PICKS, json.dumps({"metric": metric, **rows}).encode())
 
 
 def _write_selector(
-    folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]", config: EvaluationConfig, scorer: str
+    folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]", config: EvaluationConfig, scorer: str, source: Path
 ) -> None:
-    """Writes selector.json: the evaluated selector or, if cross-fitted, one fitted on all out-of-fold scores."""
+    """Writes selector.json: the evaluated selector or, if cross-fitted, one fitted on all out-of-fold scores.
+
+    The selector that the scorer's folder `source` has already is copied, so that it stays the same version.
+    """
     from cappy.selection.fitting import fit_selector
     from cappy.selection.linear import SELECTOR
 
-    selector = evaluated_splits[0].selector
+    text = evaluated_splits[0].selector.to_json().encode()
     if config.folds:
         pools = [pool for part in evaluated_splits for pool in part.pools]
         selector = fit_selector(pools, metric=config.metric, evidence="out-of-fold", scorer=scorer)
-    write_bytes(folder / SELECTOR, selector.to_json().encode())
+        text = selector.to_json().encode()
+    elif _selector_hash(source) and not config.refit_selector:
+        text = (source / SELECTOR).read_bytes()
+    write_bytes(folder / SELECTOR, text)
 
 
 def _write_calibration(folder: Path, evaluated_splits: "Sequence[EvaluatedSplit]", config: EvaluationConfig) -> None:
@@ -365,21 +389,3 @@ def score_verification_pairs(
 def _write_verification_pairs(folder: Path, scored_pairs: Sequence[ScoredPair]) -> None:
     """Writes probe.json, which `cappy.deployment` and `cappy serve` read."""
     write_bytes(folder / VERIFICATION_PAIRS, json.dumps(scored_pairs, ensure_ascii=False, indent=1).encode())
-
-
-def collect_metrics(report: "Report") -> dict[str, float]:
-    """The metrics of the run, by name, for the manifest and for tracking."""
-    numbers = {"num_instances": float(report.facts["instances"])}
-    for name, row in report.selectors.items():
-        numbers[f"{report.metric}_{name}"] = row.estimate.mean
-    for key, difference in report.comparisons.items():
-        subject, _, rival = key.partition("-")
-        if subject == "selector" or key == "scorer-initial":
-            prefix = "" if subject == "selector" else "scorer_"
-            numbers[f"{prefix}gain_over_{rival}"] = difference.difference
-            numbers[f"{prefix}gain_over_{rival}_low"] = difference.low
-    if report.calibration is not None:
-        best = report.calibration.calibrated or report.calibration.raw
-        numbers |= {"ece": best.ece, "brier": best.brier}
-    numbers |= {f"probe_{probe.name.replace(' ', '_')}": probe.value for probe in report.probes}
-    return numbers | {f"leaks_{name}": float(count) for name, count in report.leaks.items()}

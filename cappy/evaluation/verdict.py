@@ -1,6 +1,6 @@
 """The verdict and the advice of a report, as text."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from cappy.evaluation.findings import MIN_GROUPS, Difference, Findings, format_interval
 from cappy.pages import format_signed, percent
@@ -122,6 +122,8 @@ def _cautions(report: Findings) -> Iterator[str]:
                 f"Caution: the {name} was trained on {count} of the {instances} {report.split} instances, "
                 "or on others from the same rows, so its result is overestimated."
             )
+    for sentence in poorer_callers(report.comparisons):
+        yield f"Caution: {sentence}"
     yield from _holm_caution(report)
     if (groups := int(report.facts["groups"])) < MIN_GROUPS:
         yield f"Caution: {groups} groups are too few for a reliable result; the gate needs at least {MIN_GROUPS}."
@@ -191,6 +193,15 @@ def first_version_rivals(comparisons: Collection[str], requested: str = "") -> l
 def single_decodings(comparisons: Collection[str]) -> list[SelectorSpec]:
     """The selectors of a single decoding that the selector is compared with; the greedy response is the last one."""
     return [each for each in SELECTORS.values() if each.single_decoding and f"selector-{each.key}" in comparisons]
+
+
+def poorer_callers(comparisons: Mapping[str, Difference]) -> Iterator[str]:
+    """A sentence for each kind of caller who knows too little for the selector to be as good as one greedy response."""
+    for selector in SELECTORS.values():
+        difference = comparisons.get(f"{selector.name}-greedy")
+        if "greedy" in selector.against and difference is not None and difference.high < 0:
+            loss = _format_gain(difference)
+            yield f"for callers who know less ({selector.title}) the picks are worse than the greedy response: {loss}."
 
 
 def _choose_advice(report: Findings) -> str:

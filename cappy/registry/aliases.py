@@ -6,7 +6,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -95,12 +95,20 @@ def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
 def was_rolled_back(client: MlflowClient, version: Version) -> bool:
     """Whether the version lost the champion alias by a rollback and has not become champion again.
 
-    The same scorer with another selector counts too: a rerun must not bring back what was rolled back.
+    Another version of the same scorer, with another selector, counts too: a rerun must not bring back what was rolled
+    back.
     """
-    same = {version.number, *same_scorer(client, version)}
-    own_moves = [move for move in _moves(client, version.name) if same & {move.version, move.former}]
-    relevant = [move for move in own_moves if not (move.kind == "promotion" and move.former in same)]
-    return bool(relevant) and relevant[-1].kind == "rollback" and relevant[-1].former in same
+    moves = _moves(client, version.name)
+    return any(is_rolled_back(number, moves) for number in (version.number, *same_scorer(client, version)))
+
+
+def is_rolled_back(number: int, moves: Sequence[Move]) -> bool:
+    """Whether the last move that brought or took the alias from this version was a rollback away from it.
+
+    A promotion of the next version takes the alias too, but says nothing against this one.
+    """
+    own = [move for move in moves if move.version == number or (move.former == number and move.kind == "rollback")]
+    return bool(own) and own[-1].version != number
 
 
 def history(name: str, *, tracking_uri: str) -> list[Move]:

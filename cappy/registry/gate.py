@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from cappy.errors import ConfigError, RecordError, quote
 from cappy.evaluation import Difference
 from cappy.evaluation.findings import LEVEL, MIN_GROUPS, ReportValues
-from cappy.evaluation.verdict import first_version_rivals, single_decodings
+from cappy.evaluation.verdict import first_version_rivals, poorer_callers, single_decodings
 from cappy.selection.selectors import SELECTORS
 
 Baseline = Literal["likelihood", "mbr"]
@@ -66,6 +66,7 @@ def decide(
     reasons = [sentence for _, sentence in checks]
     if not has_champion:
         reasons += _unrequired_comparisons(comparisons, baseline)
+    reasons += [f"For information: {sentence}" for sentence in poorer_callers(comparisons)]
     passed = all(passed for passed, _ in checks)
     return Decision(decision="promote" if passed else "hold", reasons=tuple(reasons))
 

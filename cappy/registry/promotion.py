@@ -130,7 +130,8 @@ def _decide(
             champion = versions.find(client, version.name, CHAMPION)
             attempt = versions.count_attempt(client, version, _tested_groups(report)) if config.count_attempts else 0
             decision = _decide_given_champion(report, version, champion, config, guards, attempt)
-            if decision.decision == "promote" and not config.force:
+            is_champion = champion is not None and champion.number == version.number
+            if decision.decision == "promote" and not config.force and not is_champion:
                 decision = _hold_rolled_back(aliases.was_rolled_back(client, version), version) or decision
             if apply:
                 versions.record_attempt(client, version, _tested_groups(report), attempt)

@@ -28,8 +28,8 @@ class CappyModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc] # MLflow is u
         """One score per row, in order; with the parameter `select`, 1 for the picked row of each instruction, else 0.
 
         The rows of an instruction are one pool; with `closed_choices` they are all possible answers. The selector also
-        uses the optional columns `likelihood` (per token) and `greedy` (true for the greedy response), the first only
-        where every row of the pool has one.
+        uses the optional columns `likelihood` (per token), if every row of the pool has one, `greedy` (true for the
+        greedy response) and `truncated` (true for a response that a length limit cut off).
         """
         if not (params or {}).get("select"):
             return self.scorer.score(list(zip(model_input["instruction"], model_input["response"], strict=True)))
@@ -42,7 +42,8 @@ class CappyModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc] # MLflow is u
             Candidates(
                 responses=list(rows["response"]),
                 likelihoods=_likelihoods(rows),
-                greedy=_greedy(rows),
+                greedy=next(iter(_marked(rows, "greedy")), None),
+                truncated=_marked(rows, "truncated"),
                 closed_choices=bool((params or {}).get("closed_choices")),
             )
             for _, rows in pools
@@ -54,15 +55,19 @@ class CappyModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc] # MLflow is u
 
 
 def _likelihoods(rows: pandas.DataFrame) -> list[float] | None:
-    """The likelihoods of a pool; None if one is missing."""
-    known = "likelihood" in rows and rows["likelihood"].notna().all()
-    return [float(value) for value in rows["likelihood"]] if known else None
+    """The likelihoods of a pool; None if one is missing or not finite, as in an evaluation."""
+    from cappy.records.instance import MAX_LOGPROB
+
+    if "likelihood" not in rows:
+        return None
+    values = pandas.to_numeric(rows["likelihood"], errors="coerce").astype("float64").tolist()
+    return values if all(abs(value) <= MAX_LOGPROB for value in values) else None
 
 
-def _greedy(rows: pandas.DataFrame) -> int | None:
-    """The index of the greedy response in its pool; None if no row is marked."""
-    marks = [value is True or value == 1 for value in rows["greedy"]] if "greedy" in rows else []
-    return marks.index(True) if True in marks else None
+def _marked(rows: pandas.DataFrame, column: str) -> list[int]:
+    """The indices of the rows of a pool that are marked as true or 1 in a column."""
+    values = rows[column].fillna(False).tolist() if column in rows else []
+    return [index for index, value in enumerate(values) if value is True or value == 1]
 
 
 mlflow.models.set_model(CappyModel())

@@ -175,7 +175,7 @@ def save_model(scorer: Path, target: Path) -> None:
                     [
                         *(ColSpec(DataType.string, name) for name in EXAMPLE),
                         ColSpec(DataType.double, "likelihood", required=False),
-                        ColSpec(DataType.boolean, "greedy", required=False),
+                        *(ColSpec(DataType.boolean, name, required=False) for name in ("greedy", "truncated")),
                     ]
                 ),
                 outputs=Schema([ColSpec(DataType.double, "score")]),

@@ -214,6 +214,7 @@ class Scorer:
         likelihoods: Sequence[float] | None = None,
         greedy: int | None = None,
         closed_choices: bool = False,
+        truncated: Sequence[int] = (),
     ) -> SelectedResponse:
         """The best response by the selector; of equally good responses, the first.
 
@@ -221,7 +222,11 @@ class Scorer:
         or the rest does not fit them.
         """
         candidates = Candidates(
-            responses=responses, likelihoods=likelihoods, greedy=greedy, closed_choices=closed_choices
+            responses=responses,
+            likelihoods=likelihoods,
+            greedy=greedy,
+            closed_choices=closed_choices,
+            truncated=truncated,
         )
         return next(self.select_stream([(instruction, candidates)]))
 

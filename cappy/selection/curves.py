@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from cappy.selection.linear import MIN_SPREAD, PoolFeatures, Rule, Selector
+from cappy.selection.linear import MIN_SPREAD, TRUNCATED_PENALTY, PoolFeatures, Rule, Selector
 from cappy.selection.pools import Vector, mutual_rouge_l
 
 NUM_ORDERS = 32
@@ -124,12 +124,15 @@ def _values_by_order(
     similarity = mutual_rouge_l(pool.responses) if "mbr" in weights else np.zeros((size, size))
     np.fill_diagonal(similarity, 0.0)
     counts, present = np.arange(1, size + 1), np.tri(size, dtype=bool).T
+    complete = ~np.isin(np.arange(size), list(pool.truncated))
     fixed = {"score": pool.scores, "likelihood": None if pool.likelihoods is None else np.asarray(pool.likelihoods)}
     for _ in range(num_orders):
         order = rng.permutation(size)
         if greedy_first and pool.greedy is not None:
             order = np.concatenate([[pool.greedy], order[order != pool.greedy]])
         values = np.where(present, 0.0, -np.inf)
+        # A truncated response is picked only while no complete one is among the first n.
+        values -= TRUNCATED_PENALTY * np.outer(~complete[order], np.logical_or.accumulate(complete[order]))
         for name, weight in weights.items():
             if name == "greedy":
                 values += weight * (order == pool.greedy)[:, None]

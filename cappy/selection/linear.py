@@ -6,7 +6,7 @@ greedy response, so there is one rule for each set of features. `cappy.selection
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import ConfigError, FolderError
 from cappy.records.instance import MAX_LOGPROB
-from cappy.selection.pools import Pool, Vector, mbr, system_index
+from cappy.selection.pools import Pool, Vector, greedy_systems, is_greedy, mbr, system_index
 
 SELECTOR = "selector.json"
 Feature = Literal["score", "mbr", "likelihood", "greedy"]
@@ -32,6 +32,8 @@ FEATURE_SETS: tuple[tuple[Feature, ...], ...] = (
     ("score", "mbr", "likelihood", "greedy"),
 )
 """The sets of features that a caller may have, smallest first; a closed set of choices has neither MBR nor greedy."""
+TRUNCATED_PENALTY = 1e6
+"""Subtracted from the value of a truncated response, more than weighted features can differ."""
 MIN_SPREAD = 1e-13
 """Standard deviation of a feature in a pool below which its values are equal up to rounding."""
 
@@ -41,14 +43,16 @@ class Candidates:
     """The responses to one instruction, and what a caller knows about them besides their texts.
 
     `likelihoods` are log-likelihoods per token under the generator, in order; None if one is unknown. `greedy` is the
-    index of the greedy response, or of another decoding that does well alone; None if unknown. The responses may be a
-    closed set of choices, which has no consensus. Raises ConfigError if these do not fit the responses.
+    index of the greedy response, or of another decoding that does well alone; None if unknown. `truncated` are the
+    indices of responses that a length limit cut off: they are picked only if all are. The responses may be a closed set
+    of choices, which has no consensus. Raises ConfigError if these do not fit the responses.
     """
 
     responses: Sequence[str]
     likelihoods: Sequence[float] | Vector | None = None
     greedy: int | None = None
     closed_choices: bool = False
+    truncated: Collection[int] = ()
 
     def __post_init__(self) -> None:
         count = len(self.responses)
@@ -56,10 +60,13 @@ class Candidates:
             raise ConfigError("select: there are no responses to choose from; pass at least one")
         if self.likelihoods is not None and len(self.likelihoods) != count:
             raise ConfigError(f"likelihoods: there are {len(self.likelihoods)} for {count} responses; pass one each")
-        if self.likelihoods is not None and not all(abs(value) <= MAX_LOGPROB for value in self.likelihoods):
+        if self.likelihoods is not None and not all(map(_is_logprob, self.likelihoods)):
             raise ConfigError("likelihoods: must be log-probabilities; leave them out if one is unknown")
         if self.greedy is not None and not 0 <= self.greedy < count:
             raise ConfigError(f"greedy: must be the index of a response, 0 to {count - 1}, got {self.greedy}")
+        for index in self.truncated:
+            if not 0 <= index < count:
+                raise ConfigError(f"truncated: must be indices of responses, 0 to {count - 1}, got {index}")
 
     def with_scores(self, scores: Sequence[float], logits: Sequence[float] | None = None) -> "PoolFeatures":
         """These candidates with the scorer's scores, and its logits if they are known."""
@@ -68,6 +75,7 @@ class Candidates:
             likelihoods=self.likelihoods,
             greedy=self.greedy,
             closed_choices=self.closed_choices,
+            truncated=self.truncated,
             scores=np.asarray(scores, dtype=np.float64),
             logits=None if logits is None else np.asarray(logits, dtype=np.float64),
         )
@@ -106,8 +114,11 @@ class PoolFeatures(Candidates):
 
         A feature that is equal for all candidates is 0.
         """
-        columns = ((name, self.column(name)) for name in names)
-        return np.stack([column if name == "greedy" else standardize(column) for name, column in columns], axis=1)
+        matrix = np.zeros((len(self.responses), len(names)))
+        for index, name in enumerate(names):
+            column = self.column(name)
+            matrix[:, index] = column if name == "greedy" else standardize(column)
+        return matrix
 
     def column(self, name: Feature) -> Vector:
         """The values of a feature that is known, shape (candidates,)."""
@@ -117,6 +128,10 @@ class PoolFeatures(Candidates):
         if name == "mbr":
             return mbr(self.responses) if self.consensus is None else self.consensus
         return np.asarray(self.scores if name == "score" else self.likelihoods, dtype=np.float64)
+
+
+def _is_logprob(value: object) -> bool:
+    return isinstance(value, int | float | np.floating) and abs(float(value)) <= MAX_LOGPROB
 
 
 def standardize(values: Vector) -> Vector:
@@ -214,26 +229,46 @@ class Selector:
         rule = self.rule(pool.available)
         if not rule.scales:
             return None
-        columns = [pool.column(name) / scale for name, scale in zip(rule.features, rule.scales, strict=True)]
-        values: Vector = rule.label_slope * (np.stack(columns, axis=1) @ np.array(rule.weights))
-        return values
+        values = np.zeros(len(pool.responses))
+        for name, weight, scale in zip(rule.features, rule.weights, rule.scales, strict=True):
+            if weight:  # MBR takes time.
+                values += weight / scale * pool.column(name)
+        return rule.label_slope * values
 
     def values(self, pool: PoolFeatures) -> Vector:
         """The value of each candidate, shape (candidates,); the highest is picked.
 
         Values of different pools are not comparable.
         """
-        rule = self.rule(pool.available)
-        values: Vector = pool.matrix(rule.features) @ np.array(rule.weights)
+        used = self.rule(pool.available).used
+        values: Vector = pool.matrix(list(used)) @ np.array(list(used.values()))
+        if 0 < len(pool.truncated) < len(values):
+            values[list(pool.truncated)] -= TRUNCATED_PENALTY
         return values
+
+    def decoding_in(self, pools: Sequence[Pool]) -> str:
+        """The system of these pools whose responses the feature greedy marks; empty without any.
+
+        A greedy decoding stands for that of any LLM, as in the gateway; another decoding only for itself.
+        """
+        if self.decoding and not is_greedy(self.decoding):
+            return self.decoding
+        systems = greedy_systems(pools)
+        return self.decoding if self.decoding in systems else min(systems, default="")
 
     @property
     def uses_likelihoods(self) -> bool:
         """Whether a rule gives the likelihood a weight."""
         return any("likelihood" in rule.used for rule in self.rules)
 
+    def for_caller(self, pool: PoolFeatures) -> PoolFeatures:
+        """What the selector may use of a caller's pool: the weight of another decoding says nothing of a greedy one."""
+        is_other = bool(self.decoding) and not is_greedy(self.decoding)
+        return pool.without(frozenset({"greedy"})) if is_other else pool
+
     def rank(self, pool: PoolFeatures) -> Ranking:
-        """The values of the candidates, and their order."""
+        """The values of a caller's candidates, and their order."""
+        pool = self.for_caller(pool)
         values = self.values(pool)
         keys = (values,) if pool.logits is None else (pool.logits, values)
         # The last key of lexsort is the first one to sort by.
@@ -297,5 +332,12 @@ def features_of(pool: Pool, decoding: str, scores: str = "scorer") -> PoolFeatur
         likelihoods=pool.likelihood_mean,
         greedy=system_index(pool, decoding),
         closed_choices=pool.is_choice,
+        truncated=[index for index, each in enumerate(pool.candidates) if each.status == "truncated"],
         consensus=None if pool.is_choice else pool.mbr,
     )
+
+
+def features_for(pools: Sequence[Pool], selectors: Sequence[Selector]) -> list[PoolFeatures]:
+    """What the selector of each pool would know about it; the pools are of one LLM or several."""
+    decodings = {id(selector): selector.decoding_in(pools) for selector in selectors}
+    return [features_of(pool, decodings[id(selector)]) for pool, selector in zip(pools, selectors, strict=True)]

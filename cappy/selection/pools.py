@@ -23,6 +23,8 @@ ScoreFunction = Callable[[Sequence[tuple[str, str]]], list[float]]
 """Scores (instruction, response) pairs, in order: the type of `Scorer.score`."""
 
 CHUNK_PAIRS = 2048
+MIN_SHARE = 0.9
+"""Share of the pools that must have a greedy response, or likelihoods, to compare with it; a few requests fail."""
 MAX_MBR_CHARACTERS = 400_000
 """Characters of all responses of a pool that MBR compares, the same number of each: at most about a second of work."""
 MIN_MBR_CHARACTERS = 512
@@ -50,6 +52,11 @@ class Pool:
     def mbr(self) -> Vector:
         """Mean similarity of each response to the others (`mbr`)."""
         return mbr(self.responses)
+
+    @property
+    def lengths(self) -> Vector:
+        """Length of every response in characters."""
+        return np.array([len(response) for response in self.responses], dtype=np.float64)
 
     @property
     def likelihood_sum(self) -> Vector | None:
@@ -143,9 +150,9 @@ def choose_system(pools: Sequence[Pool], among: Collection[str] | None = None) -
 
 
 def greedy_systems(pools: Sequence[Pool]) -> set[str]:
-    """The generators and decodings that decode greedily and have a response in every pool."""
-    names = ({name for name in _first_indices(pool) if is_greedy(name)} for pool in pools)
-    return set.intersection(*names) if pools else set()
+    """The generators and decodings that decode greedily and have a response in nearly every pool (`MIN_SHARE`)."""
+    counts = Counter(name for pool in pools for name in _first_indices(pool) if is_greedy(name))
+    return {name for name, count in counts.items() if count >= MIN_SHARE * len(pools)}
 
 
 def choose_decoding(pools: Sequence[Pool]) -> str | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from cappy.selection.curves import best_of_n_curve, mbr_curve, sample_picks
 from cappy.selection.linear import Feature, PoolFeatures, Selector, features_of
-from cappy.selection.pools import Pool, PoolVectors, Vector, choose_system, greedy_systems, system_index
+from cappy.selection.pools import MIN_SHARE, Pool, PoolVectors, Vector, choose_system, greedy_systems, system_index
 
 Curve = Callable[[Pool, Vector, np.random.Generator], Vector]
 """(pool, values, random generator) -> expected label of the pick among n candidates of the pool, for n from 1."""
@@ -57,8 +57,8 @@ class Fitting:
 
     @property
     def decoding(self) -> str:
-        """The single decoding of the tested pools that the fitted selector knows: its own, else a greedy one."""
-        return self.selector.decoding or min(greedy_systems(self.pools), default="")
+        """The single decoding of the tested pools that the fitted selector knows."""
+        return self.selector.decoding_in(self.pools)
 
 
 Fit = Callable[[Fitting], FittedSelector]
@@ -163,19 +163,11 @@ def compared_pairs() -> list[tuple[str, str]]:
 
 def _prefer(index: int | None, pool: Pool) -> Vector:
     """Values that pick the candidate at the index, or the first one if it is None."""
-    values: Vector = _first_values(pool) - len(pool.candidates) * (np.arange(len(pool.candidates)) != (index or 0))
+    values: Vector = (np.arange(len(pool.candidates)) == (index or 0)).astype(np.float64)
     return values
 
 
-def _first_values(pool: Pool) -> Vector:
-    """Values that pick the first candidate."""
-    order: Vector = -np.arange(len(pool.candidates), dtype=np.float64)
-    return order
-
-
-def response_lengths(pool: Pool) -> Vector:
-    """Length of every response in characters."""
-    return np.array([len(response) for response in pool.responses], dtype=np.float64)
+_pick_first = partial(_prefer, 0)
 
 
 def _without_fitting(values: Callable[[Pool], Vector]) -> Fit:
@@ -195,9 +187,10 @@ def _require_scores(name: str, fitting: Fitting) -> None:
 
 def _fit_champion(fitting: Fitting) -> FittedSelector:
     _require_scores("champion", fitting)
-    known = [features_of(pool, fitting.decoding, "champion") for pool in fitting.pools]
-    text = fitting.champion.rule(frozenset.intersection(*(each.available for each in known))).names
-    return FittedSelector(lambda pool: fitting.champion.values(features_of(pool, fitting.decoding, "champion")), text)
+    decoding = fitting.champion.decoding_in(fitting.pools)
+    known = [features_of(pool, decoding, "champion").available for pool in fitting.pools]
+    names = "; ".join(dict.fromkeys(fitting.champion.rule(available).names for available in known))
+    return FittedSelector(lambda pool: fitting.champion.values(features_of(pool, decoding, "champion")), names)
 
 
 def _fit_selector(without: frozenset[Feature] = frozenset()) -> Fit:
@@ -230,17 +223,15 @@ def _fit_selector(without: frozenset[Feature] = frozenset()) -> Fit:
 
 def _fit_likelihood(likelihood: Callable[[Pool], Vector | None]) -> Fit:
     def fit(fitting: Fitting) -> FittedSelector:
-        missing = sum(likelihood(pool) is None for pool in fitting.pools)
-        if missing:
-            count = len(fitting.pools)
-            raise UnavailableError(f"{missing} of {count} instances have candidates without log-likelihood")
-
-        def values(pool: Pool) -> Vector:
-            likelihoods = likelihood(pool)
-            assert likelihoods is not None  # noqa: S101 (checked above)
-            return likelihoods
-
-        return FittedSelector(values)
+        missing, count = sum(likelihood(pool) is None for pool in fitting.pools), len(fitting.pools)
+        text = f"{missing} of {count} instances have candidates without log-likelihood"
+        if missing > (1 - MIN_SHARE) * count:
+            raise UnavailableError(text)
+        # A pool without likelihoods gets equal values: a random choice.
+        return FittedSelector(
+            lambda pool: np.zeros(len(pool.candidates)) if (known := likelihood(pool)) is None else known,
+            text if missing else "",
+        )
 
     return fit
 
@@ -264,9 +255,16 @@ def _fit_greedy(fitting: Fitting) -> FittedSelector:
     """Picks the greedy response; if several generators have one, that of the best generator on the held-out pools."""
     systems = greedy_systems(fitting.pools)
     if not systems:
-        raise UnavailableError("not every instance has a greedy response")
+        raise UnavailableError("too few instances have a greedy response")
     name = choose_system(fitting.held_out, among=systems) or min(systems)
-    return FittedSelector(lambda pool: _prefer(system_index(pool, name), pool), name)
+    missing = sum(system_index(pool, name) is None for pool in fitting.pools)
+
+    def values(pool: Pool) -> Vector:
+        # Where the request failed or was refused, a random choice takes the place of the greedy response.
+        index = system_index(pool, name)
+        return np.zeros(len(pool.candidates)) if index is None else _prefer(index, pool)
+
+    return FittedSelector(values, f"{name} (missing in {missing} instances)" if missing else name)
 
 
 def _curve_by_value(pool: Pool, values: Vector, generator: np.random.Generator) -> Vector:
@@ -285,15 +283,15 @@ SELECTORS: Mapping[str, SelectorSpec] = {
             curve=lambda pool, values, generator: np.full(1, pool.labels.mean()),
             must_beat="always",
         ),
-        SelectorSpec(name="first", title="first response", fit=_without_fitting(_first_values), shown_in=("examples",)),
+        SelectorSpec(name="first", title="first response", fit=_without_fitting(_pick_first), shown_in=("examples",)),
         SelectorSpec(
             name="shortest",
             title="shortest",
-            fit=_without_fitting(lambda pool: -response_lengths(pool)),
+            fit=_without_fitting(lambda pool: -pool.lengths),
             shown_in=(),
             compared=False,
         ),
-        SelectorSpec(name="longest", title="longest", fit=_without_fitting(response_lengths)),
+        SelectorSpec(name="longest", title="longest", fit=_without_fitting(lambda pool: pool.lengths)),
         SelectorSpec(
             name="best_system",
             title="best single system",
@@ -370,6 +368,7 @@ SELECTORS: Mapping[str, SelectorSpec] = {
             fit=_fit_selector(frozenset({"likelihood", "greedy"})),
             scorer="scorer",
             compared=False,
+            against=("greedy",),
         ),
         SelectorSpec(
             name="selector_no_likelihood",
@@ -377,6 +376,7 @@ SELECTORS: Mapping[str, SelectorSpec] = {
             fit=_fit_selector(frozenset({"likelihood"})),
             scorer="scorer",
             compared=False,
+            against=("greedy",),
         ),
         SelectorSpec(
             name="selector",

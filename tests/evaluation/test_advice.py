@@ -24,6 +24,18 @@ def report(instances: list[Instance], score: Score) -> Report:
     return evaluate(instances, score=score, with_probes=False)
 
 
+def test_callers_who_know_too_little_are_warned_and_the_gate_says_so(report: Report) -> None:
+    won = report.comparisons["selector-random"]
+    lost = replace(won, difference=-0.03, low=-0.05, high=-0.01)
+    rows = {"selector_texts-greedy": lost, "selector_no_likelihood-greedy": replace(lost, high=0.01)}
+    warned = replace(report, comparisons={**report.comparisons, **rows})
+    (caution,) = [each for each in verdict(warned) if each.startswith("Caution: for callers")]
+    assert_names(caution, "texts only", "greedy response", "−3.0")
+    (reason,) = [each for each in decide(warned.to_dict(), has_champion=False).reasons if "for callers" in each]  # type: ignore[arg-type]
+    assert_names(reason, "For information", "texts only")
+    assert not [each for each in verdict(report) if "for callers" in each]
+
+
 def change(
     report: Report, needed: int | None = 60, spread: float | None = 0.5, **bounds: tuple[float, float]
 ) -> Report:

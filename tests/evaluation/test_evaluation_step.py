@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from cappy.records import Candidate, Instance, Manifest, prompt_hash, write
 from cappy.records.folder import describe_files, sha256_of, verify, write_manifest
 from cappy.records.instance import Status
 from cappy.selection import read_selector
+from cappy.selection.linear import SELECTOR, Feature, Rule, Selector
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 STARTS = (("test", 0), ("validation", 100))
@@ -90,6 +92,77 @@ def test_the_step_writes_a_report_that_can_be_verified_and_read(
     assert manifest.metrics["num_instances"] == 40
     assert len(manifest.parents) == 3
     assert (folders / "report" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def with_rule(folder: Path, **weights: float) -> Selector:
+    """Writes a selector with one rule into a scorer's folder."""
+    names: tuple[Feature, ...] = ("score", "mbr", "likelihood", "greedy")
+    rule = Rule(features=names, weights=tuple(weights.get(name, 0.0) for name in names))
+    selector = Selector(rules=(rule,), metric="rougeL", groups=50, scorer=FakeScorer.version, decoding="a greedy")
+    (folder / SELECTOR).write_text(selector.to_json())
+    return selector
+
+
+def all_greedy(folders: Path, instances: Sequence[Instance], generator: str) -> list[float]:
+    """Marks the second response of each instance as the greedy one; returns their labels in the test split."""
+    marked = [
+        replace(
+            one,
+            candidates=tuple(
+                replace(c, generator=generator, decoding=name)
+                for c, name in zip(one.candidates, ["topp0.9", "greedy", *["topp0.9"] * 9], strict=False)
+            ),
+        )
+        for one in instances
+    ]
+    shutil.rmtree(folders / "instances")
+    write(folders / "instances", marked)
+    return [one.candidates[1].labels["rougeL"] for one in marked if one.split == "test"]
+
+
+@pytest.mark.parametrize("generator", ["a", "another LLM"])
+def test_a_selector_that_a_scorer_has_already_is_the_one_that_is_evaluated(
+    folders: Path, instances: list[Instance], score: Score, generator: str
+) -> None:
+    """A registered version: what is served, with the greedy response of any LLM, is what the report is about."""
+    expected = np.mean(all_greedy(folders, instances, generator))
+    with_rule(folders / "scorer", greedy=1.0)
+    unseen = trained_on_first_three(instances, "")
+    evaluate_folder(config(folders), silent, load=lambda path: FakeScorer(score), trained_on=unseen)
+    report = read_report(folders / "report")
+    assert report.selectors["selector"].estimate.mean == pytest.approx(expected)
+    assert (folders / "report" / SELECTOR).read_bytes() == (folders / "scorer" / SELECTOR).read_bytes()
+    refitted = config(folders, refit_selector=True, target=folders / "refitted")
+    evaluate_folder(refitted, silent, load=lambda path: FakeScorer(score), trained_on=unseen)
+    assert read_selector(folders / "refitted").groups == 20
+    (folders / "scorer" / SELECTOR).unlink()
+    evaluate_folder(
+        config(folders, target=folders / "again"), silent, load=lambda path: FakeScorer(score), trained_on=unseen
+    )
+    assert read_selector(folders / "again").groups == 20, "the work of before is not taken for this"
+
+
+@pytest.mark.parametrize("generator", ["a", "another LLM"])
+def test_the_champion_is_compared_by_its_own_selector(
+    folders: Path, instances: list[Instance], score: Score, generator: str
+) -> None:
+    expected = np.mean(all_greedy(folders, instances, generator))
+    with_rule(folders / "champion", greedy=1.0)
+    own = config(folders, champion=str(folders / "champion"))
+    evaluate_folder(own, silent, load=lambda path: FakeScorer(score), trained_on=trained_on_first_three(instances, ""))
+    report = read_report(folders / "report")
+    assert report.selectors["champion"].estimate.mean == pytest.approx(expected)
+    assert report.selectors["champion"].detail == "greedy"
+    assert report.selector_hashes["champion"] == sha256_of(folders / "champion" / SELECTOR)
+    with_rule(folders / "champion", mbr=1.0)
+    evaluate_folder(
+        replace(own, target=folders / "again"),
+        silent,
+        load=lambda path: FakeScorer(score),
+        trained_on=trained_on_first_three(instances, ""),
+    )
+    report = read_report(folders / "again")
+    assert report.selectors["champion"].estimate.mean == pytest.approx(report.selectors["mbr"].estimate.mean)
 
 
 def initial_folder(folders: Path, architecture: str) -> str:

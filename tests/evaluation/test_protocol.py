@@ -130,23 +130,67 @@ def test_of_several_greedy_responses_the_better_one_on_held_out_instances_is_com
     assert evaluate(given, score=score).selectors["greedy"].detail == expected
 
 
-def test_a_greedy_response_that_some_instance_lacks_is_not_compared(instances: list[Instance], score: Score) -> None:
+def test_a_random_choice_stands_for_a_greedy_response_that_failed(instances: list[Instance], score: Score) -> None:
     given = [decoded(one, "greedy") for one in instances]
-    lacking = next(index for index, one in enumerate(given) if one.split == "test")
-    given[lacking] = instances[lacking]
+    for index in (0, 1):
+        failed = replace(given[index].candidates[0], status="refused")
+        given[index] = replace(given[index], candidates=(failed, *given[index].candidates[1:]))
     report = evaluate(given, score=score)
-    assert "not every instance" in report.unavailable["greedy"]
+    others = [[c.labels["rougeL"] for c in one.candidates[1:]] for one in given[:2]]
+    greedy = [one.candidates[0].labels["rougeL"] for one in given[2:] if one.split == "test"]
+    assert means(report)["greedy"] == pytest.approx(np.mean([*map(np.mean, others), *greedy]))
+    assert report.selectors["greedy"].detail == "llm greedy (missing in 2 instances)"
+    assert "selector-greedy" in report.comparisons
+
+
+def test_a_greedy_response_that_many_instances_lack_is_not_compared(instances: list[Instance], score: Score) -> None:
+    given = [decoded(one, "greedy") for one in instances]
+    given[:5] = instances[:5]
+    report = evaluate(given, score=score)
+    assert "too few instances" in report.unavailable["greedy"]
     assert "selector-greedy" not in report.comparisons
 
 
-def test_a_missing_likelihood_makes_the_selector_unavailable_and_says_why(
+def without_likelihood(instance: Instance) -> Instance:
+    return replace(instance, candidates=(replace(instance.candidates[0], logprob_mean=None), *instance.candidates[1:]))
+
+
+def test_a_random_choice_stands_for_the_likelihood_where_one_is_missing(
     instances: list[Instance], score: Score
 ) -> None:
-    candidates = (replace(instances[0].candidates[0], logprob_mean=None), *instances[0].candidates[1:])
-    report = evaluate([replace(instances[0], candidates=candidates), *instances[1:]], score=score)
-    assert_names(report.unavailable["likelihood_mean"], "1 of 40", "log-likelihood")
+    complete = evaluate(instances, score=score)
+    report = evaluate([without_likelihood(instances[0]), *instances[1:]], score=score)
+    labels = [each.labels["rougeL"] for each in instances[0].candidates]
+    likely = labels[int(np.argmax([each.logprob_mean or 0.0 for each in instances[0].candidates]))]
+    expected = means(complete)["likelihood_mean"] + (np.mean(labels) - likely) / 40
+    assert means(report)["likelihood_mean"] == pytest.approx(expected)
+    assert_names(report.selectors["likelihood_mean"].detail, "1 of 40", "log-likelihood")
+
+
+def test_likelihoods_that_many_instances_lack_are_unavailable_and_the_report_says_why(
+    instances: list[Instance], score: Score
+) -> None:
+    report = evaluate([*map(without_likelihood, instances[:5]), *instances[5:]], score=score)
+    assert_names(report.unavailable["likelihood_mean"], "5 of 40", "log-likelihood")
     assert "selector" in report.selectors
     assert report.better_likelihood_selector == "likelihood_sum"
+
+
+def test_a_truncated_response_is_picked_only_if_all_are(instances: list[Instance], score: Score) -> None:
+    """As in the gateway, which prefers complete responses."""
+
+    def cut(instance: Instance, kept: int) -> Instance:
+        made = [replace(c, status="ok" if index < kept else "truncated") for index, c in enumerate(instance.candidates)]
+        return replace(instance, candidates=tuple(made))
+
+    assert means(evaluate([cut(one, 0) for one in instances], score=score))["selector"] == pytest.approx(
+        means(evaluate(instances, score=score))["selector"]
+    )
+    first_complete = np.mean([one.candidates[0].labels["rougeL"] for one in instances if one.split == "test"])
+    report = evaluate([cut(one, 1) for one in instances], score=score)
+    assert means(report)["selector"] == means(report)["selector_texts"] == pytest.approx(first_complete)
+    assert report.curve["selector"][-1].mean == pytest.approx(first_complete)
+    assert means(report)["oracle"] > first_complete
 
 
 def test_ties_with_another_label_are_counted_and_worth_their_mean(instances: list[Instance]) -> None:

@@ -374,6 +374,39 @@ def test_a_version_that_a_rollback_brought_back_is_not_held(env: Any, registered
         assert [aliases.was_rolled_back(client, versions[number]) for number in (1, 2, 3)] == [False, True, False]
 
 
+@pytest.mark.parametrize(
+    ("moves", "expected"),
+    [
+        ([("promotion", 1, 0), ("promotion", 2, 1)], set()),
+        ([("promotion", 1, 0), ("promotion", 2, 1), ("rollback", 1, 2)], {2}),
+        ([("promotion", 1, 0), ("rollback", 0, 1), ("promotion", 2, 0)], {1}),
+        ([("promotion", 1, 0), ("rollback", 0, 1), ("promotion", 1, 0), ("promotion", 2, 1)], set()),
+    ],
+)
+def test_a_version_is_rolled_back_from_the_rollback_to_its_next_promotion(
+    moves: list[tuple[str, int, int]], expected: set[int]
+) -> None:
+    history: Any = [
+        aliases.Move(at="", kind=kind, version=version, former=former, by="", why="")  # type: ignore[arg-type]
+        for kind, version, former in moves
+    ]
+    assert {number for number in (1, 2) if aliases.is_rolled_back(number, history)} == expected
+
+
+def test_the_champion_stays_champion_after_another_selector_of_its_scorer_was_rolled_back(
+    env: Any, registered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, first = registered("a", 1.0)
+    env.promote(first)
+    _, second = registered("b", 2.0, champion=one)
+    env.promote(second)
+    registry.rollback("cappy", tracking_uri=env.uri)
+    monkeypatch.setattr(aliases, "same_scorer", lambda client, version: {1, 2} - {version.number})
+    assert_names(env.promote(second)["reasons"][0], "Version 2", "rolled back")
+    env.register(one, first)
+    assert "already champion" in env.promote(first)["reasons"][0]
+
+
 GROUPS = "".join(f"{number:08x}" for number in range(100))
 MORE = "".join(f"{number:08x}" for number in range(101))
 HALF = "".join(f"{number:08x}" for number in range(60, 160))

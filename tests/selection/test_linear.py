@@ -252,3 +252,14 @@ def test_features_are_those_of_the_pool_in_the_order_of_the_rule() -> None:
     assert matrix[:, 0].tolist() == [0.0, 1.0, 0.0]
     assert matrix[:, 1].mean() == pytest.approx(0.0)
     assert matrix[:, 1].std() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("unknown", [None, float("nan"), float("-inf"), 1e300])
+def test_a_likelihood_that_is_no_log_probability_is_refused(unknown: Any) -> None:
+    with pytest.raises(ConfigError, match="likelihoods: must be log-probabilities"):
+        Candidates(responses=["a", "b"], likelihoods=[-1.0, unknown])
+
+
+def test_an_index_of_a_truncated_response_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="truncated: must be indices of responses, 0 to 1, got 2"):
+        Candidates(responses=["a", "b"], truncated=[2])

@@ -113,6 +113,9 @@ def test_the_single_decoding_is_the_greedy_one_even_if_another_is_better() -> No
     without = collect_pools([instance(2, {"topk": 0.5, "beam": 0.4})], metric="rougeL", splits={"train"})
     assert choose_decoding([*pools, *without]) == "g topk"
     assert greedy_systems([]) == set()
+    # A few failed requests do not make another decoding the greedy one.
+    failed = collect_pools([instance(3, {"topk": 0.5})], metric="rougeL", splits={"train"})
+    assert choose_decoding([*(pools * 5), *failed]) == "g temperature0"
 
 
 def test_a_system_that_gave_several_responses_is_no_single_decoding() -> None:
