@@ -392,9 +392,14 @@ def test_the_estimate_counts_the_samples_of_every_llm_and_the_responses_in_the_f
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pairs: list[float] = []
+
+    def estimate(folder: Path, count: float, mean_tokens: float) -> float:
+        pairs.append(count)
+        return 1.0
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cappy.cli.pipeline.run_and_print", lambda *_, **__: None)
-    monkeypatch.setattr("cappy.training.meter.estimate_seconds", lambda folder, count, tokens: pairs.append(count) or 1)
+    monkeypatch.setattr("cappy.training.meter.estimate_seconds", estimate)
     source = own_rows(tmp_path / "own.jsonl", 150)
     for generator in ((), ("builtin",), ("builtin", str(LLM_FOLDER))):
         work = tmp_path / str(len(generator))

@@ -31,7 +31,7 @@ def test_callers_who_know_too_little_are_warned_and_the_gate_says_so(report: Rep
     warned = replace(report, comparisons={**report.comparisons, **rows})
     (caution,) = [each for each in verdict(warned) if each.startswith("Caution: for callers")]
     assert_names(caution, "texts only", "greedy response", "−3.0")
-    (reason,) = [each for each in decide(warned.to_dict(), has_champion=False).reasons if "for callers" in each]  # type: ignore[arg-type]
+    (reason,) = [each for each in decide(warned.to_dict(), has_champion=False).reasons if "for callers" in each]
     assert_names(reason, "For information", "texts only")
     assert not [each for each in verdict(report) if "for callers" in each]
 

@@ -274,9 +274,10 @@ def test_buckets_are_where_vertex_mounts_them_and_nowhere_else() -> None:
     assert settings["preparation"]["source"] == "/gcs/data/tasks.jsonl"
     assert settings["sampling"]["generator"] == ["/gcs/models/llm"]
     check(recipe, "vertex")
+    platform: Platform
     for platform in ("kubeflow", "local"):
         with raises_naming(ConfigError, "gs://data/tasks.jsonl", "preparation: --source"):
-            check(recipe, platform)  # type: ignore[arg-type]
+            check(recipe, platform)
     stored = check_recipe({"pipeline": "adapt", "parameters": {"source": "s3://data/tasks.jsonl"}})
     with raises_naming(ConfigError, "s3://data/tasks.jsonl", "/gcs/mine"):
         check(replace(recipe, parameters=stored.parameters), "vertex")

@@ -534,7 +534,7 @@ def test_a_field_that_two_calls_send_at_once_and_the_model_refuses_costs_no_cand
         choices = [saying(f"x {index}/1")["choices"][0] for index in range(body.get("n", 1))]
         return 200, {**saying("x 3/1"), "choices": choices}
 
-    settings = {"policy": Policy(min_gain=0, candidates=4), "limits": SpendingLimits(max_tokens=1000)}
+    settings: dict[str, Any] = {"policy": Policy(min_gain=0, candidates=4), "limits": SpendingLimits(max_tokens=1000)}
     behind = replace(scoring(), evaluated=lambda: LIKELIHOODS)
     with (
         scripted(Script(reply)) as upstream,
