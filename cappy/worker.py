@@ -163,12 +163,9 @@ def _count_gpus() -> int:
 
 
 def _count_tpus() -> int:
-    import jax
+    from cappy.training.tpu.strategy import count_tpus
 
-    try:
-        return len(jax.devices("tpu"))
-    except RuntimeError:  # There is no such backend.
-        return 0
+    return count_tpus()
 
 
 def hold_parent_lock(path: Path) -> int:

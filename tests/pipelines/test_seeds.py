@@ -153,7 +153,7 @@ def test_a_parameter_that_settings_leave_without_effect_is_refused(
 
 
 def test_parameters_that_say_their_default_or_that_settings_change_in_part_are_taken() -> None:
-    plan_settings("adapt", {"generator": ["builtin"], "scorer": "builtin:tiny"}, {"finetuning": {"scorer": "other"}})
+    plan_settings("adapt", {"generator": ["builtin"], "scorer": "builtin"}, {"finetuning": {"scorer": "other"}})
     plan_settings("adapt", {"seed": 3, "metric": "chrf"}, {"finetuning": {"seed": 2, "metric": "rougeL"}})
     plan_settings("adapt", {"margin": 0.1, "name": "mine"}, {"promotion": {"tracking_uri": "x"}})
 

@@ -526,7 +526,7 @@ def test_d7_an_endpoint_without_a_strategy_draws_by_one_that_it_can_do(tmp_path:
 def test_d7_in_a_pool_each_generator_has_its_own_default_and_length() -> None:
     mixed = config_of("builtin", "openai:m@http://h/v1", "vllm:folder").decodings
     each = [[one for one in mixed if one.generator == position] for position in range(3)]
-    assert [sum(one.num_samples for one in own) for own in each] == [17, 8, 8]
+    assert [sum(one.num_samples for one in own) for own in each] == [18, 8, 8]
     assert [{one.max_new_tokens for one in own} for own in each] == [{64}, {512}, {64}]
     assert all(one.generator is None for one in config_of("builtin").decodings)
     both = config_of("openai:a@http://h/v1", "openai:b@http://h/v1").decodings

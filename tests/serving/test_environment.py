@@ -91,7 +91,7 @@ def test_a_buckets_folder_is_copied_whole_and_gone_afterwards() -> None:
         assert Path(place).name == "7"
     assert not Path(place).exists()
     with local_scorer("builtin:tiny") as place:
-        assert place == "builtin"
+        assert place == "builtin:tiny"
 
 
 def test_a_bucket_that_cannot_be_read_or_holds_no_manifest_is_reported_in_one_line() -> None:

@@ -95,3 +95,9 @@ def _imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add((node.module or "").partition(".")[0])
     return names
+
+
+def test_a_machine_without_tpus_has_none() -> None:
+    from cappy.training.tpu.strategy import count_tpus
+
+    assert count_tpus() == 0

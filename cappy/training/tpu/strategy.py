@@ -377,3 +377,11 @@ def _scorer_architecture(scorer: Scorer) -> Architecture:
             f"--parallelism jax: pairs have {length} tokens, but the encoder has {arch.positions} positions; {remedy}"
         )
     return arch
+
+
+def count_tpus() -> int:
+    """The number of TPU devices of this machine."""
+    try:
+        return len(jax.devices("tpu"))
+    except RuntimeError:  # There is no such backend.
+        return 0
