@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_T
 CHECK_SECONDS = 4
 """Time limit of the first request to a server or a database."""
 _LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(CHECK_SECONDS), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+_LIMITS_LOCK = threading.Lock()
 _OTHER_ADDRESS = "give another address with --tracking-uri or MLFLOW_TRACKING_URI"
 _STATUS = re.compile(r"(?:error code|too many) (\d{3})\b")
 _NO_JSON = re.compile(r"not in a valid JSON format|JSONDecodeError")
@@ -109,16 +111,17 @@ def _short_limits(address: str) -> Iterator[None]:
     if not address.startswith(("http://", "https://")):
         yield
         return
-    former = {name: os.environ.get(name) for name in _LIMITS}
-    os.environ.update(_LIMITS)
-    try:
-        yield
-    finally:
-        for name, value in former.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with _LIMITS_LOCK:  # Another thread would take these limits for the user's own and keep them.
+        former = {name: os.environ.get(name) for name in _LIMITS}
+        os.environ.update(_LIMITS)
+        try:
+            yield
+        finally:
+            for name, value in former.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def experiment_id(client: MlflowClient, name: str, tracking_uri: str) -> str:

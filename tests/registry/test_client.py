@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -147,8 +148,17 @@ def test_an_address_where_nothing_answers_is_one_line_within_seconds(address: st
 def test_limits_of_the_first_request_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     body = '{"experiments": []}'
-    with handled_by(answering(200, body, "application/json")) as url, connect(url):
-        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    with handled_by(answering(200, body, "application/json")) as url:
+        with connect(url):
+            assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+
+        def connect_once(_: int) -> None:
+            with connect(url):
+                pass
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(connect_once, range(12)))
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
 
 
 def test_a_database_whose_driver_is_missing_is_one_line_without_its_password() -> None:
